@@ -1,0 +1,88 @@
+"""Mixed-precision training for TensorFlow and Keras 3.
+
+Importing this package loads neither TensorFlow nor Keras: each name below is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tfmixed import (
+        callbacks,
+        config,
+        errors,
+        formats,
+        hardware,
+        layers,
+        optimizer,
+        plotting,
+        policy,
+        records,
+        scaling,
+    )
+    from tfmixed.config import Config, load_config
+    from tfmixed.errors import ConfigError
+    from tfmixed.optimizer import LossScaleOptimizer
+    from tfmixed.policy import policy_scope, set_policy
+    from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
+
+_HOMES = {
+    "Config": "config",
+    "ConfigError": "errors",
+    "ConstantScale": "scaling",
+    "DynamicScale": "scaling",
+    "LogMaxScale": "scaling",
+    "LossScaleOptimizer": "optimizer",
+    "load_config": "config",
+    "policy_scope": "policy",
+    "set_policy": "policy",
+}
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "ConstantScale",
+    "DynamicScale",
+    "LogMaxScale",
+    "LossScaleOptimizer",
+    "__version__",
+    "callbacks",
+    "config",
+    "errors",
+    "formats",
+    "hardware",
+    "layers",
+    "load_config",
+    "optimizer",
+    "plotting",
+    "policy",
+    "policy_scope",
+    "records",
+    "scaling",
+    "set_policy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+@wrapt.when_imported("keras")
+def _register(_keras: Any) -> None:
+    """Makes saved models load: Keras must know our classes as soon as both packages are imported."""
+    importlib.import_module(f"{__name__}.layers")
+    importlib.import_module(f"{__name__}.optimizer")

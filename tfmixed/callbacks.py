@@ -1,0 +1,153 @@
+"""Callbacks that watch a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from tfmixed import records
+from tfmixed.optimizer import LossScaleOptimizer
+from tfmixed.records import Record, ScaleChange
+from tfmixed.scaling import checks
+
+_METRICS = ("loss_scale", "skipped_steps", "gradient_norm")
+
+
+class LossScaleLogger(keras.callbacks.Callback):
+    """Logs every change of the loss scale with its exact step, and puts the scale beside the metrics.
+
+    `logs` gains `loss_scale`, `skipped_steps` and `gradient_norm`, so that the progress bar, `History`, `CSVLogger` and
+    `TensorBoard` show them: list this callback before those. The changes are written on the device in the step that
+    makes them; this callback collects them at the end of each epoch, so that watching costs no synchronization.
+
+    Args:
+        path: File of JSON lines, one a change (`records.read_log` reads it). Lines from a run that is repeated, because
+            the optimizer stands before them, are replaced; others are kept. None writes no file.
+        tensorboard: Log directory for TensorBoard: `loss_scale` at the exact step of each change, and all three
+            scalars at the end of each epoch. Needs TensorFlow. None writes none.
+        every: Collect within the epoch too, each `every` steps. Reads the device.
+        verbose: 1 prints one line a change, between the progress bars of the epochs. 0 prints nothing.
+
+    Raises:
+        ValueError: `every` or `verbose` is out of range.
+
+    With an optimizer that is no `tfmixed.LossScaleOptimizer` it warns once and does nothing.
+
+    Example:
+    >>> logger = LossScaleLogger("runs/mine/loss_scale.jsonl")
+    >>> # model.fit(x, y, callbacks=[logger])
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        tensorboard: str | os.PathLike[str] | None = None,
+        every: int | None = None,
+        verbose: int = 1,
+    ) -> None:
+        super().__init__()
+        self.path = None if path is None else Path(path)
+        self.tensorboard = tensorboard
+        self.every = None if every is None else checks.count("every", every, 1)
+        self.verbose = checks.count("verbose", verbose, 0)
+        self._optimizer: LossScaleOptimizer | None = None
+        self._writer: Any = None
+        self._pending: list[Record] = []
+        self._epoch = 0
+        self._collected_at = 0
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        optimizer = self.model.optimizer
+        self._optimizer = optimizer if isinstance(optimizer, LossScaleOptimizer) else None
+        if self._optimizer is None:
+            warnings.warn(
+                f"LossScaleLogger logs nothing: the optimizer is a {type(optimizer).__name__}, which does not scale "
+                "the loss. Wrap it: `tfmixed.LossScaleOptimizer(optimizer)`.",
+                stacklevel=2,
+            )
+            return
+        if self.path is not None:
+            _open_log(self.path, int(self._optimizer.attempted_steps))
+        if self.tensorboard is not None:
+            import tensorflow
+
+            self._writer = tensorflow.summary.create_file_writer(os.fspath(self.tensorboard))
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._epoch, self._collected_at = epoch, 0
+        self._print_pending()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._optimizer is None:
+            return
+        if logs is not None:
+            # Tensors, not numbers: nobody waits for the device but the progress bar, which does so anyway.
+            logs.update((name, getattr(self._optimizer, name)) for name in _METRICS)
+        if self.every is not None and batch + 1 - self._collected_at >= self.every:
+            self._collected_at = batch + 1
+            self._collect()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._optimizer is None:
+            return
+        self._collect()
+        numbers = {name: float(getattr(self._optimizer, name)) for name in _METRICS}
+        if logs is not None:
+            logs.update(numbers)
+        self._write_scalars(numbers, int(self._optimizer.attempted_steps))
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if self._optimizer is None:
+            return
+        self._collect()
+        self._print_pending()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _collect(self) -> None:
+        assert self._optimizer is not None
+        events = [dataclasses.replace(event, epoch=self._epoch) for event in self._optimizer.drain_events()]
+        self._pending += events
+        if self.path is not None and events:
+            # One write a line, straight to the operating system: a killed process loses at most the last.
+            with self.path.open("a", encoding="utf-8", buffering=1) as file:
+                for event in events:
+                    file.write(records.to_line(event) + "\n")
+        for event in events:
+            if isinstance(event, ScaleChange):
+                self._write_scalars({"loss_scale": event.new_scale}, event.step)
+
+    def _write_scalars(self, numbers: dict[str, float], step: int) -> None:
+        if self._writer is None:
+            return
+        import tensorflow
+
+        with self._writer.as_default():
+            for name, number in numbers.items():
+                tensorflow.summary.scalar(name, number, step=step)
+
+    def _print_pending(self) -> None:
+        if self.verbose:
+            for event in self._pending:
+                print(event)
+        self._pending = []
+
+
+def _open_log(path: Path, step: int) -> None:
+    """Makes the log ready for a run that starts at `step`: whole lines of earlier steps stay, others go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if path.exists():
+        for line in records.complete_lines(path):
+            record = records.from_line(line)
+            if (record.step if isinstance(record, ScaleChange) else record.before_step) < step:
+                kept.append(line)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)

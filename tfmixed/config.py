@@ -1,0 +1,186 @@
+"""A training run's precision in a TOML file.
+
+policy = "mixed_float16"        # as in set_policy; "auto" if absent
+
+[scaling]                       # absent: no loss scaling
+rule = "dynamic"                # "dynamic", "constant" or "logmax", with that rule's own parameters
+growth_interval = 1000          # or: like = "torch", with that peer's
+
+[log]                           # of LossScaleLogger
+every = 100
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import keras
+import tomli_w
+
+from tfmixed import policy, scaling
+from tfmixed.callbacks import LossScaleLogger
+from tfmixed.errors import ConfigError
+from tfmixed.optimizer import LossScaleOptimizer
+from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale, ScalingRule
+
+_RULES: dict[str, type[Any]] = {"dynamic": DynamicScale, "constant": ConstantScale, "logmax": LogMaxScale}
+_NONE = "none"  # TOML has no null
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """How the run is logged.
+
+    Args:
+        every: As in `LossScaleLogger`; None collects at the end of an epoch only.
+        verbose: As in `LossScaleLogger`.
+        tensorboard: Write TensorBoard scalars into the run's folder `tensorboard`.
+    """
+
+    every: int | None = None
+    verbose: int = 1
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a configuration file says.
+
+    Args:
+        policy: Name of the dtype policy, or `"auto"`.
+        scaling: The rule, or None for no loss scaling.
+        log: How the run is logged.
+
+    Example:
+    >>> Config("mixed_float16", scaling.DynamicScale()).optimizer("sgd").rule.initial_scale
+    32768.0
+    """
+
+    policy: str = "auto"
+    scaling: ScalingRule | None = None
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def apply(self) -> keras.DTypePolicy:
+        """Sets the global policy, as `set_policy` does, and returns it."""
+        return policy.set_policy(self.policy)
+
+    def optimizer(self, inner: keras.optimizers.Optimizer | str) -> keras.optimizers.Optimizer:
+        """Returns `inner` wrapped into a `LossScaleOptimizer`, or as it is where nothing is to be scaled."""
+        if self.scaling is not None:
+            return LossScaleOptimizer(inner, self.scaling)
+        return keras.optimizers.get(inner)
+
+    def callbacks(self, run_dir: str | os.PathLike[str]) -> list[keras.callbacks.Callback]:
+        """Returns the callbacks that log into `run_dir`; none where nothing is scaled."""
+        if self.scaling is None:
+            return []
+        run = Path(run_dir)
+        tensorboard = run / "tensorboard" if self.log.tensorboard else None
+        return [LossScaleLogger(run / "loss_scale.jsonl", tensorboard, self.log.every, self.log.verbose)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file that `load_config` turns into an equal Config. It appears whole or not at all."""
+        tables: dict[str, Any] = {"policy": self.policy}
+        if self.scaling is not None:
+            names = {kind: name for name, kind in _RULES.items()}
+            values = asdict(self.scaling)  # type: ignore[call-overload]  # every rule is a dataclass
+            tables["scaling"] = {"rule": names[type(self.scaling)], **_without_null(values, _NONE)}
+        tables["log"] = _without_null(asdict(self.log), None)
+        partial = Path(f"{os.fspath(path)}.partial")
+        partial.write_text(tomli_w.dumps(tables), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Reads a configuration file.
+
+    Raises:
+        ConfigError: The file is missing or no TOML, a key is unknown, or a value is of the wrong type or out of range.
+            The message names the file, the key, and the nearest key that exists.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
+        raise ConfigError(f"{path}: is no TOML file: {error}") from error
+    try:
+        return _config(tables)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _config(tables: dict[str, Any]) -> Config:
+    _check_keys("", tables, (entry.name for entry in fields(Config)))
+    name = tables.get("policy", "auto")
+    if name != "auto":
+        try:
+            keras.dtype_policies.get(_typed("policy", name, str))
+        except (ValueError, TypeError):
+            raise ConfigError(f'policy must be "auto" or a Keras dtype policy, received {name!r}') from None
+    scale = _rule(_table("scaling", tables)) if "scaling" in tables else None
+    return Config(name, scale, _log(_table("log", tables)))
+
+
+def _rule(table: dict[str, Any]) -> ScalingRule:
+    values = {key: None if value == _NONE else value for key, value in table.items() if key not in ("rule", "like")}
+    kind, names = ("like", scaling.PEERS) if "like" in table else ("rule", _RULES)
+    name = _choice(f"scaling.{kind}", table.get(kind, "dynamic"), names)
+    known = scaling.PEERS[name].defaults if kind == "like" else [entry.name for entry in fields(_RULES[name])]
+    _check_keys("scaling.", values if "rule" not in table else {**values, "rule": name}, [kind, *known])
+    try:
+        return scaling.like(name, **values) if kind == "like" else _RULES[name](**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"scaling.{error}") from None
+
+
+def _log(table: dict[str, Any]) -> LogConfig:
+    _check_keys("log.", table, (entry.name for entry in fields(LogConfig)))
+    for key, kind in (("every", int), ("verbose", int), ("tensorboard", bool)):
+        if key in table:
+            _typed(f"log.{key}", table[key], kind)
+    if table.get("every", 1) < 1 or table.get("verbose", 1) < 0:
+        raise ConfigError(f"log.every must be at least 1 and log.verbose at least 0, received {table}")
+    return LogConfig(**table)
+
+
+def _table(key: str, tables: dict[str, Any]) -> dict[str, Any]:
+    table: dict[str, Any] = _typed(key, tables.get(key, {}), dict)
+    return table
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        wanted = {dict: f"a table [{key}]", int: "a whole number", bool: "true or false", str: "a string"}[kind]
+        raise ConfigError(f"{key} must be {wanted}, received {value!r}")
+    return value
+
+
+def _choice(key: str, value: Any, names: Iterable[str]) -> str:
+    if value not in (known := list(names)):
+        raise ConfigError(f"{key} must be one of {', '.join(known)}, received {value!r}{_nearest(str(value), known)}")
+    return str(value)
+
+
+def _check_keys(prefix: str, table: dict[str, Any], names: Iterable[str]) -> None:
+    known = list(names)
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{prefix}{key} is no known key{_nearest(key, known)} (known: {', '.join(known)})")
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _without_null(table: dict[str, Any], stand_in: str | None) -> dict[str, Any]:
+    filled = {key: stand_in if value is None else value for key, value in table.items()}
+    return {key: value for key, value in filled.items() if value is not None}

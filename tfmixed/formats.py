@@ -1,0 +1,41 @@
+"""float16, bfloat16 and float32 in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """The range and precision of one binary floating-point format.
+
+    Args:
+        name: The dtype's name, as Keras spells it.
+        max: Largest finite value; anything that rounds above it is an overflow.
+        smallest_normal: Smallest positive value with full precision.
+        smallest_subnormal: Smallest positive value; half of it rounds to 0 (underflow).
+        epsilon: Distance from 1.0 to the next larger value.
+
+    Example:
+    >>> FORMATS["float16"].max
+    65504.0
+    """
+
+    name: str
+    max: float
+    smallest_normal: float
+    smallest_subnormal: float
+    epsilon: float
+
+    @classmethod
+    def of(cls, name: str) -> FloatFormat:
+        """Reads the numbers of a dtype from its own definition."""
+        info = ml_dtypes.finfo(name)
+        numbers = (info.max, info.smallest_normal, info.smallest_subnormal, info.eps)
+        return cls(name, *(float(number) for number in numbers))
+
+
+FORMATS = {name: FloatFormat.of(name) for name in ("float16", "bfloat16", "float32")}
+FLOAT32 = FORMATS["float32"]

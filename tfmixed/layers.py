@@ -1,0 +1,180 @@
+"""Layers that compute in float32 under any policy: islands in a half-precision model.
+
+Each takes `output_dtype`: None keeps float32; `"compute"` casts back to the compute dtype that the layer would have
+had, its `dtype` argument's or the global policy's; a dtype's name casts to that.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+_PACKAGE = "tfmixed"
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class Float32(keras.layers.Wrapper):
+    """Computes the wrapped layer in float32, whatever the policy.
+
+    Without it a custom layer that sums, exponentiates or divides runs in half precision: sums of float16 overflow at
+    65504, and squares of numbers below 2e-4 vanish.
+
+    Args:
+        layer: Any layer, built or not. It and its sublayers get the dtype policy float32.
+        output_dtype: See the module.
+        **kwargs: Keras's arguments of any layer.
+
+    Raises:
+        ValueError: `output_dtype` is no floating dtype.
+
+    Example:
+    >>> layer = Float32(keras.layers.Dense(3), dtype="mixed_float16")
+    >>> layer(ops.ones((2, 4), "float16")).dtype.name
+    'float32'
+    """
+
+    def __init__(self, layer: keras.layers.Layer, output_dtype: str | None = None, **kwargs: Any) -> None:
+        # Not casting its inputs: what is float32 already must not pass through half precision on its way in.
+        super().__init__(layer, **{"autocast": False, **kwargs})
+        self.output_dtype = _resolve(output_dtype, self.compute_dtype)
+        self.supports_masking = layer.supports_masking
+        for inner in layer._flatten_layers():
+            inner.dtype_policy = "float32"
+
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return _cast(self.layer(inputs, *args, **kwargs), self.output_dtype)
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        return _cast_spec(self.layer.compute_output_spec(*args, **kwargs), self.output_dtype)
+
+    def compute_mask(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer.compute_mask(*args, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "output_dtype": self.output_dtype}
+
+
+class _InFloat32(keras.layers.Layer):
+    """Gives a layer the policy float32 and an `output_dtype`. To be listed before the layer's Keras class."""
+
+    def __init__(self, *args: Any, output_dtype: str | None = None, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, dtype="float32", **kwargs)
+        self.output_dtype = _resolve(output_dtype, keras.dtype_policies.get(dtype).compute_dtype)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        computed = cls.call
+
+        # Keras reads the signature of `call` to pass masks and `training` on: `wraps` keeps it readable.
+        @functools.wraps(computed)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _cast(computed(self, *args, **kwargs), self.output_dtype)
+
+        cls.call = call
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        return _cast_spec(super().compute_output_spec(*args, **kwargs), self.output_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "output_dtype": self.output_dtype}
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class Softmax(_InFloat32, keras.layers.Softmax):
+    """Softmax in float32.
+
+    In float16, probabilities below 6e-8 become 0 and their logarithm -inf: of 10,000 classes, one in a thousand.
+
+    Args:
+        axis: The axis, or axes, that sum to 1.
+        output_dtype: See the module.
+        **kwargs: Keras's arguments of any layer.
+
+    Example:
+    >>> Softmax()(ops.cast([[0.0, -20.0]], "float16")).dtype.name
+    'float32'
+    """
+
+
+class _Reduction(_InFloat32):
+    """A reduction over axes. Args as in the subclasses."""
+
+    def __init__(self, axis: int | tuple[int, ...] | None = -1, keepdims: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.axis = tuple(axis) if isinstance(axis, (list, tuple)) else axis
+        self.keepdims = keepdims
+
+    def call(self, inputs: Any) -> Any:
+        raise NotImplementedError
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "axis": self.axis, "keepdims": self.keepdims}
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class Sum(_Reduction):
+    """Sum over axes, in float32.
+
+    In float16 a sum overflows at 65504, and stops growing where a term is below half the spacing of the sum.
+
+    Args:
+        axis: Axis or axes to sum over; None for all, the batch included.
+        keepdims: Keep them with length 1.
+        output_dtype: See the module.
+        **kwargs: Keras's arguments of any layer.
+
+    Example:
+    >>> float(Sum()(ops.ones((1, 70_000), "float16"))[0])
+    70000.0
+    """
+
+    def call(self, inputs: Any) -> Any:
+        return ops.sum(inputs, self.axis, keepdims=self.keepdims)
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class Mean(_Reduction):
+    """Mean over axes, in float32.
+
+    `keras.ops.mean` computes a float16 mean in float32 by itself but rounds the result to float16: means below 6e-8
+    become 0.
+
+    Args:
+        axis: Axis or axes to average over; None for all, the batch included.
+        keepdims: Keep them with length 1.
+        output_dtype: See the module.
+        **kwargs: Keras's arguments of any layer.
+
+    Example:
+    >>> float(Mean()(ops.ones((1, 70_000), "float16"))[0])
+    1.0
+    """
+
+    def call(self, inputs: Any) -> Any:
+        return ops.mean(inputs, self.axis, keepdims=self.keepdims)
+
+
+def _resolve(output_dtype: str | None, compute_dtype: str) -> str | None:
+    if output_dtype is None:
+        return None
+    name = compute_dtype if output_dtype == "compute" else output_dtype
+    try:
+        if "float" in keras.backend.standardize_dtype(name):
+            return str(name)
+    except ValueError:
+        pass
+    raise ValueError(f'output_dtype must be None, "compute" or a floating dtype, received {output_dtype!r}')
+
+
+def _cast(outputs: Any, dtype: str | None) -> Any:
+    return outputs if dtype is None else tree.map_structure(lambda output: ops.cast(output, dtype), outputs)
+
+
+def _cast_spec(spec: Any, dtype: str | None) -> Any:
+    def cast(tensor: keras.KerasTensor) -> keras.KerasTensor:
+        return keras.KerasTensor(tensor.shape, dtype=dtype, sparse=tensor.sparse, name=tensor.name)
+
+    return spec if dtype is None else tree.map_structure(cast, spec)

@@ -1,0 +1,95 @@
+"""Pictures of records. Needs matplotlib, and no window: a figure is returned, or saved whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tfmixed.records import Record, ScaleChange
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for colour-blind readers
+_OVERFLOW = "#000000"
+
+
+@dataclass(frozen=True)
+class ScaleHistory:
+    """The loss scale of one run.
+
+    Args:
+        initial_scale: The scale of step 0.
+        steps: How many steps were attempted.
+        changes: What the log holds.
+    """
+
+    initial_scale: float
+    steps: int
+    changes: tuple[Record, ...]
+
+    def points(self) -> tuple[list[int], list[float]]:
+        """Returns steps, and the scale from each step on; the last step twice, so that a line reaches the end."""
+        changes = [change for change in self.changes if isinstance(change, ScaleChange)]
+        steps = [0, *(change.step + 1 for change in changes), max(self.steps, 1)]
+        scales = [self.initial_scale, *(change.new_scale for change in changes)]
+        return steps, [*scales, scales[-1]]
+
+    def overflows(self) -> list[ScaleChange]:
+        """Returns the changes that an overflow made."""
+        return [change for change in self.changes if isinstance(change, ScaleChange) and change.reason == "overflow"]
+
+
+def plot_scale(histories: Mapping[str, ScaleHistory], title: str = "Loss scale") -> Figure:
+    """Draws the loss scale over the steps, with overflows marked at the scale that overflowed.
+
+    Args:
+        histories: One line each, by its label.
+        title: Above the picture.
+
+    Returns:
+        A matplotlib figure; save it with `save`.
+    """
+    figure = Figure(figsize=(8, 4.2), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for color, (label, history) in zip(_cycle(len(histories)), histories.items(), strict=True):
+        axes.step(*history.points(), where="post", color=color, label=label, linewidth=2)
+        _mark_overflows(axes, history.overflows(), color)
+    axes.set_yscale("log", base=2)
+    axes.set(title=title, xlabel="attempted step", ylabel="loss scale (factor on the loss)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.15)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), loc="best")
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes the picture in the format of the path's suffix; it appears whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".partial-{target.name}")
+    figure.savefig(partial)
+    os.replace(partial, target)
+
+
+def _mark_overflows(axes: Axes, overflows: list[ScaleChange], color: str) -> None:
+    axes.plot(
+        [change.step for change in overflows],
+        [change.old_scale for change in overflows],
+        linestyle="none",
+        marker="X",
+        markersize=9,
+        markerfacecolor=_OVERFLOW,
+        markeredgecolor=color,
+        label="overflow: step skipped" if overflows else None,
+    )
+
+
+def _cycle(count: int) -> Iterable[str]:
+    return (_COLORS[index % len(_COLORS)] for index in range(count))

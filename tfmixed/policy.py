@@ -1,0 +1,79 @@
+"""The Keras dtype policy, chosen for the hardware or with a word about it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+
+import keras
+
+from tfmixed import hardware
+
+_warned: set[str] = set()
+
+
+def set_policy(policy: str | keras.DTypePolicy = "auto") -> keras.DTypePolicy:
+    """Sets the global Keras dtype policy and returns it.
+
+    Args:
+        policy: `"auto"` takes what `hardware.describe()` recommends and says why on standard error. A name
+            (`"mixed_float16"`, `"mixed_bfloat16"`, `"float32"`, ...) or a Keras policy is taken as it is; if its half
+            precision is slow on this machine, a warning says so, once.
+
+    Raises:
+        ValueError: Keras knows no such policy.
+
+    Example:
+    >>> set_policy("float32").compute_dtype
+    'float32'
+    """
+    if isinstance(policy, str) and policy == "auto":
+        machine = hardware.describe()
+        print(f"tfmixed: policy {machine.policy}: {machine.reason}", file=sys.stderr)
+        policy = machine.policy
+    else:
+        policy = _known(policy)
+        _warn_if_slow(policy)
+    keras.config.set_dtype_policy(policy)
+    return keras.config.dtype_policy()
+
+
+@contextlib.contextmanager
+def policy_scope(policy: str | keras.DTypePolicy = "auto") -> Iterator[keras.DTypePolicy]:
+    """Sets the policy as `set_policy` does, and restores the one before at the end.
+
+    Example:
+    >>> with policy_scope("float64") as policy:
+    ...     policy.name
+    'float64'
+    """
+    before = keras.config.dtype_policy()
+    try:
+        yield set_policy(policy)
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _known(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
+    try:
+        return keras.dtype_policies.get(policy)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            'policy must be "auto", a name such as "mixed_float16", "mixed_bfloat16" or "float32", or a '
+            f"keras.DTypePolicy, received {policy!r}"
+        ) from error
+
+
+def _warn_if_slow(policy: keras.DTypePolicy) -> None:
+    half = policy.compute_dtype
+    machine = hardware.describe()
+    if half not in ("float16", "bfloat16") or half in machine.main.fast or policy.name in _warned:
+        return
+    _warned.add(policy.name)
+    warnings.warn(
+        f"policy {policy.name!r} is slow here: {machine.reason}. Use {machine.policy!r} for speed, or go on to study "
+        f"the numerics of {half}.",
+        stacklevel=3,
+    )

@@ -1,0 +1,100 @@
+"""Loss-scaling rules as values: pure state transitions with no framework in them.
+
+A rule says how the loss scale moves from one training step to the next:
+
+    state = rule.start()
+    state = rule.next(state, finite)  # once a step; state.scale multiplies the next loss
+
+`next` selects and never branches on a tensor, so one body serves numpy, TensorFlow (eager, `tf.function` and
+TF1 graphs) and `keras.ops`. All of it is float32 arithmetic: what `simulate` says is what training does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy
+
+from tfmixed.scaling.logmax import LogMaxScale, LogMaxState
+from tfmixed.scaling.peers import PEERS, like
+from tfmixed.scaling.rules import ConstantScale, ConstantState, DynamicScale, DynamicState, ScalingRule
+
+__all__ = [
+    "PEERS",
+    "ConstantScale",
+    "ConstantState",
+    "DynamicScale",
+    "DynamicState",
+    "LogMaxScale",
+    "LogMaxState",
+    "ScalingRule",
+    "get",
+    "like",
+    "simulate",
+]
+
+
+def get(scale: Any) -> ScalingRule:
+    """Returns the rule that `scale` stands for.
+
+    Args:
+        scale: `"dynamic"` (a default `DynamicScale`), a number (constant), None (constant 1.0: no scaling, but
+            non-finite steps are skipped), a rule, or what a rule's `get_config` returned.
+
+    Raises:
+        ValueError: It is none of these.
+
+    Example:
+    >>> get(128).value
+    128.0
+    """
+    if isinstance(scale, ScalingRule):
+        return scale
+    if isinstance(scale, dict):
+        return ScalingRule.from_config(scale)
+    if scale is None:
+        return ConstantScale(1.0)
+    if isinstance(scale, str) and scale == "dynamic":
+        return DynamicScale()
+    if isinstance(scale, Real) and not isinstance(scale, bool):
+        return ConstantScale(scale)  # type: ignore[arg-type]  # any real number; the rule checks its range
+    raise ValueError(f'scale must be "dynamic", a number above 0, a scaling rule or None, received {scale!r}')
+
+
+def simulate(rule: ScalingRule, trace: Iterable[Any] | None, amax: Sequence[float] | None = None) -> list[float]:
+    """Returns the scale after each step of a recorded trace.
+
+    Args:
+        rule: Any rule.
+        trace: One `T` (all gradients finite) or `F` (overflow) a step, as a string or as booleans. None takes it
+            from `amax`: a step is finite where its `amax` is.
+        amax: The largest absolute unscaled gradient of each step, for rules that need it.
+
+    Raises:
+        ValueError: Another letter, or `amax` of another length.
+
+    Example:
+    >>> simulate(DynamicScale(initial_scale=4.0), "FFT")
+    [2.0, 1.0, 1.0]
+    """
+    if trace is None:
+        trace = [bool(numpy.isfinite(value)) for value in amax or ()]
+    flags = [_flag(letter) for letter in trace]
+    sizes: Sequence[float | None] = [None] * len(flags) if amax is None else list(amax)
+    if len(sizes) != len(flags):
+        raise ValueError(f"amax must have one value a step, received {len(sizes)} for {len(flags)} steps")
+    state, scales = rule.start(), []
+    for finite, size in zip(flags, sizes, strict=True):
+        state = rule.next(state, finite, None if size is None else numpy.float32(size))
+        scales.append(float(state.scale))
+    return scales
+
+
+def _flag(letter: Any) -> bool:
+    if isinstance(letter, (bool, numpy.bool_)):
+        return bool(letter)
+    if letter in ("T", "F"):
+        return bool(letter == "T")
+    raise ValueError(f"trace must hold one T (finite) or F (overflow) a step, received {letter!r}")

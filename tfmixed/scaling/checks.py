@@ -1,0 +1,78 @@
+"""Checks of the parameters of scaling rules: each error names the argument and the value received."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import numpy
+
+from tfmixed.formats import FLOAT32
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> float:
+    """Returns a finite real number as a Python float, if it is still in range as a float32."""
+    if not isinstance(value, bool) and isinstance(value, Real):
+        single = _float32(value)
+        if math.isfinite(single) and above < single < below and least <= single <= most:
+            return float(value)
+    limits = [(above, "above"), (least, "at least"), (below, "below"), (most, "at most")]
+    wanted = " and ".join(f"{word} {limit:g}" for limit, word in limits if math.isfinite(limit))
+    raise ValueError(f"{name} must be a finite number {wanted}".rstrip() + f", received {value!r}")
+
+
+def scale(name: str, value: Any) -> float:
+    """Returns a loss scale as a Python float: above 0, and a normal number in float32."""
+    positive = number(name, value, above=0.0)
+    if _float32(positive) < FLOAT32.smallest_normal:
+        raise ValueError(f"{name} must be at least {FLOAT32.smallest_normal:g}, received {value!r}")
+    return positive
+
+
+def count(name: str, value: Any, least: int) -> int:
+    """Returns a whole number as a Python int."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < 2**31:
+        raise ValueError(f"{name} must be a whole number, at least {least} and below 2**31, received {value!r}")
+    return int(value)
+
+
+def bounds(initial_scale: float, min_scale: float | None, max_scale: float | None) -> tuple[float, float]:
+    """Returns the float32 values between which the scale may move, None meaning as far as float32 goes."""
+    low = _round(FLOAT32.smallest_normal if min_scale is None else min_scale, math.inf)
+    high = _round(FLOAT32.max if max_scale is None else max_scale, -math.inf)
+    if low > high:
+        raise ValueError(f"min_scale must not be above max_scale, received {min_scale!r} and {max_scale!r}")
+    if not low <= initial_scale <= high and not low <= _float32(initial_scale) <= high:
+        raise ValueError(
+            f"initial_scale must be between min_scale and max_scale, received {initial_scale!r}, "
+            f"which is not between {min_scale!r} and {max_scale!r}"
+        )
+    return low, high
+
+
+def below(value: float) -> float:
+    """Returns the largest float32 that is not above `value`."""
+    return _round(value, -math.inf)
+
+
+def _float32(value: Any) -> float:
+    with numpy.errstate(over="ignore"):
+        try:
+            return float(numpy.float32(float(value)))
+        except OverflowError:  # an int or a Fraction beyond float64
+            return math.inf
+
+
+def _round(value: float, towards: float) -> float:
+    single = numpy.float32(value)
+    beyond = single > value if towards < 0 else single < value
+    return float(numpy.nextafter(single, numpy.float32(towards)) if beyond else single)

@@ -1,0 +1,145 @@
+"""The rules of other projects, expressed in ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tfmixed.formats import FLOAT32
+from tfmixed.scaling import checks
+from tfmixed.scaling.logmax import LogMaxScale
+from tfmixed.scaling.rules import DynamicScale, ScalingRule
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One project: how its parameters become a rule, and what they are when absent."""
+
+    rule: Callable[..., ScalingRule]
+    defaults: dict[str, Any]
+
+
+def like(peer: str, **params: Any) -> ScalingRule:
+    """Returns the rule of another project, step for step.
+
+    Args:
+        peer: One of `scaling.PEERS`.
+        **params: That project's parameters under this module's names; its own defaults fill the rest. Where one
+            `factor` serves both ways in the peer, it does here.
+
+    Raises:
+        ValueError: No such peer, or a parameter that it does not have.
+
+    Where a peer would reach 0 or inf, the rule stops at float32's smallest normal or at its last finite value.
+
+    Example:
+    >>> like("torch").initial_scale
+    65536.0
+    """
+    if peer not in PEERS:
+        raise ValueError(f"peer must be one of {', '.join(PEERS)}, received {peer!r}")
+    defaults = PEERS[peer].defaults
+    if not params.keys() <= defaults.keys():
+        raise ValueError(f"params of {peer} must be among {', '.join(defaults)}, received {', '.join(params)}")
+    return PEERS[peer].rule(**{**defaults, **params})
+
+
+def _unbounded(**params: Any) -> DynamicScale:
+    return DynamicScale(**{"min_scale": None, "max_scale": None, **params})
+
+
+def _both_ways(factor: float, **params: Any) -> DynamicScale:
+    return _unbounded(growth_factor=factor, backoff_factor=1 / checks.number("factor", factor, above=1.0), **params)
+
+
+def _flax(growth_interval: int, **params: Any) -> DynamicScale:
+    # It grows at the first finite step after `growth_interval` others, and saturates at float32's maximum.
+    return _unbounded(growth_interval=growth_interval + 1, max_scale=FLOAT32.max, **params)
+
+
+def _deepspeed(consecutive_hysteresis: bool, **params: Any) -> DynamicScale:
+    # The first growth, at the start and after an overflow, comes one step later than the next ones.
+    return _both_ways(refill="finite" if consecutive_hysteresis else "growth", growth_delay=1, **params)
+
+
+def _fairseq(threshold: float | None, min_scale: float, **params: Any) -> DynamicScale:
+    # It raises where the scale would reach `min_scale`; a rule cannot raise, so its scale stops there.
+    return _both_ways(min_scale=max(threshold or 0.0, min_scale), **params)
+
+
+def _apex(initial_scale: float, max_scale: float, **params: Any) -> DynamicScale:
+    return _unbounded(initial_scale=min(initial_scale, max_scale), max_scale=max_scale, **params)
+
+
+def _tf1(**params: Any) -> DynamicScale:
+    return _both_ways(min_scale=1.0, **params)
+
+
+def _openseq2seq_backoff(scale_min: float, scale_max: float, **params: Any) -> DynamicScale:
+    return _both_ways(initial_scale=scale_max, min_scale=scale_min, max_scale=scale_max, **params)
+
+
+def _openseq2seq_logmax(
+    scale_min: float, scale_max: float, overflow_std_dev: float, log_max: float, **params: Any
+) -> LogMaxScale:
+    # For an overflow it feeds 2**log_max where log_max was meant; and it aims at 2**16 whatever log_max is.
+    return LogMaxScale(
+        initial_scale=scale_min,
+        min_scale=scale_min,
+        max_scale=scale_max,
+        std_devs=overflow_std_dev,
+        overflow_log2=2.0**log_max,
+        **params,
+    )
+
+
+_TORCH = {"initial_scale": 2.0**16, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+
+PEERS: dict[str, Peer] = {
+    "torch": Peer(_unbounded, _TORCH),
+    "flax": Peer(_flax, {**_TORCH, "min_scale": FLOAT32.smallest_normal}),
+    "jmp": Peer(_both_ways, {"initial_scale": 2.0**15, "factor": 2.0, "growth_interval": 2000, "min_scale": 1.0}),
+    "deepspeed": Peer(
+        _deepspeed,
+        {
+            "initial_scale": 2.0**32,
+            "factor": 2.0,
+            "growth_interval": 1000,
+            "min_scale": 1.0,
+            "hysteresis": 1,
+            "consecutive_hysteresis": False,
+        },
+    ),
+    "megatron": Peer(
+        _unbounded, {**_TORCH, "initial_scale": 2.0**32, "growth_interval": 1000, "hysteresis": 2, "min_scale": 1.0}
+    ),
+    "fairseq": Peer(
+        _fairseq,
+        {
+            "initial_scale": 2.0**15,
+            "factor": 2.0,
+            "growth_interval": 2000,
+            "tolerance": 0.0,
+            "threshold": None,
+            "min_scale": 1e-4,
+        },
+    ),
+    "apex": Peer(_apex, {"initial_scale": 2.0**16, "growth_interval": 2000, "min_scale": None, "max_scale": 2.0**24}),
+    "keras": Peer(_unbounded, {"initial_scale": 2.0**15, "growth_interval": 2000}),
+    "tf1": Peer(_tf1, {"initial_scale": 2.0**15, "factor": 2.0, "growth_interval": 2000}),
+    "openseq2seq_backoff": Peer(
+        _openseq2seq_backoff, {"factor": 2.0, "growth_interval": 2000, "scale_min": 1.0, "scale_max": 2.0**14}
+    ),
+    "openseq2seq_logmax": Peer(
+        _openseq2seq_logmax,
+        {
+            "beta1": 0.99,
+            "beta2": 0.999,
+            "overflow_std_dev": 3.09,
+            "log_max": 16.0,
+            "scale_min": 1.0,
+            "scale_max": 2.0**14,
+        },
+    ),
+}
