@@ -5,27 +5,56 @@ A gradient is a tensor, a `tf.IndexedSlices` or None; None stands for "no path f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from keras import ops
+
+
+class Verdict(NamedTuple):
+    """What the unscaled gradients of one step say.
+
+    Args:
+        finite: Boolean scalar: is every value of every gradient finite?
+        culprit: int32 scalar: index of the first variable whose gradient is not; meaningless where all are.
+        norm: float32 scalar, see `global_norm`.
+        amax: float32 scalar, the largest absolute value; None where nobody asked.
+    """
+
+    finite: Any
+    culprit: Any
+    norm: Any
+    amax: Any = None
+
+
+def judge(gradients: Sequence[Any], indices: Sequence[int], needs_amax: bool = False) -> Verdict:
+    """Returns the verdict on unscaled gradients.
+
+    Args:
+        gradients: At least one of them not None.
+        indices: The index of each gradient's variable.
+        needs_amax: Measure the largest absolute value too.
+    """
+    flags = ops.stack([ops.all(ops.isfinite(values)) for values in _values(gradients)])
+    owners = [index for index, gradient in zip(indices, gradients, strict=True) if gradient is not None]
+    culprit = ops.take(ops.convert_to_tensor(owners, "int32"), ops.argmin(ops.cast(flags, "int32")))
+    return Verdict(ops.all(flags), culprit, global_norm(gradients), largest(gradients) if needs_amax else None)
 
 
 def unscale(gradient: Any, scale: Any) -> Any:
     """Returns `gradient / scale` in the gradient's own dtype and sparsity.
 
-    The division is done in float32 at least. Division, since the reciprocal of a scale above 2**126 is subnormal.
+    The quotient is taken in float32 at least. By division, since the reciprocal of a scale above 2**126 is subnormal.
 
     Args:
         gradient: Tensor of any shape and floating dtype, `tf.IndexedSlices`, or None.
         scale: float32 scalar.
     """
-    return _map(lambda values: ops.cast(ops.divide(values, scale), values.dtype), gradient)
-
-
-def finite_flags(gradients: Sequence[Any]) -> Any:
-    """Returns a boolean vector: for each gradient that is not None, whether all of its values are finite."""
-    return ops.stack([ops.all(ops.isfinite(values)) for values in _values(gradients)])
+    if gradient is None:
+        return None
+    if _is_sparse(gradient):
+        return type(gradient)(unscale(gradient.values, scale), gradient.indices, gradient.dense_shape)
+    return ops.cast(ops.divide(gradient, scale), gradient.dtype)
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:
@@ -46,14 +75,6 @@ def largest(gradients: Sequence[Any]) -> Any:
 
 def _values(gradients: Sequence[Any]) -> list[Any]:
     return [gradient.values if _is_sparse(gradient) else gradient for gradient in gradients if gradient is not None]
-
-
-def _map(function: Callable[[Any], Any], gradient: Any) -> Any:
-    if gradient is None:
-        return None
-    if _is_sparse(gradient):
-        return type(gradient)(function(gradient.values), gradient.indices, gradient.dense_shape)
-    return function(gradient)
 
 
 def _is_sparse(gradient: Any) -> bool:

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
-import numpy
 from keras import ops
 
-from tfmixed import gradients, scaling
-from tfmixed.records import EventsLost, Reason, Record, ScaleChange
+from tfmixed import events, gradients, scaling
+from tfmixed.gradients import Verdict
+from tfmixed.records import Record
 from tfmixed.scaling import ConstantScale, DynamicScale, ScalingRule, checks
-
-_REASONS: tuple[Reason, ...] = ("overflow", "growth", "set")
-_OVERFLOW, _GROWTH, _SET = range(3)
-_NO_VARIABLE = -1
-_KERAS_NAMES = {"scale": "dynamic_scale", "good_steps": "step_counter"}
-
-
-class _Verdict(NamedTuple):
-    """What one step's gradients say. All are scalars; `culprit` counts trainable variables."""
-
-    finite: Any
-    culprit: Any
-    norm: Any
-    amax: Any
+from tfmixed.state import ScalingState
 
 
 @keras.saving.register_keras_serializable(package="tfmixed")
@@ -85,93 +71,62 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         )
         self.rule = rule
         self.event_capacity = checks.count("event_capacity", event_capacity, 1)
-        self._own: dict[str, keras.Variable] = {}
+        self._scaling: ScalingState | None = None
         self._paths: list[str] = []
-
-    # State. Everything lives in optimizer variables, so that it is checkpointed, and exact whatever runs the step.
 
     def build(self, variables: Sequence[Any]) -> None:
         """Creates all optimizer variables for the given trainable variables."""
-        self._ensure_own()
+        self._state()
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         self._paths = [getattr(variable, "path", variable.name) for variable in variables]
         # Keras's LossScaleOptimizer.build would add its own two variables: its base class does the rest.
         keras.optimizers.Optimizer.build(self, variables)
 
-    def _ensure_own(self) -> dict[str, keras.Variable]:
-        if not self._own:
-            with _outside_of_graphs():
-                own = {name: self._add_own(name, value) for name, value in self._start().items()}
-            self._own.update(own)
-        return self._own
-
-    def _start(self) -> dict[str, Any]:
-        state = self.rule.start()
-        zero, capacity = numpy.int32(0), self.event_capacity
-        return {
-            **{_KERAS_NAMES.get(field, field): value for field, value in zip(state._fields, state, strict=True)},
-            **dict.fromkeys(("attempted_steps", "skipped_steps", "consecutive_skips"), zero),
-            "gradient_norm": numpy.float32(0),
-            **dict.fromkeys(("event_count", "events_drained"), zero),
-            "event_steps": numpy.zeros(capacity, "int32"),
-            "event_causes": numpy.zeros((capacity, 2), "int32"),
-            "event_scales": numpy.zeros((capacity, 2), "float32"),
-        }
-
-    def _add_own(self, name: str, value: Any) -> keras.Variable:
-        # "int" as in Keras: int64 on TensorFlow, which keeps int32 variables off the GPU.
-        dtype = "int" if value.dtype.kind == "i" else "float32"
-        return self.add_variable(
-            shape=value.shape, dtype=dtype, initializer=lambda shape, dtype: ops.cast(value, dtype), name=name
-        )
-
-    def _read(self, name: str) -> Any:
-        return ops.copy(self._ensure_own()[name].value)
+    def _state(self) -> ScalingState:
+        # Made on first use, so that a loss scaled before `build` reads the variable and not a number.
+        if self._scaling is None:
+            self._scaling = ScalingState(self.rule, self.event_capacity, self.add_variable)
+        return self._scaling
 
     @property
     def loss_scale(self) -> Any:
         """The scale of the next step, a float32 scalar tensor. Assigning to it is logged as a change by hand."""
-        return self._read("dynamic_scale")
+        return self._state().read("dynamic_scale")
 
     @loss_scale.setter
     def loss_scale(self, value: float) -> None:
-        low, high = self.rule.bounds
-        new = checks.number("loss_scale", value, least=low, most=high)
-        self._log_change(self.loss_scale, ops.cast(new, "float32"), _SET, _NO_VARIABLE)
-        self.dynamic_scale.assign(new)
+        self._state().set_scale(value)
 
     @property
     def dynamic_scale(self) -> keras.Variable:
         """The variable that holds the scale, whatever the rule."""
-        return self._ensure_own()["dynamic_scale"]
+        return self._state().variables["dynamic_scale"]
 
     @property
     def step_counter(self) -> keras.Variable | None:
         """The variable that counts finite steps towards the next growth; None if the rule counts none."""
-        return self._ensure_own().get("step_counter")
+        return self._state().variables.get("step_counter")
 
     @property
     def attempted_steps(self) -> Any:
         """Steps so far, applied or skipped: an integer scalar tensor."""
-        return self._read("attempted_steps")
+        return self._state().read("attempted_steps")
 
     @property
     def skipped_steps(self) -> Any:
         """Steps skipped so far: an integer scalar tensor."""
-        return self._read("skipped_steps")
+        return self._state().read("skipped_steps")
 
     @property
     def consecutive_skips(self) -> Any:
         """Steps skipped since the last one that was applied: an integer scalar tensor."""
-        return self._read("consecutive_skips")
+        return self._state().read("consecutive_skips")
 
     @property
     def gradient_norm(self) -> Any:
         """Global L2 norm of the last step's unscaled gradients, before clipping: a float32 scalar tensor."""
-        return self._read("gradient_norm")
-
-    # A step.
+        return self._state().read("gradient_norm")
 
     def scale_loss(self, loss: Any) -> Any:
         """Returns `loss` times the scale, in float32 at least: most scales are too large for float16."""
@@ -195,13 +150,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             with keras.name_scope(self.name, caller=self):
                 self.build(list(trainable_variables))
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
-        unscaled = self._unscale(grads, variables)
-        verdict = self._judge(unscaled, variables)
+        unscaled, verdict = self._judge(grads, variables)
         if self.rule.skip_nonfinite:
-            ops.cond(verdict.finite, lambda: self.inner_optimizer.apply(unscaled, trainable_variables), lambda: None)
+            ops.cond(verdict.finite, lambda: self.inner_optimizer.apply(unscaled, variables), lambda: None)
         else:
-            self.inner_optimizer.apply(unscaled, trainable_variables)
-        self._advance(verdict)
+            self.inner_optimizer.apply(unscaled, variables)
+        self._state().advance(verdict)
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
@@ -226,9 +180,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         _check_any(grads)
         own, inner = optimizer_variables[: len(self._variables)], optimizer_variables[len(self._variables) :]
         with keras.StatelessScope(state_mapping=list(zip(self._variables, own, strict=True))) as scope:
-            unscaled = self._unscale(grads, self._trainable_variables)
-            verdict = self._judge(unscaled, self._trainable_variables)
-            self._advance(verdict)
+            unscaled, verdict = self._judge(grads, self._trainable_variables)
+            self._state().advance(verdict)
         new_own = [scope.get_current_value(variable) for variable in self._variables]
 
         def applied() -> tuple[list[Any], list[Any]]:
@@ -242,63 +195,15 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             )
         return new_trainable, new_own + new_inner
 
-    def _unscale(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    def _judge(self, grads: Sequence[Any], variables: Sequence[Any]) -> tuple[list[Any], Verdict]:
+        scale = self.loss_scale
         # Variables that are overwritten with their gradient (float8 scales) hold it as it is.
-        return [
-            gradient
-            if getattr(variable, "overwrite_with_gradient", False)
-            else gradients.unscale(gradient, self.loss_scale)
+        unscaled = [
+            gradient if getattr(variable, "overwrite_with_gradient", False) else gradients.unscale(gradient, scale)
             for gradient, variable in zip(grads, variables, strict=True)
         ]
-
-    def _judge(self, unscaled: list[Any], variables: Sequence[Any]) -> _Verdict:
-        flags = gradients.finite_flags(unscaled)
-        indices = [
-            self._get_variable_index(variable)
-            for variable, gradient in zip(variables, unscaled, strict=True)
-            if gradient is not None
-        ]
-        return _Verdict(
-            finite=ops.all(flags),
-            culprit=ops.take(ops.convert_to_tensor(indices, "int32"), ops.argmin(ops.cast(flags, "int32"))),
-            norm=gradients.global_norm(unscaled),
-            amax=gradients.largest(unscaled) if self.rule.needs_amax else None,
-        )
-
-    def _advance(self, verdict: _Verdict) -> None:
-        finite = verdict.finite
-        names = [_KERAS_NAMES.get(field, field) for field in self.rule.start()._fields]
-        old = type(self.rule.start())(*(self._read(name) for name in names))
-        new = self.rule.next(old, finite, verdict.amax, xp=ops)
-        reason = ops.where(finite, ops.where(new.scale > old.scale, _GROWTH, _SET), _OVERFLOW)
-        self._log_change(old.scale, new.scale, reason, ops.where(finite, _NO_VARIABLE, verdict.culprit))
-        skipped = ops.logical_not(finite) if self.rule.skip_nonfinite else False
-        one = ops.cast(skipped, "int32")
-        for name, value in zip(names, new, strict=True):
-            self._own[name].assign(value)
-        self._own["attempted_steps"].assign(self.attempted_steps + 1)
-        self._own["skipped_steps"].assign(self.skipped_steps + ops.cast(one, self.skipped_steps.dtype))
-        self._own["consecutive_skips"].assign(ops.where(skipped, self.consecutive_skips + 1, 0))
-        self._own["gradient_norm"].assign(verdict.norm)
-
-    # The log on the device.
-
-    def _log_change(self, old: Any, new: Any, reason: Any, variable: Any) -> None:
-        changed = ops.not_equal(new, old)
-        count = self._read("event_count")
-        here = ops.logical_and(
-            changed, ops.equal(ops.arange(self.event_capacity), ops.cast(count % self.event_capacity, "int32"))
-        )
-        entries = {
-            "event_steps": self.attempted_steps,
-            "event_causes": ops.stack([ops.cast(reason, "int32"), ops.cast(variable, "int32")]),
-            "event_scales": ops.stack([old, new]),
-        }
-        for name, entry in entries.items():
-            ring = self._own[name]
-            mask = ops.reshape(here, (-1,) + (1,) * (len(ring.shape) - 1))
-            ring.assign(ops.where(mask, ops.cast(entry, ring.dtype), ring))
-        self._own["event_count"].assign(count + ops.cast(changed, count.dtype))
+        indices = [self._get_variable_index(variable) for variable in variables]
+        return unscaled, gradients.judge(unscaled, indices, self.rule.needs_amax)
 
     def drain_events(self) -> list[Record]:
         """Returns the changes of the scale since the last call, oldest first, and forgets them.
@@ -306,23 +211,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Reads the device. If more than `event_capacity` changes happened since, the list starts with an `EventsLost`
         that counts those that the ring no longer holds.
         """
-        own = {name: ops.convert_to_numpy(variable) for name, variable in self._ensure_own().items()}
-        count, drained = int(own["event_count"]), int(own["events_drained"])
-        first = max(drained, count - self.event_capacity)
-        events: list[Record] = [self._event(index % self.event_capacity, own) for index in range(first, count)]
-        if first > drained:
-            events.insert(0, EventsLost(first - drained, int(own["event_steps"][first % self.event_capacity])))
-        if count > drained:
-            self._own["events_drained"].assign(count)
-        return events
-
-    def _event(self, index: int, own: dict[str, Any]) -> ScaleChange:
-        reason, variable = (int(number) for number in own["event_causes"][index])
-        old, new = (float(number) for number in own["event_scales"][index])
-        path = None if variable == _NO_VARIABLE else self._paths[variable]
-        return ScaleChange(int(own["event_steps"][index]), old, new, _REASONS[reason], path)
-
-    # Saving.
+        return events.drain(self._state().variables, self._paths)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration: Keras's own four entries where they say it all."""
@@ -354,53 +243,42 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         )
         if optimizer.built:
             new.build(optimizer._trainable_variables)
-            new._restore({name: getattr(optimizer, name).numpy() for name in _KERAS_NAMES.values()})
+            new._state().restore({name: getattr(optimizer, name).numpy() for name in ("dynamic_scale", "step_counter")})
         return new
 
     def save_own_variables(self, store: Any) -> None:
         """Writes own variables under their names and the inner optimizer's under their numbers."""
-        for name, variable in self._own_by_name().items():
+        for name, variable in {**self._state().variables, **self._inner_by_name()}.items():
             store[name] = variable.numpy()
-        for index, variable in enumerate(self.inner_optimizer.variables):
-            store[f"inner_{index}"] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` wrote, or what Keras's own class wrote.
 
-        A scale out of the rule's bounds (Keras's can be 0 or inf) is moved to the nearest one. The state of another
-        rule is left out, so that the rule given here starts afresh.
+        What the file does not hold, because another rule wrote it, starts afresh.
         """
-        saved = _by_name(store, len(self.inner_optimizer.variables))
-        inner = {f"inner_{index}": variable for index, variable in enumerate(self.inner_optimizer.variables)}
+        inner = self._inner_by_name()
+        saved = _by_name(store, inner)
         if not inner.keys() <= saved.keys():
             warnings.warn(
-                f"Skipping variable loading for optimizer {self.name!r}: the file's inner optimizer has other variables "
-                f"than {type(self.inner_optimizer).__name__} here, or the optimizer is not built yet.",
+                f"Skipping variable loading for optimizer {self.name!r}: the inner optimizer of the file has other "
+                f"variables than {type(self.inner_optimizer).__name__} here, or the optimizer is not built yet.",
                 stacklevel=2,
             )
             return
-        self._restore(saved)
+        self._state().restore(saved)
+        for name, variable in inner.items():
+            variable.assign(saved[name])
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        inner = {f"inner_{index}": variable for index, variable in enumerate(self.inner_optimizer.variables)}
-        for name, variable in {**self._own_by_name(), **inner}.items():
-            if name in saved and tuple(saved[name].shape) == tuple(variable.shape):
-                variable.assign(saved[name])
-        scale = numpy.nan_to_num(self.dynamic_scale.numpy(), nan=self.initial_scale)
-        self.dynamic_scale.assign(numpy.clip(scale, *self.rule.bounds))
-
-    def _own_by_name(self) -> dict[str, keras.Variable]:
-        iteration, learning_rate = self._variables[:2]
-        return {"iteration": iteration, "learning_rate": learning_rate, **self._ensure_own()}
+    def _inner_by_name(self) -> dict[str, keras.Variable]:
+        return {f"inner_{index}": variable for index, variable in enumerate(self.inner_optimizer.variables)}
 
 
-def _by_name(store: Any, inner_count: int) -> dict[str, Any]:
-    keys = set(store.keys())
-    keras_names = ["iteration", "learning_rate", "step_counter", "dynamic_scale"]
-    names = keras_names + [f"inner_{index}" for index in range(inner_count)]
-    if keys == {str(index) for index in range(len(names))}:
-        return {name: store[str(index)] for index, name in enumerate(names)}
-    return {key: store[key] for key in keys}
+def _by_name(store: Any, inner: dict[str, Any]) -> dict[str, Any]:
+    """Returns a file's values by our names; Keras numbers its four own variables and then the inner optimizer's."""
+    numbered = ["iteration", "learning_rate", "step_counter", "dynamic_scale", *inner]
+    if set(store.keys()) == {str(number) for number in range(len(numbered))}:
+        return {name: store[str(number)] for number, name in enumerate(numbered)}
+    return {name: store[name] for name in store.keys()}  # noqa: SIM118  # an HDF5 group of Keras does not iterate
 
 
 def _rule_from(
@@ -451,12 +329,3 @@ def _check_any(grads: Sequence[Any]) -> None:
             f"grads must hold at least one gradient, received {len(grads)} times None: the loss does not depend on "
             "any of the trainable variables"
         )
-
-
-def _outside_of_graphs() -> contextlib.AbstractContextManager[Any]:
-    # A variable made while a tf.function is traced would belong to that trace alone.
-    if keras.backend.backend() != "tensorflow":
-        return contextlib.nullcontext()
-    import tensorflow
-
-    return tensorflow.init_scope()

@@ -1,0 +1,86 @@
+"""The log on the device: a ring of optimizer variables that the step itself writes.
+
+So the step of a change is exact whatever runs it (`steps_per_execution`, XLA, strategies), and nobody has to look at
+every step to see a change. Only draining reads the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy
+from keras import ops
+
+from tfmixed.records import EventsLost, Reason, Record, ScaleChange
+
+OVERFLOW, GROWTH, SET = range(3)
+_REASONS: tuple[Reason, ...] = ("overflow", "growth", "set")
+NO_VARIABLE = -1
+
+Variables = dict[str, keras.Variable]
+
+
+def start(capacity: int) -> dict[str, Any]:
+    """Returns the first values of the ring's variables, by name.
+
+    `event_count` and `events_drained` are totals since the beginning: their difference is what is still to be read.
+    """
+    return {
+        "event_count": numpy.int32(0),
+        "events_drained": numpy.int32(0),
+        "event_steps": numpy.zeros(capacity, "int32"),
+        "event_causes": numpy.zeros((capacity, 2), "int32"),  # reason, variable
+        "event_scales": numpy.zeros((capacity, 2), "float32"),  # old, new
+    }
+
+
+def log(ring: Variables, step: Any, old: Any, new: Any, reason: Any, variable: Any) -> None:
+    """Writes one entry if `new` differs from `old`, by selecting: nothing branches.
+
+    Args:
+        ring: The variables that `start` describes, among others.
+        step: Integer scalar, the attempted step.
+        old: float32 scalar.
+        new: float32 scalar.
+        reason: Integer scalar, an index into overflow, growth, set.
+        variable: Integer scalar, index of the guilty trainable variable, or `NO_VARIABLE`.
+    """
+    changed = ops.not_equal(new, old)
+    count = ops.copy(ring["event_count"].value)
+    capacity = ring["event_steps"].shape[0]
+    here = ops.logical_and(changed, ops.equal(ops.arange(capacity, dtype="int32"), ops.cast(count % capacity, "int32")))
+    causes = ops.stack([ops.cast(reason, "int32"), ops.cast(variable, "int32")])
+    _write(ring["event_steps"], here, step)
+    _write(ring["event_causes"], here[:, None], causes)
+    _write(ring["event_scales"], here[:, None], ops.stack([old, new]))
+    ring["event_count"].assign(count + ops.cast(changed, count.dtype))
+
+
+def drain(ring: Variables, paths: Sequence[str]) -> list[Record]:
+    """Returns the entries that were not drained yet, oldest first, and marks them as drained. Reads the device.
+
+    Args:
+        ring: As in `log`.
+        paths: Paths of the trainable variables.
+    """
+    count, drained = (int(ops.convert_to_numpy(ring[name])) for name in ("event_count", "events_drained"))
+    if count == drained:
+        return []
+    names = ("event_steps", "event_causes", "event_scales")
+    steps, causes, scales = (ops.convert_to_numpy(ring[name]).tolist() for name in names)
+    first = max(drained, count - len(steps))
+    events: list[Record] = []
+    for index in (number % len(steps) for number in range(first, count)):
+        (old, new), (reason, variable) = scales[index], causes[index]
+        path = None if variable == NO_VARIABLE else paths[variable]
+        events.append(ScaleChange(steps[index], old, new, _REASONS[reason], path))
+    if first > drained:
+        events.insert(0, EventsLost(first - drained, steps[first % len(steps)]))
+    ring["events_drained"].assign(count)
+    return events
+
+
+def _write(variable: keras.Variable, mask: Any, entry: Any) -> None:
+    variable.assign(ops.where(mask, ops.cast(entry, variable.dtype), variable))

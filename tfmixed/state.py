@@ -1,0 +1,110 @@
+"""What a loss scaler remembers: the rule's state, its counters and the ring of events, in Keras variables."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy
+from keras import ops
+
+from tfmixed import events
+from tfmixed.gradients import Verdict
+from tfmixed.scaling import ScalingRule, checks
+
+# The names that Keras's own LossScaleOptimizer gives to what both have.
+_KERAS_NAMES = {"scale": "dynamic_scale", "good_steps": "step_counter"}
+
+
+class ScalingState:
+    """The variables of one scaler and the step that advances them.
+
+    Nothing here branches on a tensor, and a step only selects and assigns: it may run eagerly, in a `tf.function`,
+    under XLA or in a `keras.StatelessScope`.
+
+    Args:
+        rule: How the scale moves.
+        capacity: Entries of the ring.
+        add_variable: Makes a variable, with the arguments of `keras.optimizers.Optimizer.add_variable`.
+    """
+
+    def __init__(self, rule: ScalingRule, capacity: int, add_variable: Callable[..., keras.Variable]) -> None:
+        self.rule = rule
+        start = rule.start()
+        self._names = [_KERAS_NAMES.get(field, field) for field in start._fields]
+        values = {
+            **dict(zip(self._names, start, strict=True)),
+            **dict.fromkeys(("attempted_steps", "skipped_steps", "consecutive_skips"), numpy.int32(0)),
+            "gradient_norm": numpy.float32(0),
+            **events.start(capacity),
+        }
+        with _outside_of_graphs():
+            self.variables = {name: _variable(add_variable, name, value) for name, value in values.items()}
+
+    def read(self, name: str) -> Any:
+        """Returns the present value of a variable, as a tensor of its own."""
+        return ops.copy(self.variables[name].value)
+
+    def advance(self, verdict: Verdict) -> None:
+        """Moves everything on by one attempted step."""
+        finite = verdict.finite
+        old = type(self.rule.start())(*(self.read(name) for name in self._names))
+        new = self.rule.next(old, finite, verdict.amax, xp=ops)
+        reason = ops.where(finite, ops.where(new.scale > old.scale, events.GROWTH, events.SET), events.OVERFLOW)
+        culprit = ops.where(finite, events.NO_VARIABLE, verdict.culprit)
+        attempted = self.read("attempted_steps")
+        events.log(self.variables, attempted, old.scale, new.scale, reason, culprit)
+        skipped = ops.cast(ops.logical_not(finite) if self.rule.skip_nonfinite else False, attempted.dtype)
+        values = {
+            **dict(zip(self._names, new, strict=True)),
+            "attempted_steps": attempted + 1,
+            "skipped_steps": self.read("skipped_steps") + skipped,
+            "consecutive_skips": (self.read("consecutive_skips") + 1) * skipped,
+            "gradient_norm": verdict.norm,
+        }
+        for name, value in values.items():
+            self.variables[name].assign(value)
+
+    def set_scale(self, value: float) -> None:
+        """Sets the scale by hand, and logs it.
+
+        Raises:
+            ValueError: The rule's bounds do not hold `value`.
+        """
+        low, high = self.rule.bounds
+        old, new = self.read("dynamic_scale"), checks.number("loss_scale", value, least=low, most=high)
+        step = self.read("attempted_steps")
+        events.log(self.variables, step, old, ops.cast(new, "float32"), events.SET, events.NO_VARIABLE)
+        self.variables["dynamic_scale"].assign(new)
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Takes over the values that it finds under the names of its variables.
+
+        A scale that the rule's bounds do not hold (Keras's own can be 0 or inf) becomes the nearest that they do, NaN
+        the initial one. What has another shape, as the ring of another capacity, starts afresh.
+        """
+        for name, variable in self.variables.items():
+            if name in saved and tuple(saved[name].shape) == tuple(variable.shape):
+                variable.assign(saved[name])
+        scale = self.variables["dynamic_scale"]
+        known = numpy.nan_to_num(ops.convert_to_numpy(scale), nan=self.rule.start().scale)
+        scale.assign(numpy.clip(known, *self.rule.bounds))
+
+
+def _variable(add_variable: Callable[..., keras.Variable], name: str, value: Any) -> keras.Variable:
+    # "int" as in Keras: int64 on TensorFlow, which would keep int32 variables off the GPU.
+    dtype = "int" if value.dtype.kind == "i" else "float32"
+    return add_variable(
+        shape=value.shape, dtype=dtype, initializer=lambda _shape, dtype: ops.cast(value, dtype), name=name
+    )
+
+
+def _outside_of_graphs() -> contextlib.AbstractContextManager[Any]:
+    # A variable made while a tf.function is traced would belong to that trace alone.
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow
+
+    return tensorflow.init_scope()  # type: ignore[no-any-return]  # tensorflow ships no types
