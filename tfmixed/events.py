@@ -65,11 +65,11 @@ def drain(ring: Variables, paths: Sequence[str]) -> list[Record]:
         ring: As in `log`.
         paths: Paths of the trainable variables.
     """
-    count, drained = (int(ops.convert_to_numpy(ring[name])) for name in ("event_count", "events_drained"))
+    count, drained = (int(ring[name].numpy()) for name in ("event_count", "events_drained"))
     if count == drained:
         return []
     names = ("event_steps", "event_causes", "event_scales")
-    steps, causes, scales = (ops.convert_to_numpy(ring[name]).tolist() for name in names)
+    steps, causes, scales = (ring[name].numpy().tolist() for name in names)
     first = max(drained, count - len(steps))
     events: list[Record] = []
     for index in (number % len(steps) for number in range(first, count)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -35,7 +36,7 @@ class ScaleChange:
 
     def __str__(self) -> str:
         guilty = f"  {self.variable}" if self.variable else ""
-        return f"step {self.step}: loss scale {self.old_scale:g} -> {self.new_scale:g} ({self.reason}){guilty}"
+        return f"step {self.step}: loss scale {_short(self.old_scale)} -> {_short(self.new_scale)} ({self.reason}){guilty}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ def from_line(line: str) -> Record:
         return kind(**{field.name: values[field.name] for field in fields(kind)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"line must be a record of a tfmixed log, received: {line[:200]!r}") from error
+
+
+def _short(scale: float) -> str:
+    mantissa, exponent = math.frexp(scale)
+    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:g}"
 
 
 def complete_lines(path: Path) -> Iterator[str]:

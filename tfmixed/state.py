@@ -89,7 +89,7 @@ class ScalingState:
             if name in saved and tuple(saved[name].shape) == tuple(variable.shape):
                 variable.assign(saved[name])
         scale = self.variables["dynamic_scale"]
-        known = numpy.nan_to_num(ops.convert_to_numpy(scale), nan=self.rule.start().scale)
+        known = numpy.nan_to_num(scale.numpy(), nan=self.rule.start().scale)
         scale.assign(numpy.clip(known, *self.rule.bounds))
 
 

@@ -1,0 +1,497 @@
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+
+import tfmixed
+from tfmixed import LossScaleOptimizer, scaling
+from tfmixed.records import EventsLost, ScaleChange
+from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
+
+BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
+
+
+def variables():
+    return [keras.Variable([1.0, 2.0], name="a"), keras.Variable([3.0, 4.0], name="b")]
+
+
+def step(optimizer, weights, good, bad=np.inf):
+    """Applies one gradient of 1 everywhere, scaled; `bad` replaces one entry of the second."""
+    scale = float(optimizer.loss_scale)
+    optimizer.apply([ops.array([scale, scale]), ops.array([scale, scale if good else bad])], weights)
+
+
+def run(optimizer, trace, bad=np.inf, weights=None):
+    weights = weights or variables()
+    scales = []
+    for letter in trace:
+        step(optimizer, weights, letter == "T", bad)
+        scales.append(float(optimizer.loss_scale))
+    return weights, scales
+
+
+def digits_like(count=512, width=6):
+    x = np.random.default_rng(0).normal(size=(count, width)).astype("float32")
+    return x, x.sum(axis=1, keepdims=True)
+
+
+def small_model(optimizer=None, **compile_arguments):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5, "relu"), keras.layers.Dense(1)])
+    if optimizer is not None:
+        model.compile(optimizer, loss="mse", **compile_arguments)
+    return model
+
+
+def finite(model):
+    return all(np.isfinite(weight).all() for weight in model.get_weights())
+
+
+# The rule and the step.
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("trace", ["TTTT", "FFFF", "TFTTFTTTTF", "FTTTTTTTTT"])
+def test_scale_follows_the_rule_and_counters_the_trace(trace, bad):
+    """Scale, counters and iterations are those of the rule and of the trace; weights move on finite steps only."""
+    rule = DynamicScale(initial_scale=8.0, growth_interval=3)
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.5), rule)
+    weights, scales = run(optimizer, trace, bad)
+    assert scales == scaling.simulate(rule, trace)
+    assert int(optimizer.attempted_steps) == len(trace)
+    assert int(optimizer.skipped_steps) == trace.count("F")
+    assert int(optimizer.consecutive_skips) == len(trace) - len(trace.rstrip("F"))
+    assert int(optimizer.iterations) == trace.count("T")
+    np.testing.assert_allclose(weights[0].numpy(), np.array([1.0, 2.0]) - 0.5 * trace.count("T"))
+
+
+@pytest.mark.parametrize("rule", ["dynamic", 128, DynamicScale(min_scale=None, max_scale=None), LogMaxScale()])
+def test_no_row_of_overflows_breaks_weights_or_scale(rule):
+    """200 overflows, then a gradient of 0: Keras's own class writes NaN here (K1)."""
+    optimizer = LossScaleOptimizer("adam", rule)
+    weights, scales = run(optimizer, "F" * 200)
+    optimizer.apply([ops.zeros(2), ops.zeros(2)], weights)
+    assert all(np.isfinite(weight.numpy()).all() for weight in weights)
+    assert min(scales) > 0
+    assert int(optimizer.skipped_steps) == 200
+
+
+def test_growth_stops_at_the_ceiling():
+    """Keras's own class reaches inf here and stays there (K2)."""
+    optimizer = LossScaleOptimizer("sgd", initial_scale=2.0**15, dynamic_growth_steps=1)
+    _, scales = run(optimizer, "T" * 40)
+    assert max(scales) == 2.0**24
+
+
+def test_constant_scale_skips_and_counts_bad_steps():
+    """A constant scale never moves; a non-finite step is skipped and counted, and is no change of the scale."""
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.5), 128)
+    weights, scales = run(optimizer, "TFFT")
+    assert scales == [128.0] * 4
+    assert int(optimizer.skipped_steps) == 2
+    assert optimizer.drain_events() == []
+    np.testing.assert_allclose(weights[1].numpy(), [2.0, 3.0])
+
+
+def test_unchecked_constant_scale_applies_everything():
+    """skip_nonfinite=False is what it says: the step is applied, and counts as applied."""
+    optimizer = LossScaleOptimizer("sgd", ConstantScale(2.0, skip_nonfinite=False))
+    weights, _ = run(optimizer, "F")
+    assert not np.isfinite(weights[1].numpy()).all()
+    assert int(optimizer.skipped_steps) == 0
+
+
+def test_gradient_norm_is_unscaled_and_global():
+    """The norm of the last step's unscaled gradients, in training terms."""
+    optimizer = LossScaleOptimizer("sgd", 1024)
+    optimizer.apply([ops.array([3.0 * 1024, 0.0]), ops.array([0.0, 4.0 * 1024])], variables())
+    assert float(optimizer.gradient_norm) == 5.0
+
+
+def test_logmax_scale_sees_the_unscaled_maximum():
+    """A rule that needs amax gets the largest unscaled gradient."""
+    rule = LogMaxScale(initial_scale=4.0, max_scale=2.0**20)
+    optimizer = LossScaleOptimizer("sgd", rule)
+    weights = variables()
+    amax = [2.0, 1.0, 4.0]
+    scales = []
+    for size in amax:
+        scale = float(optimizer.loss_scale)
+        optimizer.apply([ops.array([size * scale, 0.0]), ops.array([-0.5 * scale, 0.0])], weights)
+        scales.append(float(optimizer.loss_scale))
+    np.testing.assert_allclose(scales, scaling.simulate(rule, "TTT", amax), rtol=1e-5)
+
+
+def test_scale_loss_is_float32_at_least():
+    """A float16 loss times 2**24 is no inf."""
+    scaled = LossScaleOptimizer("sgd", 2.0**24).scale_loss(ops.cast(2.0, "float16"))
+    assert keras.backend.standardize_dtype(scaled.dtype) == "float32"
+    assert float(scaled) == 2.0**25
+
+
+def test_scale_loss_traced_before_build_reads_the_variable():
+    """A function traced before the first step follows the scale afterwards."""
+    optimizer = LossScaleOptimizer("sgd", DynamicScale(initial_scale=8.0))
+    scaled = tf.function(optimizer.scale_loss)
+    assert float(scaled(tf.constant(1.0))) == 8.0
+    traces = scaled.experimental_get_tracing_count()
+    run(optimizer, "F")
+    assert float(scaled(tf.constant(1.0))) == 4.0
+    assert scaled.experimental_get_tracing_count() == traces
+
+
+def test_float16_gradients_are_judged_in_their_own_range():
+    """Unscaling by a scale below 1 can leave float16: that is an overflow, not an inf in the weights."""
+    rule = DynamicScale(initial_scale=0.5, min_scale=0.25)
+    optimizer = LossScaleOptimizer("sgd", rule)
+    weight = keras.Variable([1.0], dtype="float16", name="half")
+    optimizer.apply([ops.array([60000.0], "float16")], [weight])
+    assert int(optimizer.skipped_steps) == 1
+    assert np.isfinite(weight.numpy()).all()
+
+
+def test_sparse_and_missing_gradients():
+    """IndexedSlices stay sparse, None among others is left to the inner optimizer, and both are judged."""
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), 4)
+    table, missing = keras.Variable(np.ones((3, 2)), name="table"), keras.Variable([1.0], name="missing")
+    good = tf.IndexedSlices(tf.fill((1, 2), 4.0), tf.constant([1]), tf.constant([3, 2]))
+    bad = tf.IndexedSlices(tf.fill((1, 2), np.inf), tf.constant([1]), tf.constant([3, 2]))
+    with pytest.warns(UserWarning, match="missing"):
+        optimizer.apply([good, None], [table, missing])
+        optimizer.apply([bad, None], [table, missing])
+    np.testing.assert_allclose(table.numpy(), [[1, 1], [0, 0], [1, 1]])
+    assert int(optimizer.skipped_steps) == 1
+
+
+def test_all_missing_gradients_raise():
+    """A loss that depends on no variable is an error that says so (K7)."""
+    with pytest.raises(ValueError, match="grads must hold at least one gradient, received 2 times None"):
+        LossScaleOptimizer("sgd").apply([None, None], variables())
+
+
+def test_no_variables_is_no_step():
+    """A model without trainable weights trains without an error."""
+    optimizer = LossScaleOptimizer("sgd")
+    optimizer.apply([], [])
+    assert int(optimizer.attempted_steps) == 0
+
+
+def test_variables_that_hold_their_gradient_are_not_unscaled():
+    """float8 scales (`overwrite_with_gradient`) take the gradient as it is, unless it is not finite."""
+    optimizer = LossScaleOptimizer("sgd", 8)
+    weight = keras.Variable([1.0])
+    weight.overwrite_with_gradient = True
+    optimizer.apply([ops.array([5.0])], [weight])
+    optimizer.apply([ops.array([np.nan])], [weight])
+    np.testing.assert_allclose(weight.numpy(), [5.0])
+
+
+# The log on the device.
+
+
+def test_events_are_the_history_of_the_variable():
+    """Each change has its step, both scales, the reason and, for an overflow, the guilty variable."""
+    rule = DynamicScale(initial_scale=8.0, growth_interval=2)
+    optimizer = LossScaleOptimizer("sgd", rule)
+    run(optimizer, "TTFT")
+    assert optimizer.drain_events() == [
+        ScaleChange(1, 8.0, 16.0, "growth"),
+        ScaleChange(2, 16.0, 8.0, "overflow", "b"),
+    ]
+    assert optimizer.drain_events() == []
+
+
+def test_the_first_guilty_variable_is_named():
+    """Where several gradients are not finite, the event names the first variable; missing ones do not shift it."""
+    optimizer = LossScaleOptimizer("sgd")
+    names = ["a", "b", "c", "d"]
+    weights = [keras.Variable([1.0], name=name) for name in names]
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        optimizer.apply([ops.ones(1)] * 4, weights)
+        optimizer.apply([None, ops.ones(1), ops.array([np.nan]), ops.array([np.inf])], weights)
+        optimizer.apply([None, ops.ones(1), ops.ones(1), ops.ones(1)], weights)
+    assert [event.variable for event in optimizer.drain_events()] == ["c"]
+
+
+def test_a_full_ring_tells_how_much_it_lost():
+    """The oldest changes give way, and their number is reported with the step after the gap."""
+    optimizer = LossScaleOptimizer("sgd", event_capacity=3)
+    weights, _ = run(optimizer, "F" * 5)
+    lost, *kept = optimizer.drain_events()
+    assert lost == EventsLost(2, before_step=2)
+    assert [event.step for event in kept] == [2, 3, 4]
+    run(optimizer, "F", weights=weights)
+    assert [event.step for event in optimizer.drain_events()] == [5]
+
+
+def test_setting_the_scale_by_hand_is_logged():
+    """Assigning `loss_scale` is an event of its own; a value outside of the rule's bounds is refused."""
+    optimizer = LossScaleOptimizer("sgd", DynamicScale(initial_scale=8.0))
+    run(optimizer, "T")
+    optimizer.loss_scale = 64
+    assert optimizer.drain_events() == [ScaleChange(1, 8.0, 64.0, "set")]
+    with pytest.raises(ValueError, match=r"loss_scale must be .* at most 1.67772e\+07, received 1e\+30"):
+        optimizer.loss_scale = 1e30
+    assert float(optimizer.loss_scale) == 64.0
+
+
+@pytest.mark.parametrize(
+    "modes", [{}, {"steps_per_execution": 16}, {"jit_compile": True}, {"run_eagerly": True}], ids=str
+)
+def test_steps_are_exact_in_every_mode_of_fit(modes):
+    """Scale changes carry their exact step and variable however many steps run between two looks."""
+    x, y = digits_like()
+    x[5 * 16 + 3], x[20 * 16] = np.inf, np.nan
+    rule = DynamicScale(initial_scale=8.0, growth_interval=4)
+    model = small_model(LossScaleOptimizer("adam", rule), **modes)
+    model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+    trace = "".join("F" if number in (5, 20) else "T" for number in range(32))
+    scales = [8.0, *scaling.simulate(rule, trace)]
+    expected = [(number, *scales[number : number + 2]) for number in range(32) if scales[number] != scales[number + 1]]
+    events = model.optimizer.drain_events()
+    assert [(event.step, event.old_scale, event.new_scale) for event in events] == expected
+    overflows = [event for event in events if event.reason == "overflow"]
+    assert [event.step for event in overflows] == [5, 20]
+    assert {event.variable for event in overflows} == {model.layers[0].kernel.path}
+    assert finite(model)
+
+
+# A drop-in for Keras's class.
+
+
+def test_compile_does_not_wrap_it_again():
+    """Under mixed_float16 Keras wraps every other optimizer by itself."""
+    keras.config.set_dtype_policy("mixed_float16")
+    optimizer = LossScaleOptimizer("sgd")
+    assert small_model(optimizer).optimizer is optimizer
+
+
+INNER = {
+    "schedule": lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)),
+    "clipnorm": lambda: keras.optimizers.SGD(0.1, clipnorm=0.1),
+    "global_clipnorm": lambda: keras.optimizers.SGD(0.1, global_clipnorm=0.1),
+    "clipvalue": lambda: keras.optimizers.SGD(0.1, clipvalue=0.01),
+    "weight_decay": lambda: keras.optimizers.AdamW(0.1, weight_decay=0.1),
+    "ema": lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3),
+    "accumulation": lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=4),
+}
+
+
+@pytest.mark.parametrize("make", INNER.values(), ids=INNER)
+def test_inner_optimizer_works_as_before(make):
+    """With a power of two as scale the run is that of the bare inner optimizer, to the bit."""
+    x, y = digits_like(128)
+    runs = []
+    for optimizer in (make(), LossScaleOptimizer(make(), 1024)):
+        model = small_model(optimizer)
+        history = model.fit(x, y, batch_size=16, shuffle=False, verbose=0, epochs=2).history["loss"]
+        runs.append((history, model.get_weights(), int(optimizer.iterations), float(optimizer.learning_rate)))
+    (bare_loss, bare, *bare_numbers), (loss, weights, *numbers) = runs
+    assert loss == bare_loss
+    assert numbers == bare_numbers
+    for ours, theirs in zip(weights, bare, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("make", INNER.values(), ids=INNER)
+def test_clipping_and_the_rest_never_hide_an_overflow(make):
+    """A bad batch in the middle leaves the run as if that batch had not been there."""
+    x, y = digits_like(96)
+    with_bad = np.insert(x, 32, np.full((16, 6), np.inf), axis=0), np.insert(y, 32, np.zeros((16, 1)), axis=0)
+    results = []
+    for data in ((x, y), with_bad):
+        model = small_model(LossScaleOptimizer(make(), 1024))
+        model.fit(*data, batch_size=16, shuffle=False, verbose=0)
+        results.append([*model.get_weights(), model.optimizer.iterations.numpy() if make is INNER["schedule"] else 0])
+    for clean, skipped in zip(*results, strict=True):
+        np.testing.assert_array_equal(clean, skipped)
+
+
+def test_learning_rate_is_the_inner_optimizers():
+    """Reading and assigning goes through."""
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.5))
+    optimizer.learning_rate = 0.25
+    assert float(optimizer.inner_optimizer.learning_rate) == float(optimizer.learning_rate) == 0.25
+
+
+def test_inner_loss_scale_factor_is_switched_off():
+    """Otherwise the loss would be scaled twice."""
+    inner = keras.optimizers.SGD(0.5, loss_scale_factor=100)
+    weights, _ = run(LossScaleOptimizer(inner, 8), "T")
+    np.testing.assert_allclose(weights[0].numpy(), [0.5, 1.5])
+
+
+def test_properties_are_keras_names():
+    """dynamic_scale and step_counter are variables, as in Keras; a rule that counts nothing has no counter."""
+    optimizer = LossScaleOptimizer("sgd", initial_scale=4.0, dynamic_growth_steps=7)
+    run(optimizer, "TT")
+    assert (optimizer.initial_scale, optimizer.dynamic_growth_steps) == (4.0, 7)
+    assert (float(optimizer.dynamic_scale.numpy()), int(optimizer.step_counter.numpy())) == (4.0, 2)
+    assert LossScaleOptimizer("sgd", 4).step_counter is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": "static"}, 'scale must be "dynamic", a number above 0, .* received .static'),
+        ({"scale": -1}, "value must be a finite number above 0, received -1"),
+        ({"scale": 8, "initial_scale": 4}, "exclude each other, received scale=8"),
+        ({"dynamic": False}, "needs initial_scale .* received initial_scale=None"),
+        ({"dynamic": False, "initial_scale": 4, "dynamic_growth_steps": 2}, "dynamic_growth_steps=2"),
+        ({"initial_scale": 0}, "initial_scale must be a finite number above 0, received 0"),
+        ({"dynamic_growth_steps": 0}, "growth_interval must be a whole number, at least 1 .* received 0"),
+        ({"event_capacity": 0}, "event_capacity must be a whole number, at least 1 .* received 0"),
+        ({"clipnorm": 1.0}, "set `clipnorm` on the `inner_optimizer`"),
+        ({"foo": 1}, "does not support arguments: `foo`"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(arguments, message):
+    """Every refusal names the argument and what was received."""
+    with pytest.raises(ValueError, match=message):
+        LossScaleOptimizer("sgd", **arguments)
+
+
+def test_bad_inner_optimizers_are_refused():
+    """What is no optimizer, and what scales by itself."""
+    with pytest.raises(TypeError, match="inner_optimizer must be a keras.optimizers.Optimizer or its name"):
+        LossScaleOptimizer(keras.layers.Dense(1))
+    with pytest.raises(ValueError, match=r"inner_optimizer must not scale .* received LossScaleOptimizer"):
+        LossScaleOptimizer(LossScaleOptimizer("sgd"))
+
+
+def test_keras_2_spelling_of_a_constant_scale():
+    """dynamic=False, initial_scale=128 is ConstantScale(128)."""
+    assert LossScaleOptimizer("sgd", dynamic=False, initial_scale=128).rule == ConstantScale(128.0)
+
+
+# Saving.
+
+RULES = {
+    "keras": {"initial_scale": 4.0, "dynamic_growth_steps": 3},
+    "dynamic": {"scale": DynamicScale(initial_scale=8.0, growth_interval=3, hysteresis=2)},
+    "unbounded": {"scale": scaling.like("torch")},
+    "constant": {"scale": 64},
+    "logmax": {"scale": LogMaxScale()},
+    "ring": {"event_capacity": 5},
+}
+
+
+@pytest.mark.parametrize("arguments", RULES.values(), ids=RULES)
+def test_config_round_trips(arguments):
+    """get_config and from_config restore the rule exactly."""
+    optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.5), name="mine", **arguments)
+    config = optimizer.get_config()
+    again = LossScaleOptimizer.from_config(config)
+    assert again.get_config() == config
+    assert (again.rule, again.event_capacity, again.name) == (optimizer.rule, optimizer.event_capacity, "mine")
+
+
+@pytest.mark.parametrize("arguments", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("how", ["model", "weights", "checkpoint"])
+def test_saved_state_is_restored_exactly(how, arguments, tmp_path):
+    """Everything, the pending events included, comes back, and the run goes on as if it had not stopped."""
+    x, y = digits_like(160)
+    x[33] = np.nan
+    model = small_model(LossScaleOptimizer("adam", **arguments))
+    model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+    if how == "model":
+        model.save(tmp_path / "model.keras")
+        again = keras.models.load_model(tmp_path / "model.keras")
+    else:
+        again = small_model(LossScaleOptimizer("adam", **arguments))
+        again.optimizer.build(again.trainable_variables)
+    if how == "weights":
+        model.save_weights(tmp_path / "model.weights.h5")
+        again.load_weights(tmp_path / "model.weights.h5")
+    if how == "checkpoint":
+        path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(tmp_path / "checkpoint")
+        tf.train.Checkpoint(model=again, optimizer=again.optimizer).restore(path).assert_consumed()
+    assert again.optimizer.rule == model.optimizer.rule
+    assert int(again.optimizer.skipped_steps) == 1
+    for ours, theirs in zip(again.optimizer.variables[2:], model.optimizer.variables[2:], strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+    for each in (model, again):
+        each.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+    for ours, theirs in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert float(again.optimizer.loss_scale) == float(model.optimizer.loss_scale)
+
+
+def keras_trained(tmp_path):
+    x, y = digits_like(64)
+    model = small_model(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(), 4.0, 3))
+    model.fit(x, y, batch_size=16, verbose=0)
+    model.save(tmp_path / "keras.keras")
+    return model
+
+
+def test_weights_saved_with_keras_own_class_load(tmp_path):
+    """Scale, counter, iterations and moments go on where Keras's class stopped."""
+    model = keras_trained(tmp_path)
+    again = small_model(LossScaleOptimizer("adam", initial_scale=4.0, dynamic_growth_steps=3))
+    again.optimizer.build(again.trainable_variables)
+    again.load_weights(tmp_path / "keras.keras")
+    ours, theirs = again.optimizer, model.optimizer
+    assert (float(ours.loss_scale), int(ours.step_counter.numpy()), int(ours.iterations)) == (8.0, 1, 4)
+    np.testing.assert_array_equal(ours.variables[-1].numpy(), theirs.variables[-1].numpy())
+
+
+def test_model_saved_with_keras_own_class_goes_on(tmp_path):
+    """load_model gives Keras's class; from_keras takes over rule, state and inner optimizer."""
+    keras_trained(tmp_path)
+    loaded = keras.models.load_model(tmp_path / "keras.keras")
+    optimizer = LossScaleOptimizer.from_keras(loaded.optimizer)
+    assert (float(optimizer.loss_scale), int(optimizer.step_counter.numpy()), int(optimizer.iterations)) == (8.0, 1, 4)
+    loaded.compile(optimizer, loss="mse")
+    loaded.fit(*digits_like(64), batch_size=16, verbose=0)
+    assert int(optimizer.iterations) == 8
+
+
+@pytest.mark.parametrize(("broken", "mended"), [(0.0, 1.0), (np.inf, 2.0**24), (np.nan, 4.0)])
+def test_a_broken_scale_in_a_keras_file_is_mended(broken, mended, tmp_path):
+    """Keras's own class can save a scale of 0, inf or NaN: it becomes the nearest that the rule allows."""
+    model = keras_trained(tmp_path)
+    model.optimizer.dynamic_scale.assign(broken)
+    assert float(LossScaleOptimizer.from_keras(model.optimizer).loss_scale) == mended
+
+
+def test_a_file_of_another_inner_optimizer_is_left_out_with_a_warning(tmp_path):
+    """Nothing is half-loaded."""
+    x, y = digits_like(64)
+    model = small_model(LossScaleOptimizer("sgd"))
+    model.fit(x, y, verbose=0)
+    model.save_weights(tmp_path / "sgd.weights.h5")
+    again = small_model(LossScaleOptimizer("adam"))
+    again.optimizer.build(again.trainable_variables)
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        again.load_weights(tmp_path / "sgd.weights.h5")
+    assert int(again.optimizer.attempted_steps) == 0
+
+
+def test_a_file_of_another_rule_keeps_the_new_rule():
+    """Counters and inner state are restored; the scale is the old one within the new rule's bounds."""
+    old, new = LossScaleOptimizer("sgd", DynamicScale(initial_scale=8.0)), LossScaleOptimizer("sgd", 128)
+    run(old, "TFT")
+    store = {}
+    old.save_own_variables(store)
+    new.build(variables())
+    new.load_own_variables({key: np.asarray(value) for key, value in store.items()})
+    assert (float(new.loss_scale), int(new.skipped_steps), int(new.iterations)) == (128.0, 1, 2)
+
+
+def test_old_config_with_base_arguments_loads():
+    """Files of older Keras versions carry the base optimizer's defaults."""
+    config = {
+        **LossScaleOptimizer("sgd").get_config(),
+        **{"weight_decay": None, "use_ema": False, "ema_momentum": 0.99, "gradient_accumulation_steps": None},
+    }
+    assert LossScaleOptimizer.from_config(config).rule == DynamicScale()
+
+
+def test_public_name():
+    """The package exports it."""
+    assert tfmixed.LossScaleOptimizer is LossScaleOptimizer
