@@ -153,15 +153,15 @@ def test_float16_gradients_are_judged_in_their_own_range():
     assert np.isfinite(weight.numpy()).all()
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
 def test_sparse_and_missing_gradients():
     """IndexedSlices stay sparse, None among others is left to the inner optimizer, and both are judged."""
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), 4)
     table, missing = keras.Variable(np.ones((3, 2)), name="table"), keras.Variable([1.0], name="missing")
     good = tf.IndexedSlices(tf.fill((1, 2), 4.0), tf.constant([1]), tf.constant([3, 2]))
     bad = tf.IndexedSlices(tf.fill((1, 2), np.inf), tf.constant([1]), tf.constant([3, 2]))
-    with pytest.warns(UserWarning, match="missing"):
-        optimizer.apply([good, None], [table, missing])
-        optimizer.apply([bad, None], [table, missing])
+    optimizer.apply([good, None], [table, missing])
+    optimizer.apply([bad, None], [table, missing])
     np.testing.assert_allclose(table.numpy(), [[1, 1], [0, 0], [1, 1]])
     assert int(optimizer.skipped_steps) == 1
 
@@ -204,15 +204,15 @@ def test_events_are_the_history_of_the_variable():
     assert optimizer.drain_events() == []
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
 def test_the_first_guilty_variable_is_named():
     """Where several gradients are not finite, the event names the first variable; missing ones do not shift it."""
     optimizer = LossScaleOptimizer("sgd")
     names = ["a", "b", "c", "d"]
     weights = [keras.Variable([1.0], name=name) for name in names]
-    with pytest.warns(UserWarning, match="Gradients do not exist"):
-        optimizer.apply([ops.ones(1)] * 4, weights)
-        optimizer.apply([None, ops.ones(1), ops.array([np.nan]), ops.array([np.inf])], weights)
-        optimizer.apply([None, ops.ones(1), ops.ones(1), ops.ones(1)], weights)
+    optimizer.apply([ops.ones(1)] * 4, weights)
+    optimizer.apply([None, ops.ones(1), ops.array([np.nan]), ops.array([np.inf])], weights)
+    optimizer.apply([None, ops.ones(1), ops.ones(1), ops.ones(1)], weights)
     assert [event.variable for event in optimizer.drain_events()] == ["c"]
 
 
@@ -357,7 +357,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 def test_bad_inner_optimizers_are_refused():
     """What is no optimizer, and what scales by itself."""
-    with pytest.raises(TypeError, match="inner_optimizer must be a keras.optimizers.Optimizer or its name"):
+    with pytest.raises(TypeError, match=r"inner_optimizer must be a keras\.optimizers\.Optimizer or its name"):
         LossScaleOptimizer(keras.layers.Dense(1))
     with pytest.raises(ValueError, match=r"inner_optimizer must not scale .* received LossScaleOptimizer"):
         LossScaleOptimizer(LossScaleOptimizer("sgd"))
@@ -487,7 +487,10 @@ def test_old_config_with_base_arguments_loads():
     """Files of older Keras versions carry the base optimizer's defaults."""
     config = {
         **LossScaleOptimizer("sgd").get_config(),
-        **{"weight_decay": None, "use_ema": False, "ema_momentum": 0.99, "gradient_accumulation_steps": None},
+        "weight_decay": None,
+        "use_ema": False,
+        "ema_momentum": 0.99,
+        "gradient_accumulation_steps": None,
     }
     assert LossScaleOptimizer.from_config(config).rule == DynamicScale()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import warnings
 from pathlib import Path
@@ -29,12 +30,13 @@ class LossScaleLogger(keras.callbacks.Callback):
         path: File of JSON lines, one a change (`records.read_log` reads it). Lines from a run that is repeated, because
             the optimizer stands before them, are replaced; others are kept. None writes no file.
         tensorboard: Log directory for TensorBoard: `loss_scale` at the exact step of each change, and all three
-            scalars at the end of each epoch. Needs TensorFlow. None writes none.
+            scalars at the end of each epoch. Needs TensorFlow and the package tensorboard. None writes none.
         every: Collect within the epoch too, each `every` steps. Reads the device.
         verbose: 1 prints one line a change, between the progress bars of the epochs. 0 prints nothing.
 
     Raises:
         ValueError: `every` or `verbose` is out of range.
+        ImportError: `tensorboard` is asked for and not installed.
 
     With an optimizer that is no `tfmixed.LossScaleOptimizer` it warns once and does nothing.
 
@@ -53,6 +55,11 @@ class LossScaleLogger(keras.callbacks.Callback):
         super().__init__()
         self.path = None if path is None else Path(path)
         self.tensorboard = tensorboard
+        if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
+            raise ImportError(
+                "tensorboard needs the package of that name: pip install 'tfmixed[tensorboard]'. "
+                f"Received: tensorboard={os.fspath(tensorboard)!r}"
+            )
         self.every = None if every is None else checks.count("every", every, 1)
         self.verbose = checks.count("verbose", verbose, 0)
         self._optimizer: LossScaleOptimizer | None = None

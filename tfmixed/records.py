@@ -36,7 +36,8 @@ class ScaleChange:
 
     def __str__(self) -> str:
         guilty = f"  {self.variable}" if self.variable else ""
-        return f"step {self.step}: loss scale {_short(self.old_scale)} -> {_short(self.new_scale)} ({self.reason}){guilty}"
+        change = f"{_short(self.old_scale)} -> {_short(self.new_scale)}"
+        return f"step {self.step}: loss scale {change} ({self.reason}){guilty}"
 
 
 @dataclass(frozen=True)

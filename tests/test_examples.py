@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import digits
+import underflow
+
+SMALL = {"steps": 90, "widths": (20, 12, 20)}
+
+
+@pytest.fixture(scope="module")
+def float32():
+    return underflow.train("float32", None, **SMALL)
+
+
+def test_float16_without_scaling_underflows_and_does_not_learn(float32):
+    """A third of the gradient entries are 0, and the model stays at the mean image where float32 learns."""
+    plain = underflow.train("mixed_float16", None, **SMALL)
+    mean_image = underflow.load_data().var(axis=0).mean()
+    assert plain.zeros_last > 5 * float32.zeros_last
+    assert plain.after == pytest.approx(mean_image, rel=0.01)
+    assert float32.after < 0.8 * mean_image
+
+
+def test_float16_with_scaling_matches_float32(float32):
+    """With a dynamic scale no more entries are 0 than in float32, and the loss is the same."""
+    scaled = underflow.train("mixed_float16", "dynamic", **SMALL)
+    assert scaled.zeros_last == pytest.approx(float32.zeros_last, abs=0.01)
+    assert scaled.after == pytest.approx(float32.after, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:policy .* is slow here")
+def test_digits_demo_trains_logs_and_draws(tmp_path, monkeypatch, capsys):
+    """One epoch of the demo: three rows in the table, a log for each scaled run, and the picture."""
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs", "1", "--run-dir", str(tmp_path)])
+    digits.main()
+    out = capsys.readouterr().out
+    for word in ("float32", "DynamicScale", "ConstantScale", "loss_scale: ", "float16 is slow on a CPU"):
+        assert word in out
+    written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+    assert written == ["float16_constant/loss_scale.jsonl", "float16_dynamic/loss_scale.jsonl", "loss_scale.png"]
