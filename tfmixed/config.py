@@ -27,7 +27,7 @@ from tfmixed import policy, scaling
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import ConfigError
 from tfmixed.optimizer import LossScaleOptimizer
-from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale, ScalingRule
+from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale, ScalingRule, checks
 
 _RULES: dict[str, type[Any]] = {"dynamic": DynamicScale, "constant": ConstantScale, "logmax": LogMaxScale}
 _NONE = "none"  # TOML has no null
@@ -46,6 +46,13 @@ class LogConfig:
     every: int | None = None
     verbose: int = 1
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            checks.count("every", self.every, 1)
+        checks.count("verbose", self.verbose, 0)
+        if not isinstance(self.tensorboard, bool):
+            raise ValueError(f"tensorboard must be true or false, received {self.tensorboard!r}")
 
 
 @dataclass(frozen=True)
@@ -122,9 +129,9 @@ def _config(tables: dict[str, Any]) -> Config:
     name = tables.get("policy", "auto")
     if name != "auto":
         try:
-            keras.dtype_policies.get(_typed("policy", name, str))
+            keras.dtype_policies.get(name)
         except (ValueError, TypeError):
-            raise ConfigError(f'policy must be "auto" or a Keras dtype policy, received {name!r}') from None
+            raise ConfigError(f'policy must be "auto" or the name of a dtype policy, received {name!r}') from None
     scale = _rule(_table("scaling", tables)) if "scaling" in tables else None
     return Config(name, scale, _log(_table("log", tables)))
 
@@ -135,32 +142,27 @@ def _rule(table: dict[str, Any]) -> ScalingRule:
     name = _choice(f"scaling.{kind}", table.get(kind, "dynamic"), names)
     known = scaling.PEERS[name].defaults if kind == "like" else [entry.name for entry in fields(_RULES[name])]
     _check_keys("scaling.", values if "rule" not in table else {**values, "rule": name}, [kind, *known])
+    if name == "constant" and "value" not in values:
+        raise ConfigError('scaling.value is missing: rule = "constant" needs the scale')
     try:
         return scaling.like(name, **values) if kind == "like" else _RULES[name](**values)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ConfigError(f"scaling.{error}") from None
 
 
 def _log(table: dict[str, Any]) -> LogConfig:
     _check_keys("log.", table, (entry.name for entry in fields(LogConfig)))
-    for key, kind in (("every", int), ("verbose", int), ("tensorboard", bool)):
-        if key in table:
-            _typed(f"log.{key}", table[key], kind)
-    if table.get("every", 1) < 1 or table.get("verbose", 1) < 0:
-        raise ConfigError(f"log.every must be at least 1 and log.verbose at least 0, received {table}")
-    return LogConfig(**table)
+    try:
+        return LogConfig(**table)
+    except ValueError as error:
+        raise ConfigError(f"log.{error}") from None
 
 
 def _table(key: str, tables: dict[str, Any]) -> dict[str, Any]:
-    table: dict[str, Any] = _typed(key, tables.get(key, {}), dict)
+    table = tables.get(key, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{key} must be a table [{key}], received {table!r}")
     return table
-
-
-def _typed(key: str, value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        wanted = {dict: f"a table [{key}]", int: "a whole number", bool: "true or false", str: "a string"}[kind]
-        raise ConfigError(f"{key} must be {wanted}, received {value!r}")
-    return value
 
 
 def _choice(key: str, value: Any, names: Iterable[str]) -> str:

@@ -70,8 +70,8 @@ class LogMaxScale(ScalingRule):
     Source: the LogMax scaler of NVIDIA's OpenSeq2Seq, "Mixed precision training".
 
     Example:
-    >>> simulate(LogMaxScale(max_scale=2**20), "TT", amax=[2.0, 2.0])
-    [32768.0, 32768.0]
+    >>> [round(scale) for scale in simulate(LogMaxScale(max_scale=2**20), "TT", amax=[2.0, 2.0])]
+    [32768, 32768]
     """
 
     needs_amax: ClassVar[bool] = True
@@ -104,8 +104,9 @@ class LogMaxScale(ScalingRule):
         if amax is None:
             raise ValueError("amax must be the largest absolute gradient of the step for LogMaxScale, received None")
         overflow = xp.logical_not(xp.logical_and(finite, amax <= FLOAT32.max))  # NaN compares False
-        magnitude = xp.minimum(xp.maximum(xp.where(overflow, 1.0, amax), FLOAT32.smallest_normal), FLOAT32.max)
-        x = xp.where(overflow, self._overflow_log2, _log(magnitude, xp) / math.log(2))
+        # Subnormals count as 0: TensorFlow flushes them and numpy does not.
+        measured = xp.logical_and(xp.logical_not(overflow), amax >= FLOAT32.smallest_normal)
+        x = xp.where(overflow, self._overflow_log2, _log(xp.where(measured, amax, 1.0), xp) / math.log(2))
         mean = self.beta1 * state.mean + (1 - self.beta1) * x
         slow_mean = self.beta2 * state.slow_mean + (1 - self.beta2) * x
         slow_square = self.beta2 * state.slow_square + (1 - self.beta2) * (x * x)
@@ -114,7 +115,7 @@ class LogMaxScale(ScalingRule):
         deviation = xp.sqrt(xp.maximum(slow_square / (1 - slow_bias) - center * center, 0.0))
         cutoff = mean / (1 - fast_bias) + self.std_devs * deviation
         after = LogMaxState(self._scale_for(cutoff, xp), mean, slow_mean, slow_square, fast_bias, slow_bias)
-        informative = xp.logical_or(overflow, amax > 0)
+        informative = xp.logical_or(overflow, measured)
         return LogMaxState(*(xp.where(informative, new, old) for new, old in zip(after, state, strict=True)))
 
     @property

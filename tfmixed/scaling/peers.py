@@ -55,7 +55,8 @@ def _both_ways(factor: float, **params: Any) -> DynamicScale:
 
 def _flax(growth_interval: int, **params: Any) -> DynamicScale:
     # It grows at the first finite step after `growth_interval` others, and saturates at float32's maximum.
-    return _unbounded(growth_interval=growth_interval + 1, max_scale=FLOAT32.max, **params)
+    interval = checks.count("growth_interval", growth_interval, 1)
+    return _unbounded(growth_interval=interval + 1, max_scale=FLOAT32.max, **params)
 
 
 def _deepspeed(consecutive_hysteresis: bool, **params: Any) -> DynamicScale:
@@ -65,11 +66,17 @@ def _deepspeed(consecutive_hysteresis: bool, **params: Any) -> DynamicScale:
 
 def _fairseq(threshold: float | None, min_scale: float, **params: Any) -> DynamicScale:
     # It raises where the scale would reach `min_scale`; a rule cannot raise, so its scale stops there.
-    return _both_ways(min_scale=max(threshold or 0.0, min_scale), **params)
+    floor = checks.scale("min_scale", min_scale)
+    if threshold is not None:
+        floor = max(floor, checks.scale("threshold", threshold))
+    return _both_ways(min_scale=floor, **params)
 
 
 def _apex(initial_scale: float, max_scale: float, **params: Any) -> DynamicScale:
-    return _unbounded(initial_scale=min(initial_scale, max_scale), max_scale=max_scale, **params)
+    ceiling = checks.scale("max_scale", max_scale)
+    return _unbounded(
+        initial_scale=min(checks.scale("initial_scale", initial_scale), ceiling), max_scale=ceiling, **params
+    )
 
 
 def _tf1(**params: Any) -> DynamicScale:
@@ -89,7 +96,7 @@ def _openseq2seq_logmax(
         min_scale=scale_min,
         max_scale=scale_max,
         std_devs=overflow_std_dev,
-        overflow_log2=2.0**log_max,
+        overflow_log2=2.0 ** checks.number("log_max", log_max, most=32.0),
         **params,
     )
 

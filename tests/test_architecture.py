@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tfmixed
+
+PACKAGE = Path(tfmixed.__file__).parent
+FLOORS = {
+    0: ["errors", "formats", "records"],
+    1: ["scaling", "plotting"],
+    2: ["hardware", "gradients", "events"],
+    3: ["policy", "layers", "state"],
+    4: ["optimizer"],
+    5: ["callbacks"],
+    6: ["config"],
+}
+FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+def unit(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Yields the tfmixed modules that a file imports, at whatever depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "tfmixed":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tfmixed."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tfmixed."))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_modules_import_from_lower_floors_only(path):
+    """Data flows up: no module knows one that stands on its own floor or above."""
+    own = unit(path)
+    assert own in FLOOR_OF, f"{own} has no floor: give it one"
+    above = [name for name in imported(path) if name != own and FLOOR_OF[name] >= FLOOR_OF[own]]
+    assert not above
+
+
+def python(code):
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def test_import_loads_no_framework():
+    """`import tfmixed` is fast: what it needs of Keras comes on first use."""
+    heavy = {"keras", "tensorflow", "torch", "jax", "matplotlib", "rich", "numpy"}
+    assert not heavy & set(python("import tfmixed, sys; print(*sys.modules)"))
+
+
+def test_every_public_name_exists():
+    """What dir() lists can be used; what it does not is an AttributeError."""
+    assert all(getattr(tfmixed, name) is not None for name in dir(tfmixed))
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = tfmixed.nonsense
+
+
+@pytest.mark.parametrize("imports", ["import tfmixed, keras", "import keras, tfmixed"])
+def test_saved_models_load_in_a_fresh_process(tmp_path, imports):
+    """Keras finds our classes whichever package is imported first, and without naming any of them."""
+    import keras
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), tfmixed.layers.Softmax()])
+    model.compile(tfmixed.LossScaleOptimizer("sgd", 64), loss="mse")
+    model.save(tmp_path / "model.keras")
+    code = f"{imports}; print(keras.models.load_model({str(tmp_path / 'model.keras')!r}).optimizer.rule.value)"
+    assert python(code) == ["64.0"]

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import keras
+import pytest
+
+import tfmixed
+
+MODULES = [
+    "callbacks",
+    "config",
+    "formats",
+    "hardware",
+    "layers",
+    "optimizer",
+    "policy",
+    "scaling",
+    "scaling.logmax",
+    "scaling.peers",
+    "scaling.rules",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_in_the_docstrings_run(name):
+    """Each example gives what it says."""
+    module = importlib.import_module(f"tfmixed.{name}")
+    public = {entry: getattr(tfmixed.scaling, entry) for entry in tfmixed.scaling.__all__}
+    result = doctest.testmod(module, extraglobs={"keras": keras, "scaling": tfmixed.scaling, **public})
+    assert result.attempted > 0
+    assert result.failed == 0

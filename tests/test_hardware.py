@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tfmixed import hardware
+from tfmixed.hardware import Hardware
+
+
+@pytest.mark.parametrize(
+    ("capability", "policy", "fast"),
+    [
+        ((6, 1), "float32", ()),
+        ((7, 0), "mixed_float16", ("float16",)),
+        ((7, 5), "mixed_float16", ("float16",)),
+        ((8, 0), "mixed_bfloat16", ("bfloat16", "float16")),
+        ((9, 0), "mixed_bfloat16", ("bfloat16", "float16")),
+        (None, "float32", ()),
+    ],
+)
+def test_gpus_are_judged_by_compute_capability(capability, policy, fast):
+    """Tensor cores came with 7.0 (float16) and 8.0 (bfloat16)."""
+    device = hardware.gpu("some GPU", capability)
+    assert (device.policy, device.fast) == (policy, fast)
+    assert "compute capability" in device.reason
+
+
+@pytest.mark.parametrize(
+    ("features", "policy"),
+    [
+        ({"amx_bf16", "amx_tile"}, "mixed_bfloat16"),
+        ({"avx512_bf16"}, "mixed_bfloat16"),
+        ({"avx512f", "avx512_fp16"}, "float32"),
+        (set(), "float32"),
+    ],
+)
+def test_cpus_are_judged_by_bfloat16_instructions(features, policy):
+    """AMX-BF16 or AVX512-BF16; float16 instructions do not make TensorFlow fast in float16."""
+    assert hardware.cpu(frozenset(features), "some CPU").policy == policy
+
+
+def test_the_weakest_accelerator_decides():
+    """The CPU counts only where there is nothing else."""
+    cpu = hardware.cpu(frozenset(), "CPU")
+    old, new = hardware.gpu("old", (7, 0)), hardware.gpu("new", (9, 0))
+    assert Hardware((cpu,)).policy == "float32"
+    assert Hardware((cpu, new)).policy == "mixed_bfloat16"
+    assert Hardware((cpu, new, old)).policy == "mixed_float16"
+    assert Hardware((cpu, hardware.tpu("v5e"))).reason == "TPUs multiply in bfloat16"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the flags where Linux keeps them")
+def test_this_machine_is_described_as_the_kernel_does():
+    """The CPU's row agrees with /proc/cpuinfo."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    device = hardware.describe().devices[0]
+    assert device.kind == "cpu"
+    assert (device.policy == "mixed_bfloat16") is bool({"amx_bf16", "avx512_bf16"} & set(flags))
+
+
+def test_it_prints_as_a_table():
+    """One row a device, with policy and reason."""
+    text = str(Hardware((hardware.gpu("H100", (9, 0)),)))
+    for word in ("device", "fast in", "H100", "mixed_bfloat16", "compute capability 9.0"):
+        assert word in text

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+
+from tfmixed import layers
+
+POLICIES = ["mixed_float16", "mixed_bfloat16", "float32", "float16"]
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request):
+    keras.config.set_dtype_policy(request.param)
+    return keras.config.dtype_policy()
+
+
+def dtype(tensor):
+    return keras.backend.standardize_dtype(tensor.dtype)
+
+
+def softmax64(x):
+    powers = np.exp(x - x.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+LOGITS = np.array([[0.0, -4.0, -18.0, -30.0], [2.0, 2.0, 2.0, -20.0]])
+
+
+def test_keras_breaks_in_float16():
+    """What the layers here are for: small probabilities become 0, and a sum of 70,000 ones is inf."""
+    keras.config.set_dtype_policy("mixed_float16")
+    assert (ops.convert_to_numpy(keras.layers.Softmax()(LOGITS)) == 0).any()
+    assert np.isinf(ops.convert_to_numpy(ops.sum(ops.ones(70_000, "float16"))))
+
+
+def test_values_are_those_of_float32_under_any_policy(policy):
+    """Against float64 references, on inputs that break float16."""
+    x = ops.cast(LOGITS, policy.compute_dtype)
+    np.testing.assert_allclose(layers.Softmax()(x), softmax64(LOGITS), rtol=1e-5)
+    ones = ops.ones((2, 70_000), policy.compute_dtype)
+    np.testing.assert_array_equal(layers.Sum()(ones), [70_000.0, 70_000.0])
+    tiny = ops.cast(np.array([[2.0**-24] + [0.0] * 99]), policy.compute_dtype)
+    np.testing.assert_allclose(layers.Mean()(tiny), [2.0**-24 / 100], rtol=1e-6)
+    wrapped = layers.Float32(keras.layers.UnitNormalization())(ops.full((1, 100), 300.0, policy.compute_dtype))
+    np.testing.assert_allclose(wrapped, np.full((1, 100), 0.1), rtol=1e-5)
+
+
+MAKE = {
+    "Softmax": layers.Softmax,
+    "Sum": layers.Sum,
+    "Mean": layers.Mean,
+    "Float32": lambda **arguments: layers.Float32(keras.layers.Dense(3), **arguments),
+}
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+@pytest.mark.parametrize("output_dtype", [None, "compute", "float64"])
+def test_output_dtype(make, output_dtype, policy):
+    """None keeps float32, "compute" casts back, a name casts to it; in eager and in symbolic calls."""
+    layer = make(output_dtype=output_dtype)
+    expected = {None: "float32", "compute": policy.compute_dtype}.get(output_dtype, output_dtype)
+    assert dtype(layer(np.ones((2, 4), "float32"))) == expected
+    assert dtype(layer(keras.Input((4,)))) == expected
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+@pytest.mark.parametrize("output_dtype", ["int32", "half", 3])
+def test_a_bad_output_dtype_is_named(make, output_dtype):
+    """The message says what is possible."""
+    with pytest.raises(ValueError, match=f'output_dtype must be None, "compute" or .* received {output_dtype!r}'):
+        make(output_dtype=output_dtype)
+
+
+@pytest.mark.parametrize("output_dtype", [None, "compute"])
+def test_functional_models_save_and_load(tmp_path, output_dtype):
+    """Same outputs, same dtypes, under another global policy too."""
+    keras.config.set_dtype_policy("mixed_float16")
+    inputs = keras.Input((5,))
+    hidden = keras.layers.Dense(4)(inputs)
+    outputs = [make(output_dtype=output_dtype)(hidden) for make in MAKE.values()]
+    outputs.append(layers.Sum(axis=(1,), keepdims=True)(hidden))
+    model = keras.Model(inputs, outputs)
+    model.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("float32")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    x = np.random.default_rng(0).normal(size=(3, 5))
+    for ours, theirs in zip(again(x), model(x), strict=True):
+        assert dtype(ours) == dtype(theirs)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_sequential_models_train_with_finite_gradients():
+    """Gradients flow back into the half-precision part."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), layers.Softmax(), layers.Sum(keepdims=True)])
+    with tf.GradientTape() as tape:
+        loss = ops.mean(model(np.full((2, 4), 100.0)))
+    gradients = tape.gradient(loss, model.trainable_variables)
+    assert all(np.isfinite(gradient.numpy()).all() for gradient in gradients)
+
+
+def test_masks_pass_through():
+    """Softmax takes its mask argument; Float32 hands on the mask of its input to the layer and to its output."""
+    keras.config.set_dtype_policy("mixed_float16")
+    masked = layers.Softmax()(np.zeros((1, 4)), mask=np.array([[True, True, False, False]]))
+    np.testing.assert_allclose(masked, [[0.5, 0.5, 0.0, 0.0]])
+    ids = np.array([[1, 2, 0, 0]])
+    embedded = keras.layers.Embedding(3, 2, mask_zero=True)(ids)
+    pooled = layers.Float32(keras.layers.GlobalAveragePooling1D())(embedded)
+    np.testing.assert_allclose(pooled, ops.convert_to_numpy(embedded)[:, :2].mean(axis=1, dtype="float64"), rtol=1e-4)
+    kept = layers.Float32(keras.layers.Activation("linear"))(embedded)
+    np.testing.assert_array_equal(keras.src.backend.get_keras_mask(kept), ids != 0)
+
+
+def test_training_passes_through():
+    """Dropout inside works in training and not in inference."""
+    layer = layers.Float32(keras.layers.Dropout(0.5))
+    x = np.ones((4, 100), "float32")
+    assert (ops.convert_to_numpy(layer(x, training=True)) == 0).any()
+    np.testing.assert_array_equal(layer(x, training=False), x)
+
+
+def test_a_built_layer_keeps_its_weights():
+    """Wrapping changes the dtype of the computation, nothing else."""
+    keras.config.set_dtype_policy("mixed_float16")
+    inner = keras.layers.Dense(3)
+    half = inner(np.ones((1, 4)))
+    kernel = inner.kernel.numpy()
+    outer = layers.Float32(inner)
+    assert dtype(half) == "float16"
+    assert dtype(outer(np.ones((1, 4), "float32"))) == "float32"
+    np.testing.assert_array_equal(outer.layer.kernel.numpy(), kernel)
+    assert len(outer.trainable_weights) == 2

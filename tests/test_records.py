@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tfmixed import records
+from tfmixed.records import EventsLost, ScaleChange
+
+OVERFLOW = ScaleChange(1234, 32768.0, 16384.0, "overflow", "dense_1/kernel", 3)
+
+
+@pytest.mark.parametrize("record", [OVERFLOW, ScaleChange(0, 1.0, 1.1, "growth"), EventsLost(3, 7, 1)], ids=str)
+def test_a_line_gives_the_record_back(record):
+    """One line, no line feed, nothing lost."""
+    line = records.to_line(record)
+    assert "\n" not in line
+    assert records.from_line(line) == record
+
+
+def test_a_scale_change_is_the_documented_json():
+    """Key for key."""
+    assert json.loads(records.to_line(OVERFLOW)) == {
+        "event": "scale_change",
+        "step": 1234,
+        "epoch": 3,
+        "old_scale": 32768.0,
+        "new_scale": 16384.0,
+        "reason": "overflow",
+        "variable": "dense_1/kernel",
+    }
+
+
+def test_records_read_as_sentences():
+    """Powers of two as such, other scales as numbers."""
+    assert str(OVERFLOW) == "step 1234: loss scale 2^15 -> 2^14 (overflow)  dense_1/kernel"
+    assert str(ScaleChange(1, 3.0, 6.5, "set")) == "step 1: loss scale 3 -> 6.5 (set)"
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "3", '{"event": "other"}', '{"event": "scale_change", "step": 1}'])
+def test_a_line_that_is_no_record_is_named(line):
+    """The error shows the line."""
+    with pytest.raises(ValueError, match="line must be a record of a tfmixed log, received"):
+        records.from_line(line)
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    """A process killed while it wrote costs the last line at most; a broken line elsewhere is an error."""
+    path = tmp_path / "log.jsonl"
+    whole = records.to_line(OVERFLOW) + "\n"
+    path.write_text(whole + whole + whole[:20])
+    assert records.read_log(path) == [OVERFLOW, OVERFLOW]
+    path.write_text(whole[:20] + "\n" + whole)
+    with pytest.raises(ValueError, match="must be a record"):
+        records.read_log(path)
+
+
+def test_a_missing_log_is_an_error(tmp_path):
+    """As with any file."""
+    with pytest.raises(FileNotFoundError):
+        records.read_log(tmp_path / "none.jsonl")
