@@ -79,11 +79,11 @@ def train(name: str, epochs: int, run_dir: Path) -> tuple[Result, plotting.Scale
 
 
 def table(results: list[Result]) -> Table:
-    rows = Table(box=box.SIMPLE_HEAD)
+    rows = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for heading in ("policy", "rule"):
         rows.add_column(heading, no_wrap=True)
-    for heading in ("validation accuracy", "final scale", "skipped steps", "seconds"):
-        rows.add_column(heading, justify="right")
+    for heading in ("validation\naccuracy", "final scale", "skipped steps", "seconds"):
+        rows.add_column(heading, justify="right", min_width=7)
     for row in results:
         scale, skipped = ("-" if number is None else f"{number:g}" for number in (row.scale, row.skipped))
         rows.add_row(row.policy, row.rule, f"{row.accuracy:.1%}", scale, skipped, f"{row.seconds:.1f}")

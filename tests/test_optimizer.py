@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -498,3 +501,20 @@ def test_old_config_with_base_arguments_loads():
 def test_public_name():
     """The package exports it."""
     assert tfmixed.LossScaleOptimizer is LossScaleOptimizer
+
+
+def test_several_replicas_are_refused():
+    """Each replica would judge for itself: better no step than weights that part ways (K3, K4)."""
+    code = """
+import tensorflow as tf
+device = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(device, [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras, numpy, tfmixed
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile(tfmixed.LossScaleOptimizer("sgd"), loss="mse")
+model.fit(numpy.ones((4, 1)), numpy.ones((4, 1)), verbose=0)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
+    assert "NotImplementedError" in run.stderr
+    assert "does not support distribution strategies of several replicas yet. Received: a strategy of 2" in run.stderr

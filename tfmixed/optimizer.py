@@ -141,11 +141,13 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         Raises:
             ValueError: All gradients are None.
+            NotImplementedError: A distribution strategy runs more than one replica.
         """
         grads = list(grads)
         if not grads:
             return
         _check_any(grads)
+        _check_one_replica()
         if not self.built and trainable_variables is not None:
             with keras.name_scope(self.name, caller=self):
                 self.build(list(trainable_variables))
@@ -328,4 +330,18 @@ def _check_any(grads: Sequence[Any]) -> None:
         raise ValueError(
             f"grads must hold at least one gradient, received {len(grads)} times None: the loss does not depend on "
             "any of the trainable variables"
+        )
+
+
+def _check_one_replica() -> None:
+    # Replicas that judged their own gradients only would part ways, and hang or destroy the weights.
+    if keras.backend.backend() != "tensorflow":
+        return
+    import tensorflow
+
+    replicas = tensorflow.distribute.get_strategy().num_replicas_in_sync
+    if replicas > 1:
+        raise NotImplementedError(
+            "LossScaleOptimizer does not support distribution strategies of several replicas yet. Received: a "
+            f"strategy of {replicas}. Train on one device, or in mixed_bfloat16, which needs no loss scaling."
         )
