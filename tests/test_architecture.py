@@ -30,6 +30,7 @@ def unit(path):
 def imported(path):
     """Yields the tfmixed modules that a file imports, at whatever depth."""
     for node in ast.walk(ast.parse(path.read_text())):
+        assert not getattr(node, "level", 0), f"{path.name}: relative imports hide what a module needs"
         if isinstance(node, ast.ImportFrom) and node.module == "tfmixed":
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tfmixed."):

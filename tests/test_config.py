@@ -129,3 +129,18 @@ def test_callbacks_log_into_the_run_folder(tmp_path):
     assert (logger.path, logger.every, logger.verbose) == (tmp_path / "loss_scale.jsonl", 7, 0)
     assert logger.tensorboard == tmp_path / "tensorboard"
     assert Config("float32").callbacks(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "name"), [((5,), "policy"), (("float17",), "policy"), (("auto", "dynamic"), "scaling")]
+)
+def test_what_no_file_can_say_is_refused(values, name):
+    """A Config made by hand is checked like a file."""
+    with pytest.raises(ConfigError, match=f"{name} must be .* received"):
+        Config(*values)
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    """Some editors on Windows write one."""
+    (tmp_path / "bom.toml").write_text('policy = "float32"', encoding="utf-8-sig")
+    assert load_config(tmp_path / "bom.toml") == Config("float32")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -16,6 +17,15 @@ def test_numbers_are_numpys(name):
         info.smallest_subnormal,
         info.eps,
     )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_numbers_are_those_of_ml_dtypes(name):
+    """All three formats, and their halves and neighbours in their own arithmetic."""
+    info, ours, kind = ml_dtypes.finfo(name), FORMATS[name], np.dtype(name).type
+    assert (ours.name, ours.max, ours.epsilon) == (name, float(info.max), float(info.eps))
+    assert kind(1 + ours.epsilon) > kind(1) == kind(1 + ours.epsilon / 2)
+    assert kind(ours.smallest_subnormal) > 0 == kind(ours.smallest_subnormal / 2)
 
 
 def test_bfloat16_is_float32_with_seven_bits():

@@ -66,6 +66,41 @@ def test_output_dtype(make, output_dtype, policy):
     assert dtype(layer(keras.Input((4,)))) == expected
 
 
+class SumOfSquares(keras.layers.Layer):
+    """A user's layer that does not say what it returns: Keras traces it."""
+
+    def call(self, x):
+        return ops.sum(x * x, axis=-1)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [SumOfSquares, lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])],
+    ids=["custom", "model"],
+)
+def test_symbolic_calls_tell_the_dtype_of_real_ones(inner, policy):
+    """Around layers that Keras has to trace, too: half-precision inputs, float32 outputs."""
+    layer = layers.Float32(inner())
+    x = keras.Input((4,), dtype=policy.compute_dtype)
+    assert dtype(layer(x)) == dtype(layer(np.ones((1, 4), policy.compute_dtype))) == "float32"
+
+
+def test_attention_can_be_wrapped():
+    """`build` of a layer with several inputs takes several shapes."""
+    keras.config.set_dtype_policy("mixed_float16")
+    x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype("float16")
+    layer = layers.Float32(keras.layers.MultiHeadAttention(2, 4))
+    assert dtype(layer(x, x)) == "float32"
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_output_dtype_is_known_by_its_class_too(make):
+    """What Keras accepts as a dtype is kept under its name, which can be saved."""
+    layer = make(output_dtype=np.float64)
+    assert layer.get_config()["output_dtype"] == "float64"
+    assert dtype(layer(np.ones((2, 4), "float32"))) == "float64"
+
+
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 @pytest.mark.parametrize("output_dtype", ["int32", "half", 3])
 def test_a_bad_output_dtype_is_named(make, output_dtype):
@@ -115,6 +150,17 @@ def test_masks_pass_through():
     np.testing.assert_array_equal(keras.src.backend.get_keras_mask(kept), ids != 0)
 
 
+def test_masks_reach_a_wrapped_lstm_in_a_saved_model(tmp_path):
+    """Padding changes nothing, before and after a round trip through a file."""
+    keras.config.set_dtype_policy("mixed_float16")
+    ids = keras.Input((None,), dtype="int32")
+    embedded = keras.layers.Embedding(5, 4, mask_zero=True)(ids)
+    model = keras.Model(ids, layers.Float32(keras.layers.LSTM(3))(embedded))
+    model.save(tmp_path / "model.keras")
+    for each in (model, keras.models.load_model(tmp_path / "model.keras")):
+        np.testing.assert_allclose(each(np.array([[1, 2, 3, 0, 0]])), model(np.array([[1, 2, 3]])), rtol=1e-6)
+
+
 def test_training_passes_through():
     """Dropout inside works in training and not in inference."""
     layer = layers.Float32(keras.layers.Dropout(0.5))
@@ -134,3 +180,9 @@ def test_a_built_layer_keeps_its_weights():
     assert dtype(outer(np.ones((1, 4), "float32"))) == "float32"
     np.testing.assert_array_equal(outer.layer.kernel.numpy(), kernel)
     assert len(outer.trainable_weights) == 2
+
+
+def test_sums_of_integers_are_float32():
+    """Not in the integers' own type, which wraps."""
+    total = layers.Sum()(np.full((1, 3), 100, "int8"))
+    assert (dtype(total), float(total[0])) == ("float32", 300.0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from tfmixed import plotting
 from tfmixed.plotting import ScaleHistory
 from tfmixed.records import EventsLost, ScaleChange
@@ -33,3 +35,11 @@ def test_save_writes_the_whole_picture(tmp_path):
     plotting.save(plotting.plot_scale({"run": HISTORY}), path)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [entry.name for entry in path.parent.iterdir()] == ["scale.png"]
+
+
+@pytest.mark.parametrize("name", ["scale", "scale.nonsense"])
+def test_a_path_without_a_format_leaves_nothing_behind(tmp_path, name):
+    """The error names the format or the path, and there is no partial file."""
+    with pytest.raises(ValueError, match=r"nonsense|scale"):
+        plotting.save(plotting.plot_scale({"run": HISTORY}), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

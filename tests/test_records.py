@@ -44,6 +44,14 @@ def test_a_line_that_is_no_record_is_named(line):
         records.from_line(line)
 
 
+@pytest.mark.parametrize("change", [{"reason": "bogus"}, {"step": "1"}, {"old_scale": None}], ids=str)
+def test_a_line_that_to_line_could_not_have_written_is_refused(change):
+    """Another reason, another type."""
+    line = json.dumps({**json.loads(records.to_line(OVERFLOW)), **change})
+    with pytest.raises(ValueError, match="line must be a record of a tfmixed log, received"):
+        records.from_line(line)
+
+
 def test_a_torn_last_line_is_left_out(tmp_path):
     """A process killed while it wrote costs the last line at most; a broken line elsewhere is an error."""
     path = tmp_path / "log.jsonl"

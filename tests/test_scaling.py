@@ -82,17 +82,20 @@ def test_tensorflow_and_keras_take_the_same_steps(record):
 
 
 TF1 = """
-import json, sys
+import sys
+import tensorflow
 import tensorflow.compat.v1 as tf
 from tfmixed import scaling
-tf.disable_v2_behavior()
+if sys.argv[1] == "v1":
+    tf.disable_v2_behavior()
 trace = "TTTFFTTTTTTF"
-for rule in (scaling.DynamicScale(8.0, growth_interval=3, hysteresis=2, tolerance=0.1), scaling.LogMaxScale()):
+rules = scaling.DynamicScale(8.0, growth_interval=3, hysteresis=2, tolerance=0.1), scaling.LogMaxScale()
+for rule, xp in ((rule, xp) for rule in rules for xp in (tensorflow, tf)):
     with tf.Graph().as_default(), tf.Session() as session:
         start = rule.start()
         state = type(start)(*(tf.placeholder(value.dtype, ()) for value in start))
         finite, amax = tf.placeholder(tf.bool, ()), tf.placeholder(tf.float32, ())
-        after, now, scales = rule.next(state, finite, amax, xp=tf), start, []
+        after, now, scales = rule.next(state, finite, amax, xp=xp), start, []
         for letter in trace:
             feed = {**dict(zip(state, now)), finite: letter == "T", amax: 3.0}
             now = session.run(after, feed)
@@ -103,9 +106,11 @@ print("done")
 """
 
 
-def test_tf1_graph():
-    """The same body in a TF1 graph, with TF1's behaviour, where == on tensors means identity."""
-    run = subprocess.run([sys.executable, "-c", TF1], capture_output=True, text=True, timeout=120, check=False)
+@pytest.mark.parametrize("behaviour", ["v1", "v2"])
+def test_tf1_graph(behaviour):
+    """The same body in a TF1 graph, also with TF1's behaviour, where == on tensors means identity."""
+    command = [sys.executable, "-c", TF1, behaviour]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.stdout.strip() == "done", run.stderr
 
 
@@ -169,6 +174,29 @@ def test_numpy_and_tensorflow_agree_to_the_bit(rule, trace):
             assert np.asarray(left).dtype == right.numpy().dtype
 
 
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize("xp", [tf, ops], ids=["tensorflow", "keras"])
+@pytest.mark.parametrize(("growth", "backoff"), [(2.0, 0.5), (1.1, 0.7), (1.3, 0.999), (3.0, 1 / 3)])
+def test_compiled_steps_agree_with_numpy_to_the_bit(xp, jit_compile, growth, backoff):
+    """Training is compiled: neither Grappler nor XLA may fold a quotient and a product into one factor."""
+    rule = DynamicScale(1000.0, growth, backoff, growth_interval=1, min_scale=None, max_scale=None)
+    advance = tf.function(lambda state, finite: rule.next(state, finite, xp=xp), jit_compile=jit_compile)
+    trace = "TFTTFFTTTFFFTTFT"
+    state, compiled = type(rule.start())(*map(tf.constant, rule.start())), []
+    for letter in trace:
+        state = advance(state, tf.constant(letter == "T"))
+        compiled.append(float(state.scale))
+    assert compiled == scaling.simulate(rule, trace)
+
+
+@pytest.mark.parametrize(("factor", "finite"), [({"growth_factor": 1.1}, True), ({"backoff_factor": 0.9}, False)])
+def test_tensorflow_never_reaches_zero(factor, finite):
+    """TensorFlow flushes subnormals, so no intermediate result may be one."""
+    rule = DynamicScale(1e-37, **factor, growth_interval=1, min_scale=None, max_scale=None)
+    state = rule.next(type(rule.start())(*map(tf.constant, rule.start())), tf.constant(finite), xp=tf)
+    assert float(state.scale) == pytest.approx(1.1e-37 if finite else 9e-38, rel=1e-6, abs=0)
+
+
 @settings(max_examples=10, deadline=None)
 @given(logmax_rules, st.lists(st.tuples(st.booleans(), amaxes), min_size=1, max_size=8))
 def test_logmax_in_numpy_and_tensorflow_agree(rule, trace):
@@ -208,6 +236,22 @@ def test_a_counter_restored_above_the_interval_still_grows():
     """Keras tests for equality and would wait for the next overflow (K8)."""
     rule = DynamicScale(initial_scale=8.0)
     assert rule.next(rule.start()._replace(good_steps=np.int32(10**6)), True).scale == 16.0
+
+
+@pytest.mark.parametrize(
+    ("factor", "trace", "direction"),
+    [({"growth_factor": 1 + 3e-7}, "TTTT", 1), ({"backoff_factor": 1 - 3e-7}, "FFFF", -1)],
+)
+def test_a_factor_that_is_accepted_moves_the_scale(factor, trace, direction):
+    """However close to 1 it is."""
+    scale = scaling.simulate(DynamicScale(8.0, **factor, growth_interval=1), trace)[-1]
+    assert np.sign(scale - 8.0) == direction
+
+
+def test_an_amax_beyond_float32_is_an_overflow():
+    """A float64 statistic that float32 cannot hold is inf there, and simulate says nothing on the way."""
+    inf = float("inf")
+    assert scaling.simulate(LogMaxScale(), None, [1.0, 1e300]) == scaling.simulate(LogMaxScale(), None, [1.0, inf])
 
 
 # Arguments.
@@ -250,7 +294,9 @@ def test_crossed_bounds_are_refused():
         DynamicScale(initial_scale=3, min_scale=4, max_scale=2)
 
 
-@pytest.mark.parametrize("scale", ["static", "Dynamic", -1, 0, NAN, object(), True, [8], {"rule": "x"}, {}])
+@pytest.mark.parametrize(
+    "scale", ["static", "Dynamic", -1, 0, NAN, object(), True, [8], {"rule": "x"}, {"rule": ["x"]}, {}]
+)
 def test_get_refuses_what_is_no_scale(scale):
     """The message shows what was received."""
     with pytest.raises(ValueError, match="received"):
@@ -290,6 +336,8 @@ def test_like_and_simulate_name_what_is_wrong():
         scaling.like("pytorch")
     with pytest.raises(ValueError, match=r"params of keras must be among .*, received factor"):
         scaling.like("keras", factor=2)
+    with pytest.raises(ValueError, match="consecutive_hysteresis must be True or False, received '2'"):
+        scaling.like("deepspeed", consecutive_hysteresis="2")
     with pytest.raises(ValueError, match=r"trace must hold one T .* received 'x'"):
         scaling.simulate(DynamicScale(), "TxT")
     with pytest.raises(ValueError, match="amax must have one value a step, received 1 for 2 steps"):

@@ -64,6 +64,9 @@ class Config:
         scaling: The rule, or None for no loss scaling.
         log: How the run is logged.
 
+    Raises:
+        ConfigError: A value is of another kind.
+
     Example:
     >>> Config("mixed_float16", scaling.DynamicScale()).optimizer("sgd").rule.initial_scale
     32768.0
@@ -72,6 +75,12 @@ class Config:
     policy: str = "auto"
     scaling: ScalingRule | None = None
     log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if self.policy != "auto" and not _is_policy(self.policy):
+            raise ConfigError(f'policy must be "auto" or the name of a dtype policy, received {self.policy!r}')
+        if self.scaling is not None and type(self.scaling) not in _RULES.values():
+            raise ConfigError(f"scaling must be None or a rule of tfmixed, received {self.scaling!r}")
 
     def apply(self) -> keras.DTypePolicy:
         """Sets the global policy, as `set_policy` does, and returns it."""
@@ -112,7 +121,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
             The message names the file, the key, and the nearest key that exists.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         tables = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -126,14 +135,15 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 def _config(tables: dict[str, Any]) -> Config:
     _check_keys("", tables, (entry.name for entry in fields(Config)))
-    name = tables.get("policy", "auto")
-    if name != "auto":
-        try:
-            keras.dtype_policies.get(name)
-        except (ValueError, TypeError):
-            raise ConfigError(f'policy must be "auto" or the name of a dtype policy, received {name!r}') from None
     scale = _rule(_table("scaling", tables)) if "scaling" in tables else None
-    return Config(name, scale, _log(_table("log", tables)))
+    return Config(tables.get("policy", "auto"), scale, _log(_table("log", tables)))
+
+
+def _is_policy(name: Any) -> bool:
+    try:
+        return isinstance(name, str) and keras.dtype_policies.get(name) is not None
+    except ValueError:
+        return False
 
 
 def _rule(table: dict[str, Any]) -> ScalingRule:

@@ -7,6 +7,7 @@ had, its `dtype` argument's or the global policy's; a dtype's name casts to that
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import keras
@@ -36,7 +37,7 @@ class Float32(keras.layers.Wrapper):
     'float32'
     """
 
-    def __init__(self, layer: keras.layers.Layer, output_dtype: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, layer: keras.layers.Layer, output_dtype: Any = None, **kwargs: Any) -> None:
         # Not casting its inputs: what is float32 already must not pass through half precision on its way in.
         super().__init__(layer, **{"autocast": False, **kwargs})
         self.output_dtype = _resolve(output_dtype, self.compute_dtype)
@@ -44,11 +45,15 @@ class Float32(keras.layers.Wrapper):
         for inner in layer._flatten_layers():
             inner.dtype_policy = "float32"
 
+    def build(self, input_shape: Any = None) -> None:
+        # A layer with several inputs, or without a `build` of its own, is built by its first call.
+        takes_one_shape = len(inspect.signature(self.layer.build).parameters) == 1
+        if takes_one_shape and type(self.layer).build is not keras.layers.Layer.build and not self.layer.built:
+            self.layer.build(input_shape)
+        self.built = True
+
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return _cast(self.layer(inputs, *args, **kwargs), self.output_dtype)
-
-    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
-        return _cast_spec(self.layer.compute_output_spec(*args, **kwargs), self.output_dtype)
 
     def compute_mask(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer.compute_mask(*args, **kwargs)
@@ -60,7 +65,7 @@ class Float32(keras.layers.Wrapper):
 class _InFloat32(keras.layers.Layer):
     """Gives a layer the policy float32 and an `output_dtype`. To be listed before the layer's Keras class."""
 
-    def __init__(self, *args: Any, output_dtype: str | None = None, dtype: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, output_dtype: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, dtype="float32", **kwargs)
         self.output_dtype = _resolve(output_dtype, keras.dtype_policies.get(dtype).compute_dtype)
 
@@ -132,7 +137,7 @@ class Sum(_Reduction):
     """
 
     def call(self, inputs: Any) -> Any:
-        return ops.sum(inputs, self.axis, keepdims=self.keepdims)
+        return ops.sum(ops.cast(inputs, "float32"), self.axis, keepdims=self.keepdims)
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
@@ -157,12 +162,12 @@ class Mean(_Reduction):
         return ops.mean(inputs, self.axis, keepdims=self.keepdims)
 
 
-def _resolve(output_dtype: str | None, compute_dtype: str) -> str | None:
+def _resolve(output_dtype: Any, compute_dtype: str) -> str | None:
     if output_dtype is None:
         return None
-    name = compute_dtype if output_dtype == "compute" else output_dtype
     try:
-        if "float" in keras.backend.standardize_dtype(name):
+        name = keras.backend.standardize_dtype(compute_dtype if output_dtype == "compute" else output_dtype)
+        if "float" in name:
             return str(name)
     except ValueError:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -70,11 +71,20 @@ def plot_scale(histories: Mapping[str, ScaleHistory], title: str = "Loss scale")
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes the picture in the format of the path's suffix; it appears whole or not at all."""
+    """Writes the picture in the format of the path's suffix; it appears whole or not at all.
+
+    Raises:
+        ValueError: matplotlib knows no format of that suffix.
+    """
     target = Path(path)
+    format_, known = target.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
+    if format_ not in known:
+        raise ValueError(f"path must end in one of {', '.join(f'.{name}' for name in known)}, received {str(path)!r}")
+    picture = io.BytesIO()
+    figure.savefig(picture, format=format_)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".partial-{target.name}")
-    figure.savefig(partial)
+    partial.write_bytes(picture.getvalue())
     os.replace(partial, target)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 Reason = Literal["overflow", "growth", "set"]
 
@@ -77,9 +77,23 @@ def from_line(line: str) -> Record:
     try:
         values = json.loads(line)
         kind = _KINDS[values.pop("event")]
-        return kind(**{field.name: values[field.name] for field in fields(kind)})
+        if not all(_fits(values[name], wanted) for name, wanted in _types(kind).items()):
+            raise ValueError("a field has another type")
+        return kind(**{name: values[name] for name in _types(kind)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"line must be a record of a tfmixed log, received: {line[:200]!r}") from error
+
+
+def _types(kind: type[Record]) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    if get_origin(wanted) is Literal:
+        return value in get_args(wanted)
+    kinds = get_args(wanted) or (wanted,)
+    return type(value) in kinds or (float in kinds and type(value) is int)
 
 
 def _short(scale: float) -> str:

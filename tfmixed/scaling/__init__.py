@@ -6,7 +6,9 @@ A rule says how the loss scale moves from one training step to the next:
     state = rule.next(state, finite)  # once a step; state.scale multiplies the next loss
 
 `next` selects and never branches on a tensor, so one body serves numpy, TensorFlow (eager, `tf.function` and
-TF1 graphs) and `keras.ops`. All of it is float32 arithmetic: what `simulate` says is what training does.
+TF1 graphs) and `keras.ops`: what `simulate` says is what training does. A `DynamicScale` takes the same steps to the
+last bit in all of them (on JAX, factors that float32 cannot hold differ in the last digits), a `LogMaxScale` up to the
+rounding of each framework's logarithm and exponential.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ def simulate(rule: ScalingRule, trace: Iterable[Any] | None, amax: Sequence[floa
         raise ValueError(f"amax must have one value a step, received {len(sizes)} for {len(flags)} steps")
     state, scales = rule.start(), []
     for finite, size in zip(flags, sizes, strict=True):
-        state = rule.next(state, finite, None if size is None else numpy.float32(size))
+        with numpy.errstate(over="ignore"):  # beyond float32 it is inf, an overflow
+            largest = None if size is None else numpy.float32(size)
+        state = rule.next(state, finite, largest)
         scales.append(float(state.scale))
     return scales
 

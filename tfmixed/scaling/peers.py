@@ -61,6 +61,8 @@ def _flax(growth_interval: int, **params: Any) -> DynamicScale:
 
 def _deepspeed(consecutive_hysteresis: bool, **params: Any) -> DynamicScale:
     # The first growth, at the start and after an overflow, comes one step later than the next ones.
+    if not isinstance(consecutive_hysteresis, bool):
+        raise ValueError(f"consecutive_hysteresis must be True or False, received {consecutive_hysteresis!r}")
     return _both_ways(refill="finite" if consecutive_hysteresis else "growth", growth_delay=1, **params)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy
@@ -57,7 +56,7 @@ class ScalingRule:
             ValueError: No class of that name is known, or its fields are others.
         """
         name, fields = config.get("rule"), {key: value for key, value in config.items() if key != "rule"}
-        if name not in ScalingRule._classes:
+        if not isinstance(name, str) or name not in ScalingRule._classes:
             raise ValueError(f"rule must be one of {', '.join(ScalingRule._classes)}, received {name!r}")
         try:
             return ScalingRule._classes[name](**fields)
@@ -235,14 +234,19 @@ class DynamicScale(ScalingRule):
         # The limit keeps the product finite in the branch that is not selected too: no inf, no warning.
         limit = checks.below(self.bounds[1] / self.growth_factor * (1 - 4 * FLOAT32.epsilon))
         beyond = scale if self.max_scale is None else self.bounds[1]
-        return xp.where(scale > limit, beyond, _times(xp.minimum(scale, limit), self.growth_factor))
+        return xp.where(scale > limit, beyond, _times(xp.minimum(scale, limit), self.growth_factor, xp))
 
     def _backed_off(self, scale: Any, xp: Any) -> Any:
-        lower, floor = _times(scale, self.backoff_factor), self.bounds[0]
+        lower, floor = _times(scale, self.backoff_factor, xp), self.bounds[0]
         return xp.where(lower < floor, scale, lower) if self.min_scale is None else xp.maximum(lower, floor)
 
 
-def _times(scale: Any, factor: float) -> Any:
-    # float32 has no 0.7, and its error adds up over many steps in one direction; 7 and 10 it has.
-    numerator, denominator = Fraction(factor).limit_denominator(2**20).as_integer_ratio()
-    return scale / float(denominator) * float(numerator)
+def _times(scale: Any, factor: float, xp: Any) -> Any:
+    # A factor that float32 has not, such as 0.7, is applied in float64 and rounded once: its error would add up over
+    # many steps. One product and no quotient, because Grappler and XLA fold constants and turn quotients around. On
+    # JAX, which has no float64 unless told so, the factor is float32's nearest.
+    if factor == numpy.float32(factor):
+        return scale * factor
+    is_tensorflow = hasattr(xp, "cast") and hasattr(xp, "float64")  # it does not promote by itself
+    product = xp.multiply(xp.cast(scale, "float64") if is_tensorflow else scale, numpy.float64(factor))
+    return xp.cast(product, "float32") if hasattr(xp, "cast") else product.astype("float32")
