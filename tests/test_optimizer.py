@@ -313,6 +313,16 @@ def test_clipping_and_the_rest_never_hide_an_overflow(make):
         np.testing.assert_array_equal(clean, skipped)
 
 
+@pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
+def test_gradients_whose_norm_overflows_are_not_clipped_into_nan(clip):
+    """Finite, but their squares are not: clipping by the norm would write 0 or NaN."""
+    optimizer, weights = LossScaleOptimizer(keras.optimizers.SGD(0.5, **{clip: 1.0}), 1), variables()
+    optimizer.apply([ops.ones(2), ops.array([1.0, 1e25])], weights)
+    assert (int(optimizer.skipped_steps), float(weights[1].numpy()[0])) == (1, 3.0)
+    step(optimizer, weights, good=True)
+    assert all(np.isfinite(weight.numpy()).all() for weight in weights)
+
+
 def test_learning_rate_is_the_inner_optimizers():
     """Reading and assigning goes through."""
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.5))

@@ -17,7 +17,9 @@ class Verdict(NamedTuple):
     Args:
         finite: Boolean scalar: is every value of every gradient finite?
         culprit: int32 scalar: index of the first variable whose gradient is not; meaningless where all are.
-        norm: float32 scalar, see `global_norm`.
+        norm: float32 scalar, the L2 norm of all gradients together. Non-finite where a gradient is, and where the sum
+            of squares leaves float32 (a norm above 1.8e19). Repeated rows of `tf.IndexedSlices` count one by one, as
+            they do in `tf.linalg.global_norm`.
         amax: float32 scalar, the largest absolute value; None where nobody asked.
     """
 
@@ -27,18 +29,25 @@ class Verdict(NamedTuple):
     amax: Any = None
 
 
-def judge(gradients: Sequence[Any], indices: Sequence[int], needs_amax: bool = False) -> Verdict:
+def judge(
+    gradients: Sequence[Any], indices: Sequence[int], needs_amax: bool = False, needs_norm: bool = False
+) -> Verdict:
     """Returns the verdict on unscaled gradients.
 
     Args:
         gradients: At least one of them not None.
         indices: The index of each gradient's variable.
         needs_amax: Measure the largest absolute value too.
+        needs_norm: Count a norm that leaves float32 as an overflow: clipping by it would make NaN of finite gradients.
     """
-    flags = ops.stack([ops.all(ops.isfinite(values)) for values in _values(gradients)])
+    values = _values(gradients)
+    squares = ops.stack([ops.sum(ops.square(ops.cast(value, "float32"))) for value in values])
+    norm = ops.sqrt(ops.sum(squares))
+    flags = ops.isfinite(squares) if needs_norm else ops.stack([ops.all(ops.isfinite(value)) for value in values])
+    finite = ops.isfinite(norm) if needs_norm else ops.all(flags)
     owners = [index for index, gradient in zip(indices, gradients, strict=True) if gradient is not None]
     culprit = ops.take(ops.convert_to_tensor(owners, "int32"), ops.argmin(ops.cast(flags, "int32")))
-    return Verdict(ops.all(flags), culprit, global_norm(gradients), largest(gradients) if needs_amax else None)
+    return Verdict(finite, culprit, norm, largest(gradients) if needs_amax else None)
 
 
 def unscale(gradient: Any, scale: Any) -> Any:
@@ -55,16 +64,6 @@ def unscale(gradient: Any, scale: Any) -> Any:
     if _is_sparse(gradient):
         return type(gradient)(unscale(gradient.values, scale), gradient.indices, gradient.dense_shape)
     return ops.cast(ops.divide(gradient, scale), gradient.dtype)
-
-
-def global_norm(gradients: Sequence[Any]) -> Any:
-    """Returns the L2 norm of all gradients together, a float32 scalar.
-
-    Non-finite where a gradient is, and where the sum of squares leaves float32 (a norm above 1.8e19). Repeated
-    rows of `tf.IndexedSlices` count one by one, as they do in `tf.linalg.global_norm`.
-    """
-    squares = [ops.sum(ops.square(ops.cast(values, "float32"))) for values in _values(gradients)]
-    return ops.sqrt(ops.sum(ops.stack(squares)))
 
 
 def largest(gradients: Sequence[Any]) -> Any:

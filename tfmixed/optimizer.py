@@ -205,7 +205,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             for gradient, variable in zip(grads, variables, strict=True)
         ]
         indices = [self._get_variable_index(variable) for variable in variables]
-        return unscaled, gradients.judge(unscaled, indices, self.rule.needs_amax)
+        inner = self.inner_optimizer
+        clips_by_norm = inner.clipnorm is not None or inner.global_clipnorm is not None
+        return unscaled, gradients.judge(unscaled, indices, self.rule.needs_amax, clips_by_norm)
 
     def drain_events(self) -> list[Record]:
         """Returns the changes of the scale since the last call, oldest first, and forgets them.
