@@ -66,7 +66,7 @@ def test_any_config_round_trips(config, tmp_path):
             '[scaling]\nlike = "torch"\nhysteresis = 2',
             r"scaling\.hysteresis is no known key.*known: like, initial_scale",
         ),
-        ('[scaling]\nlike = "torch"\nrule = "dynamic"', r"scaling\.rule is no known key"),
+        ('[scaling]\nlike = "torch"\nrule = "dynamic"', r"scaling\.rule and scaling\.like exclude each other"),
         (
             '[scaling]\nlike = "pytorch"',
             r"scaling\.like must be one of torch, .* received 'pytorch'; did you mean torch",
@@ -129,6 +129,15 @@ def test_callbacks_log_into_the_run_folder(tmp_path):
     assert (logger.path, logger.every, logger.verbose) == (tmp_path / "loss_scale.jsonl", 7, 0)
     assert logger.tensorboard == tmp_path / "tensorboard"
     assert Config("float32").callbacks(tmp_path) == []
+
+
+def test_float16_without_scaling_is_not_scaled_by_keras_either():
+    """Keras wraps a bare optimizer under mixed_float16: a scale of 1 keeps it from that."""
+    config = Config("mixed_float16")
+    optimizer = config.optimizer("sgd")
+    assert optimizer.rule == ConstantScale(1.0)
+    assert len(config.callbacks("run")) == 1
+    assert type(Config("mixed_bfloat16").optimizer("sgd")) is keras.optimizers.SGD
 
 
 @pytest.mark.parametrize(

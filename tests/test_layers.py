@@ -85,6 +85,35 @@ def test_symbolic_calls_tell_the_dtype_of_real_ones(inner, policy):
     assert dtype(layer(x)) == dtype(layer(np.ones((1, 4), policy.compute_dtype))) == "float32"
 
 
+class BuildsLater(keras.layers.Layer):
+    """A user's layer that makes its sublayer in `build`."""
+
+    def build(self, input_shape):
+        self.dense = keras.layers.Dense(1, kernel_initializer="ones")
+        self.dense.build(input_shape)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+@pytest.mark.parametrize("symbolic", [True, False])
+def test_sublayers_made_late_are_float32_too(symbolic):
+    """A sum of 70,000 ones, which float16 cannot hold."""
+    keras.config.set_dtype_policy("mixed_float16")
+    layer, x = layers.Float32(BuildsLater()), np.ones((1, 70_000), "float32")
+    inputs = keras.Input((70_000,))
+    total = (keras.Model(inputs, layer(inputs)) if symbolic else layer)(x)
+    assert (dtype(total), float(total[0, 0])) == ("float32", 70_000.0)
+    assert layer.layer.dense.compute_dtype == "float32"
+    assert keras.config.dtype_policy().name == "mixed_float16"
+
+
+def test_time_distributed_takes_it():
+    """It asks for the output shape alone."""
+    layer = keras.layers.TimeDistributed(layers.Float32(keras.layers.Dense(3)))
+    assert layer(keras.Input((5, 4))).shape == (None, 5, 3)
+
+
 def test_attention_can_be_wrapped():
     """`build` of a layer with several inputs takes several shapes."""
     keras.config.set_dtype_policy("mixed_float16")

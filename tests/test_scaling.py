@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -195,6 +196,38 @@ def test_tensorflow_never_reaches_zero(factor, finite):
     rule = DynamicScale(1e-37, **factor, growth_interval=1, min_scale=None, max_scale=None)
     state = rule.next(type(rule.start())(*map(tf.constant, rule.start())), tf.constant(finite), xp=tf)
     assert float(state.scale) == pytest.approx(1.1e-37 if finite else 9e-38, rel=1e-6, abs=0)
+
+
+def single(factor):
+    return np.float32(factor)
+
+
+# How each project computes; fairseq and DeepSpeed keep the scale itself in float64.
+ARITHMETIC = {
+    "torch": (1.3, 0.7, lambda s, up: np.float32(float(s) * (1.3 if up else 0.7))),
+    "flax": (1.3, 0.7, lambda s, up: s * single(1.3 if up else 0.7)),
+    "megatron": (1.3, 0.7, lambda s, up: s * single(1.3 if up else 0.7)),
+    "jmp": (1.3, None, lambda s, up: s * single(1.3) if up else s / single(1.3)),
+    "tf1": (1.3, None, lambda s, up: s * single(1.3) if up else s / single(1.3)),
+    "openseq2seq_backoff": (1.3, None, lambda s, up: s * single(1.3) if up else s / single(1.3)),
+    "deepspeed": (1.3, None, lambda s, up: s * 1.3 if up else s / 1.3),
+    "fairseq": (1.3, None, lambda s, up: s * 1.3 if up else s / 1.3),
+}
+
+
+@pytest.mark.parametrize("peer", ARITHMETIC)
+def test_factors_that_float32_cannot_hold_do_not_drift(peer):
+    """600 changes, in the peer's own arithmetic: to the bit where its scale is a float32."""
+    growth, backoff, change = ARITHMETIC[peer]
+    params = {"factor": growth} if backoff is None else {"growth_factor": growth, "backoff_factor": backoff}
+    rule = scaling.like(peer, **params)
+    rest = {"growth_interval": 1, "growth_delay": 0, "hysteresis": 1, "min_scale": None, "max_scale": None}
+    rule = dataclasses.replace(rule, initial_scale=2.0**15, **rest)
+    trace = "TFTTFFTFTF" * 60
+    scale = rule.initial_scale if peer in ("deepspeed", "fairseq") else np.float32(rule.initial_scale)
+    wanted = [float(scale := change(scale, letter == "T")) for letter in trace]
+    rtol = 2e-6 if peer in ("deepspeed", "fairseq") else 0
+    np.testing.assert_allclose(scaling.simulate(rule, trace), wanted, rtol=rtol)
 
 
 @settings(max_examples=10, deadline=None)

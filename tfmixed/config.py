@@ -23,7 +23,7 @@ from typing import Any
 import keras
 import tomli_w
 
-from tfmixed import policy, scaling
+from tfmixed import hardware, policy, scaling
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import ConfigError
 from tfmixed.optimizer import LossScaleOptimizer
@@ -82,19 +82,25 @@ class Config:
         if self.scaling is not None and type(self.scaling) not in _RULES.values():
             raise ConfigError(f"scaling must be None or a rule of tfmixed, received {self.scaling!r}")
 
+    @property
+    def _wraps(self) -> bool:
+        name = hardware.describe().policy if self.policy == "auto" else self.policy
+        return self.scaling is not None or name == "mixed_float16"
+
     def apply(self) -> keras.DTypePolicy:
         """Sets the global policy, as `set_policy` does, and returns it."""
         return policy.set_policy(self.policy)
 
     def optimizer(self, inner: keras.optimizers.Optimizer | str) -> keras.optimizers.Optimizer:
-        """Returns `inner` wrapped into a `LossScaleOptimizer`, or as it is where nothing is to be scaled."""
-        if self.scaling is not None:
-            return LossScaleOptimizer(inner, self.scaling)
-        return keras.optimizers.get(inner)
+        """Returns `inner` wrapped into a `LossScaleOptimizer`, or as it is where nothing is to be scaled.
+
+        Without `scaling`, `mixed_float16` wraps it too, with a scale of 1: Keras would scale a bare optimizer there.
+        """
+        return LossScaleOptimizer(inner, self.scaling) if self._wraps else keras.optimizers.get(inner)
 
     def callbacks(self, run_dir: str | os.PathLike[str]) -> list[keras.callbacks.Callback]:
-        """Returns the callbacks that log into `run_dir`; none where nothing is scaled."""
-        if self.scaling is None:
+        """Returns the callbacks that log into `run_dir`; none where the optimizer is not wrapped."""
+        if not self._wraps:
             return []
         run = Path(run_dir)
         tensorboard = run / "tensorboard" if self.log.tensorboard else None
@@ -151,6 +157,8 @@ def _rule(table: dict[str, Any]) -> ScalingRule:
     kind, names = ("like", scaling.PEERS) if "like" in table else ("rule", _RULES)
     name = _choice(f"scaling.{kind}", table.get(kind, "dynamic"), names)
     known = scaling.PEERS[name].defaults if kind == "like" else [entry.name for entry in fields(_RULES[name])]
+    if "rule" in table and "like" in table:
+        raise ConfigError(f"scaling.rule and scaling.like exclude each other, received {table['rule']!r} and {name!r}")
     _check_keys("scaling.", values if "rule" not in table else {**values, "rule": name}, [kind, *known])
     if name == "constant" and "value" not in values:
         raise ConfigError('scaling.value is missing: rule = "constant" needs the scale')

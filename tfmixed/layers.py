@@ -6,8 +6,10 @@ had, its `dtype` argument's or the global policy's; a dtype's name casts to that
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -42,18 +44,26 @@ class Float32(keras.layers.Wrapper):
         super().__init__(layer, **{"autocast": False, **kwargs})
         self.output_dtype = _resolve(output_dtype, self.compute_dtype)
         self.supports_masking = layer.supports_masking
-        for inner in layer._flatten_layers():
-            inner.dtype_policy = "float32"
+        _force_float32(layer)
 
     def build(self, input_shape: Any = None) -> None:
         # A layer with several inputs, or without a `build` of its own, is built by its first call.
         takes_one_shape = len(inspect.signature(self.layer.build).parameters) == 1
         if takes_one_shape and type(self.layer).build is not keras.layers.Layer.build and not self.layer.built:
-            self.layer.build(input_shape)
+            with _born_in_float32(self.layer):
+                self.layer.build(input_shape)
         self.built = True
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return _cast(self.layer(inputs, *args, **kwargs), self.output_dtype)
+        with contextlib.nullcontext() if self.layer.built else _born_in_float32(self.layer):
+            return _cast(self.layer(inputs, *args, **kwargs), self.output_dtype)
+
+    def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        # By tracing `call`: the shape alone, which Keras would ask for, does not tell the dtype.
+        return keras.Operation.compute_output_spec(self, *args, **kwargs)
 
     def compute_mask(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer.compute_mask(*args, **kwargs)
@@ -160,6 +170,23 @@ class Mean(_Reduction):
 
     def call(self, inputs: Any) -> Any:
         return ops.mean(inputs, self.axis, keepdims=self.keepdims)
+
+
+def _force_float32(layer: keras.layers.Layer) -> None:
+    for inner in layer._flatten_layers():
+        inner.dtype_policy = "float32"
+
+
+@contextlib.contextmanager
+def _born_in_float32(layer: keras.layers.Layer) -> Iterator[None]:
+    """Gives the sublayers that `layer` makes in its `build` or first call the policy float32 as well."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+    _force_float32(layer)
 
 
 def _resolve(output_dtype: Any, compute_dtype: str) -> str | None:

@@ -27,7 +27,7 @@ def number(
             return float(value)
     limits = [(above, "above"), (least, "at least"), (below, "below"), (most, "at most")]
     wanted = " and ".join(f"{word} {limit:g}" for limit, word in limits if math.isfinite(limit))
-    raise ValueError(f"{name} must be a finite number {wanted}".rstrip() + f", received {value!r}")
+    raise ValueError(f"{name} must be a finite float32 number {wanted}".rstrip() + f", received {value!r}")
 
 
 def scale(name: str, value: Any) -> float:

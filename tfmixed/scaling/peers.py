@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
+
 from tfmixed.formats import FLOAT32
 from tfmixed.scaling import checks
 from tfmixed.scaling.logmax import LogMaxScale
@@ -45,18 +47,37 @@ def like(peer: str, **params: Any) -> ScalingRule:
     return PEERS[peer].rule(**{**defaults, **params})
 
 
+# Four kinds of arithmetic: torch multiplies its float32 scale by a float64 factor, DeepSpeed and fairseq compute in
+# float64 alone; Megatron and flax multiply by a float32 factor; jmp, TensorFlow 1 and OpenSeq2Seq divide by one.
+
+
 def _unbounded(**params: Any) -> DynamicScale:
-    return DynamicScale(**{"min_scale": None, "max_scale": None, **params})
+    rule = {"min_scale": None, "max_scale": None, **params}
+    no_floor = rule["min_scale"] == 0 and not isinstance(rule["min_scale"], bool)
+    return DynamicScale(**{**rule, "min_scale": None if no_floor else rule["min_scale"]})
+
+
+def _single(name: str, factor: float) -> float:
+    return float(numpy.float32(checks.number(name, factor)))
+
+
+def _unbounded_single(growth_factor: float, backoff_factor: float, **params: Any) -> DynamicScale:
+    growth, backoff = _single("growth_factor", growth_factor), _single("backoff_factor", backoff_factor)
+    return _unbounded(growth_factor=growth, backoff_factor=backoff, **params)
 
 
 def _both_ways(factor: float, **params: Any) -> DynamicScale:
     return _unbounded(growth_factor=factor, backoff_factor=1 / checks.number("factor", factor, above=1.0), **params)
 
 
+def _both_ways_single(factor: float, **params: Any) -> DynamicScale:
+    return _both_ways(_single("factor", factor), **params)
+
+
 def _flax(growth_interval: int, **params: Any) -> DynamicScale:
     # It grows at the first finite step after `growth_interval` others, and saturates at float32's maximum.
     interval = checks.count("growth_interval", growth_interval, 1)
-    return _unbounded(growth_interval=interval + 1, max_scale=FLOAT32.max, **params)
+    return _unbounded_single(growth_interval=interval + 1, max_scale=FLOAT32.max, **params)
 
 
 def _deepspeed(consecutive_hysteresis: bool, **params: Any) -> DynamicScale:
@@ -82,11 +103,11 @@ def _apex(initial_scale: float, max_scale: float, **params: Any) -> DynamicScale
 
 
 def _tf1(**params: Any) -> DynamicScale:
-    return _both_ways(min_scale=1.0, **params)
+    return _both_ways_single(min_scale=1.0, **params)
 
 
 def _openseq2seq_backoff(scale_min: float, scale_max: float, **params: Any) -> DynamicScale:
-    return _both_ways(initial_scale=scale_max, min_scale=scale_min, max_scale=scale_max, **params)
+    return _both_ways_single(initial_scale=scale_max, min_scale=scale_min, max_scale=scale_max, **params)
 
 
 def _openseq2seq_logmax(
@@ -108,7 +129,9 @@ _TORCH = {"initial_scale": 2.0**16, "growth_factor": 2.0, "backoff_factor": 0.5,
 PEERS: dict[str, Peer] = {
     "torch": Peer(_unbounded, _TORCH),
     "flax": Peer(_flax, {**_TORCH, "min_scale": FLOAT32.smallest_normal}),
-    "jmp": Peer(_both_ways, {"initial_scale": 2.0**15, "factor": 2.0, "growth_interval": 2000, "min_scale": 1.0}),
+    "jmp": Peer(
+        _both_ways_single, {"initial_scale": 2.0**15, "factor": 2.0, "growth_interval": 2000, "min_scale": 1.0}
+    ),
     "deepspeed": Peer(
         _deepspeed,
         {
@@ -121,7 +144,8 @@ PEERS: dict[str, Peer] = {
         },
     ),
     "megatron": Peer(
-        _unbounded, {**_TORCH, "initial_scale": 2.0**32, "growth_interval": 1000, "hysteresis": 2, "min_scale": 1.0}
+        _unbounded_single,
+        {**_TORCH, "initial_scale": 2.0**32, "growth_interval": 1000, "hysteresis": 2, "min_scale": 1.0},
     ),
     "fairseq": Peer(
         _fairseq,

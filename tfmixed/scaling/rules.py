@@ -245,7 +245,7 @@ def _times(scale: Any, factor: float, xp: Any) -> Any:
     # A factor that float32 has not, such as 0.7, is applied in float64 and rounded once: its error would add up over
     # many steps. One product and no quotient, because Grappler and XLA fold constants and turn quotients around. On
     # JAX, which has no float64 unless told so, the factor is float32's nearest.
-    if factor == numpy.float32(factor):
+    if factor == float(numpy.float32(factor)):
         return scale * factor
     is_tensorflow = hasattr(xp, "cast") and hasattr(xp, "float64")  # it does not promote by itself
     product = xp.multiply(xp.cast(scale, "float64") if is_tensorflow else scale, numpy.float64(factor))
