@@ -13,7 +13,7 @@ PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records"],
     1: ["scaling", "plotting"],
-    2: ["hardware", "gradients", "events"],
+    2: ["hardware", "gradients", "events", "distribute"],
     3: ["policy", "layers", "state"],
     4: ["optimizer"],
     5: ["callbacks"],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from tfmixed import LossScaleOptimizer, records
 from tfmixed.callbacks import LossScaleLogger
+from tfmixed.errors import LossScaleExhausted
 from tfmixed.scaling import ConstantScale, DynamicScale
 
 RULE = DynamicScale(initial_scale=8.0, growth_interval=4)
@@ -100,8 +102,9 @@ class CountReads(keras.callbacks.Callback):
 
         monkeypatch.setattr(tensor, "_numpy", counted)
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self.reads = 0
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 0:
+            self.reads = 0
 
     def on_epoch_end(self, epoch, logs=None):
         self.in_epoch, self.reads = self.reads, 0
@@ -153,11 +156,17 @@ def test_tensorboard_has_the_exact_steps(tmp_path):
     assert ("skipped_steps", 12, 1.0) in points
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())], ids=str)
-def test_an_optimizer_that_does_not_scale_is_said_once_and_logs_nothing(tmp_path, optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "advice"),
+    [
+        ("sgd", "the optimizer is a SGD, which does not scale the loss. Wrap it"),
+        (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "is Keras's own LossScaleOptimizer.*from_keras"),
+    ],
+)
+def test_an_optimizer_that_is_not_ours_is_said_once_and_logs_nothing(tmp_path, optimizer, advice):
     """The message says what to do; no file appears."""
     path = tmp_path / "scale.jsonl"
-    with pytest.warns(UserWarning, match=r"logs nothing.*Wrap it") as caught:
+    with pytest.warns(UserWarning, match=f"logs nothing: .*{advice}") as caught:
         _, history = fit(LossScaleLogger(path), optimizer=optimizer, bad=(), epochs=3)
     assert len([warning for warning in caught if "logs nothing" in str(warning.message)]) == 1
     assert "loss_scale" not in history.history
@@ -181,6 +190,122 @@ def test_going_on_appends_and_starting_anew_replaces(tmp_path):
     fit(LossScaleLogger(path, verbose=0))
     assert steps(path) == [3, 5, 9]
     assert [entry.name for entry in tmp_path.iterdir()] == ["scale.jsonl"]
+
+
+class Killed(BaseException):
+    """Ends a fit at once, as a killed process would."""
+
+
+class KillAt(keras.callbacks.Callback):
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.epoch:
+            raise Killed
+
+
+@pytest.mark.parametrize("backup_first", [False, True])
+@pytest.mark.parametrize("frequency", ["epoch", 5])
+def test_a_restored_run_has_the_log_of_an_uninterrupted_one(tmp_path, backup_first, frequency):
+    """In whatever order logger and backup are listed: no hole, no duplicate."""
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "scale.jsonl"
+    fit(LossScaleLogger(whole, verbose=0), epochs=4)
+
+    def again(*more):
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=frequency)
+        pair = [LossScaleLogger(path, verbose=0), backup]
+        fit(*(pair[::-1] if backup_first else pair), *more, epochs=4)
+
+    with pytest.raises(Killed):
+        again(KillAt(2))
+    again()
+    read, wanted = (
+        [dataclasses.replace(record, epoch=None, variable=None) for record in records.read_log(log)]
+        for log in (path, whole)
+    )
+    if frequency == "epoch":
+        assert read == wanted
+    # A backup within an epoch restores the optimizer and begins the epoch's data again.
+    numbers = [record.step for record in read]
+    assert numbers == sorted(set(numbers))
+    assert [record.old_scale for record in read] == [8.0, *(record.new_scale for record in read[:-1])]
+
+
+def test_changes_of_an_interrupted_fit_carry_no_wrong_epoch(tmp_path):
+    """They are logged by the next one, which does not know when they happened."""
+    path = tmp_path / "scale.jsonl"
+    optimizer = LossScaleOptimizer("sgd", RULE)
+    model, _ = fit(optimizer=optimizer)
+    model.fit(*data(), batch_size=8, shuffle=False, verbose=0, callbacks=[LossScaleLogger(path, verbose=0)])
+    assert [(record.step, record.epoch) for record in records.read_log(path)] == [
+        *((step, None) for step in (3, 5, 9)),
+        *((step, 0) for step in (13, 17, 21)),
+    ]
+
+
+def test_a_file_that_is_no_log_is_left_alone(tmp_path):
+    """The error names the argument and the file, and nothing is overwritten."""
+    path = tmp_path / "notes.txt"
+    path.write_text("precious\n")
+    with pytest.raises(
+        ValueError, match=r"path must be a log of LossScaleLogger or a new file, received '.*notes.txt'"
+    ):
+        fit(LossScaleLogger(path))
+    assert path.read_text() == "precious\n"
+
+
+STUCK = DynamicScale(initial_scale=4.0, min_scale=1.0)
+
+
+def test_a_stuck_run_stops_with_advice(tmp_path):
+    """At the floor for max_consecutive_skips steps: the log is written, then fit raises."""
+    path = tmp_path / "scale.jsonl"
+    optimizer = LossScaleOptimizer("sgd", STUCK, max_consecutive_skips=5)
+    with pytest.raises(LossScaleExhausted, match=r"since step 3 .* stands at 1 .*kernel \(9 times\).*") as raised:
+        fit(LossScaleLogger(path, verbose=0), optimizer=optimizer, bad=range(3, 12), epochs=5)
+    assert (raised.value.scale, raised.value.since_step, raised.value.skips) == (1.0, 3, 9)
+    assert steps(path) == [3, 4]
+
+
+def test_every_stops_a_stuck_run_within_the_epoch():
+    """Five skips from step 3, looked at after each fourth step."""
+    optimizer = LossScaleOptimizer("sgd", STUCK, max_consecutive_skips=5)
+    with pytest.raises(LossScaleExhausted):
+        fit(LossScaleLogger(every=4, verbose=0), optimizer=optimizer, bad=range(3, 12))
+    assert int(optimizer.attempted_steps) == 8
+
+
+def test_a_loss_that_is_nan_is_told_apart():
+    """No scale mends it, and the advice says so."""
+    optimizer = LossScaleOptimizer("sgd", STUCK, max_consecutive_skips=5)
+    with pytest.raises(LossScaleExhausted, match=r"The loss itself is (nan|inf): no loss scale mends that"):
+        fit(LossScaleLogger(verbose=0), optimizer=optimizer, bad=range(12))
+
+
+def test_without_a_logger_fit_raises_at_its_end():
+    """A run that was in vain never ends in silence."""
+    optimizer = LossScaleOptimizer("sgd", STUCK, max_consecutive_skips=5)
+    with pytest.raises(LossScaleExhausted):
+        fit(optimizer=optimizer, bad=range(12))
+
+
+def test_a_run_that_goes_on_after_it_was_stuck_gets_its_chance():
+    """The counts of before do not stop it before its first step."""
+    optimizer = LossScaleOptimizer("sgd", STUCK, max_consecutive_skips=5)
+    with pytest.raises(LossScaleExhausted):
+        model, _ = fit(optimizer=optimizer, bad=range(12))
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="only")])
+    fresh = LossScaleOptimizer("sgd", STUCK, max_consecutive_skips=5)
+    fresh.build(model.trainable_variables)
+    store = {}
+    optimizer.save_own_variables(store)
+    fresh.load_own_variables(store)
+    assert int(fresh.consecutive_skips) == 12
+    model.compile(fresh, loss="mse")
+    model.fit(*data(bad=()), batch_size=8, verbose=0, callbacks=[LossScaleLogger(verbose=0)])
+    assert int(fresh.consecutive_skips) == 0
 
 
 def test_a_torn_last_line_is_dropped_when_the_run_goes_on(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from tfmixed import records
+from tfmixed import distribute, records
 from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.records import Record, ScaleChange
 from tfmixed.scaling import checks
@@ -37,8 +37,10 @@ class LossScaleLogger(keras.callbacks.Callback):
     Raises:
         ValueError: `every` or `verbose` is out of range.
         ImportError: `tensorboard` is asked for and not installed.
+        LossScaleExhausted: While training, where it collects; see `LossScaleOptimizer.raise_if_exhausted`.
 
-    With an optimizer that is no `tfmixed.LossScaleOptimizer` it warns once and does nothing.
+    Of several workers the chief alone writes and prints. With an optimizer that is no `tfmixed.LossScaleOptimizer` it
+    warns once and does nothing.
 
     Example:
     >>> logger = LossScaleLogger("runs/mine/loss_scale.jsonl")
@@ -62,65 +64,84 @@ class LossScaleLogger(keras.callbacks.Callback):
             )
         self.every = None if every is None else checks.count("every", every, 1)
         self.verbose = checks.count("verbose", verbose, 0)
-        self._optimizer: LossScaleOptimizer | None = None
+        # Keras then dispatches batch ends from another thread, without waiting for the device in this one. Not where
+        # this callback itself writes optimizer variables, or where Keras moves them between trainer and model (JAX).
+        self.async_safe = every is None and keras.backend.backend() == "tensorflow"
         self._writer: Any = None
+        self._running = False
         self._pending: list[Record] = []
         self._epoch = 0
         self._collected_at = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        optimizer = self.model.optimizer
-        self._optimizer = optimizer if isinstance(optimizer, LossScaleOptimizer) else None
-        if self._optimizer is None:
-            warnings.warn(
-                f"LossScaleLogger logs nothing: the optimizer is a {type(optimizer).__name__}, which does not scale "
-                "the loss. Wrap it: `tfmixed.LossScaleOptimizer(optimizer)`.",
-                stacklevel=2,
-            )
+        optimizer = self._optimizer
+        if optimizer is None:
+            warnings.warn(f"LossScaleLogger logs nothing: {_why_not(self.model.optimizer)}", stacklevel=2)
             return
-        if self.path is not None:
-            _open_log(self.path, int(self._optimizer.attempted_steps))
-        if self.tensorboard is not None:
+        self._running = False
+        if self.tensorboard is not None and distribute.is_chief():
             import tensorflow
 
             self._writer = tensorflow.summary.create_file_writer(os.fspath(self.tensorboard))
 
+    @property
+    def _optimizer(self) -> LossScaleOptimizer | None:
+        # Asked for each time: on JAX, `self.model` gives the optimizer the values that the step left in the trainer.
+        optimizer = self.model.optimizer
+        return optimizer if isinstance(optimizer, LossScaleOptimizer) else None
+
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._epoch, self._collected_at = epoch, 0
+        if not self._running and self._optimizer is not None:
+            # Not in on_train_begin: a callback that restores the optimizer there may come after this one.
+            self._collect()
+            self._running = True
         self._print_pending()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self._optimizer is None:
             return
         if logs is not None:
-            # Tensors, not numbers: nobody waits for the device but the progress bar, which does so anyway.
-            logs.update((name, getattr(self._optimizer, name)) for name in _METRICS)
+            # Not numbers: nobody waits for the device but the progress bar, which does so anyway.
+            logs.update((name, self._optimizer.variable(name).value) for name in _METRICS)
         if self.every is not None and batch + 1 - self._collected_at >= self.every:
             self._collected_at = batch + 1
-            self._collect()
+            self._collect(logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if self._optimizer is None:
+        optimizer = self._optimizer
+        if optimizer is None:
             return
-        self._collect()
-        numbers = {name: float(getattr(self._optimizer, name)) for name in _METRICS}
+        self._collect(logs)
+        numbers = {name: float(getattr(optimizer, name)) for name in _METRICS}
         if logs is not None:
             logs.update(numbers)
-        self._write_scalars(numbers, int(self._optimizer.attempted_steps))
+        self._write_scalars(numbers, int(optimizer.attempted_steps))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._optimizer is None:
             return
-        self._collect()
+        self._collect(logs)
         self._print_pending()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def _collect(self) -> None:
-        assert self._optimizer is not None
-        events = [dataclasses.replace(event, epoch=self._epoch) for event in self._optimizer.drain_events()]
+    def _collect(self, logs: dict[str, Any] | None = None) -> None:
+        optimizer = self._optimizer
+        assert optimizer is not None
+        # What is found before the first epoch happened in an earlier run.
+        epoch = self._epoch if self._running else None
+        events = [dataclasses.replace(event, epoch=epoch) for event in optimizer.drain_events()]
+        if distribute.is_chief():
+            self._write(events, int(optimizer.attempted_steps))
+        if self._running:
+            optimizer.raise_if_exhausted((logs or {}).get("loss"))
+
+    def _write(self, events: list[Record], step: int) -> None:
         self._pending += events
+        if self.path is not None and not self._running:
+            _open_log(self.path, min([step, *map(_step, events)]))
         if self.path is not None and events:
             # One write a line, straight to the operating system: a killed process loses at most the last.
             with self.path.open("a", encoding="utf-8", buffering=1) as file:
@@ -146,15 +167,31 @@ class LossScaleLogger(keras.callbacks.Callback):
         self._pending = []
 
 
+def _why_not(optimizer: Any) -> str:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return (
+            "the optimizer is Keras's own LossScaleOptimizer, with which Keras wraps any other under mixed_float16. "
+            "Compile with `tfmixed.LossScaleOptimizer(inner_optimizer)`, or go on from this one with "
+            "`tfmixed.LossScaleOptimizer.from_keras(model.optimizer)`."
+        )
+    return (
+        f"the optimizer is a {type(optimizer).__name__}, which does not scale the loss. Wrap it: "
+        "`tfmixed.LossScaleOptimizer(optimizer)`."
+    )
+
+
+def _step(record: Record) -> int:
+    return record.step if isinstance(record, ScaleChange) else record.before_step
+
+
 def _open_log(path: Path, step: int) -> None:
     """Makes the log ready for a run that starts at `step`: whole lines of earlier steps stay, others go."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if path.exists():
-        for line in records.complete_lines(path):
-            record = records.from_line(line)
-            if (record.step if isinstance(record, ScaleChange) else record.before_step) < step:
-                kept.append(line)
+    lines = records.complete_lines(path) if path.exists() else ()
+    try:
+        kept = [line for line in lines if _step(records.from_line(line)) < step]
+    except ValueError as error:
+        raise ValueError(f"path must be a log of LossScaleLogger or a new file, received {str(path)!r}") from error
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)

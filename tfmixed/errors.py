@@ -1,5 +1,52 @@
 """The exceptions that tfmixed raises beyond Python's own."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
 
 class ConfigError(ValueError):
     """A configuration file cannot be used; the message names file, key and remedy."""
+
+
+class LossScaleExhausted(FloatingPointError):  # noqa: N818  # a state of the run, like StopIteration
+    """Step after step overflows, and the loss scale cannot fall any further.
+
+    Args:
+        scale: The loss scale.
+        since_step: The first attempted step, counted from 0, of this row of skipped ones.
+        skips: How many they are.
+        overflows: For each variable by path, in how many of them its gradient was not finite.
+        loss: The last loss, where the observer knows it.
+    """
+
+    def __init__(
+        self, scale: float, since_step: int, skips: int, overflows: Mapping[str, int], loss: float | None = None
+    ) -> None:
+        self.scale, self.since_step, self.skips = scale, since_step, skips
+        self.overflows, self.loss = dict(overflows), loss
+        super().__init__(f"{self._row()} {self._advice()}")
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.scale, self.since_step, self.skips, self.overflows, self.loss)
+
+    def _row(self) -> str:
+        worst = sorted(self.overflows, key=lambda path: -self.overflows[path])[:3]
+        named = ", ".join(f"{path} ({self.overflows[path]} times)" for path in worst if self.overflows[path])
+        return (
+            f"All {self.skips} steps since step {self.since_step} had gradients that are not finite and were skipped; "
+            f"the loss scale stands at {self.scale:g} and does not fall any further. Not finite most often: {named}."
+        )
+
+    def _advice(self) -> str:
+        if self.loss is not None and not math.isfinite(self.loss):
+            return (
+                f"The loss itself is {self.loss}: no loss scale mends that. Look for inputs that are not finite, a log "
+                "or a division near 0, weights that diverged under a high learning rate, or a forward pass that leaves "
+                "float16: compute that layer in float32 with tfmixed.layers.Float32."
+            )
+        return (
+            "Try lowering the learning rate, clipping gradients (`clipnorm` on the inner optimizer), a `min_scale` "
+            "below 1 in the rule, or computing the layers named above in float32 with tfmixed.layers.Float32."
+        )

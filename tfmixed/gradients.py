@@ -8,52 +8,94 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import keras
+import ml_dtypes
 from keras import ops
+
+from tfmixed.formats import FLOAT32
 
 
 class Verdict(NamedTuple):
-    """What the unscaled gradients of one step say.
+    """What the unscaled gradients of one step say, on all replicas together.
 
     Args:
         finite: Boolean scalar: is every value of every gradient finite?
-        culprit: int32 scalar: index of the first variable whose gradient is not; meaningless where all are.
+        bad: Boolean vector, one entry a variable of the optimizer: is a value of its gradient not?
         norm: float32 scalar, the L2 norm of all gradients together. Non-finite where a gradient is, and where the sum
             of squares leaves float32 (a norm above 1.8e19). Repeated rows of `tf.IndexedSlices` count one by one, as
-            they do in `tf.linalg.global_norm`.
-        amax: float32 scalar, the largest absolute value; None where nobody asked.
+            they do in `tf.linalg.global_norm`. With several replicas it is sqrt(replicas * the sum of their squared
+            norms): the norm of their sum where they agree, above it where they do not. The norm itself would take a
+            second reduction of all gradients.
+        amax: float32 scalar, the largest absolute value on any replica; None where nobody asked.
     """
 
     finite: Any
-    culprit: Any
+    bad: Any
     norm: Any
-    amax: Any = None
+    amax: Any
 
 
-def judge(
-    gradients: Sequence[Any], indices: Sequence[int], needs_amax: bool = False, needs_norm: bool = False
-) -> Verdict:
-    """Returns the verdict on unscaled gradients.
+class Judge(NamedTuple):
+    """Turns the gradients of each replica into evidence, and the sum of the evidence into a verdict.
+
+    The evidence is one float32 vector, since strategies sum and know no maximum: for each variable 1 if its gradient
+    is not finite, then the sum of squares, then the replica's largest absolute value in a place of its own.
 
     Args:
-        gradients: At least one of them not None.
-        indices: The index of each gradient's variable.
+        dtypes: Those of the optimizer's variables. A gradient must be finite in its variable's dtype.
+        replicas: How many there are.
+        summands: How many gradients the inner optimizer adds up, over replicas and accumulated steps: their sum must
+            be finite too.
+        squares: The inner optimizer squares gradients, or clips by their norm: the squares must be finite too, or
+            finite gradients would become 0 or NaN.
         needs_amax: Measure the largest absolute value too.
-        needs_norm: Count a norm that leaves float32 as an overflow: clipping by it would make NaN of finite gradients.
     """
-    values = _values(gradients)
-    squares = ops.stack([ops.sum(ops.square(ops.cast(value, "float32"))) for value in values])
-    norm = ops.sqrt(ops.sum(squares))
-    flags = ops.isfinite(squares) if needs_norm else ops.stack([ops.all(ops.isfinite(value)) for value in values])
-    finite = ops.isfinite(norm) if needs_norm else ops.all(flags)
-    owners = [index for index, gradient in zip(indices, gradients, strict=True) if gradient is not None]
-    culprit = ops.take(ops.convert_to_tensor(owners, "int32"), ops.argmin(ops.cast(flags, "int32")))
-    return Verdict(finite, culprit, norm, largest(gradients) if needs_amax else None)
+
+    dtypes: tuple[str, ...]
+    replicas: int = 1
+    summands: int = 1
+    squares: bool = False
+    needs_amax: bool = False
+
+    def evidence(self, gradients: Sequence[Any], indices: Sequence[int], replica: Any = 0) -> Any:
+        """Returns the evidence of one replica.
+
+        Args:
+            gradients: Unscaled, at least one of them not None.
+            indices: The index of each gradient's variable.
+            replica: The number of this replica, from 0.
+        """
+        values = {index: _values(each) for index, each in zip(indices, gradients, strict=True) if each is not None}
+        squares = {index: ops.sum(ops.square(ops.cast(each, "float32"))) for index, each in values.items()}
+        bad = {index: self._is_bad(values[index], squares[index], self.dtypes[index]) for index in values}
+        parts = [bad.get(index, 0.0) for index in range(len(self.dtypes))] + [sum(squares.values())]
+        if self.needs_amax:
+            peaks = [ops.cast(ops.max(ops.abs(each), initial=0), "float32") for each in values.values()]
+            peak = ops.max(ops.stack(peaks))
+            parts += [ops.where(ops.equal(replica, place), peak, 0.0) for place in range(self.replicas)]
+        return ops.stack(parts)
+
+    def verdict(self, evidence: Any) -> Verdict:
+        """Returns the verdict on the sum of all evidence."""
+        count = len(self.dtypes)
+        bad = ops.greater(evidence[:count], 0.0)
+        norm = ops.sqrt(self.replicas * evidence[count])
+        amax = ops.max(evidence[count + 1 :]) if self.needs_amax else None
+        return Verdict(ops.logical_not(ops.any(bad)), bad, norm, amax)
+
+    def _is_bad(self, values: Any, square: Any, dtype: str) -> Any:
+        kinds = dtype, keras.backend.standardize_dtype(values.dtype)
+        limit = min(float(ml_dtypes.finfo(kind).max) for kind in kinds) / self.summands
+        good = ops.all(ops.abs(values) <= limit)  # NaN compares False
+        if self.squares:
+            good = ops.logical_and(good, square <= FLOAT32.max / self.summands**2 / len(self.dtypes))
+        return ops.cast(ops.logical_not(good), "float32")
 
 
 def unscale(gradient: Any, scale: Any) -> Any:
-    """Returns `gradient / scale` in the gradient's own dtype and sparsity.
+    """Returns `gradient / scale` in its own sparsity, in float32 at least, as Keras does.
 
-    The quotient is taken in float32 at least. By division, since the reciprocal of a scale above 2**126 is subnormal.
+    By division, since the reciprocal of a scale above 2**126 is subnormal.
 
     Args:
         gradient: Tensor of any shape and floating dtype, `tf.IndexedSlices`, or None.
@@ -63,17 +105,11 @@ def unscale(gradient: Any, scale: Any) -> Any:
         return None
     if _is_sparse(gradient):
         return type(gradient)(unscale(gradient.values, scale), gradient.indices, gradient.dense_shape)
-    return ops.cast(ops.divide(gradient, scale), gradient.dtype)
+    return ops.divide(gradient, scale)
 
 
-def largest(gradients: Sequence[Any]) -> Any:
-    """Returns the largest absolute value of all gradients, a float32 scalar."""
-    peaks = [ops.max(ops.abs(ops.cast(values, "float32")), initial=0.0) for values in _values(gradients)]
-    return ops.max(ops.stack(peaks))
-
-
-def _values(gradients: Sequence[Any]) -> list[Any]:
-    return [gradient.values if _is_sparse(gradient) else gradient for gradient in gradients if gradient is not None]
+def _values(gradient: Any) -> Any:
+    return gradient.values if _is_sparse(gradient) else gradient
 
 
 def _is_sparse(gradient: Any) -> bool:

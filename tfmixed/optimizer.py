@@ -9,11 +9,16 @@ from typing import Any
 import keras
 from keras import ops
 
-from tfmixed import events, gradients, scaling
-from tfmixed.gradients import Verdict
+from tfmixed import distribute, events, gradients, scaling
+from tfmixed.errors import LossScaleExhausted
+from tfmixed.gradients import Judge
 from tfmixed.records import Record
 from tfmixed.scaling import ConstantScale, DynamicScale, ScalingRule, checks
 from tfmixed.state import ScalingState
+
+# Left out of a saved configuration, so that Keras's own class can read the rest of it.
+_MAX_CONSECUTIVE_SKIPS = 100
+_EVENT_CAPACITY = 256
 
 
 @keras.saving.register_keras_serializable(package="tfmixed")
@@ -31,6 +36,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         initial_scale: Keras's spelling: the first dynamic scale; with `dynamic=False` the constant one.
         dynamic_growth_steps: Keras's spelling of `growth_interval`.
         dynamic: Keras 2's spelling: False makes the scale constant.
+        max_consecutive_skips: Steps skipped in a row after which `raise_if_exhausted` raises. None: never.
         event_capacity: How many changes of the scale fit in the ring on the device between two calls of
             `drain_events`. 40 bytes each.
         name: Name of the optimizer.
@@ -57,7 +63,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         initial_scale: float | None = None,
         dynamic_growth_steps: int | None = None,
         dynamic: bool | None = None,
-        event_capacity: int = 256,
+        max_consecutive_skips: int | None = _MAX_CONSECUTIVE_SKIPS,
+        event_capacity: int = _EVENT_CAPACITY,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -70,16 +77,18 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             **kwargs,
         )
         self.rule = rule
+        limit = max_consecutive_skips
+        self.max_consecutive_skips = None if limit is None else checks.count("max_consecutive_skips", limit, 1)
         self.event_capacity = checks.count("event_capacity", event_capacity, 1)
         self._scaling: ScalingState | None = None
         self._paths: list[str] = []
 
     def build(self, variables: Sequence[Any]) -> None:
         """Creates all optimizer variables for the given trainable variables."""
-        self._state()
+        self._state().watch(len(variables), self.add_variable)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
-        self._paths = [getattr(variable, "path", variable.name) for variable in variables]
+        self._paths = [_path(variable) for variable in variables]
         # Keras's LossScaleOptimizer.build would add its own two variables: its base class does the rest.
         keras.optimizers.Optimizer.build(self, variables)
 
@@ -89,6 +98,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self._scaling = ScalingState(self.rule, self.event_capacity, self.add_variable)
         return self._scaling
 
+    def variable(self, name: str) -> keras.Variable:
+        """Returns the variable behind a property, such as `"loss_scale"` or `"skipped_steps"`, as it changes."""
+        return self._state().variables["dynamic_scale" if name == "loss_scale" else name]
+
     @property
     def loss_scale(self) -> Any:
         """The scale of the next step, a float32 scalar tensor. Assigning to it is logged as a change by hand."""
@@ -96,7 +109,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     @loss_scale.setter
     def loss_scale(self, value: float) -> None:
-        self._state().set_scale(value)
+        self._state().set_scale(float(ops.convert_to_numpy(value)) if ops.is_tensor(value) else value)
 
     @property
     def dynamic_scale(self) -> keras.Variable:
@@ -140,24 +153,44 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             trainable_variables: The variables; None means those that the optimizer was built with.
 
         Raises:
-            ValueError: All gradients are None.
-            NotImplementedError: A distribution strategy runs more than one replica.
+            ValueError: All gradients are None, their number is not that of the variables, or a variable is not one that
+                the optimizer was built with.
+            NotImplementedError: The distribution strategy is of an untested kind.
+            RuntimeError: It is called outside of `strategy.run`.
         """
         grads = list(grads)
         if not grads:
             return
         _check_any(grads)
-        _check_one_replica()
         if not self.built and trainable_variables is not None:
             with keras.name_scope(self.name, caller=self):
                 self.build(list(trainable_variables))
+        if not self.built:
+            raise ValueError(
+                "trainable_variables must be passed to an optimizer that is not built, received None: pass them, or "
+                "call `optimizer.build(trainable_variables)` first"
+            )
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
-        unscaled, verdict = self._judge(grads, variables)
-        if self.rule.skip_nonfinite:
-            ops.cond(verdict.finite, lambda: self.inner_optimizer.apply(unscaled, variables), lambda: None)
-        else:
-            self.inner_optimizer.apply(unscaled, variables)
-        self._state().advance(verdict)
+        if len(grads) != len(variables):
+            raise ValueError(
+                f"grads must hold one gradient a variable, received {len(grads)} for {len(variables)} variables"
+            )
+        judge, indices = self._judge(), self._indices(variables)
+        unscaled = self._unscale(grads, variables)
+
+        def decide(total: Any, on_each: Any) -> None:
+            verdict = judge.verdict(total)
+
+            def update() -> None:
+                on_each(lambda gradients: self.inner_optimizer.apply(gradients, variables))
+
+            if self.rule.skip_nonfinite:
+                ops.cond(verdict.finite, update, lambda: None)
+            else:
+                update()
+            self._state().advance(verdict)
+
+        distribute.decide_together(decide, judge.evidence(unscaled, indices, distribute.replica()), unscaled)
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
@@ -182,7 +215,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         _check_any(grads)
         own, inner = optimizer_variables[: len(self._variables)], optimizer_variables[len(self._variables) :]
         with keras.StatelessScope(state_mapping=list(zip(self._variables, own, strict=True))) as scope:
-            unscaled, verdict = self._judge(grads, self._trainable_variables)
+            unscaled = self._unscale(grads, self._trainable_variables)
+            judge, indices = self._judge(), self._indices(self._trainable_variables)
+            verdict = judge.verdict(judge.evidence(unscaled, indices))
             self._state().advance(verdict)
         new_own = [scope.get_current_value(variable) for variable in self._variables]
 
@@ -197,17 +232,62 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             )
         return new_trainable, new_own + new_inner
 
-    def _judge(self, grads: Sequence[Any], variables: Sequence[Any]) -> tuple[list[Any], Verdict]:
+    def _judge(self) -> Judge:
+        inner, replicas = self.inner_optimizer, distribute.replicas()
+        clips_by_norm = inner.clipnorm is not None or inner.global_clipnorm is not None
+        return Judge(
+            dtypes=tuple(variable.dtype for variable in self._trainable_variables),
+            replicas=replicas,
+            summands=replicas * (inner.gradient_accumulation_steps or 1),
+            squares=clips_by_norm or not isinstance(inner, (keras.optimizers.SGD, keras.optimizers.Lion)),
+            needs_amax=self.rule.needs_amax,
+        )
+
+    def _indices(self, variables: Sequence[Any]) -> list[int]:
+        try:
+            return [self._get_variable_index(variable) for variable in variables]
+        except KeyError:
+            known, names = ", ".join(self._paths), ", ".join(_path(variable) for variable in variables)
+            raise ValueError(
+                f"trainable_variables must be among those that the optimizer was built with ({known}), received {names}"
+            ) from None
+
+    def _unscale(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         scale = self.loss_scale
         # Variables that are overwritten with their gradient (float8 scales) hold it as it is.
-        unscaled = [
+        return [
             gradient if getattr(variable, "overwrite_with_gradient", False) else gradients.unscale(gradient, scale)
             for gradient, variable in zip(grads, variables, strict=True)
         ]
-        indices = [self._get_variable_index(variable) for variable in variables]
-        inner = self.inner_optimizer
-        clips_by_norm = inner.clipnorm is not None or inner.global_clipnorm is not None
-        return unscaled, gradients.judge(unscaled, indices, self.rule.needs_amax, clips_by_norm)
+
+    def raise_if_exhausted(self, loss: float | None = None) -> None:
+        """Raises if the last `max_consecutive_skips` steps were all skipped and the scale is at its floor.
+
+        `LossScaleLogger` calls it whenever it collects, `fit` at its end, a custom loop whenever it likes. Reads the
+        device. A scale that is not at its floor has ten times as many steps to get there.
+
+        Args:
+            loss: The last loss, if known: an overflow and a loss that is NaN call for different remedies.
+
+        Raises:
+            LossScaleExhausted: With the scale, the step since when, the three variables whose gradients were
+                non-finite most often, and advice.
+        """
+        limit, skips = self.max_consecutive_skips, int(self.consecutive_skips)
+        if limit is None or skips < limit:
+            return
+        scale = float(self.loss_scale)
+        if scale > self.rule.bounds[0] and skips < 10 * limit:
+            return
+        counts = self._state().read("overflow_counts")
+        overflows = dict(zip(self._paths, map(int, ops.convert_to_numpy(counts)), strict=True))
+        first = int(self.attempted_steps) - skips
+        raise LossScaleExhausted(scale, first, skips, overflows, None if loss is None else float(loss))
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Does what Keras does at the end of `fit`, and raises if all was in vain; see `raise_if_exhausted`."""
+        super().finalize_variable_values(var_list)
+        self.raise_if_exhausted()
 
     def drain_events(self) -> list[Record]:
         """Returns the changes of the scale since the last call, oldest first, and forgets them.
@@ -224,7 +304,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             config |= {"initial_scale": self.initial_scale, "dynamic_growth_steps": self.dynamic_growth_steps}
         else:
             config["scale"] = self.rule.get_config()
-        return config if self.event_capacity == 256 else {**config, "event_capacity": self.event_capacity}
+        ours = {"max_consecutive_skips": _MAX_CONSECUTIVE_SKIPS, "event_capacity": _EVENT_CAPACITY}
+        changed = {key: getattr(self, key) for key, default in ours.items() if getattr(self, key) != default}
+        return {**config, **changed}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> LossScaleOptimizer:
@@ -262,10 +344,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         inner = self._inner_by_name()
         saved = _by_name(store, inner)
-        if not inner.keys() <= saved.keys():
+        if inner.keys() != {name for name in saved if name.startswith("inner_")}:
             warnings.warn(
                 f"Skipping variable loading for optimizer {self.name!r}: the inner optimizer of the file has other "
-                f"variables than {type(self.inner_optimizer).__name__} here, or the optimizer is not built yet.",
+                f"variables than {type(self.inner_optimizer).__name__} here, or the optimizer is not built yet: build "
+                "it first with `optimizer.build(model.trainable_variables)`.",
                 stacklevel=2,
             )
             return
@@ -275,6 +358,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _inner_by_name(self) -> dict[str, keras.Variable]:
         return {f"inner_{index}": variable for index, variable in enumerate(self.inner_optimizer.variables)}
+
+
+def _path(variable: Any) -> str:
+    return str(getattr(variable, "path", variable.name))
 
 
 def _by_name(store: Any, inner: dict[str, Any]) -> dict[str, Any]:
@@ -332,18 +419,4 @@ def _check_any(grads: Sequence[Any]) -> None:
         raise ValueError(
             f"grads must hold at least one gradient, received {len(grads)} times None: the loss does not depend on "
             "any of the trainable variables"
-        )
-
-
-def _check_one_replica() -> None:
-    # Replicas that judged their own gradients only would part ways, and hang or destroy the weights.
-    if keras.backend.backend() != "tensorflow":
-        return
-    import tensorflow
-
-    replicas = tensorflow.distribute.get_strategy().num_replicas_in_sync
-    if replicas > 1:
-        raise NotImplementedError(
-            "LossScaleOptimizer does not support distribution strategies of several replicas yet. Received: a "
-            f"strategy of {replicas}. Train on one device, or in mixed_bfloat16, which needs no loss scaling."
         )

@@ -43,6 +43,12 @@ class ScalingState:
         with _outside_of_graphs():
             self.variables = {name: _variable(add_variable, name, value) for name, value in values.items()}
 
+    def watch(self, count: int, add_variable: Callable[..., keras.Variable]) -> None:
+        """Adds the counts of overflows of each of `count` variables, in the present row of skipped steps."""
+        with _outside_of_graphs():
+            name = "overflow_counts"
+            self.variables[name] = _variable(add_variable, name, numpy.zeros(count, "int32"))
+
     def read(self, name: str) -> Any:
         """Returns the present value of a variable, as a tensor of its own."""
         return ops.copy(self.variables[name].value)
@@ -53,7 +59,7 @@ class ScalingState:
         old = type(self.rule.start())(*(self.read(name) for name in self._names))
         new = self.rule.next(old, finite, verdict.amax, xp=ops)
         reason = ops.where(finite, ops.where(new.scale > old.scale, events.GROWTH, events.SET), events.OVERFLOW)
-        culprit = ops.where(finite, events.NO_VARIABLE, verdict.culprit)
+        culprit = ops.where(finite, events.NO_VARIABLE, ops.argmax(ops.cast(verdict.bad, "int32")))
         attempted = self.read("attempted_steps")
         events.log(self.variables, attempted, old.scale, new.scale, reason, culprit)
         skipped = ops.cast(ops.logical_not(finite) if self.rule.skip_nonfinite else False, attempted.dtype)
@@ -64,6 +70,8 @@ class ScalingState:
             "consecutive_skips": (self.read("consecutive_skips") + 1) * skipped,
             "gradient_norm": verdict.norm,
         }
+        counts = self.read("overflow_counts")
+        values["overflow_counts"] = ops.where(finite, 0, counts + ops.cast(verdict.bad, counts.dtype))
         for name, value in values.items():
             self.variables[name].assign(value)
 
@@ -83,14 +91,19 @@ class ScalingState:
         """Takes over the values that it finds under the names of its variables.
 
         A scale that the rule's bounds do not hold (Keras's own can be 0 or inf) becomes the nearest that they do, NaN
-        the initial one. What has another shape, as the ring of another capacity, starts afresh.
+        the initial one. What has another shape starts afresh: events of a ring of another capacity are lost.
         """
-        for name, variable in self.variables.items():
-            if name in saved and tuple(saved[name].shape) == tuple(variable.shape):
-                variable.assign(saved[name])
+        fitting = {name: saved[name] for name in self.variables.keys() & saved.keys() if self._fits(name, saved[name])}
+        if not events.start(1).keys() <= fitting.keys():
+            fitting = {name: value for name, value in fitting.items() if name not in events.start(1)}
+        for name, value in fitting.items():
+            self.variables[name].assign(value)
         scale = self.variables["dynamic_scale"]
         known = numpy.nan_to_num(scale.numpy(), nan=self.rule.start().scale)
         scale.assign(numpy.clip(known, *self.rule.bounds))
+
+    def _fits(self, name: str, value: Any) -> bool:
+        return tuple(value.shape) == tuple(self.variables[name].shape)
 
 
 def _variable(add_variable: Callable[..., keras.Variable], name: str, value: Any) -> keras.Variable:
