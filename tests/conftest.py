@@ -1,6 +1,13 @@
 import keras
 import pytest
 
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    # Several replicas on one machine, for MirroredStrategy. Only before the first tensor.
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
+
 
 @pytest.fixture(autouse=True)
 def _same_start():

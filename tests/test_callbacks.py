@@ -75,6 +75,16 @@ def test_metrics_reach_history_csv_and_progress_bar(tmp_path, capsys):
     assert "loss_scale: 32.0000" in capsys.readouterr().out
 
 
+def test_other_callbacks_can_use_the_values_of_a_batch(tmp_path):
+    """Each batch has its own, and they format like numbers, as ModelCheckpoint needs them."""
+    seen = []
+    keep = keras.callbacks.LambdaCallback(on_train_batch_end=lambda _, logs: seen.append(dict(logs)))
+    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "at_{loss_scale:.0f}.keras", save_freq=6)
+    fit(LossScaleLogger(verbose=0), keep, checkpoint)
+    assert [float(logs["loss_scale"]) for logs in seen] == [8.0] * 3 + [16.0] * 2 + [8.0] * 4 + [16.0] * 3
+    assert {path.name for path in tmp_path.iterdir()} == {"at_8.keras", "at_16.keras"}
+
+
 def test_console_has_one_row_a_change(capsys):
     """The rows come between the progress bars; verbose=0 prints none."""
     model, _ = fit(LossScaleLogger())

@@ -141,12 +141,25 @@ def test_float16_without_scaling_is_not_scaled_by_keras_either():
 
 
 @pytest.mark.parametrize(
-    ("values", "name"), [((5,), "policy"), (("float17",), "policy"), (("auto", "dynamic"), "scaling")]
+    ("values", "name"),
+    [
+        ((5,), "policy"),
+        (("int32",), "policy"),
+        (("float17",), "policy"),
+        (("auto", "dynamic"), "scaling"),
+        (("auto", None, {"every": 3}), "log"),
+    ],
 )
 def test_what_no_file_can_say_is_refused(values, name):
     """A Config made by hand is checked like a file."""
     with pytest.raises(ConfigError, match=f"{name} must be .* received"):
         Config(*values)
+
+
+def test_a_misspelt_policy_is_told_the_nearest():
+    """As keys are."""
+    with pytest.raises(ConfigError, match=r"received 'mixed_flaot16'; did you mean mixed_float16\?"):
+        Config("mixed_flaot16")
 
 
 def test_a_byte_order_mark_is_no_error(tmp_path):

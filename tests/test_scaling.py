@@ -371,6 +371,8 @@ def test_like_and_simulate_name_what_is_wrong():
         scaling.like("keras", factor=2)
     with pytest.raises(ValueError, match="consecutive_hysteresis must be True or False, received '2'"):
         scaling.like("deepspeed", consecutive_hysteresis="2")
+    with pytest.raises(ValueError, match="trace or amax must be given, received None for both"):
+        scaling.simulate("dynamic", None)
     with pytest.raises(ValueError, match=r"trace must hold one T .* received 'x'"):
         scaling.simulate(DynamicScale(), "TxT")
     with pytest.raises(ValueError, match="amax must have one value a step, received 1 for 2 steps"):

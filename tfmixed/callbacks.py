@@ -24,14 +24,18 @@ class LossScaleLogger(keras.callbacks.Callback):
 
     `logs` gains `loss_scale`, `skipped_steps` and `gradient_norm`, so that the progress bar, `History`, `CSVLogger` and
     `TensorBoard` show them: list this callback before those. The changes are written on the device in the step that
-    makes them; this callback collects them at the end of each epoch, so that watching costs no synchronization.
+    makes them; this callback collects them at the end of each epoch, so that watching costs no synchronization. What
+    it puts into the `logs` of a batch are tensors; where Keras runs callbacks beside the training, they may be those of
+    a step later. A skipped step that leaves the scale as it is (a constant one, spent by no hysteresis yet, at its
+    floor) counts in `skipped_steps` and is no line of the log.
 
     Args:
         path: File of JSON lines, one a change (`records.read_log` reads it). Lines from a run that is repeated, because
             the optimizer stands before them, are replaced; others are kept. None writes no file.
         tensorboard: Log directory for TensorBoard: `loss_scale` at the exact step of each change, and all three
             scalars at the end of each epoch. Needs TensorFlow and the package tensorboard. None writes none.
-        every: Collect within the epoch too, each `every` steps. Reads the device.
+        every: Collect within the epoch too, each `every` steps. Reads the device. A process that is killed loses what
+            it had not collected yet.
         verbose: 1 prints one line a change, between the progress bars of the epochs. 0 prints nothing.
 
     Raises:
@@ -79,7 +83,7 @@ class LossScaleLogger(keras.callbacks.Callback):
             warnings.warn(f"LossScaleLogger logs nothing: {_why_not(self.model.optimizer)}", stacklevel=2)
             return
         self._running = False
-        if self.tensorboard is not None and distribute.is_chief():
+        if self.tensorboard is not None and distribute.is_chief(self.model):
             import tensorflow
 
             self._writer = tensorflow.summary.create_file_writer(os.fspath(self.tensorboard))
@@ -102,8 +106,8 @@ class LossScaleLogger(keras.callbacks.Callback):
         if self._optimizer is None:
             return
         if logs is not None:
-            # Not numbers: nobody waits for the device but the progress bar, which does so anyway.
-            logs.update((name, self._optimizer.variable(name).value) for name in _METRICS)
+            # Tensors, not numbers: nobody waits for the device but the progress bar, which does so anyway.
+            logs.update((name, getattr(self._optimizer, name)) for name in _METRICS)
         if self.every is not None and batch + 1 - self._collected_at >= self.every:
             self._collected_at = batch + 1
             self._collect(logs)
@@ -133,7 +137,7 @@ class LossScaleLogger(keras.callbacks.Callback):
         # What is found before the first epoch happened in an earlier run.
         epoch = self._epoch if self._running else None
         events = [dataclasses.replace(event, epoch=epoch) for event in optimizer.drain_events()]
-        if distribute.is_chief():
+        if distribute.is_chief(self.model):
             self._write(events, int(optimizer.attempted_steps))
         if self._running:
             optimizer.raise_if_exhausted((logs or {}).get("loss"))

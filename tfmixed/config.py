@@ -30,6 +30,7 @@ from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale, ScalingRule, checks
 
 _RULES: dict[str, type[Any]] = {"dynamic": DynamicScale, "constant": ConstantScale, "logmax": LogMaxScale}
+_POLICIES = ["auto", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"]
 _NONE = "none"  # TOML has no null
 
 
@@ -78,7 +79,10 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.policy != "auto" and not _is_policy(self.policy):
-            raise ConfigError(f'policy must be "auto" or the name of a dtype policy, received {self.policy!r}')
+            nearest = _nearest(self.policy, _POLICIES) if isinstance(self.policy, str) else ""
+            raise ConfigError(f'policy must be "auto" or the name of a dtype policy, received {self.policy!r}{nearest}')
+        if not isinstance(self.log, LogConfig):
+            raise ConfigError(f"log must be a LogConfig, received {self.log!r}")
         if self.scaling is not None and type(self.scaling) not in _RULES.values():
             raise ConfigError(f"scaling must be None or a rule of tfmixed, received {self.scaling!r}")
 
@@ -147,7 +151,7 @@ def _config(tables: dict[str, Any]) -> Config:
 
 def _is_policy(name: Any) -> bool:
     try:
-        return isinstance(name, str) and keras.dtype_policies.get(name) is not None
+        return isinstance(name, str) and "float" in keras.dtype_policies.get(name).compute_dtype
     except ValueError:
         return False
 

@@ -37,10 +37,10 @@ def replica() -> Any:
     return context.replica_id_in_sync_group
 
 
-def is_chief() -> bool:
-    """Returns whether this process is the one of its workers that writes files. True without workers."""
-    strategy = _strategy()
-    resolver = None if strategy is None else strategy.cluster_resolver
+def is_chief(model: Any) -> bool:
+    """Returns whether this process is the one of the model's workers that writes files. True without workers."""
+    # The model's strategy, not the present one: `fit` may be called outside of its scope.
+    resolver = getattr(getattr(model, "distribute_strategy", None), "cluster_resolver", None)
     if resolver is None or not resolver.task_type:
         return True
     chiefs = "chief" in resolver.cluster_spec().jobs

@@ -98,10 +98,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self._scaling = ScalingState(self.rule, self.event_capacity, self.add_variable)
         return self._scaling
 
-    def variable(self, name: str) -> keras.Variable:
-        """Returns the variable behind a property, such as `"loss_scale"` or `"skipped_steps"`, as it changes."""
-        return self._state().variables["dynamic_scale" if name == "loss_scale" else name]
-
     @property
     def loss_scale(self) -> Any:
         """The scale of the next step, a float32 scalar tensor. Assigning to it is logged as a change by hand."""
@@ -382,7 +378,9 @@ def _rule_from(
             "scale and Keras's initial_scale, dynamic_growth_steps, dynamic exclude each other, "
             f"received scale={scale!r}: put the numbers into the rule"
         )
-    if dynamic or dynamic is None:
+    if dynamic not in (True, False, None):
+        raise ValueError(f"dynamic must be True, False or None, received {dynamic!r}")
+    if dynamic is not False:
         return _dynamic_rule(initial_scale, dynamic_growth_steps)
     if initial_scale is None or dynamic_growth_steps is not None:
         raise ValueError(
@@ -390,16 +388,17 @@ def _rule_from(
             f"initial_scale={initial_scale!r}, dynamic_growth_steps={dynamic_growth_steps!r}. Pass `scale=128`, or set "
             "`loss_scale_factor` on the inner optimizer to scale without any check"
         )
-    return ConstantScale(initial_scale)
+    return ConstantScale(checks.scale("initial_scale", initial_scale))
 
 
-def _dynamic_rule(initial_scale: float | None, growth_interval: int | None) -> DynamicScale:
+def _dynamic_rule(initial_scale: float | None, steps: int | None) -> DynamicScale:
     """Returns Keras's rule within bounds: the default ones, widened to hold the initial scale."""
     default = DynamicScale()
     first = default.initial_scale if initial_scale is None else checks.scale("initial_scale", initial_scale)
+    interval = default.growth_interval if steps is None else checks.count("dynamic_growth_steps", steps, 1)
     return DynamicScale(
         initial_scale=first,
-        growth_interval=default.growth_interval if growth_interval is None else growth_interval,
+        growth_interval=interval,
         min_scale=min(first, 1.0),
         max_scale=max(first, 2.0**24),
     )

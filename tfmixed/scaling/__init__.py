@@ -65,24 +65,27 @@ def get(scale: Any) -> ScalingRule:
     raise ValueError(f'scale must be "dynamic", a number above 0, a scaling rule or None, received {scale!r}')
 
 
-def simulate(rule: ScalingRule, trace: Iterable[Any] | None, amax: Sequence[float] | None = None) -> list[float]:
+def simulate(rule: Any, trace: Iterable[Any] | None, amax: Sequence[float] | None = None) -> list[float]:
     """Returns the scale after each step of a recorded trace.
 
     Args:
-        rule: Any rule.
+        rule: Any rule, or what `get` turns into one.
         trace: One `T` (all gradients finite) or `F` (overflow) a step, as a string or as booleans. None takes it
             from `amax`: a step is finite where its `amax` is.
         amax: The largest absolute unscaled gradient of each step, for rules that need it.
 
     Raises:
-        ValueError: Another letter, or `amax` of another length.
+        ValueError: Another letter, `amax` of another length, or neither of the two.
 
     Example:
     >>> simulate(DynamicScale(initial_scale=4.0), "FFT")
     [2.0, 1.0, 1.0]
     """
+    rule = get(rule)
     if trace is None:
-        trace = [bool(numpy.isfinite(value)) for value in amax or ()]
+        if amax is None:
+            raise ValueError("trace or amax must be given, received None for both")
+        trace = [bool(numpy.isfinite(value)) for value in amax]
     flags = [_flag(letter) for letter in trace]
     sizes: Sequence[float | None] = [None] * len(flags) if amax is None else list(amax)
     if len(sizes) != len(flags):

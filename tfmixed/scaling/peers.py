@@ -39,7 +39,7 @@ def like(peer: str, **params: Any) -> ScalingRule:
     >>> like("torch").initial_scale
     65536.0
     """
-    if peer not in PEERS:
+    if not isinstance(peer, str) or peer not in PEERS:
         raise ValueError(f"peer must be one of {', '.join(PEERS)}, received {peer!r}")
     defaults = PEERS[peer].defaults
     if not params.keys() <= defaults.keys():
