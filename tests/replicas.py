@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfmixed import LossScaleOptimizer
+from tfmixed import LossScaleOptimizer, scaling
 from tfmixed.records import Record
 from tfmixed.scaling import DynamicScale, ScalingRule
 
@@ -65,6 +65,18 @@ class Outcome:
             np.testing.assert_array_equal(ours[0], theirs[0])
 
 
+def check(outcome: Outcome, steps: list[int]) -> None:
+    """Counters, scale and events are those of the rule on the trace."""
+    outcome.assert_sound()
+    trace = "".join("F" if step in steps else "T" for step in range(TOTAL))
+    scales = [RULE.start().scale, *scaling.simulate(RULE, trace)]
+    changes = [(step, *scales[step : step + 2]) for step in range(TOTAL) if scales[step] != scales[step + 1]]
+    assert (outcome.attempted, outcome.skipped, outcome.iterations) == (TOTAL, len(steps), TOTAL - len(steps))
+    assert outcome.scale == scales[-1]
+    assert [(event.step, event.old_scale, event.new_scale) for event in outcome.events] == changes
+    assert {event.step for event in outcome.events if event.variable} == set(steps) & {step for step, *_ in changes}
+
+
 class Trainer:
     """A dense network, its optimizer and a strategy; None stands for no strategy."""
 
@@ -73,10 +85,11 @@ class Trainer:
         strategy: tf.distribute.Strategy | None,
         inner: keras.optimizers.Optimizer | None = None,
         rule: ScalingRule | None = RULE,
+        local_batches: int = 1,
         **compile_arguments: object,
     ) -> None:
         self.strategy = strategy
-        self.replicas = 1 if strategy is None else strategy.num_replicas_in_sync
+        self.replicas = local_batches if strategy is None else strategy.num_replicas_in_sync
         keras.utils.set_random_seed(1)
         with (strategy or tf.distribute.get_strategy()).scope():
             self.model = keras.Sequential(

@@ -4,9 +4,7 @@ import functools
 
 import pytest
 import tensorflow as tf
-from replicas import KINDS, PLACES, RULE, STEPS, TOTAL, Trainer, bad_values
-
-from tfmixed import scaling
+from replicas import KINDS, PLACES, STEPS, Trainer, bad_values, check
 
 STRATEGIES = {
     "none": lambda: None,
@@ -25,18 +23,6 @@ def mirrored(count, operations=None):
 def trainer(strategy):
     """One for all tests: a run resets it, and costs no tracing."""
     return Trainer(STRATEGIES[strategy]())
-
-
-def check(outcome, steps):
-    """Counters, scale and events are those of the rule on the trace."""
-    outcome.assert_sound()
-    trace = "".join("F" if step in steps else "T" for step in range(TOTAL))
-    scales = [RULE.start().scale, *scaling.simulate(RULE, trace)]
-    changes = [(step, *scales[step : step + 2]) for step in range(TOTAL) if scales[step] != scales[step + 1]]
-    assert (outcome.attempted, outcome.skipped, outcome.iterations) == (TOTAL, len(steps), TOTAL - len(steps))
-    assert outcome.scale == scales[-1]
-    assert [(event.step, event.old_scale, event.new_scale) for event in outcome.events] == changes
-    assert {event.step for event in outcome.events if event.variable} == set(steps) & {step for step, *_ in changes}
 
 
 @pytest.mark.parametrize("when", STEPS)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tfmixed import (
         callbacks,
         config,
+        distribute,
         errors,
         formats,
         hardware,
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "config",
+    "distribute",
     "errors",
     "formats",
     "hardware",

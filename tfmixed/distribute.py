@@ -6,18 +6,40 @@ wait for each other in a collective for ever.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
+# The versions of Keras whose `Model.fit` on several workers lacks just what `enable_multi_worker_fit` adds.
+_FIT_TESTED = ("3.15.0", "3.15.1")
 
-def replicas() -> int:
-    """Returns how many replicas take each step together.
+
+def check_supported(inner: keras.optimizers.Optimizer) -> None:
+    """Refuses what cannot work under the present `tf.distribute` strategy.
 
     Raises:
-        NotImplementedError: The present `tf.distribute` strategy is of a kind that no test here has run.
+        NotImplementedError: The strategy is of a kind that no test here has run, or the inner optimizer branches within
+            a replica where replicas may only branch together.
     """
+    if _strategy() is None:
+        return
+    import tensorflow
+
+    names = ("gradient_accumulation_steps", "ema_overwrite_frequency")
+    branches = [f"{name}={getattr(inner, name)}" for name in names if getattr(inner, name)]
+    if branches and _merges() and not tensorflow.executing_eagerly():
+        raise NotImplementedError(
+            f"{type(inner).__name__}({', '.join(branches)}) branches within each replica, which Keras cannot compile "
+            "under a strategy of several replicas. Compile the model with `run_eagerly=True`, train on one device, or "
+            "leave the argument out."
+        )
+
+
+def replicas() -> int:
+    """Returns how many replicas take each step together."""
     strategy = _strategy()
     return 1 if strategy is None else int(strategy.num_replicas_in_sync)
 
@@ -64,7 +86,7 @@ def decide_together(
     import tensorflow
 
     context = tensorflow.distribute.get_replica_context()
-    if tensorflow.__internal__.distribute.strategy_supports_no_merge_call():
+    if not _merges():
         total = context.all_reduce(tensorflow.distribute.ReduceOp.SUM, evidence)
         decide(total, lambda act: act(gradients))
         return
@@ -77,6 +99,117 @@ def decide_together(
     context.merge_call(merged, args=(evidence, gradients))
 
 
+def enable_multi_worker_fit() -> Callable[[], None]:
+    """Makes `Model.fit` and `evaluate` work under `tf.distribute.MultiWorkerMirroredStrategy`, for the whole process.
+
+    Keras 3 fails there in three places (keras#20585), which are replaced: it reduces over the workers the first batch,
+    from which it builds the model, and the results of each step, both in a way that does not work; and with
+    `steps_per_execution` it calls the step in a way that loses its collectives. Other strategies go on as they were.
+
+    Returns:
+        A function that takes it back.
+
+    With a version of Keras that it does not know it warns and changes nothing.
+
+    Raises:
+        RuntimeError: The Keras backend is not TensorFlow.
+
+    Example:
+    >>> undo = enable_multi_worker_fit()
+    >>> undo()
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            "enable_multi_worker_fit serves tf.distribute and needs the TensorFlow backend, received the backend "
+            f"{keras.backend.backend()}"
+        )
+    if keras.__version__ not in _FIT_TESTED:
+        warnings.warn(
+            f"enable_multi_worker_fit changes nothing: it knows Keras {', '.join(_FIT_TESTED)}, and this is "
+            f"{keras.__version__}. Try `fit` as it is, or train in a loop with `strategy.run`.",
+            stacklevel=2,
+        )
+        return lambda: None
+    return _patch_trainer()
+
+
+@functools.cache
+def _patch_trainer() -> Callable[[], None]:
+    from keras.src.backend.tensorflow import trainer
+
+    kind, has_workers = trainer.TensorFlowTrainer, trainer._collective_all_reduce_multi_worker
+    build, make, reduce = kind._maybe_symbolic_build, kind._make_function, trainer.reduce_per_replica
+
+    @functools.wraps(build)
+    def build_from_local_batch(self: Any, iterator: Any = None, data_batch: Any = None) -> None:
+        if iterator is not None and has_workers(self._distribute_strategy):
+            data_batch, iterator = _first_local_batch(iterator, self._distribute_strategy), None
+        build(self, iterator, data_batch)
+
+    @functools.wraps(make)
+    def make_loop(self: Any, step_function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        steps, strategy = self.steps_per_execution, self.distribute_strategy
+        if steps == 1 or self.run_eagerly or not has_workers(strategy):
+            return make(self, step_function)  # type: ignore[no-any-return]  # keras ships no types
+        return _loop(steps, lambda batch: reduce_over_workers(strategy.run(step_function, (batch,)), strategy, "auto"))
+
+    @functools.wraps(reduce)
+    def reduce_over_workers(values: Any, strategy: Any, reduction: str) -> Any:
+        if reduction in ("auto", "mean") and has_workers(strategy):
+            return keras.tree.map_structure(lambda value: strategy.reduce("MEAN", value, axis=None), values)
+        return reduce(values, strategy, reduction)
+
+    def patch(build: Any, make: Any, reduce: Any) -> None:
+        kind._maybe_symbolic_build, kind._make_function, trainer.reduce_per_replica = build, make, reduce
+
+    def undo() -> None:
+        patch(build, make, reduce)
+        _patch_trainer.cache_clear()
+
+    patch(build_from_local_batch, make_loop, reduce_over_workers)
+    return undo
+
+
+def _first_local_batch(iterator: Any, strategy: Any) -> Any:
+    # An epoch iterator of Keras; `fit` resets it afterwards.
+    _, _, batches = next(iter(iterator))
+    return keras.tree.map_structure(lambda value: strategy.experimental_local_results(value)[0], next(batches))
+
+
+def _loop(steps: int, one_step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Returns a function that takes up to `steps` steps, one a batch of an iterator, and returns the last results.
+
+    Keras calls a `tf.function` from within the loop, and TensorFlow loses the keys of the collectives in it on the way
+    in ("You must feed a value for placeholder"). Here the loop holds the step itself.
+    """
+    import tensorflow
+
+    @tensorflow.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]  # it ships no types
+    def loop(iterator: Any) -> Any:
+        def go_on(done: Any, batch: Any, _: Any) -> Any:
+            return tensorflow.logical_and(done < steps, batch.has_value())
+
+        def step(done: Any, batch: Any, _: Any) -> tuple[Any, Any, Any]:
+            results = one_step(batch.get_value())
+            # What is taken from the iterator must be used: no batch beyond the last step.
+            batch = tensorflow.cond(done + 1 < steps, iterator.get_next_as_optional, lambda: batch)
+            return done + 1, batch, results
+
+        first = one_step(iterator.get_next())
+        _, _, results = tensorflow.while_loop(go_on, step, (1, iterator.get_next_as_optional(), first))
+        return results
+
+    return tensorflow.function(loop, reduce_retracing=True)  # type: ignore[no-any-return]
+
+
+def _merges() -> bool:
+    """Returns whether the replicas of the present strategy are threads that update variables in a `merge_call`."""
+    import tensorflow
+
+    alone = isinstance(_strategy(), tensorflow.distribute.OneDeviceStrategy)
+    return not alone and not tensorflow.__internal__.distribute.strategy_supports_no_merge_call()
+
+
 def _strategy() -> Any:
     if keras.backend.backend() != "tensorflow":
         return None
@@ -85,10 +218,10 @@ def _strategy() -> Any:
     if not distribute.has_strategy():
         return None
     strategy = distribute.get_strategy()
-    tested = (distribute.OneDeviceStrategy, distribute.MirroredStrategy, distribute.MultiWorkerMirroredStrategy)
-    if not isinstance(strategy, tested):
+    tested = ("OneDeviceStrategy", "MirroredStrategy", "MultiWorkerMirroredStrategy")
+    if not isinstance(strategy, tuple(getattr(distribute, name) for name in tested)):
         raise NotImplementedError(
-            f"LossScaleOptimizer supports {', '.join(kind.__name__ for kind in tested)}, received a "
-            f"{type(strategy).__name__}. Train in mixed_bfloat16 there, which needs no loss scaling."
+            f"LossScaleOptimizer supports {', '.join(tested)}, received a {type(strategy).__name__}. Train in "
+            "mixed_bfloat16 there, which needs no loss scaling."
         )
     return strategy

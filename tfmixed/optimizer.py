@@ -84,7 +84,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._paths: list[str] = []
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Creates all optimizer variables for the given trainable variables."""
+        """Creates all optimizer variables for the given trainable variables.
+
+        Raises:
+            NotImplementedError: The distribution strategy is of an untested kind.
+        """
+        distribute.check_supported(self.inner_optimizer)
         self._state().watch(len(variables), self.add_variable)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
@@ -151,7 +156,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Raises:
             ValueError: All gradients are None, their number is not that of the variables, or a variable is not one that
                 the optimizer was built with.
-            NotImplementedError: The distribution strategy is of an untested kind.
+            NotImplementedError: The distribution strategy is of an untested kind, or the inner optimizer accumulates
+                gradients or overwrites weights by their averages in a compiled step of `MirroredStrategy`.
             RuntimeError: It is called outside of `strategy.run`.
         """
         grads = list(grads)
@@ -171,6 +177,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             raise ValueError(
                 f"grads must hold one gradient a variable, received {len(grads)} for {len(variables)} variables"
             )
+        distribute.check_supported(self.inner_optimizer)
         judge, indices = self._judge(), self._indices(variables)
         unscaled = self._unscale(grads, variables)
 

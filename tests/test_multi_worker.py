@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import csv
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import workers
+from replicas import KINDS, STEPS, Trainer, bad_values, check, data
+
+from tfmixed import distribute, records
+
+
+def agree(outcomes):
+    """All workers hold the same weights, state and events."""
+    first, *others = outcomes
+    for outcome in others:
+        for ours, theirs in zip(first.weights + first.state, outcome.weights + outcome.state, strict=True):
+            np.testing.assert_array_equal(ours[0], theirs[0])
+        assert outcome.events == first.events
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_overflow_on_any_worker_is_skipped_by_all(tmp_path, count):
+    """A loop with `strategy.run` in real processes: nothing hangs (K4), and all go on with the same weights."""
+    results = workers.run(count, "worker.py", "loop", folder=tmp_path)
+    for place, kind, when in itertools.product(("first", "last", "all"), KINDS, STEPS):
+        outcomes = [result[place, kind, when] for result in results]
+        agree(outcomes)
+        check(outcomes[0], STEPS[when])
+        outcomes[0].assert_same_weights(results[0]["dropped", when])
+    check(results[0]["none",], [])
+
+
+def test_inner_optimizers_that_clip_and_average_on_two_workers(tmp_path):
+    """Their state is that of a run without the bad steps."""
+    results = workers.run(2, "worker.py", "inner", folder=tmp_path)
+    for name, (outcome, dropped) in results[0].items():
+        agree([result[name][0] for result in results])
+        outcome.assert_sound()
+        outcome.assert_same_weights(dropped)
+
+
+def alone(count, bad, **arguments):
+    """What one process makes of the same global batches."""
+    trainer = Trainer(None, local_batches=count, metrics=["mae"])
+    x, y = flat(data(count, bad))
+    history = trainer.model.fit(x, y, batch_size=4 * count, shuffle=False, verbose=0, epochs=2, **arguments).history
+    return trainer, history
+
+
+def flat(arrays):
+    return [array.reshape(-1, array.shape[-1]) for array in arrays]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def fitted(request, tmp_path_factory):
+    """The number of workers, what each says after `Model.fit`, and their folder."""
+    folder = tmp_path_factory.mktemp("fit")
+    return request.param, workers.run(request.param, "worker.py", "fit", folder=folder), folder
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 5])
+def test_fit_on_workers_is_fit_in_one_process(fitted, steps_per_execution):
+    """Losses, metrics, validation and evaluation, with an overflow on the last worker in two steps of each epoch."""
+    count, results, folder = fitted
+    bad = bad_values([3, 7], [-1], np.inf, count)
+    x, y = flat(data(count, bad))
+    trainer, wanted = alone(count, bad, validation_data=(x[-20:], y[-20:]))
+    for history, evaluation, outcome in (result[steps_per_execution] for result in results):
+        for name in ("val_loss", "val_mae"):
+            np.testing.assert_allclose(history[name], wanted[name], rtol=1e-5)
+        np.testing.assert_allclose(evaluation, trainer.model.evaluate(x[-20:], y[-20:], verbose=0), rtol=1e-5)
+        assert (history["skipped_steps"], outcome.skipped, outcome.attempted) == ([2.0, 4.0], 4, 56)
+        outcome.assert_sound()
+    agree([result[steps_per_execution][2] for result in results])
+    log = records.read_log(folder / f"log_{steps_per_execution}.jsonl")
+    assert [event.step for event in log if event.reason == "overflow"] == [3, 7, 31, 35]
+    for rank in range(count):
+        rows = csv.DictReader((folder / f"{rank}_{steps_per_execution}.csv").read_text().splitlines())
+        assert [row["loss_scale"] for row in rows] == ["4096.0", "16384.0"]
+
+
+def test_a_sharded_dataset_gives_the_losses_of_one_process(fitted):
+    """`tf.data` of global batches: each worker takes its share."""
+    count, results, _ = fitted
+    _, wanted = alone(count, {})
+    for history, evaluation, _ in (result["sharded"] for result in results):
+        np.testing.assert_allclose(history["loss"], wanted["loss"], rtol=1e-5)
+        np.testing.assert_allclose(history["mae"], wanted["mae"], rtol=1e-5)
+        assert np.isfinite(evaluation).all()
+
+
+def test_batches_that_do_not_divide_are_no_overflow(fitted):
+    """The last batch may leave a worker with nothing: the step counts all the same."""
+    _, results, _ = fitted
+    for history, evaluation, outcome in (result["partial"] for result in results):
+        assert np.isfinite(history["loss"] + evaluation).all()
+        assert outcome.skipped == 0
+        outcome.assert_sound()
+    agree([result["partial"][2] for result in results])
+
+
+def test_keras_has_not_mended_fit_on_workers(fitted):
+    """The day this fails, `enable_multi_worker_fit` can go (keras#20585)."""
+    _, results, _ = fitted
+    for result in results:
+        assert "Attempt to convert a value (PerReplica" in result["undone"]
+
+
+def test_enabling_changes_keras_and_undoing_restores_it():
+    """Twice is once, and nothing of ours stays."""
+    from keras.src.backend.tensorflow import trainer
+
+    def patched():
+        kind = trainer.TensorFlowTrainer
+        return [kind._maybe_symbolic_build, kind._make_function, trainer.reduce_per_replica]
+
+    before = patched()
+    undo = distribute.enable_multi_worker_fit()
+    assert distribute.enable_multi_worker_fit() is undo
+    assert not set(before) & set(patched())
+    undo()
+    assert patched() == before
+
+
+def test_an_unknown_keras_is_left_alone(monkeypatch):
+    """It says so; the returned function does nothing."""
+    monkeypatch.setattr(keras, "__version__", "3.99.0")
+    with pytest.warns(UserWarning, match=r"changes nothing: it knows Keras 3\.15\.0, 3\.15\.1, and this is 3\.99\.0"):
+        distribute.enable_multi_worker_fit()()
+
+
+def test_one_device_fit_is_left_alone():
+    """Other strategies go on as they were."""
+    undo = distribute.enable_multi_worker_fit()
+    try:
+        check(Trainer(tf.distribute.OneDeviceStrategy("CPU:0"), steps_per_execution=4).fit({}), [])
+    finally:
+        undo()
