@@ -1,22 +1,29 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 
+import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from replicas import KINDS, PLACES, STEPS, Trainer, bad_values, check
 
+from tfmixed import LogMaxScale, LossScaleOptimizer, scaling
+
 STRATEGIES = {
     "none": lambda: None,
     "one_device": lambda: tf.distribute.OneDeviceStrategy("CPU:0"),
-    "mirrored_2": lambda: mirrored(2),
-    # TensorFlow's collectives, the default on CPUs, take groups of one size only in one process.
-    "mirrored_4": lambda: mirrored(4, tf.distribute.ReductionToOneDevice()),
+    "mirrored_2": lambda: tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
+    "mirrored_4": lambda: mirrored(4),
 }
 
 
-def mirrored(count, operations=None):
-    return tf.distribute.MirroredStrategy([f"CPU:{index}" for index in range(count)], operations)
+def mirrored(count):
+    # TensorFlow's collectives, the default on CPUs, do not stand several strategies in one process.
+    devices = [f"CPU:{index}" for index in range(count)]
+    return tf.distribute.MirroredStrategy(devices, tf.distribute.ReductionToOneDevice())
 
 
 @functools.cache
@@ -45,3 +52,145 @@ def test_without_an_overflow_a_run_is_that_of_the_bare_optimizer(strategy):
     outcome = trainer(strategy).fit({})
     check(outcome, [])
     outcome.assert_same_weights(Trainer(STRATEGIES[strategy](), rule=None).fit({}))
+
+
+INNER = {
+    "schedule": lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)),
+    "clipnorm": lambda: keras.optimizers.SGD(0.1, clipnorm=0.1),
+    "global_clipnorm": lambda: keras.optimizers.SGD(0.1, global_clipnorm=0.1),
+    "clipvalue": lambda: keras.optimizers.SGD(0.1, clipvalue=0.01),
+    "weight_decay": lambda: keras.optimizers.AdamW(0.1, weight_decay=0.1),
+    "ema": lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5),
+}
+BRANCHING = {
+    "gradient_accumulation_steps": lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=4),
+    "ema_overwrite_frequency": lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_overwrite_frequency=3),
+}
+BAD = bad_values([4, 9, 10, 11], [1], np.nan, 2)
+
+
+@pytest.mark.parametrize("make", INNER.values(), ids=INNER)
+def test_inner_optimizers_on_replicas(make):
+    """Without an overflow the run is the bare optimizer's, with one that of the other batches."""
+    run, bare = Trainer(mirrored(2), make), Trainer(mirrored(2), make, rule=None)
+    run.fit({}).assert_same_weights(bare.fit({}))
+    outcome = run.fit(BAD)
+    outcome.assert_sound()
+    assert outcome.skipped == 4
+    outcome.assert_same_weights(bare.fit(BAD, drop=True))
+
+
+@pytest.mark.parametrize("modes", [{"steps_per_execution": 5}, {"run_eagerly": True}], ids=str)
+def test_modes_of_fit_on_replicas(modes):
+    """TensorFlow's collectives cannot stand in the loop of Keras: ReductionToOneDevice can."""
+    run = Trainer(mirrored(2), **modes)
+    outcome = run.fit(BAD)
+    check(outcome, [4, 9, 10, 11])
+    outcome.assert_same_weights(run.fit(BAD, drop=True))
+
+
+@pytest.mark.parametrize("make", BRANCHING.values(), ids=BRANCHING)
+def test_what_keras_cannot_compile_on_replicas_is_refused_by_name(make, request):
+    """Keras's own message speaks of merge_call; run eagerly it works, as it does on one device."""
+    name = request.node.callspec.id
+    with pytest.raises(NotImplementedError, match=rf"SGD\({name}=\d\) branches .* Compile .* `run_eagerly=True`"):
+        Trainer(mirrored(2), make).fit({})
+    one_device = Trainer(tf.distribute.OneDeviceStrategy("CPU:0"), make).fit({})
+    one_device.assert_same_weights(Trainer(None, make).fit({}))
+    eager = Trainer(mirrored(2), make, run_eagerly=True)
+    eager.fit({}).assert_same_weights(Trainer(mirrored(2), make, rule=None, run_eagerly=True).fit({}))
+
+
+def test_keras_still_cannot_compile_them_by_itself():
+    """The day this fails, the refusal above can go."""
+    with pytest.raises(RuntimeError, match="merge_call"):
+        Trainer(mirrored(2), BRANCHING["gradient_accumulation_steps"], rule=None).fit({})
+
+
+def test_strategies_that_nobody_has_tried_are_refused():
+    """By name, before the first variable is made."""
+    with (
+        tf.distribute.experimental.CentralStorageStrategy().scope(),
+        pytest.raises(
+            NotImplementedError, match=r"supports OneDeviceStrategy, .* received a CentralStorageStrategy.*bfloat16"
+        ),
+    ):
+        LossScaleOptimizer("sgd").build([keras.Variable([1.0])])
+
+
+def test_a_parameter_server_is_refused():
+    """A real one, in a process of its own."""
+    code = """
+import socket, tensorflow as tf, keras, tfmixed
+sockets = [socket.socket() for _ in range(3)]
+for each in sockets: each.bind(("127.0.0.1", 0))
+jobs = {job: [f"127.0.0.1:{each.getsockname()[1]}"] for job, each in zip(("chief", "worker", "ps"), sockets)}
+for each in sockets: each.close()
+servers = [tf.distribute.Server(tf.train.ClusterSpec(jobs), job, 0, protocol="grpc") for job in ("worker", "ps")]
+kind = tf.distribute.cluster_resolver.SimpleClusterResolver
+resolver = kind(tf.train.ClusterSpec(jobs), task_type="chief", task_id=0, rpc_layer="grpc")
+with tf.distribute.ParameterServerStrategy(resolver).scope():
+    try:
+        tfmixed.LossScaleOptimizer("sgd").build([keras.Variable([1.0])])
+    except NotImplementedError as error:
+        print(error, flush=True)
+import os; os._exit(0)  # the servers never stop by themselves
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
+    assert "received a ParameterServerStrategyV2. Train in mixed_bfloat16" in run.stdout, run.stderr[-2000:]
+
+
+def test_apply_outside_of_run_is_refused():
+    """In cross-replica context there is no gradient of one replica."""
+    with mirrored(2).scope():
+        weight, optimizer = keras.Variable([1.0]), LossScaleOptimizer("sgd")
+        with pytest.raises(RuntimeError, match=r"must be called in a replica context, .* `strategy\.run`"):
+            optimizer.apply([tf.ones(1)], [weight])
+
+
+def test_sparse_and_missing_gradients_on_replicas():
+    """Slices and None pass through the joint decision."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        table, unused = keras.Variable(np.ones((3, 2)), name="table"), keras.Variable([1.0], name="unused")
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), 4)
+        optimizer.build([table, unused])
+
+    @tf.function
+    def step(bad):
+        def of_replica():
+            last = tf.distribute.get_replica_context().replica_id_in_sync_group == 1
+            values = tf.fill((1, 2), tf.where(tf.logical_and(bad, last), np.inf, 4.0))
+            optimizer.apply([tf.IndexedSlices(values, tf.constant([1]), tf.constant([3, 2])), None], [table, unused])
+
+        strategy.run(of_replica)
+
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        step(tf.constant(False))
+    step(tf.constant(True))
+    for copy in strategy.experimental_local_results(table.value):
+        np.testing.assert_array_equal(copy.numpy(), [[1, 1], [-1, -1], [1, 1]])
+    assert int(optimizer.skipped_steps) == 1
+
+
+def test_a_rule_that_needs_the_maximum_sees_that_of_all_replicas():
+    """The largest gradient may be on any of them."""
+    strategy, rule = mirrored(2), LogMaxScale(initial_scale=4.0, max_scale=2.0**20)
+    with strategy.scope():
+        weight = keras.Variable([0.0])
+        optimizer = LossScaleOptimizer("sgd", rule)
+        optimizer.build([weight])
+
+    @tf.function
+    def step(sizes):
+        def of_replica():
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            optimizer.apply([tf.gather(sizes, [replica]) * optimizer.loss_scale], [weight])
+
+        strategy.run(of_replica)
+
+    scales = []
+    for sizes in ([1.0, 2.0], [1.0, 0.5], [-4.0, 1.0]):
+        step(tf.constant(sizes))
+        scales.append(float(optimizer.loss_scale))
+    np.testing.assert_allclose(scales, scaling.simulate(rule, "TTT", [2.0, 1.0, 4.0]), rtol=1e-5)

@@ -259,6 +259,66 @@ def test_steps_are_exact_in_every_mode_of_fit(modes):
     assert finite(model)
 
 
+@pytest.mark.parametrize("modes", [{}, {"steps_per_execution": 4}, {"run_eagerly": True}], ids=str)
+def test_embeddings_and_frozen_layers(modes):
+    """The gradient of an embedding is sparse, and a frozen layer has none and does not move."""
+    tokens = np.random.default_rng(0).integers(5, size=(64, 3))
+    targets = tokens.sum(axis=1, keepdims=True).astype("float32")
+    targets[20] = np.inf
+    layers = [keras.layers.Embedding(5, 4), keras.layers.Flatten(), keras.layers.Dense(6), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((3,), dtype="int32"), *layers])
+    layers[2].trainable = False
+    before, frozen = layers[0].get_weights()[0], layers[2].get_weights()
+    model.compile(LossScaleOptimizer("adam"), loss="mse", **modes)
+    model.fit(tokens, targets, batch_size=8, shuffle=False, verbose=0)
+    assert (int(model.optimizer.attempted_steps), int(model.optimizer.skipped_steps)) == (8, 1)
+    assert finite(model)
+    assert not np.array_equal(before, layers[0].get_weights()[0])
+    for now, then in zip(layers[2].get_weights(), frozen, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
+def test_a_model_with_nothing_to_train_fits():
+    """Keras warns; the optimizer takes no step."""
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1, trainable=False)])
+    model.compile(LossScaleOptimizer("adam"), loss="mse")
+    model.fit(*digits_like(32), verbose=0, callbacks=[tfmixed.callbacks.LossScaleLogger(verbose=0)])
+    assert int(model.optimizer.attempted_steps) == 0
+
+
+def test_train_on_batch_skips_and_counts():
+    """Batch by batch, as in `fit`."""
+    model = small_model(LossScaleOptimizer("adam"))
+    x, y = digits_like(8)
+    for bad in (False, True, False):
+        model.train_on_batch(np.full_like(x, np.nan) if bad else x, y)
+    assert (int(model.optimizer.attempted_steps), int(model.optimizer.skipped_steps)) == (3, 1)
+    assert finite(model)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_optimizers_in_one_loop_decide_for_themselves(compiled):
+    """A generator and a critic, say: an overflow in one does not stop the other."""
+    first, second = LossScaleOptimizer(keras.optimizers.SGD(1.0), 4), LossScaleOptimizer(keras.optimizers.SGD(1.0), 8)
+    a, b = variables()
+    first.build([a])
+    second.build([b])
+
+    def step(value):
+        with tf.GradientTape(persistent=True) as tape:
+            of_a, of_b = first.scale_loss(ops.sum(a * value)), second.scale_loss(ops.sum(b))
+        first.apply([tape.gradient(of_a, a.value)], [a])
+        second.apply([tape.gradient(of_b, b.value)], [b])
+
+    step = tf.function(step) if compiled else step
+    for value in (1.0, np.inf, 1.0):
+        step(tf.constant(value))
+    np.testing.assert_array_equal(a.numpy(), [-1.0, 0.0])
+    np.testing.assert_array_equal(b.numpy(), [0.0, 1.0])
+    assert (int(first.skipped_steps), int(second.skipped_steps)) == (1, 0)
+
+
 # A drop-in for Keras's class.
 
 
