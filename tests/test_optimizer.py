@@ -8,6 +8,7 @@ from keras import ops
 
 import tfmixed
 from tfmixed import LossScaleOptimizer, scaling
+from tfmixed.errors import LossScaleExhausted
 from tfmixed.records import EventsLost, ScaleChange
 from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
 
@@ -187,6 +188,37 @@ def test_variables_that_hold_their_gradient_are_not_unscaled():
     optimizer.apply([ops.array([5.0])], [weight])
     optimizer.apply([ops.array([np.nan])], [weight])
     np.testing.assert_allclose(weight.numpy(), [5.0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "advice"),
+    [
+        (None, "Try lowering the learning rate.*If the loss itself is not finite: no loss scale mends that"),
+        (0.5, r"Try lowering the learning rate, clipping .* `min_scale` below 1 .*Float32\.$"),
+        (np.nan, r"The loss itself is nan: no loss scale mends that\."),
+    ],
+)
+def test_a_custom_loop_asks_whether_the_run_is_stuck(loss, advice):
+    """One call: scale, step since when, the three worst variables in their order, and advice that fits the loss."""
+    optimizer = LossScaleOptimizer("sgd", DynamicScale(initial_scale=4.0), max_consecutive_skips=6)
+    weights = [keras.Variable([1.0], name=name) for name in "abcd"]
+    for step_number in range(8):
+        bad = [False, step_number % 2 == 1, step_number > 2, True]  # in steps 2 to 7: 0, 3, 5, 6 times
+        optimizer.raise_if_exhausted(loss)
+        gradients = [ops.full((1,), np.nan if each and step_number > 1 else 1.0) for each in bad]
+        optimizer.apply(gradients, weights)
+    with pytest.raises(LossScaleExhausted, match=advice) as raised:
+        optimizer.raise_if_exhausted(loss)
+    assert "All 6 steps since step 2 had" in str(raised.value)
+    assert "stands at 1 " in str(raised.value)
+    assert "most often: d (6 times), c (5 times), b (3 times)." in str(raised.value)
+
+
+def test_none_never_calls_a_run_stuck():
+    """max_consecutive_skips=None."""
+    optimizer = LossScaleOptimizer("sgd", DynamicScale(initial_scale=4.0), max_consecutive_skips=None)
+    run(optimizer, "F" * 300)
+    optimizer.raise_if_exhausted()
 
 
 # The log on the device.

@@ -5,6 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+_OVERFLOW = (
+    "Try lowering the learning rate, clipping gradients (`clipnorm` on the inner optimizer), a `min_scale` below 1 in "
+    "the rule, or computing the layers named above in float32 with tfmixed.layers.Float32."
+)
+_BAD_LOSS = (
+    "no loss scale mends that. Look for inputs that are not finite, a log or a division near 0, weights that diverged "
+    "under a high learning rate, or a forward pass that leaves float16: compute that layer in float32 with "
+    "tfmixed.layers.Float32."
+)
+
 
 class ConfigError(ValueError):
     """A configuration file cannot be used; the message names file, key and remedy."""
@@ -41,12 +51,5 @@ class LossScaleExhausted(FloatingPointError):  # noqa: N818  # a state of the ru
 
     def _advice(self) -> str:
         if self.loss is not None and not math.isfinite(self.loss):
-            return (
-                f"The loss itself is {self.loss}: no loss scale mends that. Look for inputs that are not finite, a log "
-                "or a division near 0, weights that diverged under a high learning rate, or a forward pass that leaves "
-                "float16: compute that layer in float32 with tfmixed.layers.Float32."
-            )
-        return (
-            "Try lowering the learning rate, clipping gradients (`clipnorm` on the inner optimizer), a `min_scale` "
-            "below 1 in the rule, or computing the layers named above in float32 with tfmixed.layers.Float32."
-        )
+            return f"The loss itself is {self.loss}: {_BAD_LOSS}"
+        return _OVERFLOW if self.loss is not None else f"{_OVERFLOW} If the loss itself is not finite: {_BAD_LOSS}"

@@ -216,13 +216,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "stateless_apply needs a built optimizer: call `optimizer.build(trainable_variables)` first"
             )
         _check_any(grads)
-        own, inner = optimizer_variables[: len(self._variables)], optimizer_variables[len(self._variables) :]
-        with keras.StatelessScope(state_mapping=list(zip(self._variables, own, strict=True))) as scope:
+        own = self.variables[: -len(self.inner_optimizer.variables)]
+        values, inner = optimizer_variables[: len(own)], optimizer_variables[len(own) :]
+        with keras.StatelessScope(state_mapping=list(zip(own, values, strict=True))) as scope:
             unscaled = self._unscale(grads, self._trainable_variables)
             judge, indices = self._judge(), self._indices(self._trainable_variables)
             verdict = judge.verdict(judge.evidence(unscaled, indices))
             self._state().advance(verdict)
-        new_own = [scope.get_current_value(variable) for variable in self._variables]
+        new_own = [scope.get_current_value(variable) for variable in own]
 
         def applied() -> tuple[list[Any], list[Any]]:
             return self.inner_optimizer.stateless_apply(inner, unscaled, trainable_variables)

@@ -1,0 +1,74 @@
+"""What tfmixed uses of Keras and TensorFlow beyond their public interfaces: a new version fails here, in one line."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import keras
+import pytest
+import tensorflow as tf
+
+import tfmixed
+
+OPTIMIZER, TRAINER = "keras.src.optimizers.base_optimizer", "keras.src.backend.tensorflow.trainer"
+
+# module, attribute, parameters (None: it is no function), what for
+HOOKS = [
+    (OPTIMIZER, "BaseOptimizer._get_variable_index", ["self", "variable"], "name the variable of a gradient"),
+    (TRAINER, "TensorFlowTrainer._maybe_symbolic_build", ["self", "iterator", "data_batch"], "fit on workers"),
+    (TRAINER, "TensorFlowTrainer._make_function", ["self", "step_function"], "fit on workers"),
+    (TRAINER, "reduce_per_replica", ["values", "strategy", "reduction"], "fit on workers"),
+    (TRAINER, "_collective_all_reduce_multi_worker", ["strategy"], "fit on workers"),
+    ("keras.src.layers.layer", "Layer._flatten_layers", ["self", "include_self", "recursive"], "force float32"),
+    ("tensorflow", "__internal__.distribute.strategy_supports_no_merge_call", [], "decide for all replicas"),
+]
+# Set in constructors or on variables: seen on instances only.
+ATTRIBUTES = {
+    "_trainable_variables": "list what an optimizer was built with",
+    "_distribute_strategy": "fit on workers",
+}
+
+
+@pytest.mark.parametrize(("module", "path", "parameters", "purpose"), HOOKS, ids=[hook[1] for hook in HOOKS])
+def test_private_hooks_are_as_tfmixed_uses_them(module, path, parameters, purpose):
+    """Each by name and parameters."""
+    found = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name, None)
+        assert found is not None, f"Keras {keras.__version__}, TensorFlow {tf.__version__}: no {path} to {purpose}"
+    assert list(inspect.signature(found).parameters) == parameters, f"{path} takes other arguments to {purpose}"
+
+
+def test_private_attributes_are_there():
+    """Those of instances."""
+    optimizer, variable = keras.optimizers.SGD(), keras.Variable([1.0])
+    optimizer.build([variable])
+    assert optimizer._trainable_variables == [variable], ATTRIBUTES["_trainable_variables"]
+    assert keras.Sequential()._distribute_strategy is None, ATTRIBUTES["_distribute_strategy"]
+    # Keras reads it with this default too, on variables that hold float8 scales.
+    assert "overwrite_with_gradient" in inspect.getsource(importlib.import_module(OPTIMIZER))
+
+
+def private_names():
+    """Returns the private attributes that the package reads and does not define itself."""
+    read, defined = set(), set()
+    for path in Path(tfmixed.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                defined.add(node.id)
+            elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                own = isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
+                (defined if own else read).add(node.attr)
+    return {name for name in read - defined if name.strip("_") not in dir(object) and not hasattr(object, name)}
+
+
+def test_this_list_is_complete():
+    """Whoever uses another private name adds it above."""
+    listed = {part for _, path, _, _ in HOOKS for part in path.split(".") if part.startswith("_")} | set(ATTRIBUTES)
+    python = {"_fields", "__name__", "__version__"}
+    assert private_names() - python == listed
