@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-backends check format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# JAX and PyTorch, in an environment without TensorFlow.
+test-backends: .venv-backends/installed
+	KERAS_BACKEND=jax .venv-backends/bin/python -m pytest
+	KERAS_BACKEND=torch .venv-backends/bin/python -m pytest
 
 check: .venv/installed
 	$(BIN)/ruff check
@@ -20,13 +25,15 @@ format: .venv/installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-.venv/installed: pyproject.toml
+.venv/installed: EXTRA = dev
+.venv-backends/installed: EXTRA = backends
+%/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "tfmixed needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade pip
+	$*/bin/python -m pip install --quiet --editable '.[$(EXTRA)]'
 	@touch $@
 
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv .venv-backends runs build dist

@@ -7,6 +7,10 @@ if keras.backend.backend() == "tensorflow":
     # Several replicas on one machine, for MirroredStrategy. Only before the first tensor.
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
+else:
+    # What speaks of TensorFlow alone, and what its process of its own shows once for all backends.
+    only = ["architecture", "config", "contract", "distribute", "docstrings", "examples", "multi_worker", "readme"]
+    collect_ignore = [f"test_{name}.py" for name in only]
 
 
 @pytest.fixture(autouse=True)

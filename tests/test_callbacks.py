@@ -10,7 +10,7 @@ import textwrap
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from backend import modes, needs_tensorflow, tf
 
 from tfmixed import LossScaleOptimizer, records
 from tfmixed.callbacks import LossScaleLogger
@@ -39,7 +39,7 @@ def steps(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("modes", [{}, {"steps_per_execution": 5}, {"jit_compile": True}], ids=str)
+@pytest.mark.parametrize("modes", modes({}, {"steps_per_execution": 5}, {"jit_compile": True}), ids=str)
 def test_log_holds_every_change_with_its_exact_step_and_epoch(tmp_path, modes):
     """One JSON line a change, in the documented form, whatever runs the steps."""
     path = tmp_path / "run" / "scale.jsonl"
@@ -120,6 +120,7 @@ class CountReads(keras.callbacks.Callback):
         self.in_epoch, self.reads = self.reads, 0
 
 
+@needs_tensorflow
 @pytest.mark.parametrize(("every", "more"), [(None, False), (4, True)])
 def test_it_reads_the_device_within_an_epoch_only_if_asked(monkeypatch, every, more):
     """Without `every` the batches cost exactly the reads that Keras makes by itself."""
@@ -150,6 +151,7 @@ def test_every_writes_within_the_epoch(tmp_path):
     assert seen.lines == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
 
 
+@needs_tensorflow
 def test_tensorboard_has_the_exact_steps(tmp_path):
     """The scalars are read back with TensorFlow's own event reader."""
     fit(LossScaleLogger(tensorboard=tmp_path, verbose=0))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
+from backend import needs_tensorflow, tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -67,6 +67,7 @@ def steps_of(record):
     return [(letter == "T", None) for letter in record["trace"]]
 
 
+@needs_tensorflow
 @pytest.mark.parametrize(
     "record", [record for peer in scaling.PEERS for record in longest(peer)], ids=lambda r: r["peer"]
 )
@@ -107,6 +108,7 @@ print("done")
 """
 
 
+@needs_tensorflow
 @pytest.mark.parametrize("behaviour", ["v1", "v2"])
 def test_tf1_graph(behaviour):
     """The same body in a TF1 graph, also with TF1's behaviour, where == on tensors means identity."""
@@ -163,6 +165,7 @@ def test_the_scale_never_leaves_its_bounds(rule, trace):
             assert all(np.isfinite(value) for value in state)
 
 
+@needs_tensorflow
 @settings(max_examples=25, deadline=None)
 @given(dynamic_rules(), st.lists(st.booleans(), min_size=1, max_size=12))
 def test_numpy_and_tensorflow_agree_to_the_bit(rule, trace):
@@ -175,6 +178,7 @@ def test_numpy_and_tensorflow_agree_to_the_bit(rule, trace):
             assert np.asarray(left).dtype == right.numpy().dtype
 
 
+@needs_tensorflow
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("xp", [tf, ops], ids=["tensorflow", "keras"])
 @pytest.mark.parametrize(("growth", "backoff"), [(2.0, 0.5), (1.1, 0.7), (1.3, 0.999), (3.0, 1 / 3)])
@@ -190,6 +194,7 @@ def test_compiled_steps_agree_with_numpy_to_the_bit(xp, jit_compile, growth, bac
     assert compiled == scaling.simulate(rule, trace)
 
 
+@needs_tensorflow
 @pytest.mark.parametrize(("factor", "finite"), [({"growth_factor": 1.1}, True), ({"backoff_factor": 0.9}, False)])
 def test_tensorflow_never_reaches_zero(factor, finite):
     """TensorFlow flushes subnormals, so no intermediate result may be one."""
@@ -230,6 +235,7 @@ def test_factors_that_float32_cannot_hold_do_not_drift(peer):
     np.testing.assert_allclose(scaling.simulate(rule, trace), wanted, rtol=rtol)
 
 
+@needs_tensorflow
 @settings(max_examples=10, deadline=None)
 @given(logmax_rules, st.lists(st.tuples(st.booleans(), amaxes), min_size=1, max_size=8))
 def test_logmax_in_numpy_and_tensorflow_agree(rule, trace):

@@ -24,10 +24,10 @@ class LossScaleLogger(keras.callbacks.Callback):
 
     `logs` gains `loss_scale`, `skipped_steps` and `gradient_norm`, so that the progress bar, `History`, `CSVLogger` and
     `TensorBoard` show them: list this callback before those. The changes are written on the device in the step that
-    makes them; this callback collects them at the end of each epoch, so that watching costs no synchronization. What
-    it puts into the `logs` of a batch are tensors; where Keras runs callbacks beside the training, they may be those of
-    a step later. A skipped step that leaves the scale as it is (a constant one, spent by no hysteresis yet, at its
-    floor) counts in `skipped_steps` and is no line of the log.
+    makes them; this callback collects them at the end of each epoch, so that watching costs no synchronization. In the
+    `logs` of a batch TensorFlow has tensors; where Keras runs callbacks beside the training, they may be those of a
+    later step. A skipped step that leaves the scale as it is (a constant one, one with hysteresis left or at its floor)
+    counts in `skipped_steps` and is no line of the log.
 
     Args:
         path: File of JSON lines, one a change (`records.read_log` reads it). Lines from a run that is repeated, because
@@ -106,8 +106,11 @@ class LossScaleLogger(keras.callbacks.Callback):
         if self._optimizer is None:
             return
         if logs is not None:
-            # Tensors, not numbers: nobody waits for the device but the progress bar, which does so anyway.
-            logs.update((name, getattr(self._optimizer, name)) for name in _METRICS)
+            values = {name: getattr(self._optimizer, name) for name in _METRICS}
+            # Tensors: nobody waits for the device but the progress bar, which does so anyway. Elsewhere Keras has
+            # waited already, and its progress bar takes numbers only.
+            is_tensorflow = keras.backend.backend() == "tensorflow"
+            logs.update(values if is_tensorflow else {name: float(value) for name, value in values.items()})
         if self.every is not None and batch + 1 - self._collected_at >= self.every:
             self._collected_at = batch + 1
             self._collect(logs)

@@ -83,4 +83,4 @@ def drain(ring: Variables, paths: Sequence[str]) -> list[Record]:
 
 
 def _write(variable: keras.Variable, mask: Any, entry: Any) -> None:
-    variable.assign(ops.where(mask, ops.cast(entry, variable.dtype), variable))
+    variable.assign(ops.where(mask, ops.cast(entry, variable.dtype), variable.value))

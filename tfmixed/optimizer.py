@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -215,6 +216,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             raise ValueError(
                 "stateless_apply needs a built optimizer: call `optimizer.build(trainable_variables)` first"
             )
+        if not grads:
+            return list(trainable_variables), list(optimizer_variables)
         _check_any(grads)
         own = self.variables[: -len(self.inner_optimizer.variables)]
         values, inner = optimizer_variables[: len(own)], optimizer_variables[len(own) :]
@@ -291,7 +294,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Does what Keras does at the end of `fit`, and raises if all was in vain; see `raise_if_exhausted`."""
         super().finalize_variable_values(var_list)
-        self.raise_if_exhausted()
+        # On JAX, `fit` calls this after an exception too, with variables that may be empty: let that one through.
+        if sys.exc_info()[0] is None:
+            self.raise_if_exhausted()
 
     def drain_events(self) -> list[Record]:
         """Returns the changes of the scale since the last call, oldest first, and forgets them.

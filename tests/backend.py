@@ -1,0 +1,42 @@
+"""What differs between the backends of Keras, for tests that run on all of them."""
+
+from __future__ import annotations
+
+import weakref
+
+import keras
+import pytest
+
+BACKEND = keras.backend.backend()
+needs_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's alone")
+
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+else:
+    tf = None
+if BACKEND == "jax":
+    import jax
+
+_compiled = weakref.WeakKeyDictionary()
+
+
+def modes(*kinds):
+    """Leaves out the modes of `compile` that Keras does not offer on PyTorch."""
+    absent = {"steps_per_execution", "jit_compile"} if BACKEND == "torch" else set()
+    return [kind for kind in kinds if not absent & kind.keys()]
+
+
+def apply(optimizer, gradients, weights):
+    """Takes one step as a loop of the backend does: on JAX from values to values."""
+    if BACKEND != "jax":
+        optimizer.apply(gradients, weights)
+        return
+    if not optimizer.built:
+        optimizer.build(weights)
+    if optimizer not in _compiled:
+        _compiled[optimizer] = jax.jit(optimizer.stateless_apply)
+    trainable, state = _compiled[optimizer](
+        [variable.value for variable in optimizer.variables], gradients, [weight.value for weight in weights]
+    )
+    for variable, value in zip([*weights, *optimizer.variables], [*trainable, *state], strict=True):
+        variable.assign(value)
