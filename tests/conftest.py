@@ -9,7 +9,17 @@ if keras.backend.backend() == "tensorflow":
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
 else:
     # What speaks of TensorFlow alone, and what its process of its own shows once for all backends.
-    only = ["architecture", "config", "contract", "distribute", "docstrings", "examples", "multi_worker", "readme"]
+    only = [
+        "architecture",
+        "config",
+        "contract",
+        "distribute",
+        "docstrings",
+        "examples",
+        "fuzz",
+        "multi_worker",
+        "readme",
+    ]
     collect_ignore = [f"test_{name}.py" for name in only]
 
 

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import fuzz_overflows as fuzz
+import keras
+import pytest
+
+
+@pytest.mark.parametrize("first", range(0, 100, 10))
+def test_random_overflows_break_nothing(first):
+    """Ten runs: weights finite and equal on all replicas, scale, counters and log those of the rule on the trace."""
+    for seed in range(first, first + 10):
+        case = fuzz.case(seed)
+        run = fuzz.run(case, ours=True)
+        assert fuzz.faults(case, run) | fuzz.own_faults(case, run) == set(), f"seed {seed}: {case.rule}"
+    keras.backend.clear_session()
+
+
+def test_the_same_overflows_break_keras_own_class():
+    """A check that the check finds something: K1 and K3 of the documentation."""
+    found = [fuzz.faults(case, fuzz.run(case, ours=False)) for case in map(fuzz.case, range(6))]
+    assert "non-finite weights" in set().union(*found)
