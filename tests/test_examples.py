@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,3 +48,38 @@ def test_digits_demo_trains_logs_and_draws(tmp_path, monkeypatch, capsys):
         assert word in out
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     assert written == ["float16_constant/loss_scale.jsonl", "float16_dynamic/loss_scale.jsonl", "loss_scale.png"]
+
+
+def multi_worker(folder, *arguments):
+    """Returns what `examples/multi_worker.py` prints, and the weights of each worker at the end."""
+    script = Path(__file__).parent.parent / "examples" / "multi_worker.py"
+    command = [sys.executable, str(script), "--run-dir", str(folder), "--epochs", "4", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            output, _ = process.communicate(timeout=200)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-3000:]
+    return output, re.findall(r"^worker \d: weights (\w+), .* 4 of 148 steps skipped$", output, flags=re.MULTILINE)
+
+
+def test_workers_skip_together_and_a_killed_one_is_started_again(tmp_path):
+    """With `fit`: the survivor of a SIGKILL ends too, and after the restart all is as without it."""
+    output, weights = multi_worker(tmp_path / "whole")
+    again, weights_after_kill = multi_worker(tmp_path / "killed", "--kill")
+    assert "attempt 1: exit codes [0, 0]" in output
+    assert re.search(r"attempt 1: exit codes \[1, -9\]", again)
+    assert "attempt 2: exit codes [0, 0]" in again
+    assert len(weights) == len(weights_after_kill) == 2
+    assert len({*weights, *weights_after_kill}) == 1
+    logs = [(tmp_path / run / "loss_scale.jsonl").read_text() for run in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_workers_skip_together_in_a_loop(tmp_path):
+    """With `strategy.run`, on three workers."""
+    _, weights = multi_worker(tmp_path, "--loop", "--workers", "3")
+    assert len(weights) == 3
+    assert len(set(weights)) == 1

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import warnings
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,9 @@ class LossScaleLogger(keras.callbacks.Callback):
             optimizer.raise_if_exhausted((logs or {}).get("loss"))
 
     def _write(self, events: list[Record], step: int) -> None:
-        self._pending += events
         if self.path is not None and not self._running:
-            _open_log(self.path, min([step, *map(_step, events)]))
+            events = _open_log(self.path, step, events)
+        self._pending += events
         if self.path is not None and events:
             # One write a line, straight to the operating system: a killed process loses at most the last.
             with self.path.open("a", encoding="utf-8", buffering=1) as file:
@@ -191,14 +192,24 @@ def _step(record: Record) -> int:
     return record.step if isinstance(record, ScaleChange) else record.before_step
 
 
-def _open_log(path: Path, step: int) -> None:
-    """Makes the log ready for a run that starts at `step`: whole lines of earlier steps stay, others go."""
+def _open_log(path: Path, step: int, events: list[Record]) -> list[Record]:
+    """Makes the log ready for a run that starts at `step`, and returns those of `events` that it does not hold.
+
+    Whole lines of earlier steps stay, others go. Where log and `events` overlap, because the run was saved before its
+    log was written and killed after it, the lines of the log stay for as long as they agree.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = records.complete_lines(path) if path.exists() else ()
     try:
-        kept = [line for line in lines if _step(records.from_line(line)) < step]
+        old = [record for record in map(records.from_line, lines) if _step(record) < step]
     except ValueError as error:
         raise ValueError(f"path must be a log of LossScaleLogger or a new file, received {str(path)!r}") from error
+    first = min([step, *map(_step, events)])
+    kept, overlap = ([record for record in old if (_step(record) < first) is before] for before in (True, False))
+    pairs = zip(overlap, events, strict=False)
+    agreed = len(list(takewhile(lambda pair: dataclasses.replace(pair[0], epoch=None) == pair[1], pairs)))
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    text = "".join(records.to_line(record) + "\n" for record in kept + overlap[:agreed])
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+    return events[agreed:]
