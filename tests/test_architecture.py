@@ -14,7 +14,7 @@ FLOORS = {
     0: ["errors", "formats", "records"],
     1: ["scaling", "plotting"],
     2: ["hardware", "gradients", "events", "distribute"],
-    3: ["policy", "layers", "state"],
+    3: ["arguments", "policy", "layers", "state"],
     4: ["optimizer"],
     5: ["callbacks"],
     6: ["config"],

@@ -10,11 +10,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from tfmixed import distribute, events, gradients, scaling
+from tfmixed import arguments, distribute, events, gradients
 from tfmixed.errors import LossScaleExhausted
 from tfmixed.gradients import Judge
 from tfmixed.records import Record
-from tfmixed.scaling import ConstantScale, DynamicScale, ScalingRule, checks
+from tfmixed.scaling import checks
 from tfmixed.state import ScalingState
 
 # Left out of a saved configuration, so that Keras's own class can read the rest of it.
@@ -69,9 +69,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        rule = _rule_from(scale, initial_scale, dynamic_growth_steps, dynamic)
+        rule = arguments.rule_from(scale, initial_scale, dynamic_growth_steps, dynamic)
         super().__init__(
-            _inner_from(inner_optimizer),
+            arguments.inner_from(inner_optimizer),
             initial_scale=float(rule.start().scale),
             dynamic_growth_steps=getattr(rule, "growth_interval", None),
             name=name,
@@ -309,7 +309,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration: Keras's own four entries where they say it all."""
         config = {"name": self.name, "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer)}
-        if self.rule == _dynamic_rule(self.initial_scale, self.dynamic_growth_steps):
+        if self.rule == arguments.dynamic_rule(self.initial_scale, self.dynamic_growth_steps):
             config |= {"initial_scale": self.initial_scale, "dynamic_growth_steps": self.dynamic_growth_steps}
         else:
             config["scale"] = self.rule.get_config()
@@ -379,51 +379,6 @@ def _by_name(store: Any, inner: dict[str, Any]) -> dict[str, Any]:
     if set(store.keys()) == {str(number) for number in range(len(numbered))}:
         return {name: store[str(number)] for number, name in enumerate(numbered)}
     return {name: store[name] for name in store.keys()}  # noqa: SIM118  # an HDF5 group of Keras does not iterate
-
-
-def _rule_from(
-    scale: Any, initial_scale: float | None, dynamic_growth_steps: int | None, dynamic: bool | None
-) -> ScalingRule:
-    if (initial_scale, dynamic_growth_steps, dynamic) == (None, None, None):
-        return scaling.get(scale)
-    if scale != "dynamic":
-        raise ValueError(
-            "scale and Keras's initial_scale, dynamic_growth_steps, dynamic exclude each other, "
-            f"received scale={scale!r}: put the numbers into the rule"
-        )
-    if dynamic not in (True, False, None):
-        raise ValueError(f"dynamic must be True, False or None, received {dynamic!r}")
-    if dynamic is not False:
-        return _dynamic_rule(initial_scale, dynamic_growth_steps)
-    if initial_scale is None or dynamic_growth_steps is not None:
-        raise ValueError(
-            "dynamic=False is a constant scale: it needs initial_scale and no dynamic_growth_steps, received "
-            f"initial_scale={initial_scale!r}, dynamic_growth_steps={dynamic_growth_steps!r}. Pass `scale=128`, or set "
-            "`loss_scale_factor` on the inner optimizer to scale without any check"
-        )
-    return ConstantScale(checks.scale("initial_scale", initial_scale))
-
-
-def _dynamic_rule(initial_scale: float | None, steps: int | None) -> DynamicScale:
-    """Returns Keras's rule within bounds: the default ones, widened to hold the initial scale."""
-    default = DynamicScale()
-    first = default.initial_scale if initial_scale is None else checks.scale("initial_scale", initial_scale)
-    interval = default.growth_interval if steps is None else checks.count("dynamic_growth_steps", steps, 1)
-    return DynamicScale(
-        initial_scale=first,
-        growth_interval=interval,
-        min_scale=min(first, 1.0),
-        max_scale=max(first, 2.0**24),
-    )
-
-
-def _inner_from(optimizer: Any) -> keras.optimizers.Optimizer:
-    inner = keras.optimizers.get(optimizer) if isinstance(optimizer, str) else optimizer
-    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(f"inner_optimizer must not scale the loss itself, received {type(inner).__name__}")
-    if not isinstance(inner, keras.optimizers.Optimizer):
-        raise TypeError(f"inner_optimizer must be a keras.optimizers.Optimizer or its name, received {inner!r}")
-    return inner
 
 
 def _check_any(grads: Sequence[Any]) -> None:

@@ -1,0 +1,66 @@
+"""What the arguments of `LossScaleOptimizer` stand for: Keras's spellings, old and new, as rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from tfmixed import scaling
+from tfmixed.scaling import ConstantScale, DynamicScale, ScalingRule, checks
+
+
+def rule_from(
+    scale: Any, initial_scale: float | None, dynamic_growth_steps: int | None, dynamic: bool | None
+) -> ScalingRule:
+    """Returns the rule that the constructor's arguments of these names describe together.
+
+    Raises:
+        ValueError: One is out of range, or two of them say different things.
+    """
+    if (initial_scale, dynamic_growth_steps, dynamic) == (None, None, None):
+        return scaling.get(scale)
+    if scale != "dynamic":
+        raise ValueError(
+            "scale and Keras's initial_scale, dynamic_growth_steps, dynamic exclude each other, "
+            f"received scale={scale!r}: put the numbers into the rule"
+        )
+    if dynamic not in (True, False, None):
+        raise ValueError(f"dynamic must be True, False or None, received {dynamic!r}")
+    if dynamic is not False:
+        return dynamic_rule(initial_scale, dynamic_growth_steps)
+    if initial_scale is None or dynamic_growth_steps is not None:
+        raise ValueError(
+            "dynamic=False is a constant scale: it needs initial_scale and no dynamic_growth_steps, received "
+            f"initial_scale={initial_scale!r}, dynamic_growth_steps={dynamic_growth_steps!r}. Pass `scale=128`, or set "
+            "`loss_scale_factor` on the inner optimizer to scale without any check"
+        )
+    return ConstantScale(checks.scale("initial_scale", initial_scale))
+
+
+def dynamic_rule(initial_scale: float | None, steps: int | None) -> DynamicScale:
+    """Returns Keras's rule within bounds: the default ones, widened to hold the initial scale."""
+    default = DynamicScale()
+    first = default.initial_scale if initial_scale is None else checks.scale("initial_scale", initial_scale)
+    interval = default.growth_interval if steps is None else checks.count("dynamic_growth_steps", steps, 1)
+    return DynamicScale(
+        initial_scale=first,
+        growth_interval=interval,
+        min_scale=min(first, 1.0),
+        max_scale=max(first, 2.0**24),
+    )
+
+
+def inner_from(optimizer: Any) -> keras.optimizers.Optimizer:
+    """Returns the optimizer to wrap, from itself or its name.
+
+    Raises:
+        TypeError: It is no optimizer.
+        ValueError: It scales the loss by itself.
+    """
+    inner = keras.optimizers.get(optimizer) if isinstance(optimizer, str) else optimizer
+    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(f"inner_optimizer must not scale the loss itself, received {type(inner).__name__}")
+    if not isinstance(inner, keras.optimizers.Optimizer):
+        raise TypeError(f"inner_optimizer must be a keras.optimizers.Optimizer or its name, received {inner!r}")
+    return inner
