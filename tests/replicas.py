@@ -110,8 +110,14 @@ class Trainer:
     def fit(self, bad: Bad, drop: bool = False, **arguments: object) -> Outcome:
         """Trains with `Model.fit`, each global batch the batches of all replicas in their order."""
         self.reset()
-        x, y = (array.reshape(-1, array.shape[-1]) for array in data(self.replicas, bad, drop=drop))
-        self.model.fit(x, y, batch_size=self.replicas * LOCAL_BATCH, shuffle=False, verbose=0, **arguments)
+        arrays = tuple(array.reshape(-1, array.shape[-1]) for array in data(self.replicas, bad, drop=drop))
+        batches = tf.data.Dataset.from_tensor_slices(arrays).batch(self.replicas * LOCAL_BATCH)
+        if self.strategy is not None:
+            # TensorFlow crashes once in a few hundred fits where an iterator that fetches ahead to its devices is
+            # dropped, as Keras drops one at the start of each.
+            options = tf.distribute.InputOptions(experimental_fetch_to_device=False)
+            batches = self.strategy.experimental_distribute_dataset(batches, options)
+        self.model.fit(batches, shuffle=False, verbose=0, **arguments)
         return self.outcome()
 
     def loop(self, bad: Bad, drop: bool = False, workers: range | None = None) -> Outcome:

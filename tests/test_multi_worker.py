@@ -103,6 +103,23 @@ def test_batches_that_do_not_divide_are_no_overflow(fitted):
     agree([result["partial"][2] for result in results])
 
 
+def test_the_end_of_a_dataset_of_unknown_length_is_no_step(fitted):
+    """Nor within a loop of several steps."""
+    _, results, _ = fitted
+    agree([result["unknown"] for result in results])
+    outcome = results[0]["unknown"]
+    assert (outcome.attempted, outcome.skipped, outcome.iterations) == (56, 4, 52)
+    assert [event.step for event in outcome.events if event.reason == "overflow"] == [3, 7, 31, 35]
+
+
+def test_a_metric_that_each_worker_keeps_for_itself_is_refused(fitted):
+    """Callbacks that look at it would decide differently, and part the workers."""
+    _, results, _ = fitted
+    for result in results:
+        assert "metrics must be made, and `compile` be called, within `strategy.scope()`" in result["stray"]
+        assert "stray/total, made outside of it" in result["stray"]
+
+
 def test_keras_has_not_mended_fit_on_workers(fitted):
     """The day this fails, `enable_multi_worker_fit` can go (keras#20585)."""
     _, results, _ = fitted

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -197,7 +199,7 @@ def test_variables_that_hold_their_gradient_are_not_unscaled():
     [
         (None, "Try lowering the learning rate.*If the loss itself is not finite: no loss scale mends that"),
         (0.5, r"Try lowering the learning rate, clipping .* `min_scale` below 1 .*Float32\.$"),
-        (np.nan, r"The loss itself is nan: no loss scale mends that\."),
+        (np.nan, r"The loss itself is nan .*: no loss scale mends that\."),
     ],
 )
 def test_a_custom_loop_asks_whether_the_run_is_stuck(loss, advice):
@@ -423,6 +425,45 @@ def test_gradients_whose_squares_overflow_do_not_reach_who_squares_them(inner):
         apply(optimizer, [ops.ones(2), ops.array([1.0, size])], weights)
     assert all(np.isfinite(weight.numpy()).all() for weight in weights)
     assert int(optimizer.skipped_steps) == 2
+
+
+@pytest.mark.parametrize("clip", [{}, {"clipnorm": 1.0}, {"clipvalue": 1.0}], ids=str)
+def test_float16_variables_have_float16_second_moments(clip):
+    """The square of 1000 is none of float16's numbers: skipped, unless clipping makes it smaller first."""
+    optimizer, weight = (
+        LossScaleOptimizer(keras.optimizers.Adam(1e-3, **clip), 1),
+        keras.Variable([1.0, 1.0], dtype="float16"),
+    )
+    for size in (1000.0, 1000.0, 1.0, 1.0):
+        apply(optimizer, [ops.array([size, 1.0], "float16")], [weight])
+    assert np.isfinite(weight.numpy()).all()
+    assert int(optimizer.skipped_steps) == (0 if clip else 2)
+
+
+@needs_tensorflow
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras, whenever it does not know the length
+@pytest.mark.parametrize("modes", [{}, {"steps_per_execution": 3}], ids=str)
+def test_the_end_of_a_dataset_is_no_step(modes):
+    """Of a length that nobody knows: the step that finds no batch counts nowhere."""
+    x, y = digits_like(64)
+    x[20] = np.inf
+    data = tf.data.Dataset.from_tensor_slices((x, y)).filter(lambda *_: True).batch(16)
+    model = small_model(LossScaleOptimizer("adam"), **modes)
+    model.fit(data, epochs=3, verbose=0, shuffle=False)
+    optimizer = model.optimizer
+    assert (int(optimizer.attempted_steps), int(optimizer.skipped_steps), int(optimizer.iterations)) == (12, 3, 9)
+    assert [event.step for event in optimizer.drain_events()] == [1, 5, 9]
+
+
+def test_a_stuck_run_is_told_within_an_except_block_too():
+    """As in a loop that starts a failed training again."""
+    model = small_model(LossScaleOptimizer("adam", 1, max_consecutive_skips=4))
+    x, y = digits_like(64)
+    try:
+        raise OSError
+    except OSError:
+        with contextlib.nullcontext() if BACKEND == "jax" else pytest.raises(LossScaleExhausted):
+            model.fit(x * np.nan, y, batch_size=8, verbose=0)
 
 
 def test_a_large_finite_gradient_is_no_overflow():

@@ -73,6 +73,18 @@ def fit(folder):
         trainer = Trainer(STRATEGY, metrics=["mae"])
         history = trainer.model.fit(source, epochs=2, verbose=0).history
         results[name] = (history, trainer.model.evaluate(source, verbose=0), trainer.outcome())
+    unknown = tf.data.Dataset.from_tensor_slices((x, y)).filter(lambda *_: True).batch(4 * WORKERS)
+    trainer = Trainer(STRATEGY, steps_per_execution=3)
+    trainer.model.fit(unknown, epochs=2, verbose=0, shuffle=False)
+    results["unknown"] = trainer.outcome()
+    trainer = Trainer(STRATEGY)
+    stray = keras.metrics.MeanAbsoluteError(name="stray")
+    with STRATEGY.scope():
+        trainer.model.compile(trainer.optimizer, loss="mse", metrics=[stray])
+    try:
+        trainer.fit({})
+    except ValueError as error:
+        results["stray"] = str(error)
     undo()
     try:
         Trainer(STRATEGY).fit({})

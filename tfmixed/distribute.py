@@ -145,6 +145,8 @@ def _patch_trainer() -> Callable[[], None]:
         if iterator is not None and has_workers(self._distribute_strategy):
             data_batch, iterator = _first_local_batch(iterator, self._distribute_strategy), None
         build(self, iterator, data_batch)
+        if has_workers(self._distribute_strategy):
+            _check_metrics(self.metrics)
 
     @functools.wraps(make)
     def make_loop(self: Any, step_function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -168,6 +170,23 @@ def _patch_trainer() -> Callable[[], None]:
 
     patch(build_from_local_batch, make_loop, reduce_over_workers)
     return undo
+
+
+def _check_metrics(metrics: Sequence[Any]) -> None:
+    """Refuses metrics that each worker would keep for itself: callbacks that look at them would part the workers.
+
+    Raises:
+        ValueError: A metric was made, or the model compiled, outside of the strategy's scope.
+    """
+    import tensorflow
+
+    kind = tensorflow.distribute.DistributedValues
+    alone = {each.path for metric in metrics for each in metric.variables if not isinstance(each.value, kind)}
+    if alone:
+        raise ValueError(
+            "metrics must be made, and `compile` be called, within `strategy.scope()`, for their values to be those of "
+            f"all workers; received the variables {', '.join(sorted(alone))}, made outside of it"
+        )
 
 
 def _first_local_batch(iterator: Any, strategy: Any) -> Any:

@@ -28,7 +28,7 @@ class LossScaleExhausted(FloatingPointError):  # noqa: N818  # a state of the ru
         since_step: The first attempted step, counted from 0, of this row of skipped ones.
         skips: How many they are.
         overflows: For each variable by path, in how many of them its gradient was not finite.
-        loss: The last loss, where the observer knows it.
+        loss: The last loss, where the observer knows it; `fit` knows the mean of an epoch.
     """
 
     def __init__(
@@ -51,5 +51,5 @@ class LossScaleExhausted(FloatingPointError):  # noqa: N818  # a state of the ru
 
     def _advice(self) -> str:
         if self.loss is not None and not math.isfinite(self.loss):
-            return f"The loss itself is {self.loss}: {_BAD_LOSS}"
+            return f"The loss itself is {self.loss} (in `fit`: that of a batch of this epoch): {_BAD_LOSS}"
         return _OVERFLOW if self.loss is not None else f"{_OVERFLOW} If the loss itself is not finite: {_BAD_LOSS}"

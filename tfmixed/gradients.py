@@ -5,6 +5,7 @@ A gradient is a tensor, a `tf.IndexedSlices` or None; None stands for "no path f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,8 +47,9 @@ class Judge(NamedTuple):
         replicas: How many there are.
         summands: How many gradients the inner optimizer adds up, over replicas and accumulated steps: their sum must
             be finite too.
-        squares: The inner optimizer squares gradients, or clips by their norm: the squares must be finite too, or
-            finite gradients would become 0 or NaN.
+        squares: The inner optimizer squares gradients as they are: their squares must be finite in the variable's dtype
+            too, or its second moments would make every later step NaN.
+        norms: It sums squares, to clip by the norm for instance: the sum must be finite in float32 too.
         needs_amax: Measure the largest absolute value too.
     """
 
@@ -55,6 +57,7 @@ class Judge(NamedTuple):
     replicas: int = 1
     summands: int = 1
     squares: bool = False
+    norms: bool = False
     needs_amax: bool = False
 
     def evidence(self, gradients: Sequence[Any], indices: Sequence[int], replica: Any = 0) -> Any:
@@ -84,10 +87,13 @@ class Judge(NamedTuple):
         return Verdict(ops.logical_not(ops.any(bad)), bad, norm, amax)
 
     def _is_bad(self, values: Any, square: Any, dtype: str) -> Any:
-        kinds = dtype, keras.backend.standardize_dtype(values.dtype)
-        limit = min(float(ml_dtypes.finfo(kind).max) for kind in kinds) / self.summands
-        good = ops.all(ops.abs(values) <= limit)  # NaN compares False
-        if self.squares:
+        largest = float(ml_dtypes.finfo(dtype).max)
+        limit = min(
+            math.sqrt(largest) if self.squares else largest,
+            float(ml_dtypes.finfo(keras.backend.standardize_dtype(values.dtype)).max),
+        )
+        good = ops.all(ops.abs(values) <= limit / self.summands)  # NaN compares False
+        if self.norms:
             good = ops.logical_and(good, square <= FLOAT32.max / self.summands**2 / len(self.dtypes))
         return ops.cast(ops.logical_not(good), "float32")
 

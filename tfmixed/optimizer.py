@@ -241,12 +241,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _judge(self) -> Judge:
         inner, replicas = self.inner_optimizer, distribute.replicas()
+        squares = not isinstance(inner, (keras.optimizers.SGD, keras.optimizers.Lion))
         clips_by_norm = inner.clipnorm is not None or inner.global_clipnorm is not None
         return Judge(
             dtypes=tuple(variable.dtype for variable in self._trainable_variables),
             replicas=replicas,
             summands=replicas * (inner.gradient_accumulation_steps or 1),
-            squares=clips_by_norm or not isinstance(inner, (keras.optimizers.SGD, keras.optimizers.Lion)),
+            squares=squares and not clips_by_norm and inner.clipvalue is None,
+            norms=squares or clips_by_norm,
             needs_amax=self.rule.needs_amax,
         )
 
@@ -295,7 +297,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Does what Keras does at the end of `fit`, and raises if all was in vain; see `raise_if_exhausted`."""
         super().finalize_variable_values(var_list)
         # On JAX, `fit` calls this after an exception too, with variables that may be empty: let that one through.
-        if sys.exc_info()[0] is None:
+        if keras.backend.backend() != "jax" or sys.exc_info()[0] is None:
             self.raise_if_exhausted()
 
     def drain_events(self) -> list[Record]:

@@ -65,9 +65,12 @@ class ScalingState:
         attempted = self.read("attempted_steps")
         events.log(self.variables, attempted, old.scale, new.scale, reason, culprit)
         skipped = ops.cast(ops.logical_not(finite) if self.rule.skip_nonfinite else False, attempted.dtype)
+        # One, made of the verdict: where a dataset ends within a step, what does not hang on its data is still carried
+        # out.
+        one = ops.cast(finite, attempted.dtype) + ops.cast(ops.logical_not(finite), attempted.dtype)
         values = {
             **dict(zip(self._names, new, strict=True)),
-            "attempted_steps": attempted + 1,
+            "attempted_steps": attempted + one,
             "skipped_steps": self.read("skipped_steps") + skipped,
             "consecutive_skips": (self.read("consecutive_skips") + 1) * skipped,
             "gradient_norm": verdict.norm,
