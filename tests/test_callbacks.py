@@ -271,12 +271,13 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path):
 STUCK = DynamicScale(initial_scale=4.0, min_scale=1.0)
 
 
-def test_a_stuck_run_stops_with_advice(tmp_path):
-    """At the floor for max_consecutive_skips steps: the log is written, then fit raises."""
+def test_a_stuck_run_stops_with_advice(tmp_path, capsys):
+    """At the floor for max_consecutive_skips steps: the log is written and printed, then fit raises."""
     path = tmp_path / "scale.jsonl"
     optimizer = LossScaleOptimizer("sgd", STUCK, max_consecutive_skips=5)
     with pytest.raises(LossScaleExhausted, match=r"since step 3 .* stands at 1 .*kernel \(9 times\).*") as raised:
-        fit(LossScaleLogger(path, verbose=0), optimizer=optimizer, bad=range(3, 12), epochs=5)
+        fit(LossScaleLogger(path), optimizer=optimizer, bad=range(3, 12), epochs=5)
+    assert capsys.readouterr().out.count("(overflow)") == 2
     assert (raised.value.scale, raised.value.since_step, raised.value.skips) == (1.0, 3, 9)
     assert steps(path) == [3, 4]
 

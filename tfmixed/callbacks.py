@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from tfmixed import distribute, records
+from tfmixed.errors import LossScaleExhausted
 from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.records import Record, ScaleChange
 from tfmixed.scaling import checks
@@ -130,6 +131,9 @@ class LossScaleLogger(keras.callbacks.Callback):
         if self._optimizer is None:
             return
         self._collect(logs)
+        self._close()
+
+    def _close(self) -> None:
         self._print_pending()
         if self._writer is not None:
             self._writer.close()
@@ -144,7 +148,11 @@ class LossScaleLogger(keras.callbacks.Callback):
         if distribute.is_chief(self.model):
             self._write(events, int(optimizer.attempted_steps))
         if self._running:
-            optimizer.raise_if_exhausted((logs or {}).get("loss"))
+            try:
+                optimizer.raise_if_exhausted((logs or {}).get("loss"))
+            except LossScaleExhausted:
+                self._close()  # nobody else does: `fit` ends here
+                raise
 
     def _write(self, events: list[Record], step: int) -> None:
         if self.path is not None and not self._running:
