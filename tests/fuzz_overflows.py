@@ -47,16 +47,6 @@ class Case:
     replicas: int
     gradients: tuple[np.ndarray, ...]
 
-    @property
-    def bad(self) -> np.ndarray:
-        """Boolean, shape (steps, variables): is a value of it not finite on any replica?"""
-        finite = [np.isfinite(each).all(axis=tuple(range(1, each.ndim))) for each in self.gradients]
-        return ~np.stack(finite, axis=1)
-
-    @property
-    def trace(self) -> list[bool]:
-        return [not any(step) for step in self.bad]
-
 
 def case(seed: int) -> Case:
     random = np.random.default_rng(seed)
@@ -108,6 +98,16 @@ class Run:
     scales: list[float]
     optimizer: keras.optimizers.Optimizer
 
+    def bad(self, case: Case) -> np.ndarray:
+        """Boolean, shape (steps, variables): is a value of its scaled gradient not finite on any replica?
+
+        A rule without a ceiling can scale finite gradients out of float32 too.
+        """
+        scales = np.array(self.scales[:-1], "float32")
+        with np.errstate(over="ignore", invalid="ignore"):
+            flat = [each.reshape(len(scales), -1) * scales[:, None] for each in case.gradients]
+        return np.stack([~np.isfinite(each).all(axis=1) for each in flat], axis=1)
+
 
 def run(case: Case, ours: bool) -> Run:
     devices = [f"CPU:{index}" for index in range(case.replicas)]
@@ -154,7 +154,7 @@ def faults(case: Case, run: Run) -> set[str]:
 
 
 def _is_plain_descent(case: Case, run: Run) -> bool:
-    kept = np.array(case.trace)
+    kept = ~run.bad(case).any(axis=1)
     for copies, gradients in zip(run.weights, case.gradients, strict=True):
         descended = 1 - 0.01 * gradients[kept].sum(axis=(0, 1), dtype="float64")
         size = np.abs(gradients[kept]).max(initial=1.0)
@@ -169,14 +169,15 @@ def own_faults(case: Case, run: Run) -> set[str]:
     low, high = case.rule.bounds
     if not all(low <= scale <= high for scale in run.scales):
         found.add("scale out of the rule's bounds")
-    sizes = [max(np.abs(each[step]).max() for each in case.gradients) for step in range(len(case.trace))]
-    wanted = scaling.simulate(case.rule, case.trace, sizes)
+    bad = run.bad(case)
+    trace = [not any(step) for step in bad]
+    sizes = [max(np.abs(each[step]).max() for each in case.gradients) for step in range(len(trace))]
+    wanted = scaling.simulate(case.rule, trace, sizes)
     if not np.allclose(run.scales[1:], wanted, rtol=1e-3 if case.rule.needs_amax else 1e-6, atol=0):
         found.add("scale is not the rule's")
-    skipped = case.trace.count(False)
-    if (int(optimizer.attempted_steps), int(optimizer.skipped_steps)) != (len(case.trace), skipped):
+    if (int(optimizer.attempted_steps), int(optimizer.skipped_steps)) != (len(trace), trace.count(False)):
         found.add("counters are not the trace's")
-    culprits = [NAMES[int(np.argmax(step))] if any(step) else None for step in case.bad]
+    culprits = [NAMES[int(np.argmax(step))] if any(step) else None for step in bad]
     history = [
         (step, old, new, culprits[step]) for step, (old, new) in enumerate(itertools.pairwise(run.scales)) if old != new
     ]
