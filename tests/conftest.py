@@ -19,6 +19,7 @@ else:
         "fuzz",
         "multi_worker",
         "readme",
+        "restart",
     ]
     collect_ignore = [f"test_{name}.py" for name in only]
 
