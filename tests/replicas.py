@@ -113,7 +113,7 @@ class Trainer:
         arrays = tuple(array.reshape(-1, array.shape[-1]) for array in data(self.replicas, bad, drop=drop))
         batches = tf.data.Dataset.from_tensor_slices(arrays).batch(self.replicas * LOCAL_BATCH)
         if self.strategy is not None:
-            # TensorFlow crashes once in a few hundred fits where an iterator that fetches ahead to its devices is
+            # TensorFlow crashes now and then where an iterator that fetches ahead to its devices is
             # dropped, as Keras drops one at the start of each.
             options = tf.distribute.InputOptions(experimental_fetch_to_device=False)
             batches = self.strategy.experimental_distribute_dataset(batches, options)
