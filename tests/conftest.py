@@ -16,6 +16,7 @@ else:
         "distribute",
         "docstrings",
         "examples",
+        "fused",
         "fuzz",
         "multi_worker",
         "readme",

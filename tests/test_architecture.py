@@ -12,9 +12,9 @@ import tfmixed
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records"],
-    1: ["scaling", "plotting"],
+    1: ["scaling", "plotting", "branching"],
     2: ["hardware", "gradients", "events", "distribute"],
-    3: ["arguments", "policy", "layers", "state"],
+    3: ["arguments", "policy", "layers", "state", "fused"],
     4: ["optimizer"],
     5: ["callbacks"],
     6: ["config"],

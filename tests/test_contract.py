@@ -23,12 +23,14 @@ HOOKS = [
     (TRAINER, "reduce_per_replica", ["values", "strategy", "reduction"], "fit on workers"),
     (TRAINER, "_collective_all_reduce_multi_worker", ["strategy"], "fit on workers"),
     ("keras.src.layers.layer", "Layer._flatten_layers", ["self", "include_self", "recursive"], "force float32"),
+    ("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext", ["graph"], "see a whole step under XLA"),
     ("tensorflow", "__internal__.distribute.strategy_supports_no_merge_call", [], "decide for all replicas"),
 ]
 # Set in constructors or on variables: seen on instances only.
 ATTRIBUTES = {
     "_trainable_variables": "list what an optimizer was built with",
     "_distribute_strategy": "fit on workers",
+    "_learning_rate": "read it once a step, and see whether it is a user's schedule",
 }
 
 
@@ -46,6 +48,7 @@ def test_private_attributes_are_there():
     """Those of instances."""
     optimizer, variable = keras.optimizers.SGD(), keras.Variable([1.0])
     optimizer.build([variable])
+    assert isinstance(optimizer._learning_rate, keras.Variable), ATTRIBUTES["_learning_rate"]
     assert optimizer._trainable_variables == [variable], ATTRIBUTES["_trainable_variables"]
     assert keras.Sequential()._distribute_strategy is None, ATTRIBUTES["_distribute_strategy"]
     # Keras reads it with this default too, on variables that hold float8 scales.

@@ -1,4 +1,4 @@
-"""Gradients: unscaled, judged finite or not, measured. For every Keras backend.
+"""Gradients: judged finite or not, measured, unscaled. For every Keras backend.
 
 A gradient is a tensor, a `tf.IndexedSlices` or None; None stands for "no path from the loss" and is passed through.
 """
@@ -13,111 +13,198 @@ import keras
 import ml_dtypes
 from keras import ops
 
+from tfmixed.branching import when
 from tfmixed.formats import FLOAT32
+
+# From here on the reciprocal of a scale is subnormal, which kernels take for 0.
+_LARGEST_RECIPROCAL = 2.0**126
 
 
 class Verdict(NamedTuple):
-    """What the unscaled gradients of one step say, on all replicas together.
+    """What the gradients of one step say, on all replicas together.
 
     Args:
-        finite: Boolean scalar: is every value of every gradient finite?
+        finite: Boolean scalar: is every value of every unscaled gradient finite?
         bad: Boolean vector, one entry a variable of the optimizer: is a value of its gradient not?
-        norm: float32 scalar, the L2 norm of all gradients together. Non-finite where a gradient is, and where the sum
-            of squares leaves float32 (a norm above 1.8e19). Repeated rows of `tf.IndexedSlices` count one by one, as
-            they do in `tf.linalg.global_norm`. With several replicas it is sqrt(replicas * the sum of their squared
-            norms): the norm of their sum where they agree, above it where they do not. The norm itself would take a
-            second reduction of all gradients.
+        norm: float32 scalar, the L2 norm of all unscaled gradients together. Non-finite where a gradient is, and where
+            the sum of squares leaves float32 (a norm above 1.8e19). Repeated rows of `tf.IndexedSlices` count one by
+            one, as they do in `tf.linalg.global_norm`. With several replicas it is sqrt(replicas * the sum of their
+            squared norms): the norm of their sum where they agree, above it where they do not. The norm itself would
+            take a second reduction of all gradients.
         amax: float32 scalar, the largest absolute value on any replica; None where nobody asked.
+        divisor: float32 scalar, what to divide the gradients by: the scale; or more, where finite gradients would
+            overflow in the arithmetic of the inner optimizer.
     """
 
     finite: Any
     bad: Any
     norm: Any
     amax: Any
+    divisor: Any
 
 
 class Judge(NamedTuple):
-    """Turns the gradients of each replica into evidence, and the sum of the evidence into a verdict.
+    """Turns the scaled gradients of each replica into evidence, and the sum of the evidence into a verdict.
+
+    The sum of squares is one pass that stores nothing. Where it shows that the norm, and so each value, is far from
+    all limits, nothing else is looked at. Where it does not, because a gradient is not finite or because its square is
+    not, each value is.
 
     The evidence is one float32 vector, since strategies sum and know no maximum: for each variable 1 if its gradient
-    is not finite, then the sum of squares, then the replica's largest absolute value in a place of its own.
+    is not finite, then the sum of squares, then the replica's largest absolute value in a place of its own; all of it
+    unscaled.
 
     Args:
         dtypes: Those of the optimizer's variables. A gradient must be finite in its variable's dtype.
+        elements: How many numbers these variables hold together.
+        raw: Indices of variables whose gradients are not scaled.
         replicas: How many there are.
         summands: How many gradients the inner optimizer adds up, over replicas and accumulated steps: their sum must
             be finite too.
         squares: The inner optimizer squares gradients as they are: their squares must be finite in the variable's dtype
             too, or its second moments would make every later step NaN.
         norms: It sums squares, to clip by the norm for instance: the sum must be finite in float32 too.
-        needs_amax: Measure the largest absolute value too.
+        needs_amax: Measure the largest absolute value in every step.
     """
 
     dtypes: tuple[str, ...]
+    elements: int
+    raw: frozenset[int] = frozenset()
     replicas: int = 1
     summands: int = 1
     squares: bool = False
     norms: bool = False
     needs_amax: bool = False
 
-    def evidence(self, gradients: Sequence[Any], indices: Sequence[int], replica: Any = 0) -> Any:
+    def evidence(self, gradients: Sequence[Any], scale: Any, indices: Sequence[int], replica: Any = 0) -> Any:
         """Returns the evidence of one replica.
 
         Args:
-            gradients: Unscaled, at least one of them not None.
+            gradients: Of the scaled loss, at least one of them not None.
+            scale: float32 scalar.
             indices: The index of each gradient's variable.
             replica: The number of this replica, from 0.
         """
         values = {index: _values(each) for index, each in zip(indices, gradients, strict=True) if each is not None}
-        squares = {index: ops.sum(ops.square(ops.cast(each, "float32"))) for index, each in values.items()}
-        bad = {index: self._is_bad(values[index], squares[index], self.dtypes[index]) for index in values}
-        parts = [bad.get(index, 0.0) for index in range(len(self.dtypes))] + [sum(squares.values())]
-        if self.needs_amax:
-            peaks = [ops.cast(ops.max(ops.abs(each), initial=0), "float32") for each in values.values()]
-            peak = ops.max(ops.stack(peaks))
-            parts += [ops.where(ops.equal(replica, place), peak, 0.0) for place in range(self.replicas)]
-        return ops.stack(parts)
+        scaled = _sum_of_squares([each for index, each in values.items() if index not in self.raw])
+        others = _sum_of_squares([each for index, each in values.items() if index in self.raw])
+        norm = ops.sqrt(scaled) / scale
+        safe = ops.logical_and(norm <= self._limit(), ops.sqrt(others) <= self._limit())  # NaN compares False
+        count, places = len(self.dtypes), ops.equal(replica, ops.arange(self.replicas))
 
-    def verdict(self, evidence: Any) -> Verdict:
+        def looked_at() -> Any:
+            unscaled = {index: self._unscaled(index, each, scale) for index, each in values.items()}
+            squares = ops.sum(ops.stack([_cast(ops.sum(ops.square(each))) for each in unscaled.values()]))
+            bad = [self._is_bad(index, unscaled[index]) if index in unscaled else 0.0 for index in range(count)]
+            return ops.concatenate([ops.stack([*bad, squares]), ops.where(places, _peak(unscaled.values()), 0.0)])
+
+        exact = when(ops.logical_not(safe), looked_at, (count + 1 + self.replicas,))
+        squares = ops.where(safe, ops.square(norm) + others, exact[count])
+        peaks = exact[count + 1 :]
+        if self.needs_amax:
+            unscaled = [self._unscaled(index, each, scale) for index, each in values.items()]
+            peaks = ops.where(places, _peak(unscaled), 0.0)
+        return ops.concatenate([exact[:count], ops.reshape(squares, (1,)), peaks])
+
+    def verdict(self, evidence: Any, scale: Any) -> Verdict:
         """Returns the verdict on the sum of all evidence."""
         count = len(self.dtypes)
         bad = ops.greater(evidence[:count], 0.0)
-        norm = ops.sqrt(self.replicas * evidence[count])
-        amax = ops.max(evidence[count + 1 :]) if self.needs_amax else None
-        return Verdict(ops.logical_not(ops.any(bad)), bad, norm, amax)
+        finite = ops.logical_not(ops.any(bad))
+        norm, peak = ops.sqrt(self.replicas * evidence[count]), ops.max(evidence[count + 1 :])
+        # Where nobody looked at each value the peak is 0, and there is nothing to shrink.
+        shrink = ops.maximum(peak / self._peak_limit(), 1.0)
+        divisor = scale * ops.where(finite, shrink, 1.0)
+        return Verdict(finite, bad, norm, peak if self.needs_amax else None, divisor)
 
-    def _is_bad(self, values: Any, square: Any, dtype: str) -> Any:
-        largest = float(ml_dtypes.finfo(dtype).max)
-        limit = min(
-            math.sqrt(largest) if self.squares else largest,
-            float(ml_dtypes.finfo(keras.backend.standardize_dtype(values.dtype)).max),
-        )
-        good = ops.all(ops.abs(values) <= limit / self.summands)  # NaN compares False
-        if self.norms:
-            good = ops.logical_and(good, square <= FLOAT32.max / self.summands**2 / len(self.dtypes))
+    def _unscaled(self, index: int, values: Any, scale: Any) -> Any:
+        wide = values if _is_double(values) else ops.cast(values, "float32")
+        return wide if index in self.raw else wide / ops.cast(scale, wide.dtype)
+
+    def _is_bad(self, index: int, values: Any) -> Any:
+        # In a float64 variable a gradient of float32 can still be no more than float32's largest.
+        kinds = (self.dtypes[index], keras.backend.standardize_dtype(values.dtype))
+        good = ops.all(ops.abs(values) <= min(map(_largest, kinds)))  # NaN compares False
         return ops.cast(ops.logical_not(good), "float32")
 
+    def _limit(self) -> float:
+        """Returns the norm up to which all is well whatever the single values are."""
+        return min(self._value_limit(), math.sqrt(FLOAT32.max) if self.norms else FLOAT32.max) * 0.99 / self.summands
 
-def unscale(gradient: Any, scale: Any) -> Any:
-    """Returns `gradient / scale` in its own sparsity, in float32 at least, as Keras does.
+    def _peak_limit(self) -> float:
+        """Returns the largest value that the inner optimizer can be given."""
+        together = math.sqrt(FLOAT32.max / self.elements) * 0.99 if self.norms else FLOAT32.max
+        return min(self._value_limit(), together) / self.summands
 
-    By division, since the reciprocal of a scale above 2**126 is subnormal.
+    def _value_limit(self) -> float:
+        largest = min(map(_largest, self.dtypes))
+        return min(math.sqrt(largest) * 0.99 if self.squares else largest, FLOAT32.max)
+
+
+def unscale(gradient: Any, divisor: Any, largest: float) -> Any:
+    """Returns `gradient / divisor` in its own sparsity, in float32 at least, as Keras does.
+
+    Multiplies by the reciprocal: a division takes twice the time of all the rest of a compiled update.
 
     Args:
         gradient: Tensor of any shape and floating dtype, `tf.IndexedSlices`, or None.
-        scale: float32 scalar.
+        divisor: float32 scalar.
+        largest: What the scale can at most be.
     """
     if gradient is None:
         return None
-    if _is_sparse(gradient):
-        return type(gradient)(unscale(gradient.values, scale), gradient.indices, gradient.dense_shape)
-    return ops.divide(gradient, scale)
+    if is_sparse(gradient):
+        return type(gradient)(unscale(gradient.values, divisor, largest), gradient.indices, gradient.dense_shape)
+    if largest > _LARGEST_RECIPROCAL:
+        return ops.divide(gradient, divisor)
+    return ops.multiply(gradient, 1.0 / divisor)
+
+
+def is_sparse(gradient: Any) -> bool:
+    """Returns whether `gradient` is a `tf.IndexedSlices`."""
+    # By name: the other backends have no TensorFlow to ask for the class.
+    return type(gradient).__name__ == "IndexedSlices"
 
 
 def _values(gradient: Any) -> Any:
-    return gradient.values if _is_sparse(gradient) else gradient
+    return gradient.values if is_sparse(gradient) else gradient
 
 
-def _is_sparse(gradient: Any) -> bool:
-    # By name: the other backends have no TensorFlow to ask for the class.
-    return type(gradient).__name__ == "IndexedSlices"
+def _is_double(values: Any) -> bool:
+    return bool(keras.backend.standardize_dtype(values.dtype) == "float64")
+
+
+def _largest(dtype: str) -> float:
+    return float(ml_dtypes.finfo(dtype).max)
+
+
+def _cast(value: Any) -> Any:
+    return ops.cast(value, "float32")
+
+
+def _sum_of_squares(values: Sequence[Any]) -> Any:
+    return _total([_square(each) for each in values])
+
+
+def _square(values: Any) -> Any:
+    wide = values if _is_double(values) else _cast(values)
+    if keras.backend.backend() != "tensorflow":
+        return _cast(ops.sum(ops.square(wide)))
+    import tensorflow as tf
+
+    return _cast(2.0 * tf.nn.l2_loss(wide))  # one kernel, and no temporary
+
+
+def _peak(values: Any) -> Any:
+    peaks = ops.stack([_cast(ops.max(ops.abs(each), initial=0)) for each in values])
+    return ops.minimum(ops.max(peaks), FLOAT32.max)
+
+
+def _total(numbers: Sequence[Any]) -> Any:
+    if not numbers:
+        return ops.zeros(())
+    if keras.backend.backend() != "tensorflow":
+        return ops.sum(ops.stack(numbers))
+    import tensorflow as tf
+
+    return tf.add_n(numbers)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import keras
 from keras import ops
 
 from tfmixed import arguments, distribute, events, gradients
+from tfmixed.branching import as_it_is, when
 from tfmixed.errors import LossScaleExhausted
+from tfmixed.fused import Fuser, Fusion, scalars_read_once
 from tfmixed.gradients import Judge
 from tfmixed.records import Record
 from tfmixed.scaling import checks
@@ -38,6 +41,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         dynamic_growth_steps: Keras's spelling of `growth_interval`.
         dynamic: Keras 2's spelling: False makes the scale constant.
         max_consecutive_skips: Steps skipped in a row after which `raise_if_exhausted` raises. None: never.
+        fuse: `"auto"` compiles unscaling and the inner optimizer's step into one XLA function where that is possible
+            and faster: on TensorFlow, without a strategy, on large variables. True compiles small ones too, False
+            nothing. `fused` says what was done, and why. Results differ by rounding.
         event_capacity: How many changes of the scale fit in the ring on the device between two calls of
             `drain_events`. 40 bytes each.
         name: Name of the optimizer.
@@ -65,6 +71,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         dynamic_growth_steps: int | None = None,
         dynamic: bool | None = None,
         max_consecutive_skips: int | None = _MAX_CONSECUTIVE_SKIPS,
+        fuse: bool | Literal["auto"] = "auto",
         event_capacity: int = _EVENT_CAPACITY,
         name: str | None = None,
         **kwargs: Any,
@@ -81,6 +88,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         limit = max_consecutive_skips
         self.max_consecutive_skips = None if limit is None else checks.count("max_consecutive_skips", limit, 1)
         self.event_capacity = checks.count("event_capacity", event_capacity, 1)
+        self._fuser = Fuser(fuse)
         self._scaling: ScalingState | None = None
         self._paths: list[str] = []
 
@@ -143,10 +151,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Global L2 norm of the last step's unscaled gradients, before clipping: a float32 scalar tensor."""
         return self._state().read("gradient_norm")
 
+    @property
+    def fused(self) -> Fusion:
+        """Whether the last update that was traced is fused, and why. As a bool: whether it is."""
+        return self._fuser.fusion
+
+    @as_it_is
     def scale_loss(self, loss: Any) -> Any:
         """Returns `loss` times the scale, in float32 at least: most scales are too large for float16."""
         return ops.multiply(loss, self.loss_scale)
 
+    @as_it_is
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Applies gradients of the scaled loss, or skips the step if one of them is not finite.
 
@@ -179,22 +194,33 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 f"grads must hold one gradient a variable, received {len(grads)} for {len(variables)} variables"
             )
         distribute.check_supported(self.inner_optimizer)
-        judge, indices = self._judge(), self._indices(variables)
-        unscaled = self._unscale(grads, variables)
+        judge, indices, scale = self._judge(), self._indices(variables), self.loss_scale
+        update = self._update(grads, variables, indices)
 
         def decide(total: Any, on_each: Any) -> None:
-            verdict = judge.verdict(total)
+            verdict = judge.verdict(total, scale)
 
-            def update() -> None:
-                on_each(lambda gradients: self.inner_optimizer.apply(gradients, variables))
+            def apply() -> None:
+                on_each(lambda gradients: update(gradients, verdict.divisor))
 
             if self.rule.skip_nonfinite:
-                ops.cond(verdict.finite, update, lambda: None)
+                when(verdict.finite, apply)
             else:
-                update()
+                apply()
             self._state().advance(verdict)
 
-        distribute.decide_together(decide, judge.evidence(unscaled, indices, distribute.replica()), unscaled)
+        distribute.decide_together(decide, judge.evidence(grads, scale, indices, distribute.replica()), grads)
+
+    def _update(
+        self, grads: Sequence[Any], variables: Sequence[Any], indices: Sequence[int]
+    ) -> Callable[[Sequence[Any], Any], None]:
+        """Returns what unscales gradients and applies them, fused where that is possible and faster."""
+
+        def apply(grads: Sequence[Any], divisor: Any) -> None:
+            with scalars_read_once(self.inner_optimizer, variables):
+                self.inner_optimizer.apply(self._unscale(grads, divisor, variables), variables)
+
+        return self._fuser.fused(apply, self.inner_optimizer, grads, variables, indices)
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
@@ -222,13 +248,13 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         own = self.variables[: -len(self.inner_optimizer.variables)]
         values, inner = optimizer_variables[: len(own)], optimizer_variables[len(own) :]
         with keras.StatelessScope(state_mapping=list(zip(own, values, strict=True))) as scope:
-            unscaled = self._unscale(grads, self._trainable_variables)
-            judge, indices = self._judge(), self._indices(self._trainable_variables)
-            verdict = judge.verdict(judge.evidence(unscaled, indices))
+            judge, indices, scale = self._judge(), self._indices(self._trainable_variables), self.loss_scale
+            verdict = judge.verdict(judge.evidence(grads, scale, indices), scale)
             self._state().advance(verdict)
         new_own = [scope.get_current_value(variable) for variable in own]
 
         def applied() -> tuple[list[Any], list[Any]]:
+            unscaled = self._unscale(grads, verdict.divisor, self._trainable_variables)
             return self.inner_optimizer.stateless_apply(inner, unscaled, trainable_variables)
 
         if not self.rule.skip_nonfinite:
@@ -240,14 +266,16 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return new_trainable, new_own + new_inner
 
     def _judge(self) -> Judge:
-        inner, replicas = self.inner_optimizer, distribute.replicas()
-        squares = not isinstance(inner, (keras.optimizers.SGD, keras.optimizers.Lion))
+        inner, replicas, variables = self.inner_optimizer, distribute.replicas(), self._trainable_variables
+        squares = not isinstance(inner, (keras.optimizers.SGD, keras.optimizers.Lion)) and inner.clipvalue is None
         clips_by_norm = inner.clipnorm is not None or inner.global_clipnorm is not None
         return Judge(
-            dtypes=tuple(variable.dtype for variable in self._trainable_variables),
+            dtypes=tuple(variable.dtype for variable in variables),
+            elements=sum(math.prod(variable.shape) for variable in variables),
+            raw=frozenset(index for index, variable in enumerate(variables) if _holds_gradient(variable)),
             replicas=replicas,
             summands=replicas * (inner.gradient_accumulation_steps or 1),
-            squares=squares and not clips_by_norm and inner.clipvalue is None,
+            squares=squares and not clips_by_norm,
             norms=squares or clips_by_norm,
             needs_amax=self.rule.needs_amax,
         )
@@ -261,12 +289,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 f"trainable_variables must be among those that the optimizer was built with ({known}), received {names}"
             ) from None
 
-    def _unscale(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        scale = self.loss_scale
-        # Variables that are overwritten with their gradient (float8 scales) hold it as it is.
+    def _unscale(self, grads: Sequence[Any], divisor: Any, variables: Sequence[Any]) -> list[Any]:
+        largest = self.rule.bounds[1]
         return [
-            gradient if getattr(variable, "overwrite_with_gradient", False) else gradients.unscale(gradient, scale)
-            for gradient, variable in zip(grads, variables, strict=True)
+            each if _holds_gradient(variable) else gradients.unscale(each, divisor, largest)
+            for each, variable in zip(grads, variables, strict=True)
         ]
 
     def raise_if_exhausted(self, loss: float | None = None) -> None:
@@ -315,9 +342,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             config |= {"initial_scale": self.initial_scale, "dynamic_growth_steps": self.dynamic_growth_steps}
         else:
             config["scale"] = self.rule.get_config()
-        ours = {"max_consecutive_skips": _MAX_CONSECUTIVE_SKIPS, "event_capacity": _EVENT_CAPACITY}
-        changed = {key: getattr(self, key) for key, default in ours.items() if getattr(self, key) != default}
-        return {**config, **changed}
+        ours = {
+            "max_consecutive_skips": (self.max_consecutive_skips, _MAX_CONSECUTIVE_SKIPS),
+            "fuse": (self._fuser.fuse, "auto"),
+            "event_capacity": (self.event_capacity, _EVENT_CAPACITY),
+        }
+        return {**config, **{key: value for key, (value, default) in ours.items() if value != default}}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> LossScaleOptimizer:
@@ -373,6 +403,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
 def _path(variable: Any) -> str:
     return str(getattr(variable, "path", variable.name))
+
+
+def _holds_gradient(variable: Any) -> bool:
+    # Overwritten with its gradient as it is: the scales of float8 layers.
+    return bool(getattr(variable, "overwrite_with_gradient", False))
 
 
 def _by_name(store: Any, inner: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import logging
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfmixed import LossScaleOptimizer
+from tfmixed.branching import when
+
+KERAS_OPTIMIZERS = {
+    name: kind
+    for name, kind in vars(keras.optimizers).items()
+    if isinstance(kind, type) and name not in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer", "OptimizerMap")
+}
+
+
+def several():
+    by_name = {"a": keras.optimizers.Adam(), "b": keras.optimizers.SGD()}
+    return keras.optimizers.MultiOptimizer(lambda variable: by_name[variable.name])
+
+
+KERAS_OPTIMIZERS["MultiOptimizer"] = several
+
+
+def variables(shape=(3, 4)):
+    random = np.random.default_rng(0)
+    return [keras.Variable(random.normal(size=shape).astype("float32"), name=name) for name in "ab"]
+
+
+def gradients(scale, shape=(3, 4), steps=6):
+    """An overflow in the third step, in one value of the second variable."""
+    random = np.random.default_rng(1)
+    for step in range(steps):
+        pair = [random.normal(size=shape).astype("float32") * scale for _ in range(2)]
+        pair[1][0, 0] *= np.inf if step == 2 else 1
+        yield [tf.constant(each) for each in pair]
+
+
+def trained(inner, fuse="auto", shape=(3, 4), compiled=True, **arguments):
+    weights = variables(shape)
+    optimizer = LossScaleOptimizer(inner, 1024, fuse=fuse)
+    optimizer.build(weights)
+    step = tf.function(lambda grads: optimizer.apply(grads, weights), autograph=False, **arguments)
+    for grads in gradients(1024, shape):
+        (step if compiled else lambda grads: optimizer.apply(grads, weights))(grads)
+    return optimizer, [weight.numpy() for weight in weights]
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["graph", "eager"])
+@pytest.mark.parametrize("make", KERAS_OPTIMIZERS.values(), ids=KERAS_OPTIMIZERS)
+def test_every_keras_optimizer_gives_the_same_fused(make, compiled):
+    """Up to rounding, with an overflow on the way."""
+    runs = [trained(make(), fuse, compiled=compiled) for fuse in (True, False)]
+    assert [bool(optimizer.fused) for optimizer, _ in runs] == [True, False]
+    assert [int(optimizer.skipped_steps) for optimizer, _ in runs] == [1, 1]
+    for ours, theirs in zip(runs[0][0].variables, runs[1][0].variables, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-6, err_msg=ours.path)
+    np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_decay": 0.1},
+        {"clipnorm": 0.5},
+        {"global_clipnorm": 0.5},
+        {"clipvalue": 0.1},
+        {"use_ema": True, "ema_momentum": 0.5},
+        {"learning_rate": keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.filterwarnings("ignore:fuse=True has no effect")
+def test_fused_or_not_it_is_the_inner_optimizer_without_the_bad_step(options, fuse):
+    """What Keras does around the update (decay, clipping, averages, schedules, constraints) stays."""
+    _, ours = trained(keras.optimizers.Adam(**{"learning_rate": 0.1, **options}), fuse)
+    inner, weights = keras.optimizers.Adam(**{"learning_rate": 0.1, **options}), variables()
+    inner.build(weights)
+    for step, grads in enumerate(gradients(1)):
+        if step != 2:
+            inner.apply(grads, weights)
+    np.testing.assert_allclose(ours, [weight.numpy() for weight in weights], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_constraints_and_averages_are_kept(fuse):
+    """Both are written by another way than the update."""
+    weight = keras.Variable([[1.0, -1.0]])
+    weight.constraint = keras.constraints.NonNeg()
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5), 2, fuse=fuse)
+    optimizer.build([weight])
+    optimizer.apply([tf.constant([[1.0, 4.0]])], [weight])
+    np.testing.assert_array_equal(weight.numpy(), [[0.5, 0.0]])
+    average = next(each for each in optimizer.inner_optimizer.variables if "average" in each.path)
+    np.testing.assert_array_equal(average.numpy(), [[0.5, -3.0]])
+    assert int(optimizer.iterations) == 1
+
+
+def test_large_variables_are_fused_and_small_ones_are_not():
+    """By default; `fused` says why."""
+    large, _ = trained("adam", shape=(256, 256))
+    assert str(large.fused) == "fused: 2 variables of 65,536 elements on average"
+    small, _ = trained("adam")
+    assert str(small.fused) == "not fused: XLA gains nothing on variables of 12 elements on average"
+
+
+def test_an_update_that_is_not_fused_says_why(caplog):
+    """In a property and in the debug log, once."""
+    with caplog.at_level(logging.DEBUG, "tfmixed"):
+        optimizer = LossScaleOptimizer("sgd", fuse=False)
+        assert str(optimizer.fused) == "not fused: no step was taken yet"
+        weights = variables()
+        for _ in range(2):
+            optimizer.apply([tf.ones((3, 4))] * 2, weights)
+    assert (bool(optimizer.fused), optimizer.fused.reason) == (False, "fuse=False")
+    assert caplog.messages == ["update not fused: fuse=False"]
+
+
+class Printing(keras.optimizers.SGD):
+    """A user's optimizer that does what XLA cannot."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        tf.py_function(lambda: None, [], [])
+        super().update_step(gradient, variable, learning_rate)
+
+
+class Halved(keras.optimizers.SGD):
+    """A user's optimizer that XLA can compile."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient / 2, variable, learning_rate)
+
+
+def sparse():
+    table = keras.Variable(np.ones((4, 2)))
+    optimizer = LossScaleOptimizer("sgd", 2, fuse=True)
+    optimizer.apply([tf.IndexedSlices(tf.ones((1, 2)), tf.constant([1]), tf.constant([4, 2]))], [table])
+    return optimizer
+
+
+def on_one_device():
+    strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+    with strategy.scope():
+        weights = variables()
+        optimizer = LossScaleOptimizer("sgd", fuse=True)
+        optimizer.build(weights)
+    strategy.run(lambda: optimizer.apply([tf.ones((3, 4))] * 2, weights))
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("train", "reason"),
+    [
+        (lambda: trained("sgd", True, jit_compile=True)[0], "the whole step is compiled already"),
+        (lambda: trained(Printing(), True)[0], "XLA cannot compile it: .*EagerPyFunc"),
+        (lambda: trained(keras.optimizers.SGD(gradient_accumulation_steps=2), True)[0], "by branching"),
+        (sparse, "a gradient is sparse"),
+        (on_one_device, "OneDeviceStrategy"),
+    ],
+    ids=["jit_compile", "py_function", "accumulation", "sparse", "strategy"],
+)
+def test_what_cannot_be_fused_falls_back(train, reason):
+    """And warns where it was asked for."""
+    with pytest.warns(UserWarning, match=f"fuse=True has no effect: .*{reason}"):
+        optimizer = train()
+    assert not optimizer.fused
+    assert int(optimizer.attempted_steps) > int(optimizer.skipped_steps)
+
+
+def test_a_users_own_optimizer_is_fused_if_it_can_be():
+    """XLA is asked beforehand."""
+    optimizer, fused = trained(Halved(0.1), True)
+    assert optimizer.fused
+    _, plain = trained(Halved(0.1), False)
+    np.testing.assert_allclose(fused, plain, rtol=1e-6)
+
+
+def test_a_fused_update_takes_any_of_its_variables():
+    """Some of them, in another order, or with a gradient missing."""
+    optimizer, (a, b) = LossScaleOptimizer(keras.optimizers.SGD(1.0), 2, fuse=True), variables()
+    optimizer.build([a, b])
+    before = a.numpy(), b.numpy()
+    two, four = tf.fill((3, 4), 2.0), tf.fill((3, 4), 4.0)
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        optimizer.apply([two, None], [a, b])
+    optimizer.apply([four, two], [b, a])
+    optimizer.apply([two], [b])
+    np.testing.assert_allclose(before[0] - a.numpy(), np.full((3, 4), 2.0), rtol=1e-6)
+    np.testing.assert_allclose(before[1] - b.numpy(), np.full((3, 4), 3.0), rtol=1e-6)
+
+
+def test_fuse_is_saved_and_checked():
+    """As any other argument."""
+    config = keras.saving.serialize_keras_object(LossScaleOptimizer("sgd", fuse=False))
+    assert keras.saving.deserialize_keras_object(config).get_config()["fuse"] is False
+    assert "fuse" not in LossScaleOptimizer("sgd").get_config()
+    with pytest.raises(ValueError, match="fuse must be \"auto\", True or False, received 'yes'"):
+        LossScaleOptimizer("sgd", fuse="yes")
+
+
+def test_a_fused_optimizer_is_saved_with_its_model(tmp_path):
+    """What it compiled is no part of it."""
+    model = keras.Sequential([keras.Input((300,)), keras.layers.Dense(300, use_bias=False)])
+    model.compile(LossScaleOptimizer("adam"), loss="mse")
+    x = np.ones((4, 300), "float32")
+    model.fit(x, x, verbose=0)
+    assert model.optimizer.fused
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    for each in (model, again):
+        each.fit(x, x, verbose=0)
+    np.testing.assert_allclose(model.get_weights(), again.get_weights(), rtol=1e-6)
+    tf.train.Checkpoint(optimizer=model.optimizer).write(tmp_path / "checkpoint")
+
+
+def operations(graph):
+    """Returns the kinds of all operations of a graph and of the functions that it calls."""
+    nodes = list(graph.as_graph_def().node)
+    for function in graph.as_graph_def().library.function:
+        nodes += function.node_def
+    return [node.op for node in nodes]
+
+
+def test_a_branch_stays_one_operation():
+    """Lowered to switches it costs a tenth of an update of many variables."""
+    variable = tf.Variable(1.0)
+    function = tf.function(lambda go: when(go, lambda: (variable.assign_add(1.0), None)[1]), autograph=False)
+    kinds = operations(function.get_concrete_function(tf.TensorSpec((), tf.bool)).graph)
+    assert "If" in kinds
+    for go in (True, False, True):
+        function(tf.constant(go))
+    assert float(variable) == 3.0
+
+
+@pytest.mark.parametrize("how", [{}, {"jit_compile": True}], ids=["graph", "xla"])
+def test_a_branch_returns_zeros_where_it_is_not_taken(how):
+    """Of the shape that was given."""
+    function = tf.function(lambda go, x: when(go, lambda: x + 1.0, (2,)), autograph=False, **how)
+    for go, expected in ((True, [2.0, 3.0]), (False, [0.0, 0.0])):
+        np.testing.assert_array_equal(function(tf.constant(go), tf.constant([1.0, 2.0])), expected)
+
+
+def test_step_and_learning_rate_are_read_once():
+    """Not once a variable: Keras's own Adam reads both four times."""
+    weights = [keras.Variable([1.0]) for _ in range(4)]
+
+    def reads(optimizer):
+        optimizer.build(weights)
+        step = tf.function(lambda: optimizer.apply([tf.ones(1)] * 4, weights), autograph=False)
+        kinds = operations(step.get_concrete_function().graph)
+        return kinds.count("ReadVariableOp")
+
+    scaled, bare = reads(LossScaleOptimizer("adam", 1, fuse=False)), reads(keras.optimizers.Adam())
+    assert scaled < bare + 10  # it has ten variables of its own

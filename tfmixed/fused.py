@@ -1,0 +1,195 @@
+"""The fused update: unscaling and the inner optimizer's step, compiled by XLA into one function. TensorFlow's alone.
+
+Keras's optimizers are a dozen operations a variable, each of which reads and writes memory. XLA makes three passes of
+them for Adam, and unscaling is part of the first two. Compiled is just what a step does that is applied: a condition
+within makes XLA copy all variables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import keras
+
+from tfmixed import branching, gradients
+
+_LOG = logging.getLogger("tfmixed")
+# Elements of a variable, on average, from which XLA's kernels are faster than TensorFlow's and worth compiling:
+# `python benchmarks/growth.py` shows where they part.
+_WORTH_COMPILING = 2**16
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Whether the update is compiled into one function, and why. As a bool: whether it is."""
+
+    active: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.active
+
+    def __str__(self) -> str:
+        return f"{'fused' if self.active else 'not fused'}: {self.reason}"
+
+
+Update = Callable[[Sequence[Any], Any], None]
+
+
+class Fuser:
+    """Compiles the update of one optimizer, each set of variables once.
+
+    Args:
+        fuse: `"auto"`, True or False; see `LossScaleOptimizer`.
+    """
+
+    def __init__(self, fuse: bool | Literal["auto"]) -> None:
+        if fuse not in ("auto", True, False):
+            raise ValueError(f'fuse must be "auto", True or False, received {fuse!r}')
+        self.fuse = fuse
+        self.fusion = Fusion(False, "no step was taken yet")
+        self._functions: dict[tuple[int, ...], tuple[Update, str | None]] = {}
+
+    def fused(
+        self,
+        update: Update,
+        inner: keras.optimizers.Optimizer,
+        grads: Sequence[Any],
+        variables: Sequence[Any],
+        indices: Sequence[int],
+    ) -> Update:
+        """Returns `update(gradients, divisor)` itself, or compiled if that is possible and faster.
+
+        Args:
+            update: Unscales gradients and applies them.
+            inner: The optimizer that it applies them with.
+            grads: Gradients as it will get them.
+            variables: Theirs.
+            indices: The variables' indices in the optimizer.
+        """
+        mean = sum(math.prod(variable.shape) for variable in variables) / len(variables)
+        obstacle: str | None
+        if self.fuse is False:
+            obstacle = "fuse=False"
+        elif self.fuse == "auto" and mean < _WORTH_COMPILING:
+            obstacle = f"XLA gains nothing on variables of {mean:,.0f} elements on average"
+        else:
+            obstacle = _obstacle(inner, grads, variables)
+        key = tuple(index for index, each in zip(indices, grads, strict=True) if each is not None)
+        if not obstacle and key not in self._functions:
+            self._functions[key] = _compile(update, inner, grads, variables)
+        function, refusal = self._functions.get(key, (update, None))
+        self._decided(obstacle or refusal, f"{len(variables)} variables of {mean:,.0f} elements on average")
+        return function if self.fusion else update
+
+    def _decided(self, obstacle: str | None, gain: str) -> None:
+        fusion = Fusion(obstacle is None, obstacle or gain)
+        if fusion != self.fusion:
+            _LOG.debug("update %s", fusion)
+            if self.fuse is True and obstacle:
+                warnings.warn(f"fuse=True has no effect: {obstacle}", stacklevel=2)
+        self.fusion = fusion
+
+
+@contextlib.contextmanager
+def scalars_read_once(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> Iterator[None]:
+    """Makes `inner.apply` read step and learning rate once, instead of once a variable.
+
+    What these kinds derive of them, Adam's powers for instance, TensorFlow then computes once too: a read it may not
+    share, what comes after it may. With small variables that is a seventh of an update. Others are left alone.
+    """
+    kinds = (keras.optimizers.Adam, keras.optimizers.AdamW, keras.optimizers.Adamax, keras.optimizers.Lamb)
+    if type(inner) not in kinds or _branches(inner) or not branching.is_single_tensorflow():
+        yield
+        return
+    frozen = [each for each in (inner.iterations, inner._learning_rate) if isinstance(each, keras.Variable)]
+    mapping = [(variable, variable.value.value()) for variable in frozen]
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        yield
+    # What was written by tf.Variable's own methods is written; what went through Keras's, the scope has held back.
+    for variable in (*inner.variables, *variables):
+        value = scope.get_current_value(variable)
+        if value is not None and variable is not inner._learning_rate:
+            variable.assign(value)
+
+
+def _compile(
+    update: Update, inner: keras.optimizers.Optimizer, grads: Sequence[Any], variables: Sequence[Any]
+) -> tuple[Update, str | None]:
+    """Returns the compiled update, and why XLA cannot compile it: None if it can."""
+    import tensorflow as tf
+
+    places = [place for place, each in enumerate(grads) if each is not None]
+
+    def dense(divisor: Any, *values: Any) -> None:
+        by_place = dict(zip(places, values, strict=True))
+        update([by_place.get(place) for place in range(len(grads))], divisor)
+
+    function = tf.function(dense, jit_compile=True, autograph=False)
+
+    def compiled(grads: Sequence[Any], divisor: Any) -> None:
+        function(divisor, *(grads[place] for place in places))
+
+    # Keras's own code can be compiled, as the tests show; a user's may hold anything, and is asked beforehand.
+    if _is_of_keras([inner, inner._learning_rate, *(variable.constraint for variable in variables)]):
+        return compiled, None
+    specs = [tf.TensorSpec(variables[place].shape, grads[place].dtype) for place in places]
+    try:
+        with tf.init_scope():
+            function.experimental_get_compiler_ir(tf.TensorSpec((), tf.float32), *specs)(stage="hlo")
+    except Exception as error:  # whatever it may raise while it is traced
+        return update, f"XLA cannot compile it: {_first_line(error)}"
+    return compiled, None
+
+
+def _branches(inner: keras.optimizers.Optimizer) -> bool:
+    parts = (inner, *getattr(inner, "optimizers", ()))  # those of a MultiOptimizer
+    return any(part.gradient_accumulation_steps or part.ema_overwrite_frequency for part in parts)
+
+
+def _is_of_keras(parts: Sequence[Any]) -> bool:
+    return all(type(part).__module__.startswith(("keras.", "builtins")) for part in parts)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _obstacle(inner: keras.optimizers.Optimizer, grads: Sequence[Any], variables: Sequence[Any]) -> str | None:
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        return f"the update is fused on TensorFlow only, and the backend is {backend}"
+    import tensorflow as tf
+
+    if not branching.is_single_tensorflow():
+        return f"{type(tf.distribute.get_strategy()).__name__} updates variables in ways that XLA cannot compile"
+    if branching.in_xla():
+        return "the whole step is compiled already"
+    if any(map(gradients.is_sparse, grads)):
+        return "a gradient is sparse (tf.IndexedSlices)"
+    if _branches(inner):
+        return "the inner optimizer accumulates or averages by branching, and XLA copies what a branch writes"
+    devices = {each.value.device for each in (*variables, *inner.variables)}
+    if len(devices) > 1:
+        return f"the variables are on several devices: {', '.join(sorted(devices))}"
+    return _no_xla()
+
+
+@functools.cache
+def _no_xla() -> str | None:
+    """Returns why XLA does not work here; None if it does. On GPUs it needs parts of CUDA that are often missing."""
+    import tensorflow as tf
+
+    try:
+        with tf.init_scope():
+            tf.function(lambda x: x + x, jit_compile=True, autograph=False)(tf.constant(1.0))
+    except tf.errors.OpError as error:
+        return f"XLA does not work here: {_first_line(error)}"
+    return None
