@@ -60,9 +60,9 @@ class Outcome:
             for copy in copies[1:]:
                 np.testing.assert_array_equal(copies[0], copy)
 
-    def assert_same_weights(self, other: Outcome) -> None:
+    def assert_same_weights(self, other: Outcome, rtol: float = 0.0) -> None:
         for ours, theirs in zip(self.weights, other.weights, strict=True):
-            np.testing.assert_array_equal(ours[0], theirs[0])
+            np.testing.assert_allclose(ours[0], theirs[0], rtol=rtol)
 
 
 def check(outcome: Outcome, steps: list[int]) -> None:

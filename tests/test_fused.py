@@ -172,6 +172,32 @@ def test_what_cannot_be_fused_falls_back(train, reason):
     assert int(optimizer.attempted_steps) > int(optimizer.skipped_steps)
 
 
+def embedded(fuse, compiled):
+    """Trains a table with gradients whose rows repeat; the third step overflows."""
+    table, optimizer = (
+        keras.Variable(np.ones((5, 2), "float32")),
+        LossScaleOptimizer(keras.optimizers.Adam(0.1), 4, fuse=fuse),
+    )
+    optimizer.build([table])
+
+    def step(values):
+        optimizer.apply([tf.IndexedSlices(values, tf.constant([1, 3, 1]), tf.constant([5, 2]))], [table])
+
+    step = tf.function(step, autograph=False) if compiled else step
+    for value in (1.0, 2.0, np.inf, 3.0):
+        step(tf.constant([[4.0, 8.0], [2.0, 1.0], [8.0, value]]))
+    assert (bool(optimizer.fused), int(optimizer.skipped_steps)) == (fuse, 1)
+    return table.numpy()
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["graph", "eager"])
+def test_adam_takes_sparse_gradients_fused(compiled):
+    """As embeddings have them: Keras's Adam makes them dense, in a way of its own for rows that repeat."""
+    fused, plain = embedded(True, compiled), embedded(False, compiled)
+    np.testing.assert_allclose(fused, plain, rtol=1e-5)
+    assert (fused[0] == 1.0).all()
+
+
 def test_a_users_own_optimizer_is_fused_if_it_can_be():
     """XLA is asked beforehand."""
     optimizer, fused = trained(Halved(0.1), True)

@@ -24,6 +24,8 @@ _LOG = logging.getLogger("tfmixed")
 # Elements of a variable, on average, from which XLA's kernels are faster than TensorFlow's and worth compiling:
 # `python benchmarks/growth.py` shows where they part.
 _WORTH_COMPILING = 2**16
+# They derive several scalars of the step number for each variable, and make sparse gradients dense by themselves.
+_ADAMS = (keras.optimizers.Adam, keras.optimizers.AdamW, keras.optimizers.Adamax, keras.optimizers.Lamb)
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,7 @@ def scalars_read_once(inner: keras.optimizers.Optimizer, variables: Sequence[Any
     What these kinds derive of them, Adam's powers for instance, TensorFlow then computes once too: a read it may not
     share, what comes after it may. With small variables that is a seventh of an update. Others are left alone.
     """
-    kinds = (keras.optimizers.Adam, keras.optimizers.AdamW, keras.optimizers.Adamax, keras.optimizers.Lamb)
-    if type(inner) not in kinds or _branches(inner) or not branching.is_single_tensorflow():
+    if type(inner) not in _ADAMS or _branches(inner) or not branching.is_single_tensorflow():
         yield
         return
     frozen = [each for each in (inner.iterations, inner._learning_rate) if isinstance(each, keras.Variable)]
@@ -172,8 +173,8 @@ def _obstacle(inner: keras.optimizers.Optimizer, grads: Sequence[Any], variables
         return f"{type(tf.distribute.get_strategy()).__name__} updates variables in ways that XLA cannot compile"
     if branching.in_xla():
         return "the whole step is compiled already"
-    if any(map(gradients.is_sparse, grads)):
-        return "a gradient is sparse (tf.IndexedSlices)"
+    if type(inner) not in _ADAMS and any(map(gradients.is_sparse, grads)):
+        return "a gradient is sparse (tf.IndexedSlices), and XLA would make all of it dense"
     if _branches(inner):
         return "the inner optimizer accumulates or averages by branching, and XLA copies what a branch writes"
     devices = {each.value.device for each in (*variables, *inner.variables)}

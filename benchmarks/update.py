@@ -1,0 +1,144 @@
+"""Times the optimizer's update alone against Keras's, by turns in one process, and against what memory allows.
+
+    python benchmarks/update.py                                # the two sizes of the README
+    python benchmarks/update.py --shape 2048 2048 --count 6
+    KERAS_BACKEND=jax python benchmarks/update.py
+
+`floor` is the time in which the bytes that any such update must move can be moved: it reads each gradient twice (to
+check it, then to use it), reads the weight and Adam's two moments, and writes these three. The bandwidth is measured in
+the same turns: one pass that reads an array and writes another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import keras
+import numpy
+from keras import ops
+from rich.console import Console
+from rich.table import Table
+
+import tfmixed
+
+BACKEND = keras.backend.backend()
+VARIANTS = {
+    "Keras Adam, unscaled": lambda adam: adam,
+    "Keras LossScaleOptimizer": keras.optimizers.LossScaleOptimizer,
+    "tfmixed": tfmixed.LossScaleOptimizer,
+    "tfmixed, fuse=False": lambda adam: tfmixed.LossScaleOptimizer(adam, fuse=False),
+}
+
+
+def update(make: Callable, shape: tuple[int, ...], count: int) -> Callable[[], None]:
+    """Returns a function that takes one compiled step and waits for it."""
+    random = numpy.random.default_rng(0)
+    weights = [keras.Variable(random.normal(size=shape).astype("float32")) for _ in range(count)]
+    gradients = [ops.convert_to_tensor(random.normal(size=shape).astype("float32")) for _ in range(count)]
+    optimizer = make(keras.optimizers.Adam(1e-3))
+    optimizer.build(weights)
+    if BACKEND == "tensorflow":
+        import tensorflow
+
+        return tensorflow.function(lambda: optimizer.apply(gradients, weights), autograph=False)
+    if BACKEND == "torch":
+        return lambda: optimizer.apply(gradients, weights)
+    import jax
+
+    # State in, state out, in the same order: otherwise donated buffers are of no use.
+    step = jax.jit(lambda state: optimizer.stateless_apply(state[1], gradients, state[0]), donate_argnums=0)
+    state = [weight.value for weight in weights], [variable.value for variable in optimizer.variables]
+
+    def taken() -> None:
+        nonlocal state
+        state = jax.block_until_ready(step(state))
+
+    return taken
+
+
+def copy(elements: int) -> Callable[[], None]:
+    """Returns a function that reads and writes so many float32, with all cores."""
+    if BACKEND == "tensorflow":
+        import tensorflow
+
+        source, target = (tensorflow.Variable(tensorflow.zeros((elements,))) for _ in range(2))
+        return tensorflow.function(lambda: target.assign(source + 1.0), autograph=False)
+    if BACKEND == "torch":
+        import torch
+
+        source, target = torch.zeros(elements), torch.zeros(elements)
+        return lambda: torch.add(source, 1.0, out=target)
+    import jax
+
+    source = jax.numpy.zeros(elements)
+    step = jax.jit(lambda values, target: values + 1.0, donate_argnums=1)
+    target = jax.numpy.zeros(elements)
+
+    def taken() -> None:
+        nonlocal target
+        target = jax.block_until_ready(step(source, target))
+
+    return taken
+
+
+def by_turns(functions: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Returns the seconds of each first call, and the milliseconds of `rounds` later ones."""
+    firsts, times = {}, {name: [] for name in functions}
+    for name, function in functions.items():
+        firsts[name] = elapsed(function)
+        elapsed(function)
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(1e3 * elapsed(function))
+    return firsts, times
+
+
+def elapsed(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measured(shape: tuple[int, ...], count: int, rounds: int) -> Table:
+    functions = {name: update(make, shape, count) for name, make in VARIANTS.items()}
+    elements = count * math.prod(shape)
+    firsts, times = by_turns({**functions, "copy": copy(elements)}, rounds)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    floor = median["copy"] * 8 / 2  # eight passes of 4 bytes an element, where the copy makes two
+    sizes = " x ".join(map(str, (count, *shape)))
+    bandwidth = 2 * 4 * elements / median["copy"] / 1e6
+    table = Table(title=f"Adam, {sizes}: floor {floor:.1f} ms at {bandwidth:.0f} GB/s, {BACKEND}")
+    for heading in ("update", "ms", "min - max", "x Keras's scaling", "x unscaled", "/ floor", "first step"):
+        table.add_column(heading, justify="left" if heading == "update" else "right")
+    for name in functions:
+        others = (median[other] / median[name] for other in ("Keras LossScaleOptimizer", "Keras Adam, unscaled"))
+        table.add_row(
+            name,
+            f"{median[name]:.2f}",
+            f"{min(times[name]):.2f} - {max(times[name]):.2f}",
+            *(f"{ratio:.2f}" for ratio in others),
+            f"{median[name] / floor:.2f}",
+            f"{firsts[name]:.2f} s",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=int, nargs="+", help="of each variable")
+    parser.add_argument("--count", type=int, default=6, help="how many variables (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=31, help="turns of each (default: %(default)s)")
+    arguments = parser.parse_args()
+    sizes = [((2048, 2048), 6), ((64, 64), 200)]
+    if arguments.shape:
+        sizes = [(tuple(arguments.shape), arguments.count)]
+    for shape, count in sizes:
+        Console(width=110).print(measured(shape, count, arguments.rounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""Training speed and memory: float32, Keras's own mixed precision and tfmixed, side by side in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy
+import psutil
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from tfmixed import hardware, networks
+from tfmixed.callbacks import LossScaleLogger
+from tfmixed.models import function_of
+from tfmixed.optimizer import LossScaleOptimizer
+from tfmixed.scaling import checks
+
+VARIANTS = {
+    "float32": "float32",
+    "unscaled": "half precision, the optimizer as it is",
+    "keras": "half precision, keras.optimizers.LossScaleOptimizer",
+    "tfmixed": "half precision, tfmixed.LossScaleOptimizer and LossScaleLogger",
+}
+_FEWEST_STEPS = 5
+_GIB, _MIB = 2**30, 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network in one variant.
+
+    Args:
+        network: Its name.
+        variant: A key of `VARIANTS`.
+        batch: Samples a step.
+        ms: Milliseconds a step of `fit`, one a round.
+        first_step: Seconds of the first `fit`, of one step: tracing and compiling.
+        steps: How many steps were taken in all, the same for all variants.
+        loss: Mean loss over the last round.
+        peak: Bytes of memory at the peak of training, above what the process had before the model was made; None where
+            nobody measured. Each in a process of its own.
+        batch_in_memory: The batch whose peak is `Report.memory`, from the line through two batches. Not trained.
+    """
+
+    network: str
+    variant: str
+    batch: int
+    ms: tuple[float, ...]
+    first_step: float
+    steps: int
+    loss: float
+    peak: int | None = None
+    batch_in_memory: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Milliseconds a step."""
+        return statistics.median(self.ms)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `run` measured. Prints as a table.
+
+    Args:
+        policy: The half-precision policy of all variants but float32.
+        device: Name of the device that decides.
+        versions: Of what ran, by name.
+        memory: Bytes that `Row.batch_in_memory` may take.
+        rows: For each network all variants.
+        warnings: What makes the figures mean less than they seem to.
+    """
+
+    policy: str
+    device: str
+    versions: dict[str, str]
+    memory: int
+    rows: tuple[Row, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def ratio(self, row: Row, variant: str) -> float:
+        """Returns how many times faster `row` is than `variant` on the same network."""
+        (other,) = (each for each in self.rows if (each.network, each.variant) == (row.network, variant))
+        return other.median / row.median
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it in JSON's types, ratios included."""
+        rows = [
+            {
+                **asdict(row),
+                "ms_per_step": row.median,
+                "speedup_over_float32": self.ratio(row, "float32"),
+                "ratio_to_keras": self.ratio(row, "keras"),
+            }
+            for row in self.rows
+        ]
+        return {**asdict(self), "rows": rows}
+
+    def __rich__(self) -> Table:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        table = Table(title=f"{self.policy} on {self.device}", caption="\n".join((versions, *self.warnings)))
+        table.add_column("network, batch", no_wrap=True)
+        table.add_column("variant", no_wrap=True)
+        for heading in ("ms / step", "min - max", "x float32", "x Keras", "1st step", "peak", self._fits, "loss"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            name = f"{row.network}, {row.batch}" if row.variant == "float32" else ""
+            table.add_row(name, row.variant, *self._numbers(row), end_section=row.variant == "tfmixed")
+        return table
+
+    @property
+    def _fits(self) -> str:
+        return f"batch in {self.memory / _GIB:g} GiB"
+
+    def _numbers(self, row: Row) -> Iterator[str]:
+        yield f"{row.median:.1f}"
+        yield f"{min(row.ms):.1f} - {max(row.ms):.1f}"
+        yield f"{self.ratio(row, 'float32'):.2f}"
+        yield f"{self.ratio(row, 'keras'):.2f}"
+        yield f"{row.first_step:.1f} s"
+        yield "-" if row.peak is None else f"{row.peak / _MIB:,.0f} MiB"
+        yield "-" if row.batch_in_memory is None else f"{row.batch_in_memory:,}"
+        yield f"{row.loss:.4f}"
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def run(
+    cases: Sequence[str] = tuple(networks.BATCHES),
+    policy: str = "auto",
+    *,
+    batch: int | None = None,
+    rounds: int = 7,
+    seconds: float = 1.5,
+    memory: float | None = 8.0,
+) -> Report:
+    """Trains each case in all `VARIANTS` by turns, and measures time, memory and loss.
+
+    Args:
+        cases: Names of built-in networks (`networks.BATCHES`), or `"module:function"`: a function that returns a
+            compiled `keras.Model`, inputs and targets.
+        policy: `"auto"` is what `hardware` recommends here, or `mixed_bfloat16` where that is float32.
+        batch: Samples a step; None takes a network's own, and 32 for a function.
+        rounds: How often each variant has its turn.
+        seconds: How long one turn takes, about.
+        memory: GiB for `Row.batch_in_memory`; None measures no memory, which takes two processes for each row.
+
+    Raises:
+        ValueError: An argument is out of range, or a case is no network and no such function.
+
+    Example:
+    >>> report = run(["mlp"])  # doctest: +SKIP
+    >>> print(report)  # doctest: +SKIP
+    """
+    device = hardware.describe().main
+    if policy == "auto":
+        policy = device.policy if device.policy != "float32" else "mixed_bfloat16"
+    checks.count("rounds", rounds, 1)
+    limit = 0.0 if memory is None else checks.number("memory", memory, least=0.0) * _GIB
+    every = [Case(spec, policy, batch or networks.BATCHES.get(spec, 32)) for spec in cases]
+    rows: list[Row] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for case in every:
+            turns = len(VARIANTS) * (1 + rounds + (2 if limit else 0))
+            task = progress.add_task(case.name, total=turns)
+            tick = functools.partial(progress.advance, task)
+            timed = case.timed(rounds, seconds, tick)
+            rows += [case.with_memory(row, limit, tick) for row in timed] if limit else timed
+    warnings = () if device.fast and policy.removeprefix("mixed_") in device.fast else (f"{policy}: {device.reason}",)
+    return Report(policy, device.name, _versions(), int(limit), tuple(rows), warnings)
+
+
+class Case:
+    """A network under one half-precision policy.
+
+    Args:
+        spec: A built-in network or `"module:function"`.
+        policy: Of all variants but float32.
+        batch: Samples a step.
+    """
+
+    def __init__(self, spec: str, policy: str, batch: int) -> None:
+        self.spec, self.policy, self.batch = spec, policy, checks.count("batch", batch, 1)
+        self.name = spec.partition(":")[2] or spec
+        self._function = getattr(networks, spec) if spec in networks.BATCHES else function_of(spec)
+
+    def made(self, variant: str) -> networks.Case:
+        """Returns the model, compiled as the variant says, inputs and targets."""
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy("float32" if variant == "float32" else self.policy)
+        keras.utils.set_random_seed(0)
+        try:
+            made = self._function()
+        finally:
+            keras.config.set_dtype_policy(before)
+        if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], keras.Model) and made[0].compiled):
+            raise ValueError(
+                f"{self.spec} must return a compiled keras.Model, inputs and targets, received {type(made).__name__}: "
+                "end it with `return model, x, y`"
+            )
+        model, x, y = made
+        model.compile(_optimizer(model.optimizer, variant), loss=model.loss)
+        return model, x, y
+
+    def timed(self, rounds: int, seconds: float, tick: Callable[[], None]) -> list[Row]:
+        """Returns a row for each variant, without memory. All are trained by turns, so that noise hits all of them."""
+        cases = {variant: self.made(variant) for variant in VARIANTS}
+        firsts, steps = {}, _FEWEST_STEPS
+        for variant, case in cases.items():
+            firsts[variant], _ = self._fitted(case, 1, variant)
+            lasting, _ = self._fitted(case, _FEWEST_STEPS, variant)
+            steps = max(steps, math.ceil(seconds * _FEWEST_STEPS / lasting)) if variant == "float32" else steps
+            tick()
+        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        losses = {}
+        for turn in range(rounds):
+            for variant in _rotated(list(VARIANTS), turn):
+                lasting, losses[variant] = self._fitted(cases[variant], steps, variant)
+                times[variant].append(1e3 * lasting / steps)
+                tick()
+        done = 1 + _FEWEST_STEPS + rounds * steps
+        return [
+            Row(self.name, variant, self.batch, tuple(times[variant]), firsts[variant], done, losses[variant])
+            for variant in VARIANTS
+        ]
+
+    def with_memory(self, row: Row, limit: float, tick: Callable[[], None]) -> Row:
+        """Returns `row` with the peak of memory at its batch, and the batch whose peak is `limit` bytes."""
+        peaks = []
+        for batch in (self.batch, 2 * self.batch):
+            peaks.append(_in_own_process(self.spec, self.policy, batch, row.variant))
+            tick()
+        a_sample = (peaks[1] - peaks[0]) / self.batch
+        fits = self.batch + int((limit - peaks[0]) / a_sample) if a_sample > 0 else None
+        return dataclasses.replace(row, peak=peaks[0], batch_in_memory=fits)
+
+    def peak(self, variant: str) -> int:
+        """Returns the bytes at the peak of a few steps, above what the process holds now. Once a process."""
+        before = _used(at_peak=False)
+        case = self.made(variant)
+        self._fitted(case, 3, variant)
+        return _used(at_peak=True) - before
+
+    def _fitted(self, case: networks.Case, steps: int, variant: str) -> tuple[float, float]:
+        """Returns the seconds that `fit` takes for so many steps, and the mean loss."""
+        model, x, y = case
+        x, y = keras.tree.map_structure(lambda each: _repeated(each, steps * self.batch), (x, y))
+        callbacks = [LossScaleLogger(verbose=0)] if variant == "tfmixed" else []
+        start = time.perf_counter()
+        history = model.fit(x, y, batch_size=self.batch, shuffle=False, verbose=0, callbacks=callbacks)
+        return time.perf_counter() - start, float(history.history["loss"][-1])
+
+
+def _optimizer(inner: keras.optimizers.Optimizer, variant: str) -> keras.optimizers.Optimizer:
+    inner = getattr(inner, "inner_optimizer", inner)
+    fresh = type(inner).from_config(inner.get_config())
+    wrappers = {"keras": keras.optimizers.LossScaleOptimizer, "tfmixed": LossScaleOptimizer}
+    return wrappers[variant](fresh) if variant in wrappers else fresh
+
+
+def _repeated(values: Any, count: int) -> Any:
+    return values[numpy.arange(count) % len(values)]
+
+
+def _rotated(items: list[str], by: int) -> list[str]:
+    return items[by % len(items) :] + items[: by % len(items)]
+
+
+def _in_own_process(*arguments: Any) -> int:
+    code = "import sys; from tfmixed.bench import Case; s, p, b, v = sys.argv[1:]; print(Case(s, p, int(b)).peak(v))"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"measuring the memory of {arguments} failed:\n{result.stderr[-2000:]}")
+    return int(result.stdout.split()[-1])
+
+
+def _used(at_peak: bool) -> int:
+    """Returns the bytes in use on the device that trains: an accelerator's own, or this process's."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow
+
+        if tensorflow.config.list_logical_devices("GPU"):
+            info = tensorflow.config.experimental.get_memory_info("GPU:0")
+            return int(info["peak" if at_peak else "current"])
+    elif backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return int(torch.cuda.max_memory_allocated() if at_peak else torch.cuda.memory_allocated())
+    elif backend == "jax":
+        import jax
+
+        stats = jax.local_devices()[0].memory_stats()
+        if stats:
+            return int(stats["peak_bytes_in_use" if at_peak else "bytes_in_use"])
+    return _peak_of_process() if at_peak else int(psutil.Process().memory_info().rss)
+
+
+def _peak_of_process() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: on Linux its peak is that of the parent too, if that was larger.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _versions() -> dict[str, str]:
+    backend = keras.backend.backend()
+    found = {"keras": keras.__version__, "tfmixed": importlib.metadata.version("tfmixed")}
+    for name in {"tensorflow": ("tensorflow", "tensorflow-cpu"), "jax": ("jax",), "torch": ("torch",)}.get(backend, ()):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,0 +1,107 @@
+"""The networks of `tfmixed bench`, each with data that it can learn.
+
+Each function returns a compiled model, inputs and targets, made under the dtype policy of the moment. A function
+of one's own that returns the same three can be benchmarked in the same way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy
+from keras import layers
+
+Case = tuple[keras.Model, Any, Any]
+
+# What one name stands for: a function of this module, and the batch that keeps two CPU cores busy for a tenth of a
+# second or so.
+BATCHES = {"mlp": 512, "cnn": 64, "transformer": 8, "depthwise": 32}
+
+
+def mlp(samples: int = 2048, width: int = 2048, depth: int = 6, classes: int = 16) -> Case:
+    """Matrix products and nothing else: `depth` dense layers of `width`."""
+    hidden = [layers.Dense(width, activation="relu") for _ in range(depth)]
+    model = keras.Sequential([keras.Input((width,)), *hidden, *_classifier(classes)])
+    x = _random().normal(size=(samples, width)).astype("float32")
+    return _compiled(model), x, _classes_of(x, classes)
+
+
+def cnn(samples: int = 256, side: int = 32, channels: int = 128, depth: int = 4, classes: int = 16) -> Case:
+    """Convolutions of 3 x 3 with batch normalization: arithmetic bound."""
+    blocks: list[Any] = []
+    for _ in range(depth):
+        blocks += [
+            layers.Conv2D(channels, 3, padding="same", use_bias=False),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+        ]
+    model = keras.Sequential(
+        [keras.Input((side, side, 3)), *blocks, layers.GlobalAveragePooling2D(), *_classifier(classes)]
+    )
+    x, y = _images(samples, side, 3, classes)
+    return _compiled(model), x, y
+
+
+def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: int = 6, classes: int = 16) -> Case:
+    """Depthwise convolutions and layer normalizations: bound by memory, where half precision saves traffic only."""
+    blocks: list[Any] = [layers.Conv2D(channels, 1)]
+    for _ in range(depth):
+        blocks += [
+            layers.DepthwiseConv2D(3, padding="same", use_bias=False),
+            layers.LayerNormalization(),
+            layers.ReLU(),
+        ]
+    model = keras.Sequential(
+        [keras.Input((side, side, 3)), *blocks, layers.GlobalAveragePooling2D(), *_classifier(classes)]
+    )
+    x, y = _images(samples, side, 3, classes)
+    return _compiled(model), x, y
+
+
+def transformer(
+    samples: int = 32, tokens: int = 128, width: int = 512, depth: int = 4, heads: int = 8, vocabulary: int = 8000
+) -> Case:
+    """A language model: causal attention, and a softmax over the vocabulary."""
+    inputs = keras.Input((tokens,), dtype="int32")
+    x = layers.Embedding(vocabulary, width)(inputs)
+    for _ in range(depth):
+        attended = layers.LayerNormalization()(x)
+        x += layers.MultiHeadAttention(heads, width // heads)(attended, attended, use_causal_mask=True)
+        hidden = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x))
+        x += layers.Dense(width)(hidden)
+    logits = layers.Dense(vocabulary)(layers.LayerNormalization()(x))
+    model = keras.Model(inputs, layers.Activation("linear", dtype="float32")(logits))
+    # Each token follows from the one before.
+    follower = _random().permutation(vocabulary)
+    text = numpy.empty((samples, tokens + 1), "int32")
+    text[:, 0] = _random().integers(vocabulary, size=samples)
+    for place in range(tokens):
+        text[:, place + 1] = follower[text[:, place]]
+    return _compiled(model), text[:, :-1], text[:, 1:]
+
+
+def _random() -> numpy.random.Generator:
+    return numpy.random.default_rng(0)
+
+
+def _classifier(classes: int) -> list[Any]:
+    return [layers.Dense(classes), layers.Activation("linear", dtype="float32")]
+
+
+def _classes_of(x: Any, classes: int) -> Any:
+    """Returns the largest of `classes` random projections: what a linear layer could learn."""
+    return (x @ _random().normal(size=(x.shape[-1], classes))).argmax(axis=-1)
+
+
+def _images(samples: int, side: int, channels: int, classes: int) -> tuple[Any, Any]:
+    random = _random()
+    y = random.integers(classes, size=samples)
+    patterns = random.normal(size=(classes, side, side, channels))
+    return (patterns[y] + random.normal(size=(samples, side, side, channels))).astype("float32"), y
+
+
+def _compiled(model: keras.Model) -> keras.Model:
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-4), loss=loss)
+    return model
