@@ -75,7 +75,7 @@ def copy(elements: int) -> Callable[[], None]:
     import jax
 
     source = jax.numpy.zeros(elements)
-    step = jax.jit(lambda values, target: values + 1.0, donate_argnums=1)
+    step = jax.jit(lambda values, _target: values + 1.0, donate_argnums=1)
     target = jax.numpy.zeros(elements)
 
     def taken() -> None:

@@ -39,6 +39,14 @@ def when(predicate: Any, then: Callable[[], Any], shape: Sequence[int] | None = 
     return None if shape is None else tf.ensure_shape(results[0], shape)
 
 
+def rarely(predicate: Any, act: Callable[[], None]) -> None:
+    """Calls `act`, or lets a graph leave it out where `predicate` does not hold: there it must change nothing."""
+    if _is_one_cpu_graph():
+        when(predicate, act)
+    else:
+        act()
+
+
 def as_it_is(function: _F) -> _F:
     """Keeps AutoGraph from rewriting `function` and all that it calls: for nothing, and a second a `tf.function`."""
     if keras.backend.backend() != "tensorflow":

@@ -11,6 +11,7 @@ import numpy
 from keras import ops
 
 from tfmixed import events
+from tfmixed.branching import rarely
 from tfmixed.gradients import Verdict
 from tfmixed.scaling import ScalingRule, checks
 
@@ -59,25 +60,32 @@ class ScalingState:
         finite = verdict.finite
         old = type(self.rule.start())(*(self.read(name) for name in self._names))
         new = self.rule.next(old, finite, verdict.amax, xp=ops)
-        reason = ops.where(finite, ops.where(new.scale > old.scale, events.GROWTH, events.SET), events.OVERFLOW)
-        culprit = ops.where(finite, events.NO_VARIABLE, ops.argmax(ops.cast(verdict.bad, "int32")))
-        attempted = self.read("attempted_steps")
-        events.log(self.variables, attempted, old.scale, new.scale, reason, culprit)
-        skipped = ops.cast(ops.logical_not(finite) if self.rule.skip_nonfinite else False, attempted.dtype)
+        attempted, consecutive = self.read("attempted_steps"), self.read("consecutive_skips")
+        bad = ops.logical_not(finite)
+        eventful = ops.logical_or(ops.logical_or(bad, consecutive > 0), ops.not_equal(new.scale, old.scale))
+        rarely(eventful, lambda: self._note(verdict, attempted, old.scale, new.scale))
+        skipped = ops.cast(bad if self.rule.skip_nonfinite else False, attempted.dtype)
         # One, made of the verdict: where a dataset ends within a step, what does not hang on its data is still carried
         # out.
-        one = ops.cast(finite, attempted.dtype) + ops.cast(ops.logical_not(finite), attempted.dtype)
+        one = ops.cast(ops.logical_or(finite, bad), attempted.dtype)
         values = {
             **dict(zip(self._names, new, strict=True)),
             "attempted_steps": attempted + one,
             "skipped_steps": self.read("skipped_steps") + skipped,
-            "consecutive_skips": (self.read("consecutive_skips") + 1) * skipped,
+            "consecutive_skips": (consecutive + 1) * skipped,
             "gradient_norm": verdict.norm,
         }
-        counts = self.read("overflow_counts")
-        values["overflow_counts"] = ops.where(finite, 0, counts + ops.cast(verdict.bad, counts.dtype))
         for name, value in values.items():
             self.variables[name].assign(value)
+
+    def _note(self, verdict: Verdict, step: Any, old: Any, new: Any) -> None:
+        """Writes what only a skipped step, the one after it and a new scale change: selects, and may run in any step."""
+        finite, counts = verdict.finite, self.read("overflow_counts")
+        reason = ops.where(finite, ops.where(new > old, events.GROWTH, events.SET), events.OVERFLOW)
+        culprit = ops.where(finite, events.NO_VARIABLE, ops.argmax(ops.cast(verdict.bad, "int32")))
+        events.log(self.variables, step, old, new, reason, culprit)
+        counts = ops.where(finite, 0, counts + ops.cast(verdict.bad, counts.dtype))
+        self.variables["overflow_counts"].assign(counts)
 
     def set_scale(self, value: float) -> None:
         """Sets the scale by hand, and logs it.
