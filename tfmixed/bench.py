@@ -110,6 +110,13 @@ class Report:
         ]
         return {**asdict(self), "rows": rows}
 
+    def times(self) -> dict[str, dict[str, tuple[float, ...]]]:
+        """Returns the milliseconds of each network and variant, as `plotting.plot_times` takes them."""
+        found: dict[str, dict[str, tuple[float, ...]]] = {}
+        for row in self.rows:
+            found.setdefault(row.network, {})[row.variant] = row.ms
+        return found
+
     def __rich__(self) -> Table:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         table = Table(title=f"{self.policy} on {self.device}", caption="\n".join((versions, *self.warnings)))
@@ -249,7 +256,8 @@ class Case:
             peaks.append(_in_own_process(self.spec, self.policy, batch, row.variant))
             tick()
         a_sample = (peaks[1] - peaks[0]) / self.batch
-        fits = self.batch + int((limit - peaks[0]) / a_sample) if a_sample > 0 else None
+        # What is not much more than the noise of an allocator is no slope.
+        fits = self.batch + int((limit - peaks[0]) / a_sample) if peaks[1] - peaks[0] > 32 * _MIB else None
         return dataclasses.replace(row, peak=peaks[0], batch_in_memory=fits)
 
     def peak(self, variant: str) -> int:
