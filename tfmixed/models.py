@@ -1,0 +1,73 @@
+"""Finds the model that a command is asked about."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from tfmixed.errors import UsageError
+
+_FORMS = '"module:function" that returns a built Keras model, or a .keras file'
+
+
+def load_model(spec: str) -> keras.Model:
+    """Returns the model that `spec` names.
+
+    Args:
+        spec: `"module:function"`, where calling the function without arguments gives a built Keras model and the
+            module may lie in the current directory; or the path of a `.keras` file.
+
+    Raises:
+        UsageError: There is no such file, module or function, or it gives no built Keras model. What goes wrong inside
+            the module or the function is raised as it is.
+    """
+    if spec.endswith(".keras"):
+        return _from_file(Path(spec))
+    module, colon, name = spec.partition(":")
+    if not (module and colon and name):
+        raise UsageError(f"model must be {_FORMS}, received {spec!r}")
+    function = _attribute(spec, _imported(spec, module), name)
+    return _checked(spec, function())
+
+
+def _from_file(path: Path) -> keras.Model:
+    if not path.is_file():
+        raise UsageError(f"model must be {_FORMS}, received {str(path)!r}: there is no such file")
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"model must be {_FORMS}, received {str(path)!r}: it was not written by model.save")
+    return keras.models.load_model(path, compile=False)
+
+
+def _imported(spec: str, module: str) -> Any:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and something that it imports is not
+        raise UsageError(
+            f"model must be {_FORMS}, received {spec!r}: there is no module {error.name!r} in {Path.cwd()} or among "
+            "the installed ones"
+        ) from None
+
+
+def _attribute(spec: str, module: Any, name: str) -> Any:
+    function = getattr(module, name, None)
+    if not callable(function):
+        kind = "has no attribute" if function is None else "can call no"
+        raise UsageError(f"model must be {_FORMS}, received {spec!r}: module {module.__name__!r} {kind} {name!r}")
+    return function
+
+
+def _checked(spec: str, model: Any) -> keras.Model:
+    if not isinstance(model, keras.Model):
+        raise UsageError(f"model must be {_FORMS}, received {spec!r}: it returned {model!r:.60}")
+    if not model.built:
+        raise UsageError(f"model must be {_FORMS}, received {spec!r}: its model is not built; give it a keras.Input")
+    return model
