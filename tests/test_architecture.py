@@ -13,11 +13,13 @@ PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records"],
     1: ["scaling", "plotting", "branching"],
-    2: ["hardware", "gradients", "events", "distribute"],
-    3: ["arguments", "policy", "layers", "state", "fused"],
+    2: ["hardware", "gradients", "events", "distribute", "models", "switches", "networks"],
+    3: ["arguments", "policy", "layers", "state", "fused", "measuring", "widths"],
     4: ["optimizer"],
-    5: ["callbacks"],
-    6: ["config"],
+    5: ["callbacks", "doctor"],
+    6: ["config", "bench"],
+    8: ["cli"],
+    9: ["__main__"],
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -88,7 +88,7 @@ def test_variants_train_what_they_say():
     # Keras wraps any optimizer under mixed_float16 by itself.
     assert type(models["float32"].optimizer) is keras.optimizers.Adam
     assert type(models["keras"].optimizer) is keras.optimizers.LossScaleOptimizer
-    assert models["tfmixed"].optimizer.inner_optimizer.learning_rate == pytest.approx(1e-4)
+    assert float(models["tfmixed"].optimizer.inner_optimizer.learning_rate) == pytest.approx(1e-4)
     assert keras.config.dtype_policy().name == "float32"
 
 

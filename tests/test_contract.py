@@ -22,8 +22,14 @@ HOOKS = [
     (TRAINER, "TensorFlowTrainer._make_function", ["self", "step_function"], "fit on workers"),
     (TRAINER, "reduce_per_replica", ["values", "strategy", "reduction"], "fit on workers"),
     (TRAINER, "_collective_all_reduce_multi_worker", ["strategy"], "fit on workers"),
-    ("keras.src.layers.layer", "Layer._flatten_layers", ["self", "include_self", "recursive"], "force float32"),
+    (
+        "keras.src.layers.layer",
+        "Layer._flatten_layers",
+        ["self", "include_self", "recursive"],
+        "force float32, find widths",
+    ),
     ("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext", ["graph"], "see a whole step under XLA"),
+    ("tensorflow.python.framework.test_util", "IsMklEnabled", [], "see whether oneDNN is on"),
     ("tensorflow", "__internal__.distribute.strategy_supports_no_merge_call", [], "decide for all replicas"),
 ]
 # Set in constructors or on variables: seen on instances only.

@@ -11,6 +11,7 @@ import tfmixed
 MODULES = [
     "callbacks",
     "config",
+    "doctor",
     "formats",
     "hardware",
     "layers",
@@ -20,6 +21,7 @@ MODULES = [
     "scaling.logmax",
     "scaling.peers",
     "scaling.rules",
+    "widths",
 ]
 
 

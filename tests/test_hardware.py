@@ -41,6 +41,21 @@ def test_cpus_are_judged_by_bfloat16_instructions(features, policy):
     assert hardware.cpu(frozenset(features), "some CPU").policy == policy
 
 
+def test_features_name_the_instruction_sets():
+    """In a fixed order; those of float16 too, though they do not change the policy."""
+    flags = {"avx512_fp16", "amx_bf16", "avx512_bf16", "avx2", "avx_ne_convert", "amx_fp16"}
+    features = ("AMX-BF16", "AVX512-BF16", "AMX-FP16", "AVX512-FP16", "AVX-NE-CONVERT")
+    assert hardware.cpu(frozenset(flags)).features == features
+    assert hardware.cpu(frozenset({"avx2"})).features == ()
+    assert hardware.gpu("H100", (9, 0)).features == ()
+
+
+@pytest.mark.parametrize(("capability", "text"), [((6, 1), "6.1"), ((7, 5), "7.5"), ((10, 0), "10.0"), (None, None)])
+def test_gpus_tell_their_compute_capability(capability, text):
+    """As NVIDIA writes it; None where the driver tells none."""
+    assert hardware.gpu("some GPU", capability).compute_capability == text
+
+
 def test_the_weakest_accelerator_decides():
     """The CPU counts only where there is nothing else."""
     cpu = hardware.cpu(frozenset(), "CPU")

@@ -6,9 +6,13 @@ Importing this package loads neither TensorFlow nor Keras: each name below is im
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
-import wrapt
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
         callbacks,
         config,
         distribute,
+        doctor,
         errors,
         formats,
         hardware,
@@ -56,6 +61,7 @@ __all__ = [
     "callbacks",
     "config",
     "distribute",
+    "doctor",
     "errors",
     "formats",
     "hardware",
@@ -83,8 +89,36 @@ def __dir__() -> list[str]:
     return __all__
 
 
-@wrapt.when_imported("keras")
-def _register(_keras: Any) -> None:
-    """Makes saved models load: Keras must know our classes as soon as both packages are imported."""
+class _AfterKeras:
+    """Registers our classes as soon as Keras is imported, so that saved models load. Till then in `sys.meta_path`.
+
+    wrapt's `when_imported` does the same, and takes five times as long to import as all the rest of this package.
+    """
+
+    @classmethod
+    def find_spec(cls, name: str, _path: Any = None, _target: Any = None) -> ModuleSpec | None:
+        if name != "keras":
+            return None
+        sys.meta_path.remove(cls)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            loader = spec.loader
+            execute = loader.exec_module
+
+            def then_register(module: ModuleType) -> None:
+                execute(module)
+                _register()
+
+            loader.exec_module = then_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
     importlib.import_module(f"{__name__}.layers")
     importlib.import_module(f"{__name__}.optimizer")
+
+
+if "keras" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _AfterKeras)

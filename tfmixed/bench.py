@@ -25,6 +25,7 @@ from rich.table import Table
 
 from tfmixed import hardware, networks
 from tfmixed.callbacks import LossScaleLogger
+from tfmixed.errors import UsageError
 from tfmixed.models import function_of
 from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.scaling import checks
@@ -35,6 +36,8 @@ VARIANTS = {
     "keras": "half precision, keras.optimizers.LossScaleOptimizer",
     "tfmixed": "half precision, tfmixed.LossScaleOptimizer and LossScaleLogger",
 }
+NETWORKS = tuple(networks.BATCHES)
+_POLICIES = ("auto", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
 _FEWEST_STEPS = 5
 _GIB, _MIB = 2**30, 2**20
 
@@ -151,7 +154,7 @@ class Report:
 
 
 def run(
-    cases: Sequence[str] = tuple(networks.BATCHES),
+    cases: Sequence[str] = NETWORKS,
     policy: str = "auto",
     *,
     batch: int | None = None,
@@ -171,7 +174,8 @@ def run(
         memory: GiB for `Row.batch_in_memory`; None measures no memory, which takes two processes for each row.
 
     Raises:
-        ValueError: An argument is out of range, or a case is no network and no such function.
+        UsageError: A case is no network and no such function, or returns something else.
+        ValueError: An argument is out of range.
 
     Example:
     >>> report = run(["mlp"])  # doctest: +SKIP
@@ -180,8 +184,8 @@ def run(
     device = hardware.describe().main
     if policy == "auto":
         policy = device.policy if device.policy != "float32" else "mixed_bfloat16"
-    checks.count("rounds", rounds, 1)
-    limit = 0.0 if memory is None else checks.number("memory", memory, least=0.0) * _GIB
+    _check(policy, rounds, seconds, memory)
+    limit = 0.0 if memory is None else memory * _GIB
     every = [Case(spec, policy, batch or networks.BATCHES.get(spec, 32)) for spec in cases]
     rows: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -193,6 +197,15 @@ def run(
             rows += [case.with_memory(row, limit, tick) for row in timed] if limit else timed
     warnings = () if device.fast and policy.removeprefix("mixed_") in device.fast else (f"{policy}: {device.reason}",)
     return Report(policy, device.name, _versions(), int(limit), tuple(rows), warnings)
+
+
+def _check(policy: str, rounds: int, seconds: float, memory: float | None) -> None:
+    if policy not in _POLICIES:
+        raise UsageError(f"policy must be one of {', '.join(_POLICIES)}, received {policy!r}")
+    checks.count("rounds", rounds, 1)
+    checks.number("seconds", seconds, above=0.0)
+    if memory is not None:
+        checks.number("memory", memory, above=0.0)
 
 
 class Case:
@@ -219,7 +232,7 @@ class Case:
         finally:
             keras.config.set_dtype_policy(before)
         if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], keras.Model) and made[0].compiled):
-            raise ValueError(
+            raise UsageError(
                 f"{self.spec} must return a compiled keras.Model, inputs and targets, received {type(made).__name__}: "
                 "end it with `return model, x, y`"
             )

@@ -20,6 +20,10 @@ class ConfigError(ValueError):
     """A configuration file cannot be used; the message names file, key and remedy."""
 
 
+class UsageError(ValueError):
+    """A command cannot do what it was asked to; the message says what to change, in one line."""
+
+
 class LossScaleExhausted(FloatingPointError):  # noqa: N818  # a state of the run, like StopIteration
     """Step after step overflows, and the loss scale cannot fall any further.
 

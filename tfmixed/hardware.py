@@ -6,12 +6,14 @@ import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from archspec.cpu import detect
+from archspec.cpu import brand_string, detect
 from rich.console import Console
 from rich.table import Table
 
 Kind = Literal["cpu", "gpu", "tpu"]
 _CPU_BFLOAT16 = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16"}
+# Named, and without a say in the policy: TensorFlow and oneDNN emulate float16 on CPUs that have them too.
+_CPU_OTHER = {"amx_fp16": "AMX-FP16", "avx512_fp16": "AVX512-FP16", "avx_ne_convert": "AVX-NE-CONVERT"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Device:
         fast: The half-precision formats it computes matrix products in at speed.
         policy: The Keras dtype policy to train with on it.
         reason: Why, in one sentence.
+        compute_capability: A GPU's, as `"9.0"`, where the driver tells it.
+        features: The half-precision instruction sets that a CPU has, such as `"AVX512-BF16"`.
     """
 
     kind: Kind
@@ -31,6 +35,8 @@ class Device:
     fast: tuple[str, ...]
     policy: str
     reason: str
+    compute_capability: str | None = None
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,12 +99,14 @@ def cpu(features: frozenset[str] | None = None, name: str | None = None) -> Devi
     """
     info = detect.detected_info()
     features = frozenset(info.features) if features is None else features
-    name = name or info.name or info.vendor or "CPU"
-    found = [label for flag, label in _CPU_BFLOAT16.items() if flag in features]
+    name = name or brand_string() or info.name or info.vendor or "CPU"
+    found = tuple(label for flag, label in _CPU_BFLOAT16.items() if flag in features)
+    known = (*found, *(label for flag, label in _CPU_OTHER.items() if flag in features))
     if found:
         reason = f"this CPU multiplies bfloat16 in hardware ({', '.join(found)}); float16 it emulates"
-        return Device("cpu", name, ("bfloat16",), "mixed_bfloat16", reason)
-    return Device("cpu", name, (), "float32", "this CPU has no bfloat16 arithmetic (AMX-BF16 or AVX512-BF16)")
+        return Device("cpu", name, ("bfloat16",), "mixed_bfloat16", reason, features=known)
+    reason = "this CPU has no bfloat16 arithmetic (AMX-BF16 or AVX512-BF16)"
+    return Device("cpu", name, (), "float32", reason, features=known)
 
 
 def gpu(name: str, compute_capability: tuple[int, int] | None) -> Device:
@@ -108,11 +116,12 @@ def gpu(name: str, compute_capability: tuple[int, int] | None) -> Device:
     version = ".".join(str(number) for number in compute_capability)
     if compute_capability >= (8, 0):
         reason = f"compute capability {version} has bfloat16 tensor cores: half precision without loss scaling"
-        return Device("gpu", name, ("bfloat16", "float16"), "mixed_bfloat16", reason)
+        return Device("gpu", name, ("bfloat16", "float16"), "mixed_bfloat16", reason, version)
     if compute_capability >= (7, 0):
         reason = f"compute capability {version} has float16 tensor cores and no bfloat16"
-        return Device("gpu", name, ("float16",), "mixed_float16", reason)
-    return Device("gpu", name, (), "float32", f"compute capability {version} has no tensor cores (they came with 7.0)")
+        return Device("gpu", name, ("float16",), "mixed_float16", reason, version)
+    reason = f"compute capability {version} has no tensor cores (they came with 7.0)"
+    return Device("gpu", name, (), "float32", reason, version)
 
 
 def tpu(name: str) -> Device:

@@ -1,30 +1,82 @@
-"""A user's own models, named on the command line."""
+"""Finds the model that a command is asked about."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import keras
 
-def function_of(spec: str) -> Callable[..., Any]:
-    """Returns the function that `"module:function"` names; modules of the current folder are found too.
+from tfmixed.errors import UsageError
+
+_FORMS = '"module:function" that returns a built Keras model, or a .keras file'
+
+
+def load_model(spec: str) -> keras.Model:
+    """Returns the model that `spec` names.
+
+    Args:
+        spec: `"module:function"`, where calling the function without arguments gives a built Keras model and the
+            module may lie in the current directory; or the path of a `.keras` file.
 
     Raises:
-        ValueError: There is no such module or function, with what is wrong.
+        UsageError: There is no such file, module or function, or it gives no built Keras model. What goes wrong inside
+            the module or the function is raised as it is.
     """
-    module_name, _, name = spec.partition(":")
-    if not module_name or not name:
-        raise ValueError(f'model must be "module:function", received {spec!r}')
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if spec.endswith(".keras"):
+        return _from_file(Path(spec))
+    return _checked(spec, function_of(spec)())
+
+
+def function_of(spec: str) -> Callable[[], Any]:
+    """Returns the function that `"module:function"` names; the module may lie in the current directory.
+
+    Raises:
+        UsageError: There is no such module or function.
+    """
+    module, colon, name = spec.partition(":")
+    if not (module and colon and name):
+        raise UsageError(f"model must be {_FORMS}, received {spec!r}")
+    return _attribute(spec, _imported(spec, module), name)
+
+
+def _from_file(path: Path) -> keras.Model:
+    if not path.is_file():
+        raise UsageError(f"model must be {_FORMS}, received {str(path)!r}: there is no such file")
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"model must be {_FORMS}, received {str(path)!r}: it was not written by model.save")
+    return keras.models.load_model(path, compile=False)
+
+
+def _imported(spec: str, module: str) -> Any:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"model names a module that does not import, received {spec!r}: {error}") from error
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and something that it imports is not
+        raise UsageError(
+            f"model must be {_FORMS}, received {spec!r}: there is no module {error.name!r} in {Path.cwd()} or among "
+            "the installed ones"
+        ) from None
+
+
+def _attribute(spec: str, module: Any, name: str) -> Callable[[], Any]:
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"model must name a function of {module_name}, received {spec!r}: it has no {name}")
-    return function  # type: ignore[no-any-return]  # whatever a user wrote
+        kind = "has no attribute" if function is None else "can call no"
+        raise UsageError(f"model must be {_FORMS}, received {spec!r}: module {module.__name__!r} {kind} {name!r}")
+    return function  # type: ignore[no-any-return]  # whatever the user wrote
+
+
+def _checked(spec: str, model: Any) -> keras.Model:
+    if not isinstance(model, keras.Model):
+        raise UsageError(f"model must be {_FORMS}, received {spec!r}: it returned {model!r:.60}")
+    if not model.built:
+        raise UsageError(f"model must be {_FORMS}, received {spec!r}: its model is not built; give it a keras.Input")
+    return model

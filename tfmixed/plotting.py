@@ -112,16 +112,24 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: matplotlib knows no format of that suffix.
     """
-    target = Path(path)
-    format_, known = target.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
-    if format_ not in known:
-        raise ValueError(f"path must end in one of {', '.join(f'.{name}' for name in known)}, received {str(path)!r}")
-    picture = io.BytesIO()
+    target, format_, picture = Path(path), format_of(path), io.BytesIO()
     figure.savefig(picture, format=format_)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".partial-{target.name}")
     partial.write_bytes(picture.getvalue())
     os.replace(partial, target)
+
+
+def format_of(path: str | os.PathLike[str]) -> str:
+    """Returns the format in which `save` would write to `path`.
+
+    Raises:
+        ValueError: matplotlib knows no format of that suffix.
+    """
+    format_, known = Path(path).suffix[1:].lower(), Figure().canvas.get_supported_filetypes()
+    if format_ not in known:
+        raise ValueError(f"path must end in one of {', '.join(f'.{name}' for name in known)}, received {str(path)!r}")
+    return format_
 
 
 def _mark_overflows(axes: Axes, overflows: list[ScaleChange], color: str) -> None:

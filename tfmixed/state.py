@@ -79,7 +79,7 @@ class ScalingState:
             self.variables[name].assign(value)
 
     def _note(self, verdict: Verdict, step: Any, old: Any, new: Any) -> None:
-        """Writes what only a skipped step, the one after it and a new scale change: selects, and may run in any step."""
+        """Writes what only a skipped step, the one after it and a new scale change. Selects: may run in any step."""
         finite, counts = verdict.finite, self.read("overflow_counts")
         reason = ops.where(finite, ops.where(new > old, events.GROWTH, events.SET), events.OVERFLOW)
         culprit = ops.where(finite, events.NO_VARIABLE, ops.argmax(ops.cast(verdict.bad, "int32")))

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import tfmixed
+from tfmixed.cli import app
+
+HEAVY = {"tensorflow", "keras", "numpy", "matplotlib", "jax", "torch"}
+
+
+def tfmixed_command(*arguments, cwd=None, **environment):
+    """Runs `python -m tfmixed` in a process of its own."""
+    command = [sys.executable, "-m", "tfmixed", *arguments]
+    options = {"capture_output": True, "text": True, "timeout": 180, "check": False, "cwd": cwd}
+    return subprocess.run(command, env={**os.environ, **environment}, **options)
+
+
+def test_help_loads_no_framework():
+    """`tfmixed --help` is fast."""
+    code = (
+        "import sys\n"
+        "sys.argv = ['tfmixed', '--help']\n"
+        "from tfmixed.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "doctor" in run.stdout
+    assert not HEAVY & set(run.stderr.split())
+
+
+def test_version_is_that_of_the_package():
+    """And nothing else is printed."""
+    assert CliRunner().invoke(app, ["--version"]).output == f"{tfmixed.__version__}\n"
+
+
+def test_doctor_prints_a_table():
+    """With the policy, and the switches."""
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    for words in ("policy", tfmixed.hardware.describe().policy, "oneDNN", "XLA", "TF32"):
+        assert words in result.output
+
+
+def test_doctor_prints_json_alone(tmp_path):
+    """What a model's module prints goes to standard error; warnings are in it, TF_ENABLE_ONEDNN_OPTS=0 among them."""
+    (tmp_path / "net.py").write_text(
+        "import keras\n"
+        "print('a word of its own')\n"
+        "def build(): return keras.Sequential([keras.Input((16,)), keras.layers.Dense(30)])\n"
+    )
+    run = tfmixed_command("doctor", "--json", "--model", "net:build", cwd=tmp_path, TF_ENABLE_ONEDNN_OPTS="0")
+    assert run.returncode == 0, run.stderr
+    read = json.loads(run.stdout)
+    assert "a word of its own" in run.stderr
+    assert "oneDNN custom operations" not in run.stderr
+    assert read["switches"]["onednn"] is False
+    assert read["switches"]["variables"]["TF_ENABLE_ONEDNN_OPTS"] == "0"
+    assert [width["name"] for width in read["widths"]] == ["units"]
+    if tfmixed.hardware.describe().main.kind == "cpu":
+        assert any("TF_ENABLE_ONEDNN_OPTS" in warning for warning in read["warnings"])
+
+
+def test_what_the_user_can_mend_is_one_line(tmp_path):
+    """On standard error, with exit code 2 and no traceback."""
+    run = tfmixed_command("doctor", "--model", "nowhere:build", cwd=tmp_path)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.splitlines()[-1].startswith("tfmixed: model must be ")
+    assert "Traceback" not in run.stderr
+
+
+def test_a_backend_that_is_not_there_is_one_line(tmp_path):
+    """With how to get one."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch for you')")
+    run = tfmixed_command("doctor", KERAS_BACKEND="torch", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("tfmixed: Keras cannot load its backend (")
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["doctor", "--nonsense"]])
+def test_unknown_commands_and_options_are_refused(arguments):
+    """Exit code 2, as everywhere."""
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+TINY = """
+import keras, numpy
+
+def tiny():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model, numpy.ones((8, 8)), numpy.ones((8, 1))
+"""
+
+
+def test_bench_prints_json_and_draws(tmp_path):
+    """One's own network; the progress bars go to standard error."""
+    (tmp_path / "net.py").write_text(TINY)
+    options = ("--rounds", "1", "--seconds", "0.01", "--memory", "0", "--json", "--plot", "times.png")
+    run = tfmixed_command("bench", "--model", "net:tiny", *options, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)["rows"]
+    assert [row["variant"] for row in rows] == ["float32", "unscaled", "keras", "tfmixed"]
+    assert (tmp_path / "times.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet"], "model must be .module:function. .*received 'resnet'"),
+        (["mlp", "--plot", "times.docx"], "plot: path must end in one of"),
+        (["mlp", "--policy", "int8"], "policy must be one of auto, .*received 'int8'"),
+    ],
+)
+def test_bench_refuses_before_it_measures(arguments, message):
+    """One line, and exit code 2."""
+    run = tfmixed_command("bench", *arguments)
+    assert (run.returncode, run.stdout) == (2, "")
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("tfmixed: ")]
+    assert re.search(message, line)

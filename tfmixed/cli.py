@@ -1,0 +1,154 @@
+"""The command `tfmixed`. Each command imports what it needs when it runs: `--help` loads no framework."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tfmixed
+from tfmixed.errors import ConfigError, UsageError
+
+_GREETING = re.compile(rb"I0000 .* oneDNN custom operations are on|WARNING: All log messages before absl")
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend is one line on standard error, and exit code 2."""
+    try:
+        app()
+    except (UsageError, ConfigError) as error:
+        print(f"tfmixed: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(tfmixed.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def tfmixed_(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Mixed-precision training for TensorFlow and Keras 3."""
+
+
+@app.command()
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure", help="Measure TFLOP/s and memory bandwidth: seconds.")] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Look at a model: module:function, or a .keras file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+) -> None:
+    """What this machine is, which policy fits it, and what makes mixed precision useless on it."""
+    # What Keras or the model's own module prints must not mix with JSON.
+    with contextlib.redirect_stdout(sys.stderr):
+        _load_keras()
+        from tfmixed.doctor import examine
+        from tfmixed.models import load_model
+
+        if measure:
+            print("tfmixed: measuring, for some 10 seconds", file=sys.stderr)
+        diagnosis = examine(load_model(model) if model is not None else None, measure)
+    if as_json:
+        print(diagnosis.to_json())
+    else:
+        from rich.console import Console
+
+        Console().print(diagnosis)
+
+
+@app.command()
+def bench(
+    networks: Annotated[
+        list[str] | None, typer.Argument(help="mlp, cnn, transformer, depthwise. Default: all of them.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPEC", help="Your own: module:function that returns compiled model, inputs, targets."),
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Half-precision policy. auto: what this machine is fast in.")] = "auto",
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples a step. Default: the network's own, or 32.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each variant.")] = 7,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Length of a turn.")] = 1.5,
+    memory: Annotated[
+        float, typer.Option(min=0, help="GiB, for the batch that fits. 0 measures no memory: two processes a row.")
+    ] = 8.0,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of the times, .png or .svg.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+) -> None:
+    """Trains in float32, in Keras's mixed precision and in ours, by turns: time, memory and loss, side by side."""
+    with contextlib.redirect_stdout(sys.stderr):
+        _load_keras()
+        from tfmixed import bench as benchmark
+
+        _check_picture(plot)
+        cases = [*(networks or ()), *(model or ())] or benchmark.NETWORKS
+        report = benchmark.run(cases, policy, batch=batch, rounds=rounds, seconds=seconds, memory=memory or None)
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(report)
+    if plot is not None:
+        from tfmixed import plotting
+
+        plotting.save(plotting.plot_times(report.times(), f"{report.policy} on {report.device}"), plot)
+
+
+def _check_picture(path: Path | None) -> None:
+    """Refuses what could not be written, before anything is measured."""
+    if path is None:
+        return
+    try:
+        from tfmixed import plotting
+
+        plotting.format_of(path)
+    except ImportError as error:
+        raise UsageError(f"plot needs matplotlib ({error}): pip install 'tfmixed[plot]'") from error
+    except ValueError as error:
+        raise UsageError(f"plot: {error}") from error
+
+
+def _load_keras() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        with _without_greeting():
+            import keras  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"Keras cannot load its backend ({error}): install it, for instance by pip install 'tfmixed[tensorflow]', "
+            "or name another in KERAS_BACKEND"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_greeting() -> Iterator[None]:
+    """Drops what TensorFlow 2.21 logs at import before it reads TF_CPP_MIN_LOG_LEVEL, and passes on the rest."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if not _GREETING.match(line)))
