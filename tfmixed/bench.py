@@ -50,8 +50,8 @@ class Row:
         network: Its name.
         variant: A key of `VARIANTS`.
         batch: Samples a step.
-        ms: Milliseconds a step of `fit`, one a round.
-        first_step: Seconds of the first `fit`, of one step: tracing and compiling.
+        ms: Milliseconds a step of an epoch of `fit`, one a round.
+        first_step: Seconds of the first epoch, of one step: tracing and compiling.
         steps: How many steps were taken in all, the same for all variants.
         loss: Mean loss over the last round.
         peak: Bytes of memory at the peak of training, above what the process had before the model was made; None where
@@ -281,13 +281,24 @@ class Case:
         return _used(at_peak=True) - before
 
     def _fitted(self, case: networks.Case, steps: int, variant: str) -> tuple[float, float]:
-        """Returns the seconds that `fit` takes for so many steps, and the mean loss."""
+        """Returns the seconds of an epoch of so many steps, and its mean loss."""
         model, x, y = case
         x, y = keras.tree.map_structure(lambda each: _repeated(each, steps * self.batch), (x, y))
-        callbacks = [LossScaleLogger(verbose=0)] if variant == "tfmixed" else []
-        start = time.perf_counter()
+        watch = _Watch()
+        callbacks = [watch, LossScaleLogger(verbose=0)] if variant == "tfmixed" else [watch]
         history = model.fit(x, y, batch_size=self.batch, shuffle=False, verbose=0, callbacks=callbacks)
-        return time.perf_counter() - start, float(history.history["loss"][-1])
+        return watch.seconds, float(history.history["loss"][-1])
+
+
+class _Watch(keras.callbacks.Callback):
+    """Times an epoch. What comes after the last is no part of a step: TensorFlow may take a second to end a dataset."""
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._start = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        # Keras has read the metrics by now, and so waited for the device.
+        self.seconds = time.perf_counter() - self._start
 
 
 def _optimizer(inner: keras.optimizers.Optimizer, variant: str) -> keras.optimizers.Optimizer:
