@@ -104,9 +104,43 @@ def test_constraints_and_averages_are_kept(fuse):
 def test_large_variables_are_fused_and_small_ones_are_not():
     """By default; `fused` says why."""
     large, _ = trained("adam", shape=(256, 256))
-    assert str(large.fused) == "fused: 2 variables of 65,536 elements on average"
+    assert str(large.fused) == "fused: 2 of 2 variables, the large ones"
     small, _ = trained("adam")
-    assert str(small.fused) == "not fused: XLA gains nothing on variables of 12 elements on average"
+    assert str(small.fused) == "not fused: XLA gains nothing on variables this small, the largest of 12 elements"
+
+
+@pytest.mark.parametrize(
+    ("inner", "fused"),
+    [
+        (keras.optimizers.Adam(0.1), 1),
+        (keras.optimizers.AdamW(0.1, weight_decay=0.1), 1),
+        (keras.optimizers.Adam(0.1, use_ema=True), 3),
+        (keras.optimizers.Adam(0.1, global_clipnorm=0.5), 3),
+        (keras.optimizers.SGD(0.1, momentum=0.5), 3),
+    ],
+    ids=["adam", "adamw", "ema", "global_clipnorm", "sgd"],
+)
+def test_small_variables_beside_large_ones(inner, fused):
+    """Adam's small ones are left to TensorFlow, where variables do not depend on each other: one step all the same."""
+    shapes = [(512, 512), (3,), (4,)]
+    weights = [[keras.Variable(np.ones(shape, "float32")) for shape in shapes] for _ in range(2)]
+    optimizers = LossScaleOptimizer(inner, 8), type(inner).from_config(inner.get_config())
+
+    def three_steps(optimizer, own, scale):
+        optimizer.build(own)
+        grads = [tf.fill(shape, scale * (1.0 + index)) for index, shape in enumerate(shapes)]
+        step = tf.function(lambda: optimizer.apply(grads, own), autograph=False)
+        for _ in range(3):
+            step()
+        assert int(optimizer.iterations) == 3
+
+    three_steps(optimizers[0], weights[0], 8.0)
+    three_steps(optimizers[1], weights[1], 1.0)
+    assert optimizers[0].fused.reason == f"{fused} of 3 variables, the large ones"
+    for ours, theirs in zip(optimizers[0].inner_optimizer.variables, optimizers[1].variables, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5, err_msg=ours.path)
+    for ours, theirs in zip(*weights, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5)
 
 
 def test_an_update_that_is_not_fused_says_why(caplog):

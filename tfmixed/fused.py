@@ -21,7 +21,7 @@ import keras
 from tfmixed import branching, gradients
 
 _LOG = logging.getLogger("tfmixed")
-# Elements of a variable, on average, from which XLA's kernels are faster than TensorFlow's and worth compiling:
+# Elements of a variable from which XLA's kernels are faster than TensorFlow's and worth compiling:
 # `python benchmarks/growth.py` shows where they part.
 _WORTH_COMPILING = 2**16
 # They derive several scalars of the step number for each variable, and make sparse gradients dense by themselves.
@@ -42,7 +42,10 @@ class Fusion:
         return f"{'fused' if self.active else 'not fused'}: {self.reason}"
 
 
-Update = Callable[[Sequence[Any], Any], None]
+# Unscales gradients by a divisor and applies them to their variables.
+Update = Callable[[Sequence[Any], Sequence[Any], Any], None]
+# The same for variables that are settled.
+Step = Callable[[Sequence[Any], Any], None]
 
 
 class Fuser:
@@ -57,7 +60,7 @@ class Fuser:
             raise ValueError(f'fuse must be "auto", True or False, received {fuse!r}')
         self.fuse = fuse
         self.fusion = Fusion(False, "no step was taken yet")
-        self._functions: dict[tuple[int, ...], tuple[Update, str | None]] = {}
+        self._functions: dict[tuple[int, ...], tuple[Any, str | None]] = {}
 
     def fused(
         self,
@@ -66,32 +69,60 @@ class Fuser:
         grads: Sequence[Any],
         variables: Sequence[Any],
         indices: Sequence[int],
-    ) -> Update:
-        """Returns `update(gradients, divisor)` itself, or compiled if that is possible and faster.
+    ) -> Step:
+        """Returns the update of these variables, compiled as far as that is possible and faster.
 
         Args:
-            update: Unscales gradients and applies them.
-            inner: The optimizer that it applies them with.
+            update: What to compile.
+            inner: The optimizer that `update` calls.
             grads: Gradients as it will get them.
             variables: Theirs.
             indices: The variables' indices in the optimizer.
         """
-        mean = sum(math.prod(variable.shape) for variable in variables) / len(variables)
-        obstacle: str | None
-        if self.fuse is False:
-            obstacle = "fuse=False"
-        elif self.fuse == "auto" and mean < _WORTH_COMPILING:
-            obstacle = f"XLA gains nothing on variables of {mean:,.0f} elements on average"
-        else:
-            obstacle = _obstacle(inner, grads, variables)
-        key = tuple(index for index, each in zip(indices, grads, strict=True) if each is not None)
-        if not obstacle and key not in self._functions:
-            self._functions[key] = _compile(update, inner, grads, variables)
-        function, refusal = self._functions.get(key, (update, None))
-        self._decided(obstacle or refusal, f"{len(variables)} variables of {mean:,.0f} elements on average")
-        return function if self.fusion else update
 
-    def _decided(self, obstacle: str | None, gain: str) -> None:
+        def plain(grads: Sequence[Any], divisor: Any) -> None:
+            with scalars_read_once(inner, variables):
+                update(grads, variables, divisor)
+
+        places = [] if self.fuse is False else self._places(inner, variables)
+        obstacle = self._why_none(variables) if not places else _obstacle(inner, grads, variables)
+        if obstacle:
+            self._decided(obstacle)
+            return plain
+        present = [place for place in places if grads[place] is not None]
+        key = tuple(indices[place] for place in present)
+        if key not in self._functions:
+            chosen = [variables[place] for place in places]
+            self._functions[key] = _compile(update, inner, [grads[place] for place in places], chosen)
+        function, refusal = self._functions[key]
+        self._decided(refusal, f"{len(places)} of {len(variables)} variables, the large ones")
+        rest = [place for place in range(len(variables)) if place not in places]
+
+        def fused(grads: Sequence[Any], divisor: Any) -> None:
+            if rest:
+                with scalars_read_once(inner, variables, counts=False):
+                    update([grads[place] for place in rest], [variables[place] for place in rest], divisor)
+            function(divisor, *(grads[place] for place in present))
+
+        return plain if refusal else fused
+
+    def _places(self, inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> list[int]:
+        """Returns which variables are worth compiling: the large ones, or all where they depend on each other."""
+        sizes = [math.prod(variable.shape) for variable in variables]
+        everything = list(range(len(sizes)))
+        if self.fuse is True:
+            return everything
+        if type(inner) in _ADAMS and not inner.use_ema and inner.global_clipnorm is None:
+            return [place for place in everything if sizes[place] >= _WORTH_COMPILING]
+        return everything if sum(sizes) >= _WORTH_COMPILING * len(sizes) else []
+
+    def _why_none(self, variables: Sequence[Any]) -> str:
+        if self.fuse is False:
+            return "fuse=False"
+        largest = max(math.prod(variable.shape) for variable in variables)
+        return f"XLA gains nothing on variables this small, the largest of {largest:,} elements"
+
+    def _decided(self, obstacle: str | None, gain: str = "") -> None:
         fusion = Fusion(obstacle is None, obstacle or gain)
         if fusion != self.fusion:
             _LOG.debug("update %s", fusion)
@@ -101,11 +132,18 @@ class Fuser:
 
 
 @contextlib.contextmanager
-def scalars_read_once(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> Iterator[None]:
+def scalars_read_once(
+    inner: keras.optimizers.Optimizer, variables: Sequence[Any], counts: bool = True
+) -> Iterator[None]:
     """Makes `inner.apply` read step and learning rate once, instead of once a variable.
 
     What these kinds derive of them, Adam's powers for instance, TensorFlow then computes once too: a read it may not
     share, what comes after it may. With small variables that is a seventh of an update. Others are left alone.
+
+    Args:
+        inner: The optimizer.
+        variables: All that it may write.
+        counts: Whether this is the step's last call of `apply`, the one that counts it.
     """
     if type(inner) not in _ADAMS or _branches(inner) or not branching.is_single_tensorflow():
         yield
@@ -117,37 +155,34 @@ def scalars_read_once(inner: keras.optimizers.Optimizer, variables: Sequence[Any
     # What was written by tf.Variable's own methods is written; what went through Keras's, the scope has held back.
     for variable in (*inner.variables, *variables):
         value = scope.get_current_value(variable)
-        if value is not None and variable is not inner._learning_rate:
+        held = (inner._learning_rate,) if counts else (inner._learning_rate, inner.iterations)
+        if value is not None and not any(variable is each for each in held):
             variable.assign(value)
 
 
 def _compile(
     update: Update, inner: keras.optimizers.Optimizer, grads: Sequence[Any], variables: Sequence[Any]
-) -> tuple[Update, str | None]:
-    """Returns the compiled update, and why XLA cannot compile it: None if it can."""
+) -> tuple[Any, str | None]:
+    """Returns a compiled function of the divisor and all gradients, and why XLA cannot compile it: None if it can."""
     import tensorflow as tf
 
     places = [place for place, each in enumerate(grads) if each is not None]
 
     def dense(divisor: Any, *values: Any) -> None:
         by_place = dict(zip(places, values, strict=True))
-        update([by_place.get(place) for place in range(len(grads))], divisor)
+        update([by_place.get(place) for place in range(len(grads))], variables, divisor)
 
     function = tf.function(dense, jit_compile=True, autograph=False)
-
-    def compiled(grads: Sequence[Any], divisor: Any) -> None:
-        function(divisor, *(grads[place] for place in places))
-
     # Keras's own code can be compiled, as the tests show; a user's may hold anything, and is asked beforehand.
     if _is_of_keras([inner, inner._learning_rate, *(variable.constraint for variable in variables)]):
-        return compiled, None
+        return function, None
     specs = [tf.TensorSpec(variables[place].shape, grads[place].dtype) for place in places]
     try:
         with tf.init_scope():
             function.experimental_get_compiler_ir(tf.TensorSpec((), tf.float32), *specs)(stage="hlo")
     except Exception as error:  # whatever it may raise while it is traced
-        return update, f"XLA cannot compile it: {_first_line(error)}"
-    return compiled, None
+        return function, f"XLA cannot compile it: {_first_line(error)}"
+    return function, None
 
 
 def _branches(inner: keras.optimizers.Optimizer) -> bool:

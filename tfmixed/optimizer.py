@@ -14,7 +14,7 @@ from keras import ops
 from tfmixed import arguments, distribute, events, gradients
 from tfmixed.branching import as_it_is, when
 from tfmixed.errors import LossScaleExhausted
-from tfmixed.fused import Fuser, Fusion, scalars_read_once
+from tfmixed.fused import Fuser, Fusion
 from tfmixed.gradients import Judge
 from tfmixed.records import Record
 from tfmixed.scaling import checks
@@ -216,9 +216,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     ) -> Callable[[Sequence[Any], Any], None]:
         """Returns what unscales gradients and applies them, fused where that is possible and faster."""
 
-        def apply(grads: Sequence[Any], divisor: Any) -> None:
-            with scalars_read_once(self.inner_optimizer, variables):
-                self.inner_optimizer.apply(self._unscale(grads, divisor, variables), variables)
+        def apply(grads: Sequence[Any], variables: Sequence[Any], divisor: Any) -> None:
+            self.inner_optimizer.apply(self._unscale(grads, divisor, variables), list(variables))
 
         return self._fuser.fused(apply, self.inner_optimizer, grads, variables, indices)
 
