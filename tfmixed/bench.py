@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,8 @@ def run(
     policy: str = "auto",
     *,
     batch: int | None = None,
-    rounds: int = 7,
-    seconds: float = 1.5,
+    rounds: int = 5,
+    seconds: float = 1.0,
     memory: float | None = 8.0,
 ) -> Report:
     """Trains each case in all `VARIANTS` by turns, and measures time, memory and loss.
@@ -190,7 +191,7 @@ def run(
     rows: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for case in every:
-            turns = len(VARIANTS) * (1 + rounds + (2 if limit else 0))
+            turns = len(VARIANTS) * (1 + rounds + (1 if limit else 0))
             task = progress.add_task(case.name, total=turns)
             tick = functools.partial(progress.advance, task)
             timed = case.timed(rounds, seconds, tick)
@@ -264,10 +265,9 @@ class Case:
 
     def with_memory(self, row: Row, limit: float, tick: Callable[[], None]) -> Row:
         """Returns `row` with the peak of memory at its batch, and the batch whose peak is `limit` bytes."""
-        peaks = []
-        for batch in (self.batch, 2 * self.batch):
-            peaks.append(_in_own_process(self.spec, self.policy, batch, row.variant))
-            tick()
+        with ThreadPoolExecutor(2) as pool:  # of processes: they wait
+            peaks = list(pool.map(functools.partial(self._peak_elsewhere, row.variant), (self.batch, 2 * self.batch)))
+        tick()
         a_sample = (peaks[1] - peaks[0]) / self.batch
         # What is not much more than the noise of an allocator is no slope.
         fits = self.batch + int((limit - peaks[0]) / a_sample) if peaks[1] - peaks[0] > 32 * _MIB else None
@@ -279,6 +279,17 @@ class Case:
         case = self.made(variant)
         self._fitted(case, 3, variant)
         return _used(at_peak=True) - before
+
+    def _peak_elsewhere(self, variant: str, batch: int) -> int:
+        """Returns what `peak` returns in a process of its own."""
+        code = (
+            "import sys; from tfmixed.bench import Case; s, p, b, v = sys.argv[1:]; print(Case(s, p, int(b)).peak(v))"
+        )
+        command = [sys.executable, "-c", code, self.spec, self.policy, str(batch), variant]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise RuntimeError(f"measuring memory of {self.name} at batch {batch} failed:\n{result.stderr[-2000:]}")
+        return int(result.stdout.split()[-1])
 
     def _fitted(self, case: networks.Case, steps: int, variant: str) -> tuple[float, float]:
         """Returns the seconds of an epoch of so many steps, and its mean loss."""
@@ -314,15 +325,6 @@ def _repeated(values: Any, count: int) -> Any:
 
 def _rotated(items: list[str], by: int) -> list[str]:
     return items[by % len(items) :] + items[: by % len(items)]
-
-
-def _in_own_process(*arguments: Any) -> int:
-    code = "import sys; from tfmixed.bench import Case; s, p, b, v = sys.argv[1:]; print(Case(s, p, int(b)).peak(v))"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise RuntimeError(f"measuring the memory of {arguments} failed:\n{result.stderr[-2000:]}")
-    return int(result.stdout.split()[-1])
 
 
 def _used(at_peak: bool) -> int:

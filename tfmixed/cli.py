@@ -83,8 +83,8 @@ def bench(
     ] = None,
     policy: Annotated[str, typer.Option(help="Half-precision policy. auto: what this machine is fast in.")] = "auto",
     batch: Annotated[int | None, typer.Option(min=1, help="Samples a step. Default: the network's own, or 32.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each variant.")] = 7,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Length of a turn.")] = 1.5,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each variant.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Length of a turn.")] = 1.0,
     memory: Annotated[
         float, typer.Option(min=0, help="GiB, for the batch that fits. 0 measures no memory: two processes a row.")
     ] = 8.0,
