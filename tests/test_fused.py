@@ -305,6 +305,14 @@ def test_a_branch_returns_zeros_where_it_is_not_taken(how):
         np.testing.assert_array_equal(function(tf.constant(go), tf.constant([1.0, 2.0])), expected)
 
 
+def test_tracing_says_nothing(caplog):
+    """TensorFlow warns of names that it does not like, once an operand."""
+    with caplog.at_level(logging.WARNING, "tensorflow"):
+        trained("adam", True)
+        trained("adam", False)
+    assert not caplog.messages
+
+
 def test_step_and_learning_rate_are_read_once():
     """Not once a variable: Keras's own Adam reads both four times."""
     weights = [keras.Variable([1.0]) for _ in range(4)]

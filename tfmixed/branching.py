@@ -33,7 +33,12 @@ def when(predicate: Any, then: Callable[[], Any], shape: Sequence[int] | None = 
     taken = tf.function(then, autograph=False).get_concrete_function()
     operands = taken.captured_inputs
     signature = [tf.TensorSpec(operand.shape, operand.dtype) for operand in operands]
-    passed = tf.function(lambda *_: otherwise(), input_signature=signature, autograph=False).get_concrete_function()
+
+    def instead(*operands: Any) -> Any:  # TensorFlow names its inputs after it, and warns of a leading underscore
+        del operands
+        return otherwise()
+
+    passed = tf.function(instead, input_signature=signature, autograph=False).get_concrete_function()
     types = [] if shape is None else [tf.float32]
     results = tf.raw_ops.If(cond=predicate, input=operands, Tout=types, then_branch=taken, else_branch=passed)
     return None if shape is None else tf.ensure_shape(results[0], shape)
