@@ -76,12 +76,12 @@ def stream() -> Callable[[], None]:
     import jax
 
     term = jax.numpy.zeros(STREAMED)
-    step = jax.jit(lambda total: total + term, donate_argnums=0)
+    step = jax.jit(lambda total, term: total + term, donate_argnums=0)
     total = jax.numpy.zeros(STREAMED)
 
     def taken() -> None:
         nonlocal total
-        total = jax.block_until_ready(step(total))
+        total = jax.block_until_ready(step(total, term))
 
     return taken
 

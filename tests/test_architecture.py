@@ -69,7 +69,14 @@ def test_every_public_name_exists():
         _ = tfmixed.nonsense
 
 
-@pytest.mark.parametrize("imports", ["import tfmixed, keras", "import keras, tfmixed"])
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import tfmixed, keras",
+        "import keras, tfmixed",
+        "import tfmixed, importlib.util; importlib.util.find_spec('keras'); import keras",  # as others look for it
+    ],
+)
 def test_saved_models_load_in_a_fresh_process(tmp_path, imports):
     """Keras finds our classes whichever package is imported first, and without naming any of them."""
     import keras

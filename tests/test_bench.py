@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import sys
 
 import keras
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tfmixed import bench, networks, plotting
 
@@ -27,6 +30,15 @@ def tiny():
 
 def naked():
     return tiny()[0]
+
+def listed():
+    return tiny()[0], "x", "y"
+
+made = []
+
+def same():
+    made.append(tiny())
+    return made[0]
 """
 
 
@@ -108,7 +120,9 @@ def test_memory_grows_with_the_batch(own):
         ("own_networks:naked", "must return a compiled keras.Model, inputs and targets, received Sequential"),
         ("own_networks:absent", "absent"),
         ("no_such_module:tiny", "no_such_module"),
-        ("resnet", "module:function"),
+        ("resnet", "networks must be among mlp, cnn, transformer, depthwise, .*received 'resnet'"),
+        ("own_networks:listed", "must return inputs and targets as arrays, received str"),
+        ("own_networks:same", "must return a new model each time"),
     ],
 )
 def test_what_is_no_case_is_said(own, spec, message):
@@ -116,6 +130,40 @@ def test_what_is_no_case_is_said(own, spec, message):
     assert own
     with pytest.raises(ValueError, match=message):
         bench.run([spec], rounds=1, seconds=0.01, memory=None)
+
+
+def test_a_network_is_given_once():
+    """Its name is that of its row."""
+    with pytest.raises(ValueError, match="networks must be given once each, received mlp, mlp"):
+        bench.run(["mlp", "mlp"])
+
+
+def test_what_a_model_was_compiled_with_stays(own):
+    """But for the optimizer, which is the variant's: `mixed_float16` wraps none by itself."""
+    case = bench.Case(own, "mixed_float16", 4)
+    made = case._function
+
+    def weighted():
+        model, x, y = made()
+        model.compile("adam", "mse", loss_weights=[3.0], run_eagerly=True)
+        return model, x, y
+
+    case._function = weighted
+    model, _, _ = case.made("unscaled")
+    assert (model.run_eagerly, type(model.optimizer)) == (True, keras.optimizers.Adam)
+    assert model.get_compile_config()["loss_weights"] == [3.0]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_a_terminal(width):
+    """No number is cut."""
+    row = bench.Row("mlp", "float32", 512, (236.5, 219.6, 248.5), 11.24, 48, 0.0711, 2**30, 58738)
+    rows = tuple(dataclasses.replace(row, variant=variant) for variant in bench.VARIANTS)
+    report = bench.Report("mixed_bfloat16", "AMD EPYC", {"keras": "3.15.1"}, 8 * 2**30, rows)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(report)
+    lines = [line.split() for line in console.export_text().splitlines() if line.split()[:1] == ["tfmixed"]]
+    assert lines == [["tfmixed", "236.5", "220-248", "1.00", "1.00", "11.2", "0.0711", "1,024", "58,738"]]
 
 
 def test_the_picture_shows_medians_relative_to_the_first():

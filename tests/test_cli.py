@@ -116,7 +116,7 @@ def test_bench_prints_json_and_draws(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet"], "model must be .module:function. .*received 'resnet'"),
+        (["resnet"], "networks must be among mlp, .*received 'resnet'"),
         (["mlp", "--plot", "times.docx"], "plot: path must end in one of"),
         (["mlp", "--policy", "int8"], "policy must be one of auto, .*received 'int8'"),
     ],

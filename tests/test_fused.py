@@ -325,3 +325,89 @@ def test_step_and_learning_rate_are_read_once():
 
     scaled, bare = reads(LossScaleOptimizer("adam", 1, fuse=False)), reads(keras.optimizers.Adam())
     assert scaled < bare + 10  # it has ten variables of its own
+
+
+# What the host does around the update.
+
+
+@pytest.mark.parametrize("missing", [0, 1], ids=["large", "small"])
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_a_gradient_may_be_missing_among_large_and_small(missing):
+    """Keras warns and trains; an optimizer that is given no gradient at all would raise."""
+    weights = [keras.Variable(np.ones(shape, "float32")) for shape in ((300, 300), (3,))]
+    optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.1), 2)
+    optimizer.build(weights)
+    grads = [tf.fill(weight.shape, 2.0) for weight in weights]
+    grads[missing] = None
+    optimizer.apply(grads, weights)
+    assert [float(np.mean(weight.numpy())) == 1.0 for weight in weights] == [missing == 0, missing == 1]
+    assert int(optimizer.iterations) == 1
+
+
+def test_hyperparameters_that_change_between_steps_count():
+    """What is compiled has kept the old ones."""
+    for fuse in (True, False):
+        weight = keras.Variable(np.zeros((2, 2), "float32"))
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, clipvalue=1.0), 2, fuse=fuse)
+        optimizer.build([weight])
+        optimizer.apply([tf.fill((2, 2), 8.0)], [weight])
+        optimizer.inner_optimizer.clipvalue = 0.5
+        optimizer.apply([tf.fill((2, 2), 8.0)], [weight])
+        np.testing.assert_allclose(weight.numpy(), -1.5)
+
+
+class Counting(keras.optimizers.schedules.LearningRateSchedule):
+    """A user's schedule with a state of its own."""
+
+    def __init__(self):
+        self.calls = keras.Variable(0.0)
+
+    def __call__(self, step):
+        self.calls.assign_add(1.0)
+        return self.calls.value * 0.1
+
+
+@pytest.mark.parametrize("shape", [(3,), (300, 300)], ids=["small", "large"])
+def test_what_a_users_schedule_or_constraint_writes_is_written(shape):
+    """Whatever way the update takes."""
+
+    def drop(weight):
+        return weight * keras.random.dropout(keras.ops.ones_like(weight), 0.5, seed=seeds)
+
+    schedule = Counting()
+    seeds, weight = keras.random.SeedGenerator(0), keras.Variable(np.ones(shape, "float32"))
+    weight.constraint = drop
+    optimizer = LossScaleOptimizer(keras.optimizers.Adam(schedule), 2)
+    optimizer.build([weight])
+    step = tf.function(lambda: optimizer.apply([tf.fill(shape, 2.0)], [weight]), autograph=False)
+    before = seeds.state.numpy().tolist()
+    for _ in range(3):
+        step()
+    assert float(schedule.calls.numpy()) >= 3.0
+    assert seeds.state.numpy().tolist() != before
+
+
+def test_a_users_function_is_asked_for_too():
+    """A constraint or a learning rate may be a plain function, which XLA may not be able to compile."""
+    weight = keras.Variable(np.ones((300, 300), "float32"))
+    weight.constraint = lambda value: tf.ensure_shape(tf.numpy_function(lambda x: x, [value], tf.float32), (300, 300))
+    optimizer = LossScaleOptimizer("adam", 2)
+    optimizer.build([weight])
+    tf.function(lambda: optimizer.apply([tf.ones((300, 300))], [weight]), autograph=False)()
+    assert "XLA cannot compile it" in optimizer.fused.reason
+    assert float(weight.numpy()[0, 0]) < 1.0
+
+
+@pytest.mark.parametrize("fuse", ["auto", False])
+def test_variables_on_two_devices(fuse):
+    """A branch that is one operation would stand on one of them."""
+    weights = []
+    for device in ("CPU:0", "CPU:1"):
+        with tf.device(device):
+            weights.append(keras.Variable(np.ones((300, 300), "float32")))
+    optimizer = LossScaleOptimizer("sgd", 2, fuse=fuse)
+    optimizer.build(weights)
+    step = tf.function(lambda x: optimizer.apply([tf.fill((300, 300), x)] * 2, weights), autograph=False)
+    for value in (2.0, np.inf, 2.0):
+        step(tf.constant(value))
+    assert (bool(optimizer.fused), int(optimizer.iterations), int(optimizer.skipped_steps)) == (False, 2, 1)

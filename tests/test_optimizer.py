@@ -492,6 +492,25 @@ def test_gradients_that_overflow_when_accumulated_are_kept_below():
     np.testing.assert_allclose(weights[1].numpy(), [3.0, 4.0 - 2 * 17], rtol=1e-2)
 
 
+def test_what_vanishes_when_it_is_squared_is_still_an_overflow():
+    """With a tiny scale: 1e-24 squared is 0, and unscaled no float16 number."""
+    weights = [keras.Variable([1.0], dtype="float16"), keras.Variable([1.0])]
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), 1e-30)
+    apply(optimizer, [ops.array([1e-24]), ops.array([2e-30])], weights)
+    assert (int(optimizer.skipped_steps), float(weights[0].numpy()[0])) == (1, 1.0)
+    assert float(optimizer.gradient_norm) == pytest.approx(1e6)
+
+
+@needs_tensorflow
+def test_float64_gradients_beyond_float32_poison_nothing():
+    """Where the inner optimizer squares them they count as an overflow."""
+    optimizer, weight = LossScaleOptimizer("adam", 1), keras.Variable(np.ones(2), dtype="float64")
+    for value in (1e200, 1.0):
+        apply(optimizer, [tf.constant([value] * 2, tf.float64)], [weight])
+    assert np.isfinite(weight.numpy()).all()
+    assert int(optimizer.skipped_steps) == 1
+
+
 def test_a_finite_gradient_whose_scaled_norm_overflows_is_applied_as_it_is():
     """Scaled, the sum of squares leaves float32; unscaled, all is well: nothing is made smaller."""
     optimizer, weights = LossScaleOptimizer(keras.optimizers.SGD(1e-13, global_clipnorm=1e30), 2**24), variables()

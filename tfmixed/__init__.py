@@ -95,21 +95,27 @@ class _AfterKeras:
     wrapt's `when_imported` does the same, and takes five times as long to import as all the rest of this package.
     """
 
+    looking = False
+
     @classmethod
     def find_spec(cls, name: str, _path: Any = None, _target: Any = None) -> ModuleSpec | None:
-        if name != "keras":
+        if name != "keras" or cls.looking:
             return None
-        sys.meta_path.remove(cls)
-        spec = importlib.util.find_spec(name)
+        cls.looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            cls.looking = False
         if spec is not None and spec.loader is not None:
-            loader = spec.loader
-            execute = loader.exec_module
+            execute = spec.loader.exec_module
 
             def then_register(module: ModuleType) -> None:
                 execute(module)
+                if cls in sys.meta_path:
+                    sys.meta_path.remove(cls)
                 _register()
 
-            loader.exec_module = then_register  # type: ignore[method-assign]
+            spec.loader.exec_module = then_register  # type: ignore[method-assign]
         return spec
 
 

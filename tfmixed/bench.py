@@ -20,7 +20,8 @@ from typing import Any
 import keras
 import numpy
 import psutil
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.progress import Progress
 from rich.table import Table
 
@@ -121,31 +122,35 @@ class Report:
             found.setdefault(row.network, {})[row.variant] = row.ms
         return found
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        table = Table(title=f"{self.policy} on {self.device}", caption="\n".join((versions, *self.warnings)))
-        table.add_column("network, batch", no_wrap=True)
-        table.add_column("variant", no_wrap=True)
-        for heading in ("ms / step", "min - max", "x float32", "x Keras", "1st step", "peak", self._fits, "loss"):
-            table.add_column(heading, justify="right")
-        for row in self.rows:
-            name = f"{row.network}, {row.batch}" if row.variant == "float32" else ""
-            table.add_row(name, row.variant, *self._numbers(row), end_section=row.variant == "tfmixed")
-        return table
+        tables = [self._table(network) for network in self.times()]
+        return Group(f"{self.policy} on {self.device}; {versions}", *tables, *(f"! {each}" for each in self.warnings))
 
-    @property
-    def _fits(self) -> str:
-        return f"batch in {self.memory / _GIB:g} GiB"
+    def _table(self, network: str) -> Table:
+        rows = [row for row in self.rows if row.network == network]
+        table = Table(
+            title=f"{network}, batch {rows[0].batch}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1)
+        )
+        table.add_column("", no_wrap=True)
+        headings = ["ms / step", "min - max", "x float32", "x Keras", "1st step, s", "loss"]
+        if self.memory:
+            headings += ["peak MiB", f"batch in {self.memory / _GIB:g} GiB"]
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=heading == "min - max")
+        for row in rows:
+            table.add_row(row.variant, *list(self._numbers(row))[: len(headings)])
+        return table
 
     def _numbers(self, row: Row) -> Iterator[str]:
         yield f"{row.median:.1f}"
-        yield f"{min(row.ms):.1f} - {max(row.ms):.1f}"
+        yield f"{min(row.ms):.0f}-{max(row.ms):.0f}" if row.median >= 10 else f"{min(row.ms):.1f}-{max(row.ms):.1f}"
         yield f"{self.ratio(row, 'float32'):.2f}"
         yield f"{self.ratio(row, 'keras'):.2f}"
-        yield f"{row.first_step:.1f} s"
-        yield "-" if row.peak is None else f"{row.peak / _MIB:,.0f} MiB"
-        yield "-" if row.batch_in_memory is None else f"{row.batch_in_memory:,}"
+        yield f"{row.first_step:.1f}"
         yield f"{row.loss:.4f}"
+        yield "-" if row.peak is None else f"{row.peak / _MIB:,.0f}"
+        yield "-" if row.batch_in_memory is None else f"{row.batch_in_memory:,}"
 
     def __str__(self) -> str:
         console = Console(width=120)
@@ -187,6 +192,8 @@ def run(
         policy = device.policy if device.policy != "float32" else "mixed_bfloat16"
     _check(policy, rounds, seconds, memory)
     limit = 0.0 if memory is None else memory * _GIB
+    if len(set(cases)) < len(cases):
+        raise UsageError(f"networks must be given once each, received {', '.join(cases)}")
     every = [Case(spec, policy, batch or networks.BATCHES.get(spec, 32)) for spec in cases]
     rows: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -220,7 +227,11 @@ class Case:
 
     def __init__(self, spec: str, policy: str, batch: int) -> None:
         self.spec, self.policy, self.batch = spec, policy, checks.count("batch", batch, 1)
-        self.name = spec.partition(":")[2] or spec
+        self.name = spec
+        if spec not in networks.BATCHES and ":" not in spec:
+            raise UsageError(
+                f"networks must be among {', '.join(NETWORKS)}, or model=module:function, received {spec!r}"
+            )
         self._function = getattr(networks, spec) if spec in networks.BATCHES else function_of(spec)
 
     def made(self, variant: str) -> networks.Case:
@@ -238,12 +249,20 @@ class Case:
                 "end it with `return model, x, y`"
             )
         model, x, y = made
-        model.compile(_optimizer(model.optimizer, variant), loss=model.loss)
-        return model, x, y
+        # Not compiled again: whatever else it was compiled with stays, and Keras wraps no optimizer by itself.
+        model.optimizer = _optimizer(model.optimizer, variant)
+        return model, *keras.tree.map_structure(self._array, (x, y))
+
+    def _array(self, values: Any) -> Any:
+        if not hasattr(values, "shape") or not len(values):
+            raise UsageError(f"{self.spec} must return inputs and targets as arrays, received {type(values).__name__}")
+        return numpy.asarray(values)
 
     def timed(self, rounds: int, seconds: float, tick: Callable[[], None]) -> list[Row]:
         """Returns a row for each variant, without memory. All are trained by turns, so that noise hits all of them."""
         cases = {variant: self.made(variant) for variant in VARIANTS}
+        if len({id(model) for model, _, _ in cases.values()}) < len(cases):
+            raise UsageError(f"{self.spec} must return a new model each time, received the same one again")
         firsts, steps = {}, _FEWEST_STEPS
         for variant, case in cases.items():
             firsts[variant], _ = self._fitted(case, 1, variant)
@@ -264,10 +283,15 @@ class Case:
         ]
 
     def with_memory(self, row: Row, limit: float, tick: Callable[[], None]) -> Row:
-        """Returns `row` with the peak of memory at its batch, and the batch whose peak is `limit` bytes."""
+        """Returns `row` with the peak of memory at its batch, and the batch whose peak is `limit` bytes.
+
+        Without both, and a line on standard error, where a process fails: what was timed is not lost.
+        """
         with ThreadPoolExecutor(2) as pool:  # of processes: they wait
             peaks = list(pool.map(functools.partial(self._peak_elsewhere, row.variant), (self.batch, 2 * self.batch)))
         tick()
+        if None in peaks:
+            return row
         a_sample = (peaks[1] - peaks[0]) / self.batch
         # What is not much more than the noise of an allocator is no slope.
         fits = self.batch + int((limit - peaks[0]) / a_sample) if peaks[1] - peaks[0] > 32 * _MIB else None
@@ -280,15 +304,16 @@ class Case:
         self._fitted(case, 3, variant)
         return _used(at_peak=True) - before
 
-    def _peak_elsewhere(self, variant: str, batch: int) -> int:
-        """Returns what `peak` returns in a process of its own."""
+    def _peak_elsewhere(self, variant: str, batch: int) -> Any:
+        """Returns what `peak` returns in a process of its own; None if that fails."""
         code = (
             "import sys; from tfmixed.bench import Case; s, p, b, v = sys.argv[1:]; print(Case(s, p, int(b)).peak(v))"
         )
         command = [sys.executable, "-c", code, self.spec, self.policy, str(batch), variant]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            raise RuntimeError(f"measuring memory of {self.name} at batch {batch} failed:\n{result.stderr[-2000:]}")
+            print(f"memory of {self.name} at batch {batch} not measured: {result.stderr[-500:]}", file=sys.stderr)
+            return None
         return int(result.stdout.split()[-1])
 
     def _fitted(self, case: networks.Case, steps: int, variant: str) -> tuple[float, float]:

@@ -11,7 +11,9 @@ from keras import ops
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def when(predicate: Any, then: Callable[[], Any], shape: Sequence[int] | None = None) -> Any:
+def when(
+    predicate: Any, then: Callable[[], Any], shape: Sequence[int] | None = None, variables: Sequence[Any] = ()
+) -> Any:
     """Returns `then()`, a float32 tensor of `shape`, where `predicate` holds, else zeros.
 
     `tf.cond` is lowered to a switch for each tensor and variable that a branch uses: with 200 variables and Adam that
@@ -21,12 +23,13 @@ def when(predicate: Any, then: Callable[[], Any], shape: Sequence[int] | None = 
         predicate: Boolean scalar.
         then: Takes nothing and may write variables.
         shape: None for a `then` that returns nothing.
+        variables: Those that `then` writes, where they may be on several devices: one operation stands on one.
     """
 
     def otherwise() -> Any:
         return None if shape is None else ops.zeros(shape, "float32")
 
-    if not _is_one_cpu_graph():
+    if not _is_one_cpu_graph() or len(devices(variables)) > 1:
         return ops.cond(predicate, then, otherwise)
     import tensorflow as tf
 
@@ -59,6 +62,11 @@ def as_it_is(function: _F) -> _F:
     import tensorflow as tf
 
     return tf.autograph.experimental.do_not_convert(function)  # type: ignore[no-any-return]  # it ships no types
+
+
+def devices(variables: Sequence[Any]) -> set[str]:
+    """Returns the TensorFlow devices of Keras variables."""
+    return {variable.value.device for variable in variables}
 
 
 def in_xla() -> bool:

@@ -140,6 +140,9 @@ def _load_keras() -> None:
 @contextlib.contextmanager
 def _without_greeting() -> Iterator[None]:
     """Drops what TensorFlow 2.21 logs at import before it reads TF_CPP_MIN_LOG_LEVEL, and passes on the rest."""
+    if sys.stderr is None:  # closed by whoever called
+        yield
+        return
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as held:

@@ -60,7 +60,7 @@ class Fuser:
             raise ValueError(f'fuse must be "auto", True or False, received {fuse!r}')
         self.fuse = fuse
         self.fusion = Fusion(False, "no step was taken yet")
-        self._functions: dict[tuple[int, ...], tuple[Any, str | None]] = {}
+        self._functions: dict[Any, tuple[Any, str | None]] = {}
 
     def fused(
         self,
@@ -85,26 +85,44 @@ class Fuser:
                 update(grads, variables, divisor)
 
         places = [] if self.fuse is False else self._places(inner, variables)
-        obstacle = self._why_none(variables) if not places else _obstacle(inner, grads, variables)
+        large = [place for place in places if grads[place] is not None]
+        obstacle = self._why_none(variables) if not large else _obstacle(inner, grads, variables)
         if obstacle:
             self._decided(obstacle)
             return plain
-        present = [place for place in places if grads[place] is not None]
-        key = tuple(indices[place] for place in present)
-        if key not in self._functions:
-            chosen = [variables[place] for place in places]
-            self._functions[key] = _compile(update, inner, [grads[place] for place in places], chosen)
-        function, refusal = self._functions[key]
-        self._decided(refusal, f"{len(places)} of {len(variables)} variables, the large ones")
-        rest = [place for place in range(len(variables)) if place not in places]
+        # Variables without a gradient go where others have one: an optimizer that is given none raises.
+        small = [place for place in range(len(variables)) if place not in places and grads[place] is not None]
+        missing = [place for place, each in enumerate(grads) if each is None]
+        large, small = (large, small + missing) if small else (large + missing, small)
+        function, refusal = self._compiled(update, inner, grads, variables, indices, large)
+        self._decided(refusal, f"{len(large)} of {len(variables)} variables, the large ones")
 
         def fused(grads: Sequence[Any], divisor: Any) -> None:
-            if rest:
+            if small:
                 with scalars_read_once(inner, variables, counts=False):
-                    update([grads[place] for place in rest], [variables[place] for place in rest], divisor)
-            function(divisor, *(grads[place] for place in present))
+                    update([grads[place] for place in small], [variables[place] for place in small], divisor)
+            function(divisor, *(grads[place] for place in large if grads[place] is not None))
 
         return plain if refusal else fused
+
+    def _compiled(
+        self,
+        update: Update,
+        inner: keras.optimizers.Optimizer,
+        grads: Sequence[Any],
+        variables: Sequence[Any],
+        indices: Sequence[int],
+        places: Sequence[int],
+    ) -> tuple[Any, str | None]:
+        # What a function reads of Python it keeps. Keras's own optimizers hold plain numbers, which are part of the
+        # key; what a user's own holds nobody knows: compiled anew with each trace.
+        key = tuple((indices[place], grads[place] is None) for place in places), _numbers_of(inner)
+        chosen = [grads[place] for place in places], [variables[place] for place in places]
+        if not _is_known(inner, variables):
+            return _compile(update, inner, *chosen)
+        if key not in self._functions:
+            self._functions[key] = _compile(update, inner, *chosen)
+        return self._functions[key]
 
     def _places(self, inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> list[int]:
         """Returns which variables are worth compiling: the large ones, or all where they depend on each other."""
@@ -112,7 +130,7 @@ class Fuser:
         everything = list(range(len(sizes)))
         if self.fuse is True:
             return everything
-        if type(inner) in _ADAMS and not inner.use_ema and inner.global_clipnorm is None:
+        if _reads_scalars(inner, variables) and not inner.use_ema and inner.global_clipnorm is None:
             return [place for place in everything if sizes[place] >= _WORTH_COMPILING]
         return everything if sum(sizes) >= _WORTH_COMPILING * len(sizes) else []
 
@@ -145,7 +163,7 @@ def scalars_read_once(
         variables: All that it may write.
         counts: Whether this is the step's last call of `apply`, the one that counts it.
     """
-    if type(inner) not in _ADAMS or _branches(inner) or not branching.is_single_tensorflow():
+    if not _reads_scalars(inner, variables):
         yield
         return
     frozen = [each for each in (inner.iterations, inner._learning_rate) if isinstance(each, keras.Variable)]
@@ -174,7 +192,7 @@ def _compile(
 
     function = tf.function(dense, jit_compile=True, autograph=False)
     # Keras's own code can be compiled, as the tests show; a user's may hold anything, and is asked beforehand.
-    if _is_of_keras([inner, inner._learning_rate, *(variable.constraint for variable in variables)]):
+    if _is_known(inner, variables):
         return function, None
     specs = [tf.TensorSpec(variables[place].shape, grads[place].dtype) for place in places]
     try:
@@ -185,13 +203,39 @@ def _compile(
     return function, None
 
 
+def _reads_scalars(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> bool:
+    """Returns whether `scalars_read_once` is of use, and nothing that `inner.apply` calls may write by Keras's ways."""
+    plain = not any(variable.constraint is not None for variable in variables) and _is_of_keras([inner._learning_rate])
+    return type(inner) in _ADAMS and plain and not _branches(inner) and branching.is_single_tensorflow()
+
+
+def _is_known(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> bool:
+    """Returns whether all that an update runs is Keras's own code."""
+    parts = (inner, *getattr(inner, "optimizers", ()))
+    return _is_of_keras([*parts, *(part._learning_rate for part in parts), *(each.constraint for each in variables)])
+
+
+def _numbers_of(inner: keras.optimizers.Optimizer) -> tuple[Any, ...]:
+    """Returns the hyperparameters that are no variables, and which objects stand for the others."""
+    parts = (inner, *getattr(inner, "optimizers", ()))
+    plain = (bool, int, float, str)
+    return tuple(
+        (
+            id(part),
+            id(part._learning_rate),
+            *((key, value) for key, value in vars(part).items() if type(value) in plain),
+        )
+        for part in parts
+    )
+
+
 def _branches(inner: keras.optimizers.Optimizer) -> bool:
     parts = (inner, *getattr(inner, "optimizers", ()))  # those of a MultiOptimizer
     return any(part.gradient_accumulation_steps or part.ema_overwrite_frequency for part in parts)
 
 
 def _is_of_keras(parts: Sequence[Any]) -> bool:
-    return all(type(part).__module__.startswith(("keras.", "builtins")) for part in parts)
+    return all(part is None or type(part).__module__.startswith("keras.") for part in parts)
 
 
 def _first_line(error: Exception) -> str:
@@ -210,9 +254,11 @@ def _obstacle(inner: keras.optimizers.Optimizer, grads: Sequence[Any], variables
         return "the whole step is compiled already"
     if type(inner) not in _ADAMS and any(map(gradients.is_sparse, grads)):
         return "a gradient is sparse (tf.IndexedSlices), and XLA would make all of it dense"
+    if tf.executing_eagerly() and not _is_known(inner, variables):
+        return "what a user's own code reads of Python may change between eager steps"
     if _branches(inner):
         return "the inner optimizer accumulates or averages by branching, and XLA copies what a branch writes"
-    devices = {each.value.device for each in (*variables, *inner.variables)}
+    devices = branching.devices((*variables, *inner.variables))
     if len(devices) > 1:
         return f"the variables are on several devices: {', '.join(sorted(devices))}"
     return _no_xla()

@@ -18,6 +18,8 @@ from tfmixed.formats import FLOAT32
 
 # From here on the reciprocal of a scale is subnormal, which kernels take for 0.
 _LARGEST_RECIPROCAL = 2.0**126
+# Below, values whose squares vanish in the sum may be large once they are unscaled.
+_LEAST_SURE = 2.0**-40
 
 
 class Verdict(NamedTuple):
@@ -90,6 +92,7 @@ class Judge(NamedTuple):
         others = _sum_of_squares([each for index, each in values.items() if index in self.raw])
         norm = ops.sqrt(scaled) / scale
         safe = ops.logical_and(norm <= self._limit(), ops.sqrt(others) <= self._limit())  # NaN compares False
+        safe = ops.logical_and(safe, scale >= _LEAST_SURE)
         count, places = len(self.dtypes), ops.equal(replica, ops.arange(self.replicas))
 
         def looked_at() -> Any:
@@ -124,7 +127,10 @@ class Judge(NamedTuple):
     def _is_bad(self, index: int, values: Any) -> Any:
         # In a float64 variable a gradient of float32 can still be no more than float32's largest.
         kinds = (self.dtypes[index], keras.backend.standardize_dtype(values.dtype))
-        good = ops.all(ops.abs(values) <= min(map(_largest, kinds)))  # NaN compares False
+        limit = min(map(_largest, kinds))
+        if self.squares or self.norms or self.summands > 1:
+            limit = min(limit, FLOAT32.max)  # how much to shrink float64 is reckoned in float32
+        good = ops.all(ops.abs(values) <= limit)  # NaN compares False
         return ops.cast(ops.logical_not(good), "float32")
 
     def _limit(self) -> float:

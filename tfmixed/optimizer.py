@@ -204,7 +204,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 on_each(lambda gradients: update(gradients, verdict.divisor))
 
             if self.rule.skip_nonfinite:
-                when(verdict.finite, apply)
+                when(verdict.finite, apply, variables=(*variables, *self.inner_optimizer.variables))
             else:
                 apply()
             self._state().advance(verdict)
