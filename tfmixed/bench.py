@@ -130,14 +130,18 @@ class Report:
     def _table(self, network: str) -> Table:
         rows = [row for row in self.rows if row.network == network]
         table = Table(
-            title=f"{network}, batch {rows[0].batch}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1)
+            title=f"{network}, batch {rows[0].batch}",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=0,
+            show_edge=False,
         )
         table.add_column("", no_wrap=True)
-        headings = ["ms / step", "min - max", "x float32", "x Keras", "1st step, s", "loss"]
+        headings = ["ms / step", "spread", "x f32", "x Keras", "1st step, s", "loss"]
         if self.memory:
             headings += ["peak MiB", f"batch in {self.memory / _GIB:g} GiB"]
         for heading in headings:
-            table.add_column(heading, justify="right", no_wrap=heading == "min - max")
+            table.add_column(heading, justify="right", min_width=7)
         for row in rows:
             table.add_row(row.variant, *list(self._numbers(row))[: len(headings)])
         return table
