@@ -39,10 +39,10 @@ def epoch(model: keras.Model, steps: int, callbacks: list[keras.callbacks.Callba
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each (default: %(default)s)")
     rounds = parser.parse_args().rounds
     table = Table("width", "ms a step, off", "on", "on / off", title="LossScaleLogger(verbose=0)")
-    for width, steps in ((64, 400), (512, 100), (2048, 20)):
+    for width, steps in ((64, 1500), (512, 300), (2048, 60)):
         layers = [keras.layers.Dense(width, activation="relu") for _ in range(4)]
         model = keras.Sequential([keras.Input((width,)), *layers, keras.layers.Dense(1)])
         model.compile(tfmixed.LossScaleOptimizer("adam"), loss="mse")
