@@ -93,6 +93,8 @@ class Judge(NamedTuple):
         norm = ops.sqrt(scaled) / scale
         safe = ops.logical_and(norm <= self._limit(), ops.sqrt(others) <= self._limit())  # NaN compares False
         safe = ops.logical_and(safe, scale >= _LEAST_SURE)
+        # Said on its own: a compiler may compare squares instead of roots, and the square of the limit is inf.
+        safe = ops.logical_and(safe, ops.isfinite(scaled + others))
         count, places = len(self.dtypes), ops.equal(replica, ops.arange(self.replicas))
 
         def looked_at() -> Any:
@@ -140,7 +142,8 @@ class Judge(NamedTuple):
     def _peak_limit(self) -> float:
         """Returns the largest value that the inner optimizer can be given."""
         together = math.sqrt(FLOAT32.max / self.elements) * 0.99 if self.norms else FLOAT32.max
-        return min(self._value_limit(), together) / self.summands
+        # Rounding must not carry a sum of several over the edge.
+        return min(self._value_limit(), together) * (0.99 if self.summands > 1 else 1.0) / self.summands
 
     def _value_limit(self) -> float:
         largest = min(map(_largest, self.dtypes))
