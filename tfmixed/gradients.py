@@ -142,8 +142,9 @@ class Judge(NamedTuple):
     def _peak_limit(self) -> float:
         """Returns the largest value that the inner optimizer can be given."""
         together = math.sqrt(FLOAT32.max / self.elements) * 0.99 if self.norms else FLOAT32.max
-        # Rounding must not carry a sum of several over the edge.
-        return min(self._value_limit(), together) * (0.99 if self.summands > 1 else 1.0) / self.summands
+        limit = min(self._value_limit(), together)
+        # Below where rounding carries a sum over the edge, and where the reciprocal that XLA divides by is subnormal.
+        return limit if self.summands == 1 else min(0.99 * limit / self.summands, 2.0**125)
 
     def _value_limit(self) -> float:
         largest = min(map(_largest, self.dtypes))
