@@ -171,9 +171,9 @@ def scalars_read_once(
     with keras.StatelessScope(state_mapping=mapping) as scope:
         yield
     # What was written by tf.Variable's own methods is written; what went through Keras's, the scope has held back.
+    held = [inner._learning_rate] if counts else [inner._learning_rate, inner.iterations]
     for variable in (*inner.variables, *variables):
         value = scope.get_current_value(variable)
-        held = (inner._learning_rate,) if counts else (inner._learning_rate, inner.iterations)
         if value is not None and not any(variable is each for each in held):
             variable.assign(value)
 
@@ -211,13 +211,12 @@ def _reads_scalars(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) 
 
 def _is_known(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> bool:
     """Returns whether all that an update runs is Keras's own code."""
-    parts = (inner, *getattr(inner, "optimizers", ()))
+    parts = _parts(inner)
     return _is_of_keras([*parts, *(part._learning_rate for part in parts), *(each.constraint for each in variables)])
 
 
 def _numbers_of(inner: keras.optimizers.Optimizer) -> tuple[Any, ...]:
     """Returns the hyperparameters that are no variables, and which objects stand for the others."""
-    parts = (inner, *getattr(inner, "optimizers", ()))
     plain = (bool, int, float, str)
     return tuple(
         (
@@ -225,13 +224,17 @@ def _numbers_of(inner: keras.optimizers.Optimizer) -> tuple[Any, ...]:
             id(part._learning_rate),
             *((key, value) for key, value in vars(part).items() if type(value) in plain),
         )
-        for part in parts
+        for part in _parts(inner)
     )
 
 
 def _branches(inner: keras.optimizers.Optimizer) -> bool:
-    parts = (inner, *getattr(inner, "optimizers", ()))  # those of a MultiOptimizer
-    return any(part.gradient_accumulation_steps or part.ema_overwrite_frequency for part in parts)
+    return any(part.gradient_accumulation_steps or part.ema_overwrite_frequency for part in _parts(inner))
+
+
+def _parts(inner: keras.optimizers.Optimizer) -> tuple[keras.optimizers.Optimizer, ...]:
+    """Returns the optimizer and, if it is a `MultiOptimizer`, those that it hands variables to."""
+    return (inner, *getattr(inner, "optimizers", ()))
 
 
 def _is_of_keras(parts: Sequence[Any]) -> bool:

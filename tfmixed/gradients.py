@@ -193,7 +193,14 @@ def _cast(value: Any) -> Any:
 
 
 def _sum_of_squares(values: Sequence[Any]) -> Any:
-    return _total([_square(each) for each in values])
+    numbers = [_square(each) for each in values]
+    if not numbers:
+        return ops.zeros(())
+    if keras.backend.backend() != "tensorflow":
+        return ops.sum(ops.stack(numbers))
+    import tensorflow as tf
+
+    return tf.add_n(numbers)
 
 
 def _square(values: Any) -> Any:
@@ -208,13 +215,3 @@ def _square(values: Any) -> Any:
 def _peak(values: Any) -> Any:
     peaks = ops.stack([_cast(ops.max(ops.abs(each), initial=0)) for each in values])
     return ops.minimum(ops.max(peaks), FLOAT32.max)
-
-
-def _total(numbers: Sequence[Any]) -> Any:
-    if not numbers:
-        return ops.zeros(())
-    if keras.backend.backend() != "tensorflow":
-        return ops.sum(ops.stack(numbers))
-    import tensorflow as tf
-
-    return tf.add_n(numbers)
