@@ -13,7 +13,7 @@ PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records"],
     1: ["scaling", "plotting", "branching"],
-    2: ["hardware", "gradients", "events", "distribute", "models", "switches", "networks"],
+    2: ["hardware", "gradients", "events", "distribute", "models", "switches", "networks", "memory"],
     3: ["arguments", "policy", "layers", "state", "fused", "measuring", "widths"],
     4: ["optimizer"],
     5: ["callbacks", "doctor"],

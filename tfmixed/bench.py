@@ -14,18 +14,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy
-import psutil
 from rich import box
 from rich.console import Console, Group
 from rich.progress import Progress
 from rich.table import Table
 
 from tfmixed import hardware, networks
+from tfmixed import memory as memory_of
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import UsageError
 from tfmixed.models import function_of
@@ -303,10 +302,10 @@ class Case:
 
     def peak(self, variant: str) -> int:
         """Returns the bytes at the peak of a few steps, above what the process holds now. Once a process."""
-        before = _used(at_peak=False)
+        before = memory_of.used(at_peak=False)
         case = self.made(variant)
         self._fitted(case, 3, variant)
-        return _used(at_peak=True) - before
+        return memory_of.used(at_peak=True) - before
 
     def _peak_elsewhere(self, variant: str, batch: int) -> Any:
         """Returns what `peak` returns in a process of its own; None if that fails."""
@@ -354,42 +353,6 @@ def _repeated(values: Any, count: int) -> Any:
 
 def _rotated(items: list[str], by: int) -> list[str]:
     return items[by % len(items) :] + items[: by % len(items)]
-
-
-def _used(at_peak: bool) -> int:
-    """Returns the bytes in use on the device that trains: an accelerator's own, or this process's."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow
-
-        if tensorflow.config.list_logical_devices("GPU"):
-            info = tensorflow.config.experimental.get_memory_info("GPU:0")
-            return int(info["peak" if at_peak else "current"])
-    elif backend == "torch":
-        import torch
-
-        if torch.cuda.is_available():
-            return int(torch.cuda.max_memory_allocated() if at_peak else torch.cuda.memory_allocated())
-    elif backend == "jax":
-        import jax
-
-        stats = jax.local_devices()[0].memory_stats()
-        if stats:
-            return int(stats["peak_bytes_in_use" if at_peak else "bytes_in_use"])
-    return _peak_of_process() if at_peak else int(psutil.Process().memory_info().rss)
-
-
-def _peak_of_process() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: on Linux its peak is that of the parent too, if that was larger.
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _versions() -> dict[str, str]:

@@ -36,11 +36,7 @@ def cnn(samples: int = 256, side: int = 32, channels: int = 128, depth: int = 4,
             layers.BatchNormalization(),
             layers.ReLU(),
         ]
-    model = keras.Sequential(
-        [keras.Input((side, side, 3)), *blocks, layers.GlobalAveragePooling2D(), *_classifier(classes)]
-    )
-    x, y = _images(samples, side, 3, classes)
-    return _compiled(model), x, y
+    return _image_classifier(blocks, samples, side, classes)
 
 
 def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: int = 6, classes: int = 16) -> Case:
@@ -52,11 +48,7 @@ def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: in
             layers.LayerNormalization(),
             layers.ReLU(),
         ]
-    model = keras.Sequential(
-        [keras.Input((side, side, 3)), *blocks, layers.GlobalAveragePooling2D(), *_classifier(classes)]
-    )
-    x, y = _images(samples, side, 3, classes)
-    return _compiled(model), x, y
+    return _image_classifier(blocks, samples, side, classes)
 
 
 def transformer(
@@ -94,11 +86,15 @@ def _classes_of(x: Any, classes: int) -> Any:
     return (x @ _random().normal(size=(x.shape[-1], classes))).argmax(axis=-1)
 
 
-def _images(samples: int, side: int, channels: int, classes: int) -> tuple[Any, Any]:
+def _image_classifier(blocks: list[Any], samples: int, side: int, classes: int) -> Case:
+    """Returns a network of these blocks, with images that are a pattern of their class each, and noise."""
+    model = keras.Sequential(
+        [keras.Input((side, side, 3)), *blocks, layers.GlobalAveragePooling2D(), *_classifier(classes)]
+    )
     random = _random()
     y = random.integers(classes, size=samples)
-    patterns = random.normal(size=(classes, side, side, channels))
-    return (patterns[y] + random.normal(size=(samples, side, side, channels))).astype("float32"), y
+    patterns = random.normal(size=(classes, side, side, 3))
+    return _compiled(model), (patterns[y] + random.normal(size=(samples, side, side, 3))).astype("float32"), y
 
 
 def _compiled(model: keras.Model) -> keras.Model:
