@@ -1,0 +1,266 @@
+"""What in a model's forward and backward pass is unsafe in half precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+from keras import tree
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tfmixed import comparison, hardware, hazards, inspection, tracing
+from tfmixed.comparison import Difference
+from tfmixed.hazards import HALF, SEVERITIES, Context, Hazard, Severity
+from tfmixed.tracing import Node, Step, Trace
+
+_COLORS = {"severe": "bold red", "warning": "yellow", "note": "dim"}
+_MEANINGS = {
+    "severe": "wrong for values that are usual",
+    "warning": "wrong for values that occur",
+    "note": "less precise, or slower",
+}
+_VALUES = ("overflow", "underflow", "wrong values", "gradient overflow", "gradient underflow")
+_OURS = f"{Path(__file__).parent}{os.sep}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is unsafe in half precision.
+
+    Args:
+        layer: Path of the layer in whose own code it stands; `"loss"` for what stands in none.
+        op: What it does: `"sum"`, `"softmax"`, `"constant"`, ...
+        dtype: The format that it runs in.
+        risk: What goes wrong, and from which number on.
+        advice: What to do.
+        severity: `"severe"`, `"warning"` or `"note"`.
+        length: Terms of a reduction, as far as they are known.
+        source: File and line of a user's own code, if it stands there.
+        count: How often it occurs in that layer.
+    """
+
+    layer: str
+    op: str
+    dtype: str
+    risk: str
+    advice: str
+    severity: Severity
+    length: int | None = None
+    source: str | None = None
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The findings of `audit`, the gravest first. Prints as a table.
+
+    Args:
+        model: The model's name.
+        dtypes: The formats that its layers compute in, and how many layers do.
+        findings: What was found.
+        ran: Did inputs run through it, against float32?
+
+    Example:
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="mixed_float16")])
+    >>> [(finding.severity, finding.op) for finding in audit(model)]
+    [('warning', 'output')]
+    """
+
+    model: str
+    dtypes: dict[str, int]
+    findings: tuple[Finding, ...]
+    ran: bool = False
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.findings)
+
+    def __len__(self) -> int:
+        return len(self.findings)
+
+    def of(self, severity: Severity) -> list[Finding]:
+        """Returns the findings of one severity."""
+        return [finding for finding in self.findings if finding.severity == severity]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """Returns `as_dict` as JSON."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def __rich__(self) -> RenderableType:
+        layers = ", ".join(f"{count} in {dtype}" for dtype, count in self.dtypes.items())
+        title = Text(f"{self.model}: {sum(self.dtypes.values())} layers, {layers}")
+        if not any(dtype in HALF for dtype in self.dtypes):
+            return Group(title, Text("Nothing computes in half precision: there is nothing to audit."))
+        return Group(title, *self._parts())
+
+    def _parts(self) -> Iterator[RenderableType]:
+        for severity in SEVERITIES:
+            if found := self.of(severity):
+                yield Text(f"\n{severity}: {_MEANINGS[severity]}", style=_COLORS[severity])
+                yield _table(found)
+        counts = ", ".join(f"{len(self.of(severity))} {severity}" for severity in SEVERITIES)
+        yield Text(f"\n{counts}" if self.findings else "\nNothing found that is unsafe in half precision.")
+        if self.of("severe"):
+            yield Text("tfmixed.force_float32(model) makes the sensitive parts compute in float32.")
+
+
+def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
+    """Reads what a model's training step computes in half precision, and tells what can go wrong.
+
+    The step is traced forward and backward, so that `keras.ops`, `tf.*` and custom layers are seen alike; the loss is
+    that of `compile`. Nothing in the model changes.
+
+    Args:
+        model: A built model.
+        inputs: A batch, as the model takes it. It is run once in the model's precision and once in float32, and what
+            overflowed, vanished or came out wrong is reported where it first did. None only reads.
+        targets: The batch's targets. None leaves the loss out of the run.
+
+    Returns:
+        The findings, the gravest first.
+
+    Raises:
+        ValueError: `model` is no built Keras model, or it does not tell the shape of its inputs and none are given.
+        NotImplementedError: Keras runs on another backend than TensorFlow, whose graphs this reads.
+
+    Example:
+    >>> layer = keras.layers.Lambda(lambda x: ops.sum(x, axis=-1, keepdims=True), dtype="mixed_float16")
+    >>> model = keras.Sequential([keras.Input((12_544,)), layer, keras.layers.Dense(1, dtype="float32")])
+    >>> audit(model).findings[0].risk
+    'sum over 12,544 terms: overflows above a mean of 5.2'
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise NotImplementedError(f"audit reads TensorFlow's graphs. Received: backend {keras.backend.backend()!r}")
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(f"model must be a built Keras model, received {model!r:.80}: call it on data first")
+    given = _tensors(inputs), _tensors(targets)
+    step = _traceable(model, *given)
+    half = step.trace()
+    with tracing.in_float32(model):
+        full = step.trace()
+    context = Context(half, hardware.describe().main.kind == "cpu")
+    found = [*_of_operations(half, context), *inspection.constants(half, full), *inspection.casts(half, context)]
+    found += [*inspection.outputs(half), *inspection.variables(model), *inspection.speed(model, half, context)]
+    if inputs is not None:
+        found += [(None, each.layer, _of_values(each)) for each in comparison.differences(Step(model, *given))]
+    dtypes = [layer.compute_dtype for layer in model._flatten_layers(include_self=False, recursive=True)]
+    counts = {dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))}
+    return Audit(model.name, counts, tuple(_merged(found)), inputs is not None)
+
+
+_Found = tuple[Node | None, keras.Operation | None, Hazard]
+
+
+def _tensors(structure: Any) -> Any:
+    return None if structure is None else tree.map_structure(keras.ops.convert_to_tensor, structure)
+
+
+def _traceable(model: keras.Model, inputs: Any, targets: Any) -> Step:
+    """Returns a step of shapes and dtypes; those of the targets are made up if none are given."""
+    specs = tracing.specs_of(model) if inputs is None else tracing.specs_from(inputs)
+    if targets is not None:
+        return Step(model, specs, tracing.specs_from(targets))
+    symbols = tree.map_structure(lambda spec: keras.KerasTensor(spec.shape, spec.dtype.name), specs)
+    return Step(model, specs, tracing.targets_for(model, model.compute_output_spec(symbols)))
+
+
+def _of_operations(trace: Trace, context: Context) -> Iterator[_Found]:
+    for node in trace.nodes:
+        if (hazard := hazards.find(node, context)) is not None:
+            yield node, node.layer, hazard
+
+
+def _of_values(each: Difference) -> Hazard:
+    if each.backward:
+        return _of_gradient(each)
+    full, size = each.full, each.half.size
+    if each.overflowed:
+        risk = (
+            f"{each.overflowed:,} of {size:,} values overflowed: in float32 they reach {full.largest:.3g} ({each.op})"
+        )
+        return Hazard("overflow", each.dtype, "severe", risk)
+    if each.vanished > 0.05:
+        risk = f"{each.vanished:.0%} of the values became 0: in float32 their mean is {full.mean:.2g} ({each.op})"
+        return Hazard("underflow", each.dtype, "severe" if each.vanished > 0.5 else "warning", risk)
+    risk = f"off by {each.deviation:.0%}: the mean is {each.half.mean:.3g}, in float32 {full.mean:.3g} ({each.op})"
+    return Hazard("wrong values", each.dtype, "severe" if each.deviation > 0.1 else "warning", risk)
+
+
+def _of_gradient(each: Difference) -> Hazard:
+    if each.overflowed:
+        risk = f"the gradient of {each.op} overflowed: in float32 it reaches {each.full.largest:.3g}"
+        return Hazard("gradient overflow", each.dtype, "warning", risk, "a smaller loss scale")
+    risk = f"{each.vanished:.0%} of the gradient of {each.op} became 0: in float32 its mean is {each.full.mean:.2g}"
+    return Hazard("gradient underflow", each.dtype, "warning", risk, "a larger loss scale")
+
+
+def _merged(found: list[_Found]) -> list[Finding]:
+    """Makes one finding of what a layer does more than once, of its gravest occurrence, and sorts."""
+    groups: dict[tuple[str, ...], list[_Found]] = {}
+    for node, layer, hazard in found:
+        path = hazard.risk if layer is None and hazard.op.startswith("gradient") else _path(layer)
+        groups.setdefault((path, hazard.op, hazard.dtype, hazard.advice), []).append((node, layer, hazard))
+    findings = []
+    for (path, *_), group in groups.items():
+        node, layer, hazard = min(group, key=lambda each: (SEVERITIES.index(each[2].severity), -(each[2].length or 0)))
+        findings.append(Finding(path, source=_source(node, layer), count=len(group), **dataclasses.asdict(hazard)))
+    # An output that a softmax before it makes wrong needs no finding of its own.
+    made = {finding.layer for finding in findings if finding.op == "softmax" and finding.severity != "note"}
+    kept = [finding for finding in findings if finding.op != "output" or finding.layer not in made]
+    return sorted(kept, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def _path(layer: keras.Operation | None) -> str:
+    return "loss" if layer is None else getattr(layer, "path", None) or layer.name
+
+
+def _source(node: Node | None, layer: keras.Operation | None) -> str | None:
+    """Returns where the user wrote the operation; None for what stands in a layer of Keras."""
+    if node is None or node.backward or type(layer).__module__.startswith(("keras.", "tfmixed.")):
+        return None
+    # Beyond our own frames, the last of which calls the layer, begins what the layer does.
+    frames = list(itertools.takewhile(lambda frame: not frame.filename.startswith(_OURS), reversed(node.op.traceback)))
+    own = [frame for frame in frames if not frame.filename.startswith(_libraries())]
+    return f"{Path(own[0].filename).name}:{own[0].lineno}" if own else None
+
+
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    specs = map(importlib.util.find_spec, ("keras", "tensorflow", "numpy"))
+    folders = [folder for spec in specs if spec for folder in spec.submodule_search_locations or ()]
+    return (*(f"{folder}{os.sep}" for folder in folders), "<")
+
+
+def _table(findings: list[Finding]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("layer", "what", "risk", "advice"):
+        table.add_column(name, overflow="fold")
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in findings:
+        risk = "" if finding.op in _VALUES else finding.risk  # each has its own numbers: the first stands for all
+        groups.setdefault((finding.op, finding.dtype, risk, finding.advice), []).append(finding)
+    for (op, dtype, _, advice), group in groups.items():
+        first, others = group[0], len(group) - 1
+        layer = first.layer + (f" ({first.source})" if first.source else "") + (f" and {others} more" if others else "")
+        table.add_row(*map(Text, (layer, f"{op}, {dtype}", first.risk, advice)))
+    return table

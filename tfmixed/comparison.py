@@ -1,0 +1,209 @@
+"""What a step's values became in half precision, tensor by tensor, against the same step in float32."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+from keras import tree
+
+from tfmixed.bounds import MOVES
+from tfmixed.tracing import Step, ancestors, in_float32, layer_of, scoped
+
+_HALF = ("float16", "bfloat16")
+
+
+class Values(NamedTuple):
+    """What is known of the values of one tensor.
+
+    Args:
+        bad: How many are infinite or NaN.
+        zeros: How many are 0.
+        largest: The largest magnitude of the finite ones.
+        mean: Their mean magnitude.
+        size: How many there are.
+    """
+
+    bad: int
+    zeros: int
+    largest: float
+    mean: float
+    size: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor that came out otherwise in half precision though all that it was computed from had not.
+
+    Args:
+        layer: In whose call it was computed.
+        op: The type of its `tf.Operation`; for the gradient of a variable, that one's path.
+        dtype: The half-precision format.
+        half: Its values in half precision.
+        full: Those in float32.
+        backward: Is it a gradient?
+    """
+
+    layer: keras.Operation | None
+    op: str
+    dtype: str
+    half: Values
+    full: Values
+    backward: bool = False
+
+    @property
+    def overflowed(self) -> int:
+        """Values that are infinite or NaN, and finite in float32."""
+        return max(0, self.half.bad - self.full.bad)
+
+    @property
+    def vanished(self) -> float:
+        """The share of values other than 0 that became 0."""
+        nonzero = self.full.size - self.full.zeros
+        return max(0, self.half.zeros - self.full.zeros) / nonzero if nonzero else 0.0
+
+    @property
+    def deviation(self) -> float:
+        """How far the mean magnitude is off, relative to float32's."""
+        return abs(self.half.mean / self.full.mean - 1) if self.full.mean else 0.0
+
+    @property
+    def parted(self) -> bool:
+        """Whether it is wrong, and not merely rounded."""
+        return self.overflowed > 0 or self.vanished > 0.05 or self.deviation > 0.02
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    op: str
+    dtype: str
+    layer: keras.Operation | None
+    inputs: tuple[str, ...]
+    values: Values
+
+
+def differences(step: Step) -> Iterator[Difference]:
+    """Runs a step in the model's own precision and in float32, and yields where the two part.
+
+    It is a training step, with the optimizer's loss scale; layers that draw random numbers run as in inference. The
+    model is left as it was. Tensors are matched by the names of their operations; what the float32 step does not have
+    is left out.
+    """
+    with scoped(step.model) as layers, _quiet(layers), _restored(step.model):
+        half, half_gradients = _run(step, layers)
+        with in_float32(step.model):
+            full, full_gradients = _run(step, layers)
+    found = dict(_forward(half, full))
+    parted = {name for name, each in found.items() if each.parted}
+    for name in parted:
+        # Constants that half precision does not hold are a finding of their own, and some are other ones on purpose.
+        constant = any(half[each].op == "Const" for each in half[name].inputs if each in parted)
+        if half[name].op != "Const" and (found[name].overflowed if constant else parted.isdisjoint(half[name].inputs)):
+            yield found[name]
+    for path, values in half_gradients.items():
+        each = Difference(None, path, _dtype(half), values, full_gradients[path], backward=True)
+        if each.overflowed or each.vanished > 0.5:
+            yield each
+
+
+def _forward(half: dict[str, _Tensor], full: dict[str, _Tensor]) -> Iterator[tuple[str, Difference]]:
+    for name, tensor in half.items():
+        if tensor.dtype in _HALF:
+            # A cast to half precision has no counterpart but what it casts.
+            other = half.get(tensor.inputs[0]) if tensor.op == "Cast" else full.get(name)
+            if other is not None and other.values.size == tensor.values.size:
+                yield name, Difference(tensor.layer, tensor.op, tensor.dtype, tensor.values, other.values)
+
+
+def _dtype(tensors: dict[str, _Tensor]) -> str:
+    return next((tensor.dtype for tensor in tensors.values() if tensor.dtype in _HALF), "float32")
+
+
+def _run(step: Step, layers: Sequence[keras.Operation]) -> tuple[dict[str, _Tensor], dict[str, Values]]:
+    import tensorflow as tf
+
+    ops: list[Any] = []
+    paths: list[str] = []
+
+    def run(inputs: Any, targets: Any) -> tuple[list[Any], list[Any]]:
+        outputs, loss, gradients = step.run(inputs, targets, training=True)
+        needed = ancestors([*tree.flatten(outputs), loss])
+        ops[:] = [op for op in tf.compat.v1.get_default_graph().get_operations() if op in needed and _counts(op)]
+        paths[:] = gradients
+        return [_summary(op.outputs[0]) for op in ops], [_summary(gradient) for gradient in gradients.values()]
+
+    forward, backward = tf.function(run, autograph=False)(step.inputs, step.targets)
+    tensors = {
+        op.name: _Tensor(
+            op.type, op.outputs[0].dtype.name, layer_of(op.name, layers), tuple(_named_inputs(op)), _values(summary)
+        )
+        for op, summary in zip(ops, forward, strict=True)
+    }
+    return tensors, {path: _values(summary) for path, summary in zip(paths, backward, strict=True)}
+
+
+def _counts(op: Any) -> bool:
+    values = op.type not in MOVES - {"Cast"}
+    return values and len(op.outputs) > 0 and op.outputs[0].dtype.is_floating
+
+
+def _named_inputs(op: Any) -> Iterator[str]:
+    for tensor in op.inputs:
+        while tensor.op.type in MOVES and tensor.op.type != "Cast":
+            tensor = tensor.op.inputs[0]
+        yield tensor.op.name
+
+
+def _summary(tensor: Any) -> Any:
+    import tensorflow as tf
+
+    values = tf.abs(tf.cast(tensor, "float32"))
+    finite = tf.math.is_finite(values)
+    known = tf.where(finite, values, 0.0)
+    count = tf.maximum(tf.math.count_nonzero(finite, dtype="float32"), 1.0)
+    size = tf.cast(tf.size(values), "float32")
+    bad, zeros = size - count, tf.math.count_nonzero(tf.equal(values, 0.0), dtype="float32")
+    return tf.stack([bad, zeros, tf.reduce_max(known), tf.reduce_sum(known) / count, size])
+
+
+def _values(summary: Any) -> Values:
+    bad, zeros, largest, mean, size = summary.numpy().tolist()
+    return Values(int(bad), int(zeros), largest, mean, int(size))
+
+
+@contextlib.contextmanager
+def _quiet(layers: Sequence[keras.Operation]) -> Iterator[None]:
+    """Lets layers that draw random numbers, which half precision draws otherwise, run as in inference."""
+    calls = {layer: layer.call for layer in layers if _draws(layer)}
+    for layer, call in calls.items():
+        vars(layer)["call"] = functools.partial(_in_inference, call)
+    try:
+        yield
+    finally:
+        for layer, call in calls.items():
+            vars(layer)["call"] = call
+
+
+def _in_inference(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **{**kwargs, "training": False})
+
+
+def _draws(layer: keras.Operation) -> bool:
+    return hasattr(layer, "seed_generator") and "training" in inspect.signature(layer.call).parameters
+
+
+@contextlib.contextmanager
+def _restored(model: keras.Model) -> Iterator[None]:
+    """Gives back what a step may change even in inference, such as the states of random generators."""
+    variables = [*model.non_trainable_variables, *model.metrics_variables]
+    before = [variable.numpy() for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)

@@ -1,0 +1,159 @@
+"""What a trace tells beyond single operations: constants, casts, outputs, variables, widths and float32 remainders."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import ml_dtypes
+import numpy
+
+from tfmixed import bounds, widths
+from tfmixed.formats import FORMATS
+from tfmixed.hazards import HALF, Context, Hazard
+from tfmixed.tracing import Node, Trace
+
+# NVIDIA's guide: tensor cores take float16 and bfloat16 in multiples of 8.
+_MULTIPLE = 8
+# Layers with a smaller share of a model's multiplications are not worth a word about speed.
+_SHARE = 0.01
+_PRODUCTS = ("MatMul", "BatchMatMulV2", "Conv2D", "Conv3D", "Einsum")
+_INTEGERS = ("int16", "int32", "int64", "uint16", "uint32", "uint64")
+# Between the last layer and the model's output.
+_AT_THE_END = frozenset(["BiasAdd", "AddV2", "Add", "Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Relu", "Mul"])
+
+_CLIPS = frozenset(["Minimum", "Maximum", "ClipByValue"])
+_COMPARISONS = frozenset(["Greater", "Less", "GreaterEqual", "LessEqual", "Equal", "NotEqual", "Cast"])
+
+Found = Iterator[tuple[Node | None, keras.Operation | None, Hazard]]
+
+
+def constants(half: Trace, full: Trace) -> Found:
+    """Yields constants that half precision turned into 0 or infinity, by the same constants of the float32 trace."""
+    originals = {node.op.name: node.op.outputs[0] for node in full.nodes if node.op.type == "Const"}
+    context = Context(half)
+    for node in half.nodes:
+        if node.op.type == "Const" and not node.backward and node.op.name in originals:
+            users = list(context.users(node.op))
+            cast = [each.outputs[0].dtype.name for each in users if each.type == "Cast"]
+            dtype = next((each for each in [node.op.outputs[0].dtype.name, *cast] if each in HALF), None)
+            before, after = (bounds.value(each) for each in (originals[node.op.name], node.op.outputs[0]))
+            hazard = _constant(before, after, dtype, {each.type for each in users}) if dtype else None
+            if hazard:
+                yield node, node.layer, hazard
+
+
+def _constant(before: Any, after: Any, dtype: str, users: set[str]) -> Hazard | None:
+    if before is None or after is None or before.shape != after.shape or before.dtype.kind != "f":
+        return None
+    with numpy.errstate(over="ignore"):
+        held = after.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype("float32")
+    if (infinite := numpy.isinf(held) & numpy.isfinite(before)).any() and not users & _CLIPS:
+        advice = "use a number that it holds, such as -3e4 for a mask, or compute in float32"
+        risk = f"{before[infinite].flat[0]:g} is infinite in {dtype}"
+        return Hazard("constant", dtype, "severe", risk, advice)
+    if (vanished := (held == 0) & (before != 0)).any() and not users <= _COMPARISONS:
+        advice = f"use {FORMATS[dtype].smallest_normal:.0e} or more, or compute in float32"
+        risk = f"{before[vanished].flat[0]:g} is 0 in {dtype}: it protects nothing"
+        return Hazard("constant", dtype, "severe", risk, advice)
+    return None
+
+
+def casts(trace: Trace, context: Context) -> Found:
+    """Yields integers and targets that are cast to half precision."""
+    targets = {id(tensor.op) for tensor in trace.targets}
+    for node in trace.nodes:
+        op = node.op
+        if op.type != "Cast" or node.backward or (dtype := op.outputs[0].dtype.name) not in HALF:
+            continue
+        given = op.inputs[0].op
+        integers = op.inputs[0] if given.type != "Cast" else given.inputs[0]
+        exact = 2 / FORMATS[dtype].epsilon
+        if id(bounds.source(op.inputs[0])) in targets:
+            risk = f"targets are cast to {dtype}: rounded to {round(1 + math.log2(exact)) - 1} bits"
+            yield node, node.layer, Hazard("cast", dtype, "warning", risk, "cast the predictions to float32 instead")
+        elif integers.dtype.name in _INTEGERS and context.bounds(integers).magnitude > exact:
+            ids = any(each.type == "Placeholder" for each in bounds.sources(integers, frozenset(["AddV2", "Mul"])))
+            risk = f"integers are cast to {dtype}, which rounds those above {exact:,.0f}"
+            advice = "keep them integers, or cast them to float32"
+            yield node, node.layer, Hazard("cast", dtype, "severe" if ids else "warning", risk, advice)
+
+
+def outputs(trace: Trace) -> Found:
+    """Yields outputs of the model that are in half precision."""
+    nodes = {id(node.op): node for node in trace.nodes}
+    for tensor in {id(each.op): each for each in trace.outputs}.values():
+        dtype, node = tensor.dtype.name, nodes.get(id(tensor.op))
+        if dtype in HALF:
+            digits = "3 digits and 65,504 at most" if dtype == "float16" else "2 digits"
+            risk = f"the model's output is {dtype}: losses and metrics get {digits}"
+            advice = "make the last layer's output float32: force_float32(model), or dtype='float32' for its activation"
+            yield node, node.layer if node else None, Hazard("output", dtype, "warning", risk, advice)
+
+
+def variables(model: keras.Model) -> Found:
+    """Yields layers whose variables are in half precision."""
+    for layer in model._flatten_layers(include_self=True, recursive=True):
+        own = {id(variable): variable for variable in layer._trainable_variables}.values()
+        for dtype, count in Counter(variable.dtype for variable in own).items():
+            if dtype in HALF:
+                risk = (
+                    f"{count} variables in {dtype}: updates below {FORMATS[dtype].epsilon / 2:.1g} of a weight are lost"
+                )
+                yield None, layer, Hazard("variables", dtype, "severe", risk, f"use the policy 'mixed_{dtype}'")
+
+
+def speed(model: keras.Model, trace: Trace, context: Context) -> Found:
+    """Yields layers with a share of the multiplications that half precision or its hardware does not speed up."""
+    work: Counter[int] = Counter()
+    slow: dict[int, tuple[Node, int]] = {}
+    layers: dict[int, keras.Operation] = {}
+    for node in trace.nodes:
+        if node.op.type in _PRODUCTS and not node.backward and node.layer is not None:
+            number = _multiplications(node.op)
+            work[id(node.layer)] += number
+            layers[id(node.layer)] = node.layer
+            if node.op.inputs[0].dtype.name == "float32" and not _is_last(node.op, context):
+                slow[id(node.layer)] = (node, number)
+    total = sum(work.values())
+    if not any(node.op.type in _PRODUCTS and node.op.inputs[0].dtype.name in HALF for node in trace.nodes):
+        return
+    for node, number in slow.values():
+        if number > _SHARE * total:
+            risk = f"computes in float32: {number / total:.0%} of the model's multiplications"
+            yield node, node.layer, Hazard("matrix product", "float32", "note", risk, "give it the model's policy")
+    odd: dict[str, list[str]] = {}
+    for width in widths.odd_widths(model, _MULTIPLE):
+        if width.name != "inputs":
+            odd.setdefault(width.layer, []).append(f"{width.name} {width.width} (use {width.better})")
+    for key, layer in layers.items():
+        if (found := odd.get(getattr(layer, "path", ""))) and work[key] > _SHARE * total:
+            dtype = layer.compute_dtype
+            risk = f"no multiple of {_MULTIPLE}: {', '.join(found)}; matrix units pad with zeros"
+            yield None, layer, Hazard("width", dtype, "note", risk, "choose a multiple where the data allows it")
+
+
+def _multiplications(op: Any) -> int:
+    """Counts those of a product or convolution, with unknown sizes as 1."""
+    shapes = [[size or 1 for size in tensor.shape] for tensor in op.inputs[:2] if tensor.shape.rank is not None]
+    made = [size or 1 for size in op.outputs[0].shape] if op.outputs[0].shape.rank is not None else []
+    if len(shapes) < 2:
+        return 0
+    if op.type.startswith("Conv"):
+        return math.prod(made) * math.prod(shapes[1][:-1])
+    if op.type == "Einsum":
+        first, _, rest = op.get_attr("equation").decode().partition(",")
+        labels = dict(zip(first.replace(".", ""), reversed(shapes[0]), strict=False)) if "." in first else {}
+        labels |= dict(zip(first, shapes[0], strict=False)) | dict(
+            zip(rest.partition("->")[0], shapes[1], strict=False)
+        )
+        return math.prod(labels.values())
+    inner = shapes[0][-2] if op.node_def.attr["transpose_a"].b or op.node_def.attr["adj_x"].b else shapes[0][-1]
+    return math.prod(made) * inner
+
+
+def _is_last(op: Any, context: Context) -> bool:
+    return context.is_output(op) or any(id(user) in context.outputs for user in context.users(op, _AT_THE_END))

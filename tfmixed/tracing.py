@@ -1,0 +1,278 @@
+"""A model's forward and backward pass as TensorFlow traces it: each operation, with the layer that it stands in."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy
+from keras import ops, tree
+
+# A name scope for each layer's call. Keras's own scopes do not tell layers of like names apart.
+_SCOPE = "tfmixed.call."
+_LAYER = re.compile(re.escape(_SCOPE) + r"(\d+)")
+_BACKWARD = "gradient_tape/"
+_FUNCTIONS = ("f", "cond", "body", "then_branch", "else_branch", "branches")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation of a trace.
+
+    Args:
+        op: The `tf.Operation`.
+        layer: In whose own call it stands: a layer, or an operation that is a node of a functional model; None for
+            what stands in none, such as the loss.
+        backward: Does it belong to the gradient?
+    """
+
+    op: Any
+    layer: keras.Operation | None
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one traced step consists of.
+
+    Args:
+        nodes: What its results hang on, inside called functions too, in the order of their making.
+        outputs: The model's output tensors.
+        targets: The placeholders of the targets.
+    """
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[Any, ...]
+    targets: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step without an update: a model, and what goes in.
+
+    Args:
+        model: A built model.
+        inputs: A structure of arrays, or of `tf.TensorSpec`.
+        targets: The same; None without a loss.
+    """
+
+    model: keras.Model
+    inputs: Any
+    targets: Any = None
+
+    def trace(self) -> Trace:
+        """Traces the step as it trains. Runs nothing and changes nothing."""
+        import tensorflow as tf
+
+        found: dict[str, Any] = {}
+
+        def traced(inputs: Any, targets: Any) -> Any:
+            results = self.run(inputs, targets, training=True)
+            found.update(outputs=results[0], targets=targets)
+            return results
+
+        # TensorFlow warns of constants that overflow, which are looked at below.
+        with scoped(self.model) as layers, numpy.errstate(over="ignore"):
+            function = tf.function(traced, autograph=False)
+            graph = function.get_concrete_function(self.inputs, self.targets).graph
+            return Trace(tuple(_nodes(graph, layers)), tensors(found["outputs"]), tensors(found["targets"]))
+
+    def run(self, inputs: Any, targets: Any, training: bool) -> tuple[Any, Any, dict[str, Any]]:
+        """Returns the model's outputs, its loss, and the gradients of that by the paths of the variables.
+
+        The loss is that of `compile`, scaled by the optimizer; without targets, the sum of the outputs.
+        """
+        import tensorflow as tf
+
+        variables = {variable.path: variable.value for variable in self.model.trainable_variables}
+        with tf.GradientTape() as tape:
+            arguments = {"training": training} if self.model._call_has_training_arg else {}
+            outputs = self.model(inputs, **arguments)
+            loss = self._loss(inputs, targets, outputs, training)
+        gradients = tape.gradient(loss, variables)
+        return outputs, loss, {path: tf.convert_to_tensor(each) for path, each in gradients.items() if each is not None}
+
+    def _loss(self, inputs: Any, targets: Any, outputs: Any, training: bool) -> Any:
+        import tensorflow as tf
+
+        if targets is None:
+            losses = [tf.cast(each, "float32") for each in tensors(outputs) if each.dtype.is_floating]
+        elif type(self.model).compute_loss is not keras.Model.compute_loss:
+            losses = [self.model.compute_loss(inputs, targets, outputs, training=training)]
+        else:
+            losses = [loss(target, output) for loss, target, output in _paired(self.model, targets, outputs)]
+        total = tf.add_n([tf.reduce_sum(tf.cast(loss, "float32")) for loss in [*losses, *self.model.losses]])
+        optimizer = getattr(self.model, "optimizer", None)
+        return total if optimizer is None else optimizer.scale_loss(total)
+
+
+def specs_of(model: keras.Model) -> Any:
+    """Returns the `tf.TensorSpec` of a built model's inputs.
+
+    Raises:
+        ValueError: The model does not tell the shapes that it was built with.
+    """
+    import tensorflow as tf
+
+    if isinstance(model, keras.Sequential) or hasattr(model, "_inputs_struct"):
+        struct = model.inputs if isinstance(model, keras.Sequential) else model._inputs_struct
+        return tree.map_structure(lambda each: tf.TensorSpec(each.shape, each.dtype), _single(struct))
+    shape = (model.get_build_config() or {}).get("input_shape")
+    if not isinstance(shape, (list, tuple)) or not all(size is None or isinstance(size, int) for size in shape):
+        raise ValueError(
+            "inputs must be given for a model that does not say what it was built with, received None: pass a batch"
+        )
+    return tf.TensorSpec([None, *shape[1:]], "float32")
+
+
+def specs_from(batch: Any) -> Any:
+    """Returns the `tf.TensorSpec` of a structure of tensors."""
+    import tensorflow as tf
+
+    return tree.map_structure(lambda each: tf.TensorSpec(each.shape, each.dtype), batch)
+
+
+def targets_for(model: keras.Model, outputs: Any) -> Any:
+    """Returns the `tf.TensorSpec` of targets that the losses of `compile` take; None without such losses.
+
+    Args:
+        model: The model.
+        outputs: The structure of its outputs.
+    """
+    import tensorflow as tf
+
+    losses = getattr(model, "loss", None)
+    if losses is None or type(model).compute_loss is not keras.Model.compute_loss:
+        return None
+    sparse = ["sparse" in _name(loss) for loss in tree.flatten(losses)]
+    flat = tensors(outputs)
+    if len(sparse) not in (1, len(flat)):
+        return None
+    each = sparse if len(sparse) == len(flat) else sparse * len(flat)
+    return [
+        tf.TensorSpec(output.shape[:-1], "int32") if integers else tf.TensorSpec(output.shape, "float32")
+        for integers, output in zip(each, flat, strict=True)
+    ]
+
+
+def _name(loss: Any) -> str:
+    return (loss if isinstance(loss, str) else getattr(loss, "__name__", None) or type(loss).__name__).lower()
+
+
+def _single(structure: Any) -> Any:
+    return structure[0] if isinstance(structure, (list, tuple)) and len(structure) == 1 else structure
+
+
+@contextlib.contextmanager
+def in_float32(model: keras.Model) -> Iterator[None]:
+    """Makes all layers compute in float32, and gives them back their policies."""
+    layers = list(model._flatten_layers(include_self=True, recursive=True))
+    policies, before = [layer._dtype_policy for layer in layers], keras.config.dtype_policy()
+    float32 = keras.dtype_policies.get("float32")
+    try:
+        keras.config.set_dtype_policy(float32)
+        for layer in layers:
+            layer._dtype_policy = float32  # not `dtype_policy`, which would write into a DTypePolicyMap
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+        for layer, policy in zip(layers, policies, strict=True):
+            layer._dtype_policy = policy
+
+
+@contextlib.contextmanager
+def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
+    """Gives each layer's call a name scope that tells its number in the list that it yields."""
+    layers = _operations(model)
+    for number, layer in enumerate(layers):
+        vars(layer)["call"] = _in_scope(f"{_SCOPE}{number}", layer.call)
+    try:
+        yield layers
+    finally:
+        for layer in layers:
+            del vars(layer)["call"]
+
+
+def layer_of(name: str, layers: Sequence[keras.Operation]) -> keras.Operation | None:
+    """Returns the innermost layer whose call an operation of that name stands in."""
+    numbers = _LAYER.findall(name)
+    return layers[int(numbers[-1])] if numbers else None
+
+
+def ancestors(tensors: Sequence[Any]) -> set[Any]:
+    """Returns the operations that tensors hang on, their own included."""
+    found, rest = set(), [tensor.op for tensor in tensors]
+    while rest:
+        op = rest.pop()
+        if op not in found:
+            found.add(op)
+            rest += [tensor.op for tensor in op.inputs] + list(op.control_inputs)
+    return found
+
+
+def tensors(structure: Any) -> tuple[Any, ...]:
+    """Returns the leaves of a structure that are not None."""
+    return tuple(leaf for leaf in tree.flatten(structure) if leaf is not None)
+
+
+def _in_scope(scope: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    import tensorflow as tf
+
+    @functools.wraps(call)
+    def scoped_call(*args: Any, **kwargs: Any) -> Any:
+        with tf.name_scope(scope):
+            return call(*args, **kwargs)
+
+    return scoped_call
+
+
+def _operations(model: keras.Model) -> list[keras.Operation]:
+    layers = list(model._flatten_layers(include_self=True, recursive=True))
+    nodes = [operation for layer in layers for operation in getattr(layer, "operations", ())]
+    return list({id(each): each for each in [*layers, *nodes]}.values())
+
+
+def _nodes(
+    graph: Any, layers: Sequence[keras.Operation], caller: keras.Operation | None = None, backward: bool = False
+) -> Iterator[Node]:
+    needed = ancestors(graph.outputs)
+    for op in graph.get_operations():
+        if op in needed:
+            node = Node(op, layer_of(op.name, layers) or caller, backward or op.name.startswith(_BACKWARD))
+            yield node
+            for name in _called(op):
+                yield from _nodes(graph._get_function(name).graph, layers, node.layer, node.backward)
+
+
+def _called(op: Any) -> Iterator[str]:
+    for name in _FUNCTIONS:
+        if name in op.node_def.attr:
+            value = op.node_def.attr[name]
+            yield from (function.name for function in (value.list.func or [value.func]) if function.name)
+
+
+def _paired(model: keras.Model, targets: Any, outputs: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Yields loss, target and output, for each output that has a loss."""
+    losses = model.loss
+    if isinstance(losses, dict):
+        names = list(losses)
+        ours = outputs if isinstance(outputs, dict) else dict(zip(model.output_names, tensors(outputs), strict=True))
+        theirs = targets if isinstance(targets, dict) else dict(zip(model.output_names, tensors(targets), strict=True))
+        triples = [(losses[name], theirs[name], ours[name]) for name in names]
+    else:
+        flat = tensors(outputs)
+        each = losses if isinstance(losses, (list, tuple)) else [losses] * len(flat)
+        triples = list(zip(each, tensors(targets), flat, strict=True))
+    for loss, target, output in triples:
+        if loss is not None:
+            yield _as_fit_calls(keras.losses.get(loss)), target, output
+
+
+def _as_fit_calls(loss: Callable[..., Any]) -> Callable[..., Any]:
+    # Keras makes a `Loss` of a function, and each casts predictions to float32 before anything else.
+    return loss if isinstance(loss, keras.losses.Loss) else lambda y, output: loss(y, ops.cast(output, "float32"))
