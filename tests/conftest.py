@@ -11,6 +11,7 @@ else:
     # What speaks of TensorFlow alone, and what its process of its own shows once for all backends.
     only = [
         "architecture",
+        "audit",
         "cli",
         "config",
         "contract",

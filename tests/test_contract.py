@@ -30,12 +30,16 @@ HOOKS = [
     ),
     ("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext", ["graph"], "see a whole step under XLA"),
     ("tensorflow.python.framework.test_util", "IsMklEnabled", [], "see whether oneDNN is on"),
+    ("tensorflow.python.framework.ops", "Graph._get_function", ["self", "name"], "read functions that a graph calls"),
     ("tensorflow", "__internal__.distribute.strategy_supports_no_merge_call", [], "decide for all replicas"),
 ]
 # Set in constructors or on variables: seen on instances only.
 ATTRIBUTES = {
     "_trainable_variables": "list what an optimizer was built with",
     "_distribute_strategy": "fit on workers",
+    "_dtype_policy": "compute in float32 for a while",
+    "_call_has_training_arg": "call a model as the trainer does",
+    "_inputs_struct": "know a functional model's inputs",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
 }
 
@@ -57,6 +61,11 @@ def test_private_attributes_are_there():
     assert isinstance(optimizer._learning_rate, keras.Variable), ATTRIBUTES["_learning_rate"]
     assert optimizer._trainable_variables == [variable], ATTRIBUTES["_trainable_variables"]
     assert keras.Sequential()._distribute_strategy is None, ATTRIBUTES["_distribute_strategy"]
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    assert isinstance(model._dtype_policy, keras.DTypePolicy), ATTRIBUTES["_dtype_policy"]
+    assert model._call_has_training_arg, ATTRIBUTES["_call_has_training_arg"]
+    functional = keras.Model(model.inputs, model.outputs)
+    assert functional._inputs_struct is not None, ATTRIBUTES["_inputs_struct"]
     # Keras reads it with this default too, on variables that hold float8 scales.
     assert "overwrite_with_gradient" in inspect.getsource(importlib.import_module(OPTIMIZER))
 

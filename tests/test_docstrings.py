@@ -9,6 +9,7 @@ import pytest
 import tfmixed
 
 MODULES = [
+    "auditing",
     "callbacks",
     "config",
     "doctor",
@@ -30,6 +31,8 @@ def test_the_examples_in_the_docstrings_run(name):
     """Each example gives what it says."""
     module = importlib.import_module(f"tfmixed.{name}")
     public = {entry: getattr(tfmixed.scaling, entry) for entry in tfmixed.scaling.__all__}
-    result = doctest.testmod(module, extraglobs={"keras": keras, "scaling": tfmixed.scaling, **public})
+    result = doctest.testmod(
+        module, extraglobs={"keras": keras, "ops": keras.ops, "scaling": tfmixed.scaling, **public}
+    )
     assert result.attempted > 0
     assert result.failed == 0

@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tfmixed import (
+        auditing,
         callbacks,
         config,
         distribute,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         records,
         scaling,
     )
+    from tfmixed.auditing import audit
     from tfmixed.config import Config, load_config
     from tfmixed.errors import ConfigError
     from tfmixed.optimizer import LossScaleOptimizer
@@ -45,6 +47,7 @@ _HOMES = {
     "DynamicScale": "scaling",
     "LogMaxScale": "scaling",
     "LossScaleOptimizer": "optimizer",
+    "audit": "auditing",
     "load_config": "config",
     "policy_scope": "policy",
     "set_policy": "policy",
@@ -58,6 +61,8 @@ __all__ = [
     "LogMaxScale",
     "LossScaleOptimizer",
     "__version__",
+    "audit",
+    "auditing",
     "callbacks",
     "config",
     "distribute",

@@ -226,9 +226,17 @@ def _exp(op: Any, of: Bounds) -> tuple[float, float]:
 def _sum(op: Any, of: Bounds) -> tuple[float, float]:
     low, high = of(op.inputs[0])
     found = terms(op)
-    if found is None or not found.exact:
-        return (0.0 if low >= 0 else -math.inf), (0.0 if high <= 0 else math.inf)
-    return low * found.number, high * found.number
+    known = found is not None and found.exact
+    least = low * found.number if found and known else 0.0 if low >= 0 else -math.inf
+    most = high * found.number if found and known else 0.0 if high <= 0 else math.inf
+    made = source(op.inputs[0])
+    if (
+        made.type == "Exp"
+        and (inner := source(made.inputs[0])).type == "Sub"
+        and _is_maximum_of(*reversed(inner.inputs))
+    ):
+        least = 1.0  # one of the terms is exp(0)
+    return least, most
 
 
 def _any(inputs: slice) -> _Rule:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -70,6 +70,39 @@ def doctor(
         from rich.console import Console
 
         Console().print(diagnosis)
+
+
+@app.command()
+def audit(
+    model: Annotated[
+        str,
+        typer.Argument(help="module:function that returns a model, or model, inputs and targets; or a .keras file."),
+    ],
+    policy: Annotated[
+        str | None, typer.Option(help="Dtype policy to make the model under, such as mixed_float16.")
+    ] = None,
+    fail_on: Annotated[
+        Literal["severe", "warning", "note", "never"],
+        typer.Option(help="Exit with 1 for such findings and graver ones."),
+    ] = "severe",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+) -> None:
+    """What in a model's forward and backward pass is unsafe in half precision; inputs, if given, run through it."""
+    with contextlib.redirect_stdout(sys.stderr):
+        _load_keras()
+        from tfmixed.models import load_step
+        from tfmixed.policy import set_policy
+
+        if policy is not None:
+            set_policy(policy)
+        found = tfmixed.audit(*load_step(model))
+    if as_json:
+        print(found.to_json())
+    else:
+        from rich.console import Console
+
+        Console().print(found)
+    raise typer.Exit(found.fails(fail_on))
 
 
 @app.command()

@@ -165,10 +165,11 @@ def _summary(tensor: Any) -> Any:
     values = tf.abs(tf.cast(tensor, "float32"))
     finite = tf.math.is_finite(values)
     known = tf.where(finite, values, 0.0)
-    count = tf.maximum(tf.math.count_nonzero(finite, dtype="float32"), 1.0)
+    count = tf.math.count_nonzero(finite, dtype="float32")
     size = tf.cast(tf.size(values), "float32")
-    bad, zeros = size - count, tf.math.count_nonzero(tf.equal(values, 0.0), dtype="float32")
-    return tf.stack([bad, zeros, tf.reduce_max(known), tf.reduce_sum(known) / count, size])
+    zeros = tf.math.count_nonzero(tf.equal(values, 0.0), dtype="float32")
+    mean = tf.math.divide_no_nan(tf.reduce_sum(known), count)
+    return tf.stack([size - count, zeros, tf.reduce_max(known), mean, size])
 
 
 def _values(summary: Any) -> Values:

@@ -89,7 +89,8 @@ def find(node: Node, context: Context) -> Hazard | None:
     rule = (_BACKWARD if node.backward else _FORWARD).get(node.op.type)
     if rule is None:
         return None
-    dtype = next((each.dtype.name for each in node.op.inputs if each.dtype.is_floating), "")
+    tensors = node.op.outputs if node.op.type == "Cast" else node.op.inputs
+    dtype = next((each.dtype.name for each in tensors if each.dtype.is_floating), "")
     return rule(node.op, dtype, context) if dtype in HALF or rule is _log else None
 
 
@@ -202,12 +203,15 @@ def _softmax(op: Any, dtype: str, context: Context) -> Hazard | None:
     return Hazard(name, dtype, "warning", risk, length=classes)
 
 
-def _cross_entropy(_op: Any, dtype: str, _context: Context) -> Hazard:
+def _cross_entropy(op: Any, dtype: str, _context: Context) -> Hazard | None:
+    # `tf.nn` computes it in float32 and casts it back.
+    if op.type == "Cast" and bounds.source(op.inputs[0]).type not in _LOSSES:
+        return None
+    risk = f"a cross-entropy rounded to {_bits(dtype)} bits"
     if dtype == "float16":
-        risk = "cross-entropy in float16: times a loss scale of 32,768 it overflows above 2, small gradients become 0"
-        return Hazard("cross-entropy", dtype, "severe", risk, "cast the logits to float32 before the loss")
-    risk = "cross-entropy in bfloat16: loss and gradients are rounded to 8 bits"
-    return Hazard("cross-entropy", dtype, "warning", risk, "cast the logits to float32 before the loss")
+        risk += ", which overflows above 2 times a loss scale of 32,768"
+    severity: Severity = "severe" if dtype == "float16" else "warning"
+    return Hazard("cross-entropy", dtype, severity, risk, "cast the logits to float32 before the loss")
 
 
 def _exp(op: Any, dtype: str, context: Context) -> Hazard | None:
@@ -333,7 +337,7 @@ _FORWARD: dict[str, _Rule] = {
     "EuclideanNorm": _euclidean_norm,
     "Softmax": _softmax,
     "LogSoftmax": _softmax,
-    **dict.fromkeys(_LOSSES, _cross_entropy),
+    **dict.fromkeys((*_LOSSES, "Cast"), _cross_entropy),
     **dict.fromkeys(("Exp", "Expm1", "Sinh", "Cosh"), _exp),
     **dict.fromkeys(("Log", "Log1p"), _log),
     **dict.fromkeys(("Pow", "Square", "SquaredDifference", "Mul"), _power),

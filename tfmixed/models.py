@@ -32,6 +32,19 @@ def load_model(spec: str) -> keras.Model:
     return _checked(spec, function_of(spec)())
 
 
+def load_step(spec: str) -> tuple[keras.Model, Any, Any]:
+    """Returns the model that `spec` names, with the inputs and targets that its function returned beside it, or None.
+
+    Raises:
+        UsageError: As for `load_model`.
+    """
+    if spec.endswith(".keras"):
+        return _from_file(Path(spec)), None, None
+    made = function_of(spec)()
+    model, inputs, targets = (*made, None, None)[:3] if isinstance(made, tuple) and made else (made, None, None)
+    return _checked(spec, model), inputs, targets
+
+
 def function_of(spec: str) -> Callable[[], Any]:
     """Returns the function that `"module:function"` names; the module may lie in the current directory.
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 from keras import tree
@@ -30,7 +30,7 @@ _MEANINGS = {
     "warning": "wrong for values that occur",
     "note": "less precise, or slower",
 }
-_VALUES = ("overflow", "underflow", "wrong values", "gradient overflow", "gradient underflow")
+_VALUES = ("overflow", "underflow", "wrong values")
 _OURS = f"{Path(__file__).parent}{os.sep}"
 
 
@@ -72,7 +72,7 @@ class Audit:
         ran: Did inputs run through it, against float32?
 
     Example:
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="mixed_float16")])
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, dtype="mixed_float16")])
     >>> [(finding.severity, finding.op) for finding in audit(model)]
     [('warning', 'output')]
     """
@@ -91,6 +91,10 @@ class Audit:
     def of(self, severity: Severity) -> list[Finding]:
         """Returns the findings of one severity."""
         return [finding for finding in self.findings if finding.severity == severity]
+
+    def fails(self, on: Severity | Literal["never"] = "severe") -> bool:
+        """Tells whether there are findings as grave as `on`, or graver."""
+        return on != "never" and any(self.of(each) for each in SEVERITIES[: SEVERITIES.index(on) + 1])
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything as plain values."""
@@ -162,7 +166,7 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     found = [*_of_operations(half, context), *inspection.constants(half, full), *inspection.casts(half, context)]
     found += [*inspection.outputs(half), *inspection.variables(model), *inspection.speed(model, half, context)]
     if inputs is not None:
-        found += [(None, each.layer, _of_values(each)) for each in comparison.differences(Step(model, *given))]
+        found += _of_run(list(comparison.differences(Step(model, *given))), model)
     dtypes = [layer.compute_dtype for layer in model._flatten_layers(include_self=False, recursive=True)]
     counts = {dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))}
     return Audit(model.name, counts, tuple(_merged(found)), inputs is not None)
@@ -190,9 +194,20 @@ def _of_operations(trace: Trace, context: Context) -> Iterator[_Found]:
             yield node, node.layer, hazard
 
 
+def _of_run(differences: list[Difference], model: keras.Model) -> Iterator[_Found]:
+    for each in differences:
+        if not each.backward:
+            yield None, each.layer, _of_values(each)
+    gradients = [each for each in differences if each.backward]
+    for name, group in (
+        ("overflow", [each for each in gradients if each.overflowed]),
+        ("underflow", [each for each in gradients if not each.overflowed]),
+    ):
+        if group:
+            yield None, None, _of_gradients(name, group, model)
+
+
 def _of_values(each: Difference) -> Hazard:
-    if each.backward:
-        return _of_gradient(each)
     full, size = each.full, each.half.size
     if each.overflowed:
         risk = (
@@ -206,20 +221,24 @@ def _of_values(each: Difference) -> Hazard:
     return Hazard("wrong values", each.dtype, "severe" if each.deviation > 0.1 else "warning", risk)
 
 
-def _of_gradient(each: Difference) -> Hazard:
-    if each.overflowed:
-        risk = f"the gradient of {each.op} overflowed: in float32 it reaches {each.full.largest:.3g}"
-        return Hazard("gradient overflow", each.dtype, "warning", risk, "a smaller loss scale")
-    risk = f"{each.vanished:.0%} of the gradient of {each.op} became 0: in float32 its mean is {each.full.mean:.2g}"
-    return Hazard("gradient underflow", each.dtype, "warning", risk, "a larger loss scale")
+def _of_gradients(name: str, group: list[Difference], model: keras.Model) -> Hazard:
+    scale = float(model.optimizer.scale_loss(keras.ops.ones(()))) if getattr(model, "optimizer", None) else 1.0
+    grave = max(group, key=lambda each: (each.overflowed / each.full.size, each.vanished))
+    total, where = len(model.trainable_variables), f"at a loss scale of {scale:,.0f}, those of {grave.op} most of all"
+    if name == "overflow":
+        risk = f"gradients of {len(group)} of {total} variables overflow {where}"
+        return Hazard(
+            "gradient overflow", grave.dtype, "note", risk, "a smaller scale; a dynamic one finds it by itself"
+        )
+    risk = f"more than half of the gradients of {len(group)} of {total} variables become 0 {where}"
+    return Hazard("gradient underflow", grave.dtype, "warning", risk, "a larger loss scale")
 
 
 def _merged(found: list[_Found]) -> list[Finding]:
     """Makes one finding of what a layer does more than once, of its gravest occurrence, and sorts."""
     groups: dict[tuple[str, ...], list[_Found]] = {}
     for node, layer, hazard in found:
-        path = hazard.risk if layer is None and hazard.op.startswith("gradient") else _path(layer)
-        groups.setdefault((path, hazard.op, hazard.dtype, hazard.advice), []).append((node, layer, hazard))
+        groups.setdefault((_path(layer), hazard.op, hazard.dtype, hazard.advice), []).append((node, layer, hazard))
     findings = []
     for (path, *_), group in groups.items():
         node, layer, hazard = min(group, key=lambda each: (SEVERITIES.index(each[2].severity), -(each[2].length or 0)))

@@ -1,0 +1,388 @@
+"""What the audit finds, on hazards planted in custom layers, in plain functions and in Keras's own layers."""
+
+from __future__ import annotations
+
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+
+from tfmixed import LossScaleOptimizer, audit
+
+# NumPy's, when TensorFlow makes a constant of -1e9.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+
+
+@pytest.fixture(autouse=True)
+def _half():
+    keras.config.set_dtype_policy("mixed_float16")
+
+
+class Planted(keras.layers.Layer):
+    """A user's layer around a plain function."""
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+def model_of(function, shape=(64,), dtype="float32", **layer):
+    """A model with a planted function and a head in float32, which has no hazard of its own."""
+    inputs = keras.Input(shape, dtype=dtype)
+    x = Planted(function, name="planted", **layer)(inputs)
+    return keras.Model(inputs, keras.layers.Dense(1, dtype="float32", name="head")(x))
+
+
+def found(model, *given, severities=("severe", "warning")):
+    return [(each.layer, each.severity, each.op) for each in audit(model, *given) if each.severity in severities]
+
+
+def keep(reduction):
+    return lambda x: reduction(x)[:, None]
+
+
+HAZARDS = {
+    "keras sum": (keep(lambda x: ops.sum(x, 1)), (12_544,), "severe", "sum", "12,544 terms: .* a mean of 5.2"),
+    "tf sum": (keep(lambda x: tf.reduce_sum(x, 1)), (1024,), "warning", "sum", "1,024 terms: .* a mean of 64"),
+    "norm": (keep(lambda x: tf.norm(x, axis=1)), (100,), "severe", "norm", "100 squares: .* root mean square of 26"),
+    "sum of x * x": (keep(lambda x: ops.sum(x * x, 1)), (100,), "severe", "norm", "100 squares"),
+    "l2 loss": (lambda x: x * tf.nn.l2_loss(x), (100,), "severe", "norm", "100 x an unknown number of squares"),
+    "tf mean": (lambda x: tf.reduce_mean(x, 1), (4096, 3), "warning", "mean", "stops growing at 2,048 times"),
+    "variance": (keep(lambda x: tf.math.reduce_variance(x, 1)), (64,), "severe", "variance", "above 256"),
+    "mean of squares": (keep(lambda x: ops.mean(ops.square(x), 1)), (64,), "severe", "square", "above 256"),
+    "exp": (ops.exp, (8,), "severe", "exp", "above 11.1"),
+    "log": (lambda x: ops.log(ops.relu(x)), (8,), "severe", "log", "-inf"),
+    "pow": (lambda x: ops.power(x, 3.0), (8,), "warning", "pow 3", "above 40.3"),
+    "cumsum": (lambda x: ops.cumsum(x, 1), (4096,), "severe", "cumulative sum", "running sum of 4,096 terms"),
+    "prod": (keep(lambda x: ops.prod(x, 1)), (64,), "severe", "product", "if they are above 1.19"),
+    "softmax": (ops.softmax, (64,), "warning", "softmax", "64 values: .* become 0"),
+    "entropy": (lambda x: -ops.log(ops.softmax(x) + 1e-4), (8,), "severe", "log of softmax", "from_logits"),
+    "pooling": (
+        lambda x: ops.average_pool(x, 40)[:, 0, 0],
+        (40, 40, 2),
+        "severe",
+        "average pooling",
+        "average of 1,600 values",
+    ),
+    "epsilon": (lambda x: x / (ops.abs(x) + 1e-12), (8,), "severe", "constant", "1e-12 is 0 in float16"),
+    "mask": (lambda x: ops.where(x > 0, x, -1e9), (8,), "severe", "constant", r"-1e\+09 is infinite"),
+    "rsqrt": (lambda x: ops.rsqrt(ops.relu(x)), (8,), "warning", "rsqrt", "gradient overflows"),
+}
+
+
+@pytest.mark.parametrize(("function", "shape", "severity", "op", "risk"), HAZARDS.values(), ids=HAZARDS)
+def test_a_planted_hazard_is_found_with_its_number(function, shape, severity, op, risk):
+    """In a custom layer: by name, with the number that matters; and the same model in float32 has none."""
+    findings = [each for each in audit(model_of(function, shape)) if each.op == op]
+    assert [(each.layer, each.severity, each.dtype) for each in findings] == [("planted", severity, "float16")]
+    assert re.search(risk, findings[0].risk + findings[0].advice)
+    assert findings[0].source.startswith("test_audit.py:")
+    keras.config.set_dtype_policy("float32")
+    assert found(model_of(function, shape)) in ([], [("planted", "note", "log of softmax")])
+
+
+SAFE = {
+    "exp of a difference to the maximum": lambda x: ops.exp(x - ops.max(x, 1, keepdims=True)),
+    "logsumexp": keep(lambda x: ops.logsumexp(x, 1)),
+    "tf logsumexp": keep(lambda x: tf.reduce_logsumexp(x, 1)),
+    "exp of minus a square": lambda x: ops.exp(-ops.abs(x)),
+    "sum of probabilities": keep(lambda x: ops.sum(ops.sigmoid(x), 1)),
+    "sum of few": keep(lambda x: ops.sum(x[:, :16], 1)),
+    "keras mean": keep(lambda x: ops.mean(x, 1)),
+    "keras variance": keep(lambda x: ops.var(x, 1)),
+    "gelu": lambda x: ops.gelu(x, approximate=True),
+    "softplus": ops.softplus,
+    "silu": ops.silu,
+    "log of 1 and more": lambda x: ops.log(1.0 + ops.relu(x)),
+    "square of what is bounded": lambda x: ops.square(ops.tanh(x)),
+    "float32 inside": keep(lambda x: ops.sum(ops.square(ops.cast(x, "float32")), 1)),
+    "cross-entropy by hand": lambda x: ops.relu(x) - x + ops.log1p(ops.exp(-ops.abs(x))),
+    "an epsilon that float16 holds": lambda x: x / (ops.abs(x) + 1e-4),
+    "a clip": lambda x: ops.clip(x, -1e9, 1e9),
+    "attention": lambda x: keras.layers.Softmax(dtype="float32")(x),
+}
+
+
+@pytest.mark.parametrize("function", SAFE.values(), ids=SAFE)
+def test_what_is_safe_is_not_cried_about(function):
+    """Bounded, protected or computed in float32: neither severe nor a warning."""
+    assert found(model_of(function)) == []
+
+
+def compiled(output, loss, shape=(8,)):
+    """A classifier whose hidden layer is float16."""
+    inputs = keras.Input(shape)
+    model = keras.Model(inputs, output(keras.layers.Dense(8, name="hidden")(inputs)))
+    model.compile(LossScaleOptimizer("sgd"), loss)
+    return model
+
+
+@pytest.mark.parametrize("loss", ["categorical_crossentropy", "sparse_categorical_crossentropy"])
+def test_a_softmax_before_a_cross_entropy(loss):
+    """Half-precision probabilities and their logarithm; with a float32 softmax Keras finds the logits by itself."""
+    model = compiled(keras.layers.Dense(8, activation="softmax", name="out"), loss)
+    assert found(model) == [("out", "severe", "softmax"), ("loss", "severe", "log of softmax")]
+    assert "from_logits=True" in audit(model).findings[1].advice
+    assert found(compiled(keras.layers.Dense(8, activation="softmax", dtype="float32"), loss)) == []
+
+
+def test_a_half_precision_output():
+    """Logits in float16."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    assert found(compiled(keras.layers.Dense(8, name="out"), loss)) == [("out", "warning", "output")]
+
+
+def test_a_cross_entropy_in_float16():
+    """A loss of one's own that calls TensorFlow on the logits as they are."""
+
+    class Model(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(tf.cast(y, y_pred.dtype), y_pred))
+
+    inputs = keras.Input((8,))
+    model = Model(inputs, keras.layers.Dense(8, name="out")(inputs))
+    model.compile("sgd")
+    batch = np.ones((2, 8), "float32")
+    expected = {("loss", "severe", "cross-entropy"), ("loss", "warning", "cast"), ("out", "warning", "output")}
+    assert set(found(model, batch, batch)) >= expected
+
+
+@pytest.mark.parametrize(
+    ("function", "severity"),
+    [
+        (lambda x: ops.cast(x, "float16"), "severe"),
+        (lambda x: tf.cast(x + 1, tf.float16), "severe"),
+        (lambda x: ops.cast(ops.cast(x, "float32"), "float16"), "severe"),
+        (lambda x: ops.cast(ops.cumsum(ops.ones_like(x), 1), "float16"), "warning"),
+        (lambda x: ops.cast(x > 3, "float16"), None),
+        (lambda x: ops.one_hot(x, 8, dtype="float16")[:, 0], None),
+    ],
+    ids=["ids", "tf ids", "through float32", "positions", "a mask", "one-hot"],
+)
+def test_integers_in_float16(function, severity):
+    """Ids above 2,048 become other ids; masks and one-hot vectors are exact."""
+    casts = [each for each in audit(model_of(function, (8,), "int32", autocast=False)) if each.op == "cast"]
+    assert [each.severity for each in casts] == ([severity] if severity else [])
+    assert all("above 2,048" in each.risk for each in casts)
+
+
+def test_half_precision_variables():
+    """Under the policy float16."""
+    keras.config.set_dtype_policy("float16")
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, name="dense")])
+    assert ("sequential/dense", "severe", "variables") in [
+        (each.layer.replace(model.name, "sequential"), each.severity, each.op) for each in audit(model)
+    ]
+
+
+def test_widths_and_float32_remainders():
+    """Where speed is lost: only layers that matter, and not the last one."""
+    inputs = keras.Input((64,))
+    x = keras.layers.Dense(60, name="odd")(inputs)
+    x = keras.layers.Dense(64, name="slow", dtype="float32")(x)
+    x = keras.layers.Dense(64, name="fast")(x)
+    model = keras.Model(inputs, keras.layers.Dense(8, name="head", dtype="float32")(x))
+    notes = {(each.layer, each.op): each.risk for each in audit(model) if each.severity == "note"}
+    assert notes.keys() == {("odd", "width"), ("slow", "matrix product")}
+    assert "units 60 (use 64)" in notes["odd", "width"]
+    assert "31% of the model's multiplications" in notes["slow", "matrix product"]
+
+
+def test_bias_gradients_in_bfloat16():
+    """What TensorFlow makes of a bias gradient over 1,024 ones on a CPU: 256."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    dense = keras.layers.Dense(8, name="dense")
+    model = keras.Sequential([keras.Input((1024, 8)), dense, keras.layers.Activation("linear", dtype="float32")])
+    with tf.GradientTape() as tape:
+        total = tf.reduce_sum(model(np.ones((1, 1024, 8), "float32")))
+    assert tape.gradient(total, dense.bias.value).numpy().tolist() == [256.0] * 8
+    assert [(each.op, each.length) for each in audit(model) if each.op == "bias gradient"] == [("bias gradient", 1024)]
+
+
+def test_a_run_tells_where_values_overflow_first():
+    """Not in what comes after it."""
+    inputs = keras.Input((64,))
+    x = Planted(lambda x: x * 1000.0, name="grows")(inputs)
+    x = Planted(lambda x: x * x, name="overflows")(x)
+    model = keras.Model(inputs, keras.layers.Dense(1, name="head", dtype="float32")(x))
+    runs = [each for each in audit(model, np.ones((2, 64), "float32")) if each.op == "overflow"]
+    assert [(each.layer, each.severity) for each in runs] == [("overflows", "severe")]
+    assert "128 of 128 values overflowed: in float32 they reach 1e+06" in runs[0].risk
+
+
+def test_a_run_tells_what_vanishes_and_what_is_wrong():
+    """Squares of small numbers, and an average of 90,000 threes that becomes 4."""
+    vanishing = audit(model_of(lambda x: x * x), np.full((2, 64), 1e-5, "float32"))
+    assert [(each.layer, each.severity) for each in vanishing if each.op == "underflow"] == [("planted", "severe")]
+    inputs = keras.Input((300, 300, 1))
+    pooled = keras.layers.AveragePooling2D(300, name="pool")(inputs)
+    model = keras.Model(inputs, keras.layers.Flatten(dtype="float32")(pooled))
+    wrong = [each for each in audit(model, np.full((1, 300, 300, 1), 3, "float32")) if each.op == "wrong values"]
+    assert [(each.layer, each.severity) for each in wrong] == [("pool", "severe")]
+    assert "the mean is 4, in float32 3" in wrong[0].risk
+
+
+def test_a_run_tells_of_gradients_at_the_present_loss_scale():
+    """Keras's scale of 32,768 is too much for a mean of 64 values that are thousands."""
+    inputs = keras.Input((64,))
+    hidden = keras.layers.Dense(8, name="hidden")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(1, dtype="float32", kernel_initializer="ones")(hidden))
+    model.compile("sgd", "mse")
+    batch = np.full((4, 64), 100, "float32"), np.zeros((4, 1), "float32")
+    assert any("at a loss scale of 32,768" in each.risk for each in audit(model, *batch) if "gradient" in each.op)
+
+
+def test_nothing_in_the_model_changes():
+    """Weights, moving averages, random states, policies and calls."""
+    inputs = keras.Input((8,))
+    x = keras.layers.BatchNormalization()(keras.layers.Dense(8)(inputs))
+    model = keras.Model(inputs, keras.layers.Dropout(0.5)(keras.layers.Softmax()(x)))
+    model.compile("adam", "mse")
+    before = [variable.numpy() for variable in model.variables]
+    policies = [layer.dtype_policy.name for layer in model._flatten_layers()]
+    audit(model, np.ones((4, 8), "float32"), np.ones((4, 8), "float32"))
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    assert [layer.dtype_policy.name for layer in model._flatten_layers()] == policies
+    assert not any("call" in vars(layer) for layer in model._flatten_layers())
+    assert keras.config.dtype_policy().name == "mixed_float16"
+
+
+class Subclassed(keras.Model):
+    """Lists of layers, a shared one, a nested model and a sum in its own code."""
+
+    def __init__(self):
+        super().__init__(name="mine")
+        self.blocks = [keras.layers.Dense(8, name="a"), keras.layers.Dense(8, name="a_1")]
+        self.inner = keras.Sequential([keras.layers.Dense(8), Planted(ops.exp, name="deep")], name="inner")
+
+    def call(self, x):
+        for block in [*self.blocks, self.blocks[0]]:
+            x = block(x)
+        return ops.sum(ops.tile(self.inner(x), (1, 1000)), axis=1, keepdims=True)
+
+
+def test_subclassed_models_name_the_innermost_layer():
+    """Also where names collide with the suffixes that TensorFlow gives repeated scopes."""
+    model = Subclassed()
+    model(np.ones((2, 8), "float32"))
+    layers = {(each.layer, each.op) for each in audit(model)}
+    assert ("mine", "sum") in layers
+    assert any(path.endswith("deep") and op == "exp" for path, op in layers)
+
+
+def test_loops_and_nested_functions_are_read():
+    """What stands in a `tf.function` or in the body of a loop."""
+
+    @tf.function
+    def nested(x):
+        return tf.exp(x)
+
+    assert ("planted", "severe", "exp") in found(model_of(nested))
+
+    def loop(x):
+        return tf.while_loop(lambda i, _: i < 3, lambda i, x: (i + 1, tf.exp(x)), [0, x])[1]
+
+    assert ("planted", "severe", "exp") in found(model_of(loop))
+
+
+def test_operations_in_functional_models_are_read():
+    """`keras.ops` on symbolic tensors."""
+    inputs = keras.Input((8192,))
+    x = ops.sum(keras.layers.Activation("linear")(inputs), axis=1, keepdims=True)
+    model = keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(x))
+    assert [(each.op, each.severity) for each in audit(model)] == [("sum", "severe")]
+
+
+def test_saved_models_have_the_same_findings(tmp_path):
+    """Before and after."""
+    model = compiled(keras.layers.Dense(8, activation="softmax"), "categorical_crossentropy")
+    model.save(tmp_path / "model.keras")
+    assert audit(keras.models.load_model(tmp_path / "model.keras")).findings == audit(model).findings
+
+
+def test_a_float32_model_has_nothing_to_audit():
+    """And says so."""
+    keras.config.set_dtype_policy("float32")
+    report = audit(compiled(keras.layers.Dense(8, activation="softmax"), "categorical_crossentropy"))
+    assert len(report) == 0
+    assert "Nothing computes in half precision" in str(report)
+
+
+def test_the_table_groups_by_severity():
+    """With colours and words for each, and a last line that counts."""
+    text = str(audit(model_of(lambda x: ops.exp(x) + ops.softmax(x))))
+    assert text.index("severe: wrong for values that are usual") < text.index("warning: wrong for values that occur")
+    assert "planted (test_audit.py:" in text
+    assert "1 severe, 1 warning, 0 note" in text
+
+
+@pytest.mark.parametrize("model", ["resnet", keras.Sequential([keras.layers.Dense(1)])])
+def test_what_is_no_built_model_is_refused(model):
+    """By name."""
+    with pytest.raises(ValueError, match="model must be a built Keras model, received"):
+        audit(model)
+
+
+def test_a_model_that_does_not_tell_its_inputs_asks_for_them():
+    """A subclassed model with two inputs."""
+
+    class Two(keras.Model):
+        def call(self, inputs):
+            return ops.exp(inputs["a"]) + inputs["b"]
+
+    model, batch = Two(), {"a": np.ones((1, 2), "float32"), "b": np.ones((1, 2), "float32")}
+    model(batch)
+    with pytest.raises(ValueError, match=r"inputs must be given .* pass a batch"):
+        audit(model)
+    assert any(each.op == "exp" for each in audit(model, batch))
+
+
+MODELS = {
+    "resnet": lambda: keras.applications.ResNet50(weights=None, input_shape=(64, 64, 3)),
+    "mobilenet": lambda: keras.applications.MobileNetV2(weights=None, input_shape=(64, 64, 3)),
+    "efficientnet": lambda: keras.applications.EfficientNetB0(weights=None, input_shape=(64, 64, 3)),
+    "convnext": lambda: keras.applications.ConvNeXtTiny(weights=None, input_shape=(64, 64, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_well_made_models_have_few_findings(name, policy):
+    """The softmax at the end and its logarithm in the loss; for bfloat16, a long bias gradient in ResNet."""
+    keras.config.set_dtype_policy(policy)
+    model = MODELS[name]()
+    model.compile("sgd", "categorical_crossentropy")
+    severity = "severe" if policy == "mixed_float16" else "warning"
+    expected = [(severity, "softmax"), (severity, "log of softmax")]
+    if (name, policy) == ("resnet", "mixed_bfloat16"):
+        expected.append(("warning", "bias gradient"))
+    assert [(each.severity, each.op) for each in audit(model)] == expected
+
+
+def transformer():
+    ids = keras.Input((64,), dtype="int32")
+    x = keras.layers.Embedding(1000, 64)(ids) + keras.layers.Embedding(64, 64)(ops.arange(64))
+    attended = keras.layers.MultiHeadAttention(4, 16, dropout=0.1)(x, x, use_causal_mask=True)
+    x = keras.layers.LayerNormalization()(x + attended)
+    hidden = keras.layers.Dense(256, activation="gelu")(x)
+    x = keras.layers.LayerNormalization()(x + keras.layers.Dense(64)(hidden))
+    return keras.Model(ids, keras.layers.Dense(1000, name="out")(x))
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_transformer_has_few_findings(policy):
+    """Its output, and the softmax that its attention computes in half precision when it drops scores out."""
+    keras.config.set_dtype_policy(policy)
+    model = transformer()
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    softmax = "warning" if policy == "mixed_float16" else "note"
+    assert sorted((each.severity, each.op) for each in audit(model)) == sorted(
+        [(softmax, "softmax"), ("warning", "output")]
+    )
