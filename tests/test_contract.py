@@ -36,6 +36,7 @@ HOOKS = [
 ATTRIBUTES = {
     "_trainable_variables": "list what an optimizer was built with",
     "_distribute_strategy": "fit on workers",
+    "_flash_attention": "leave flash kernels in half precision",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
 }
 
@@ -57,6 +58,8 @@ def test_private_attributes_are_there():
     assert isinstance(optimizer._learning_rate, keras.Variable), ATTRIBUTES["_learning_rate"]
     assert optimizer._trainable_variables == [variable], ATTRIBUTES["_trainable_variables"]
     assert keras.Sequential()._distribute_strategy is None, ATTRIBUTES["_distribute_strategy"]
+    attention = keras.layers.MultiHeadAttention(1, 1), keras.layers.GroupQueryAttention(1, 1, 1)
+    assert not any(layer._flash_attention for layer in attention), ATTRIBUTES["_flash_attention"]
     # Keras reads it with this default too, on variables that hold float8 scales.
     assert "overwrite_with_gradient" in inspect.getsource(importlib.import_module(OPTIMIZER))
 

@@ -14,6 +14,7 @@ MODULES = [
     "doctor",
     "formats",
     "hardware",
+    "layers.attention",
     "layers.islands",
     "layers.normalization",
     "layers.pooling",

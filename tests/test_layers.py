@@ -173,8 +173,8 @@ every_layer = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def test_every_layer_has_a_case():
-    """None is left out."""
-    assert set(CASES) == set(layers.__all__)
+    """Attention has a file of its own."""
+    assert set(CASES) == set(layers.__all__) - {"MultiHeadAttention", "GroupQueryAttention"}
 
 
 def error(layer, x, expected):

@@ -4,11 +4,15 @@ Each casts its floating inputs to float32, whatever their dtype and the policy, 
 `output_dtype` says what comes out: None keeps float32; `"compute"` casts back to the compute dtype that the layer would
 have had, its `dtype` argument's or the global policy's; a dtype's name casts to that.
 
+`MultiHeadAttention` and `GroupQueryAttention` are half islands: the projections stay in the policy's dtype, and so does
+the output.
+
 What goes wrong without each of them was measured with Keras 3.15 and TensorFlow 2.21 on a CPU.
 """
 
 from __future__ import annotations
 
+from tfmixed.layers.attention import GroupQueryAttention, MultiHeadAttention
 from tfmixed.layers.islands import Float32
 from tfmixed.layers.normalization import (
     BatchNormalization,
@@ -38,10 +42,12 @@ __all__ = [
     "GlobalAveragePooling2D",
     "GlobalAveragePooling3D",
     "GroupNormalization",
+    "GroupQueryAttention",
     "LayerNormalization",
     "LogSoftmax",
     "LogSumExp",
     "Mean",
+    "MultiHeadAttention",
     "RMSNormalization",
     "Softmax",
     "Sum",
