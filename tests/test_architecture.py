@@ -14,7 +14,7 @@ FLOORS = {
     0: ["errors", "formats", "records"],
     1: ["scaling", "plotting", "branching"],
     2: ["hardware", "gradients", "events", "distribute", "models", "switches", "networks", "memory"],
-    3: ["arguments", "policy", "layers", "state", "fused", "measuring", "widths"],
+    3: ["arguments", "policy", "layers", "losses", "state", "fused", "measuring", "widths"],
     4: ["optimizer"],
     5: ["callbacks", "doctor"],
     6: ["config", "bench"],

@@ -20,6 +20,7 @@ MODULES = [
     "layers.pooling",
     "layers.reductions",
     "layers.softmax",
+    "losses",
     "optimizer",
     "policy",
     "scaling",
