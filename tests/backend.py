@@ -16,6 +16,7 @@ else:
     tf = None
 if BACKEND == "jax":
     import jax
+WIDE = "float16" if BACKEND == "jax" else "float64"  # JAX has no float64 unless told so
 
 _compiled = weakref.WeakKeyDictionary()
 
@@ -40,3 +41,17 @@ def apply(optimizer, gradients, weights):
     )
     for variable, value in zip([*weights, *optimizer.variables], [*trainable, *state], strict=True):
         variable.assign(value)
+
+
+def gradient(function, x):
+    """Returns the gradient of a scalar function at a tensor."""
+    if BACKEND == "jax":
+        return jax.grad(function)(x)
+    if BACKEND == "torch":
+        x = x.detach().clone().requires_grad_()
+        function(x).backward()
+        return x.grad
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        result = function(x)
+    return tape.gradient(result, x)

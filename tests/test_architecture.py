@@ -25,7 +25,7 @@ FLOORS = {
         "tracing",
         "bounds",
     ],
-    3: ["arguments", "policy", "layers", "state", "fused", "measuring", "widths", "hazards"],
+    3: ["arguments", "policy", "layers", "losses", "state", "fused", "measuring", "widths", "hazards"],
     4: ["optimizer", "comparison", "inspection"],
     5: ["callbacks", "doctor", "auditing"],
     6: ["config", "bench"],

@@ -40,6 +40,7 @@ ATTRIBUTES = {
     "_dtype_policy": "compute in float32 for a while",
     "_call_has_training_arg": "call a model as the trainer does",
     "_inputs_struct": "know a functional model's inputs",
+    "_flash_attention": "leave flash kernels in half precision",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
 }
 
@@ -66,6 +67,8 @@ def test_private_attributes_are_there():
     assert model._call_has_training_arg, ATTRIBUTES["_call_has_training_arg"]
     functional = keras.Model(model.inputs, model.outputs)
     assert functional._inputs_struct is not None, ATTRIBUTES["_inputs_struct"]
+    attention = keras.layers.MultiHeadAttention(1, 1), keras.layers.GroupQueryAttention(1, 1, 1)
+    assert not any(layer._flash_attention for layer in attention), ATTRIBUTES["_flash_attention"]
     # Keras reads it with this default too, on variables that hold float8 scales.
     assert "overwrite_with_gradient" in inspect.getsource(importlib.import_module(OPTIMIZER))
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         formats,
         hardware,
         layers,
+        losses,
         optimizer,
         plotting,
         policy,
@@ -72,6 +73,7 @@ __all__ = [
     "hardware",
     "layers",
     "load_config",
+    "losses",
     "optimizer",
     "plotting",
     "policy",
@@ -125,8 +127,8 @@ class _AfterKeras:
 
 
 def _register() -> None:
-    importlib.import_module(f"{__name__}.layers")
-    importlib.import_module(f"{__name__}.optimizer")
+    for module in ("layers", "losses", "optimizer"):
+        importlib.import_module(f"{__name__}.{module}")
 
 
 if "keras" in sys.modules:

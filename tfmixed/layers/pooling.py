@@ -1,0 +1,113 @@
+"""Averages over windows and over whole images."""
+
+from __future__ import annotations
+
+import keras
+
+from tfmixed.layers.islands import PACKAGE, InFloat32
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class AveragePooling1D(InFloat32, keras.layers.AveragePooling1D):
+    """Average over windows of a sequence, in float32.
+
+    Keras's layer adds up each window in float16: 1,024 values of 100 give inf, 90,000 values of 3 give 4.
+
+    Args:
+        *args: Those of `keras.layers.AveragePooling1D`.
+        output_dtype: See `tfmixed.layers`.
+        **kwargs: Those of `keras.layers.AveragePooling1D`.
+
+    Example:
+    >>> float(AveragePooling1D(1024)(keras.ops.full((1, 1024, 1), 100, "float16"))[0, 0, 0])
+    100.0
+    """
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class AveragePooling2D(InFloat32, keras.layers.AveragePooling2D):
+    """Average over windows of an image, in float32.
+
+    Keras's layer adds up each window in float16: a window of 32x32 values of 100 gives inf, one of 300x300 values of 3
+    gives 4, and one of 16x16 values around 100 is off by 1.4.
+
+    Args:
+        *args: Those of `keras.layers.AveragePooling2D`.
+        output_dtype: See `tfmixed.layers`.
+        **kwargs: Those of `keras.layers.AveragePooling2D`.
+
+    Example:
+    >>> float(AveragePooling2D(32)(keras.ops.full((1, 32, 32, 1), 100, "float16"))[0, 0, 0, 0])
+    100.0
+    """
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class AveragePooling3D(InFloat32, keras.layers.AveragePooling3D):
+    """Average over windows of a volume, in float32.
+
+    Keras's layer raises in float16: TensorFlow has no such kernel for CPUs.
+
+    Args:
+        *args: Those of `keras.layers.AveragePooling3D`.
+        output_dtype: See `tfmixed.layers`.
+        **kwargs: Those of `keras.layers.AveragePooling3D`.
+
+    Example:
+    >>> float(AveragePooling3D(8)(keras.ops.full((1, 8, 8, 8, 1), 200, "float16"))[0, 0, 0, 0, 0])
+    200.0
+    """
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GlobalAveragePooling1D(InFloat32, keras.layers.GlobalAveragePooling1D):
+    """Average over the steps of a sequence, in float32; masked steps do not count.
+
+    With a mask Keras's layer divides one float16 sum by another: 70,000 steps of 1 give nan, inf by inf. Without one it
+    averages in float32 by itself and rounds the result to float16.
+
+    Args:
+        *args: Those of `keras.layers.GlobalAveragePooling1D`.
+        output_dtype: See `tfmixed.layers`.
+        **kwargs: Those of `keras.layers.GlobalAveragePooling1D`.
+
+    Example:
+    >>> x, mask = keras.ops.ones((1, 70_000, 1), "float16"), keras.ops.ones((1, 70_000), "bool")
+    >>> float(GlobalAveragePooling1D()(x, mask=mask)[0, 0])
+    1.0
+    """
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GlobalAveragePooling2D(InFloat32, keras.layers.GlobalAveragePooling2D):
+    """Average over an image, in float32.
+
+    Keras's layer averages float16 in float32 by itself but rounds the result to float16, one part in 2,000; averages
+    below 6e-8 become 0.
+
+    Args:
+        *args: Those of `keras.layers.GlobalAveragePooling2D`.
+        output_dtype: See `tfmixed.layers`.
+        **kwargs: Those of `keras.layers.GlobalAveragePooling2D`.
+
+    Example:
+    >>> GlobalAveragePooling2D()(keras.ops.ones((1, 4, 4, 2), "float16")).dtype.name
+    'float32'
+    """
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GlobalAveragePooling3D(InFloat32, keras.layers.GlobalAveragePooling3D):
+    """Average over a volume, in float32.
+
+    As with `GlobalAveragePooling2D`, Keras's layer rounds the result to float16.
+
+    Args:
+        *args: Those of `keras.layers.GlobalAveragePooling3D`.
+        output_dtype: See `tfmixed.layers`.
+        **kwargs: Those of `keras.layers.GlobalAveragePooling3D`.
+
+    Example:
+    >>> GlobalAveragePooling3D()(keras.ops.ones((1, 4, 4, 4, 2), "float16")).dtype.name
+    'float32'
+    """
