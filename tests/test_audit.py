@@ -320,7 +320,7 @@ def test_the_table_groups_by_severity():
     text = str(audit(model_of(lambda x: ops.exp(x) + ops.softmax(x))))
     assert text.index("severe: wrong for values that are usual") < text.index("warning: wrong for values that occur")
     assert "planted (test_audit.py:" in text
-    assert "1 severe, 1 warning, 0 note" in text
+    assert "1 severe, 1 warning, 0 notes" in text
 
 
 @pytest.mark.parametrize("model", ["resnet", keras.Sequential([keras.layers.Dense(1)])])

@@ -127,3 +127,67 @@ def test_bench_refuses_before_it_measures(arguments, message):
     assert (run.returncode, run.stdout) == (2, "")
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("tfmixed: ")]
     assert re.search(message, line)
+
+
+NETS = """
+import keras, numpy
+from keras import ops
+
+print('a word of its own')
+
+def build():
+    x = keras.Input((64,))
+    model = keras.Model(x, keras.layers.Dense(8, activation="softmax", name="out")(x))
+    model.compile("sgd", "categorical_crossentropy")
+    return model
+
+def step():
+    return build(), numpy.full((2, 64), 1e5, "float32"), numpy.ones((2, 8), "float32")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--policy", "mixed_float16"], 1),
+        (["--policy", "mixed_float16", "--fail-on", "never"], 0),
+        (["--policy", "mixed_bfloat16"], 0),
+        (["--policy", "mixed_bfloat16", "--fail-on", "warning"], 1),
+        ([], 0),
+    ],
+)
+def test_audit_tells_by_its_exit_code(tmp_path, arguments, code):
+    """For CI: 1 where there are findings as grave as asked for."""
+    (tmp_path / "net.py").write_text(NETS)
+    run = tfmixed_command("audit", "net:build", *arguments, cwd=tmp_path)
+    assert run.returncode == code, run.stderr
+    assert "Traceback" not in run.stderr
+    assert "a word of its own" not in run.stdout
+    assert ("softmax" in run.stdout) if arguments else ("Nothing computes in half precision" in run.stdout)
+
+
+def test_audit_runs_inputs_and_prints_json(tmp_path):
+    """Those that the function returned beside the model."""
+    (tmp_path / "net.py").write_text(NETS)
+    run = tfmixed_command("audit", "net:step", "--policy", "mixed_float16", "--json", cwd=tmp_path)
+    assert run.returncode == 1
+    read = json.loads(run.stdout)
+    assert read["ran"] is True
+    assert "overflow" in {finding["op"] for finding in read["findings"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["nowhere:build"], {}, "there is no module 'nowhere'"),
+        (["net:build", "--policy", "half"], {}, "policy must be .* received 'half'"),
+        (["missing.keras"], {}, "there is no such file"),
+    ],
+)
+def test_audit_refuses_in_one_line(tmp_path, arguments, environment, message):
+    """Exit code 2, which no finding gives."""
+    (tmp_path / "net.py").write_text(NETS)
+    run = tfmixed_command("audit", *arguments, cwd=tmp_path, **environment)
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    assert re.search(message, run.stderr.splitlines()[-1])

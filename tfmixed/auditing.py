@@ -114,7 +114,10 @@ class Audit:
         layers = ", ".join(f"{count} in {dtype}" for dtype, count in self.dtypes.items())
         title = Text(f"{self.model}: {sum(self.dtypes.values())} layers, {layers}")
         if not any(dtype in HALF for dtype in self.dtypes):
-            return Group(title, Text("Nothing computes in half precision: there is nothing to audit."))
+            nothing = (
+                "Nothing computes in half precision: there is nothing to audit. Make the model under a mixed policy."
+            )
+            return Group(title, Text(nothing))
         return Group(title, *self._parts())
 
     def _parts(self) -> Iterator[RenderableType]:
@@ -122,7 +125,8 @@ class Audit:
             if found := self.of(severity):
                 yield Text(f"\n{severity}: {_MEANINGS[severity]}", style=_COLORS[severity])
                 yield _table(found)
-        counts = ", ".join(f"{len(self.of(severity))} {severity}" for severity in SEVERITIES)
+        severe, warnings, notes = (len(self.of(severity)) for severity in SEVERITIES)
+        counts = f"{severe} severe, {warnings} warning{'s'[: warnings != 1]}, {notes} note{'s'[: notes != 1]}"
         yield Text(f"\n{counts}" if self.findings else "\nNothing found that is unsafe in half precision.")
         if self.of("severe"):
             yield Text("tfmixed.force_float32(model) makes the sensitive parts compute in float32.")
@@ -209,15 +213,14 @@ def _of_run(differences: list[Difference], model: keras.Model) -> Iterator[_Foun
 
 def _of_values(each: Difference) -> Hazard:
     full, size = each.full, each.half.size
+    op = f"a cast to {each.dtype}" if each.op == "Cast" else each.op
     if each.overflowed:
-        risk = (
-            f"{each.overflowed:,} of {size:,} values overflowed: in float32 they reach {full.largest:.3g} ({each.op})"
-        )
+        risk = f"{each.overflowed:,} of {size:,} values overflowed: in float32 they reach {full.largest:.3g} ({op})"
         return Hazard("overflow", each.dtype, "severe", risk)
     if each.vanished > 0.05:
-        risk = f"{each.vanished:.0%} of the values became 0: in float32 their mean is {full.mean:.2g} ({each.op})"
+        risk = f"{each.vanished:.0%} of the values became 0: in float32 their mean is {full.mean:.2g} ({op})"
         return Hazard("underflow", each.dtype, "severe" if each.vanished > 0.5 else "warning", risk)
-    risk = f"off by {each.deviation:.0%}: the mean is {each.half.mean:.3g}, in float32 {full.mean:.3g} ({each.op})"
+    risk = f"off by {each.deviation:.0%}: the mean is {each.half.mean:.3g}, in float32 {full.mean:.3g} ({op})"
     return Hazard("wrong values", each.dtype, "severe" if each.deviation > 0.1 else "warning", risk)
 
 

@@ -91,11 +91,13 @@ def audit(
     with contextlib.redirect_stdout(sys.stderr):
         _load_keras()
         from tfmixed.models import load_step
-        from tfmixed.policy import set_policy
 
         if policy is not None:
-            set_policy(policy)
-        found = tfmixed.audit(*load_step(model))
+            _set_policy(policy)
+        try:
+            found = tfmixed.audit(*load_step(model))
+        except NotImplementedError as error:
+            raise UsageError(f"{error}: set KERAS_BACKEND=tensorflow") from error
     if as_json:
         print(found.to_json())
     else:
@@ -142,6 +144,13 @@ def bench(
         from tfmixed import plotting
 
         plotting.save(plotting.plot_times(report.times(), f"{report.policy} on {report.device}"), plot)
+
+
+def _set_policy(policy: str) -> None:
+    try:
+        tfmixed.set_policy(policy)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _check_picture(path: Path | None) -> None:
