@@ -1,0 +1,120 @@
+"""What float32 islands cost: each layer beside Keras's own, and whole models before and after `force_float32`.
+
+    python benchmarks/islands.py                 # mixed_bfloat16, some minutes
+    python benchmarks/islands.py --policy mixed_float16
+
+Both of a pair take turns in one process, forward and backward; the ratio is that of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import keras
+import numpy
+import tensorflow as tf
+from keras import layers, ops
+from rich.console import Console
+from rich.table import Table
+
+import tfmixed
+from tfmixed import networks
+
+ours = tfmixed.layers
+ROUNDS = 15
+PAIRS = {
+    "Softmax, 8 x 128 x 8000": (layers.Softmax, ours.Softmax, (8, 128, 8000)),
+    "LogSumExp, 8 x 128 x 8000": (lambda: layers.Lambda(lambda x: ops.logsumexp(x, -1)), ours.LogSumExp, (8, 128, 8000)),
+    "Sum, 64 x 12544": (lambda: layers.Lambda(lambda x: ops.sum(x, -1)), ours.Sum, (64, 12544)),
+    "UnitNormalization, 512 x 2048": (layers.UnitNormalization, ours.UnitNormalization, (512, 2048)),
+    "LayerNormalization, 8 x 128 x 512": (layers.LayerNormalization, ours.LayerNormalization, (8, 128, 512)),
+    "BatchNormalization, 64 x 32 x 32 x 64": (layers.BatchNormalization, ours.BatchNormalization, (64, 32, 32, 64)),
+    "GlobalAveragePooling2D, 64 x 32 x 32 x 64": (
+        layers.GlobalAveragePooling2D,
+        ours.GlobalAveragePooling2D,
+        (64, 32, 32, 64),
+    ),
+    "MultiHeadAttention, 8 x 128 x 512, dropout": (
+        lambda: OnItself(layers.MultiHeadAttention(8, 64, dropout=0.1)),
+        lambda: OnItself(ours.MultiHeadAttention(8, 64, dropout=0.1)),
+        (8, 128, 512),
+    ),
+}
+
+
+class OnItself(layers.Layer):
+    """Attention of a sequence to itself."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def call(self, x):
+        return self.attention(x, x)
+
+
+def step(layer: layers.Layer, shape: tuple[int, ...]) -> Callable[[], None]:
+    """Returns a compiled forward and backward pass on half-precision inputs."""
+    x = ops.cast(numpy.random.default_rng(0).normal(size=shape), keras.config.dtype_policy().compute_dtype)
+    layer(x, training=True) if "training" in layer.call.__code__.co_varnames else layer(x)
+
+    @tf.function(autograph=False)
+    def run():
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(tf.cast(layer(x), "float32"))
+        return tape.gradient(total, [x, *layer.trainable_variables])
+
+    return lambda: [gradient.numpy() for gradient in run()[:1]]
+
+
+def medians(*runs: Callable[[], None], rounds: int = ROUNDS) -> list[float]:
+    """Times functions by turns, in milliseconds."""
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, taken in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            taken.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(taken) for taken in times]
+
+
+def batch(name: str, forced: bool) -> tuple[Callable[[], None], list[str]]:
+    """Returns a training step of a built-in network, and what was forced in it."""
+    model, x, y = getattr(networks, name)()
+    changed = tfmixed.force_float32(model) if forced else []
+    if forced == "norms":
+        changed += tfmixed.force_float32(model, NORMALIZATIONS)
+    size = networks.BATCHES[name]
+    return (lambda: model.train_on_batch(x[:size], y[:size])), changed
+
+
+NORMALIZATIONS = [layers.LayerNormalization, layers.BatchNormalization]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policy", default="mixed_bfloat16")
+    policy = parser.parse_args().policy
+    keras.config.set_dtype_policy(policy)
+    table = Table("layer, forward and backward", "Keras's, ms", "ours, ms", "ratio", title=policy)
+    for name, (theirs, mine, shape) in PAIRS.items():
+        first, second = medians(step(theirs(), shape), step(mine(), shape))
+        table.add_row(name, f"{first:.2f}", f"{second:.2f}", f"{second / first:.2f}")
+    Console().print(table)
+    table = Table("training step", "as it is, ms", "sensitive, ms", "ratio", "with norms, ms", "ratio", title=policy)
+    for name in networks.BATCHES:
+        runs = [batch(name, forced)[0] for forced in (False, True, "norms")]
+        plain, sensitive, norms = medians(*runs, rounds=7)
+        numbers = (plain, sensitive, sensitive / plain, norms, norms / plain)
+        table.add_row(name, *(f"{number:.1f}" if number > 10 else f"{number:.2f}" for number in numbers))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
