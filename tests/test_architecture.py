@@ -13,9 +13,9 @@ PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records"],
     1: ["scaling", "plotting", "branching"],
-    2: ["hardware", "gradients", "events", "distribute", "models", "switches", "networks", "memory"],
-    3: ["arguments", "policy", "layers", "state", "fused", "measuring", "widths"],
-    4: ["optimizer"],
+    2: ["hardware", "gradients", "events", "distribute", "models", "switches", "networks", "memory", "inplace"],
+    3: ["arguments", "policy", "layers", "sensitive", "state", "fused", "measuring", "widths"],
+    4: ["optimizer", "islands"],
     5: ["callbacks", "doctor"],
     6: ["config", "bench"],
     8: ["cli"],

@@ -13,6 +13,8 @@ MODULES = [
     "config",
     "doctor",
     "formats",
+    "inplace",
+    "islands",
     "hardware",
     "layers",
     "optimizer",

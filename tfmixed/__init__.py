@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         errors,
         formats,
         hardware,
+        islands,
         layers,
         optimizer,
         plotting,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     )
     from tfmixed.config import Config, load_config
     from tfmixed.errors import ConfigError
+    from tfmixed.islands import force_float32
     from tfmixed.optimizer import LossScaleOptimizer
     from tfmixed.policy import policy_scope, set_policy
     from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
@@ -45,6 +47,7 @@ _HOMES = {
     "DynamicScale": "scaling",
     "LogMaxScale": "scaling",
     "LossScaleOptimizer": "optimizer",
+    "force_float32": "islands",
     "load_config": "config",
     "policy_scope": "policy",
     "set_policy": "policy",
@@ -63,8 +66,10 @@ __all__ = [
     "distribute",
     "doctor",
     "errors",
+    "force_float32",
     "formats",
     "hardware",
+    "islands",
     "layers",
     "load_config",
     "optimizer",
@@ -120,6 +125,7 @@ class _AfterKeras:
 
 
 def _register() -> None:
+    importlib.import_module(f"{__name__}.inplace")
     importlib.import_module(f"{__name__}.layers")
     importlib.import_module(f"{__name__}.optimizer")
 
