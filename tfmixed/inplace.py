@@ -101,6 +101,7 @@ class Float32Activation:
 
     def __init__(self, activation: Any) -> None:
         self.activation = keras.activations.get(activation)
+        self.__name__ = getattr(self.activation, "__name__", type(self.activation).__name__)
 
     def __call__(self, x: Any) -> Any:
         return convert(self.activation(_widen(x)), keras.backend.standardize_dtype(x.dtype))
@@ -160,9 +161,9 @@ def _as_before(layer: Any) -> Iterator[None]:
 
 
 @functools.cache
-def _in_float32(cls: Any) -> type:
+def _in_float32(cls: Any) -> Any:
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    new = types.new_class(cls.__name__, (InFloat32, cls), exec_body=lambda body: body.update(names))
+    new: Any = types.new_class(cls.__name__, (InFloat32, cls), exec_body=lambda body: body.update(names))
     keras.saving.register_keras_serializable("tfmixed", "InFloat32")(new)
     keras.saving.get_custom_objects()["tfmixed>InFloat32"] = InFloat32  # Whoever asks by name gets the general one.
     return new
@@ -171,7 +172,7 @@ def _in_float32(cls: Any) -> type:
 def swapped(layer: Any) -> Any:
     """Gives a layer the new class, if it has not got it."""
     if not isinstance(layer, InFloat32):
-        _set(layer, "__class__", _in_float32(type(layer)))
+        _set(layer, "__class__", _in_float32(class_of(layer)))
     return layer
 
 
@@ -193,14 +194,24 @@ def put(layer: Any, computes: str | None = None, gives: str | None = None, activ
     for key in ("computes", "gives"):
         if wanted[key] is not None and wanted[key] != old.get(key):
             _set(swapped(layer), f"_{key}", wanted[key])
+            _cast_constants(layer)
     return {key for key, value in change_of(layer).items() if value != old.get(key)}
+
+
+def _cast_constants(layer: Any) -> None:
+    # Keras's only layer that keeps constants in the dtype that it had when it was built (3.15).
+    if isinstance(layer, keras.layers.Normalization) and layer.built:
+        if layer.input_mean is None:
+            layer.finalize_state()
+        else:
+            layer.build(*layer._build_shapes_dict.values())
 
 
 def activations_of(layer: Any) -> list[str]:
     """Returns the names of the attributes that hold activations, where they can be replaced."""
-    names = ("activation", "recurrent_activation")
-    # Recurrent layers have properties that show their cell's.
-    return [name for name in names if callable(vars(layer).get(name)) and not isinstance(layer, Float32Activation)]
+    # Recurrent layers have properties that show their cell's; a layer as activation is a sublayer.
+    found = {name: vars(layer).get(name) for name in ("activation", "recurrent_activation")}
+    return [name for name, value in found.items() if callable(value) and not isinstance(value, keras.layers.Layer)]
 
 
 def graph_of(layer: Any) -> keras.Function | None:
@@ -216,7 +227,8 @@ def children(layer: Any) -> list[Any]:
     """Returns the layers and operations right inside a layer. The same code makes them in the same order."""
     graph = graph_of(layer)
     inside = [] if graph is None else graph.operations
-    inside += [other for other in getattr(layer, "_layers", ()) if not any(other is one for one in inside)]
+    sublayers = layer._layers if isinstance(layer, keras.layers.Layer) else ()
+    inside += [other for other in sublayers if not any(other is one for one in inside)]
     return [one for one in inside if not isinstance(one, keras.layers.InputLayer)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import keras
@@ -16,7 +16,7 @@ _ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 Selector = str | type | Callable[[Any], bool]
 
 
-def force_float32(model: keras.layers.Layer, layers: Selector | Iterable[Selector] = "sensitive") -> list[str]:
+def force_float32(model: keras.layers.Layer, layers: Selector | Collection[Selector] = "sensitive") -> list[str]:
     """Makes parts of a built model compute in float32, in place, and says which.
 
     Weights, their names in files, the state of the optimizer and everything else stay. The model saves and loads with
@@ -62,7 +62,7 @@ def force_float32(model: keras.layers.Layer, layers: Selector | Iterable[Selecto
     if not model.built:
         raise ValueError(f"model must be built, received {model!r}: call it on data, or `model.build(input_shape)`")
     changes = _Changes(model)
-    for selector in [layers] if isinstance(layers, (str, type)) or callable(layers) else layers:
+    for selector in layers if isinstance(layers, (list, tuple, set)) else [layers]:
         if selector == "sensitive":
             changes.sensitive()
         else:
@@ -110,7 +110,17 @@ class _Changes:
         for parent in self.parents[layer]:
             if isinstance(parent, keras.layers.TimeDistributed):
                 # It runs the `call` of its layer, and so with the dtype of its own scope.
-                self.want(parent, **{key: value for key, value in change.items() if key == "computes"})
+                self.want(parent, **({"computes": "float32"} if "computes" in change else {}))
+            elif self._is_output(layer, parent):
+                self._want_around(parent)
+
+    def _want_around(self, graph: Any) -> None:
+        """Has what wraps a graph say what that gives."""
+        for parent in self.parents[graph]:
+            if isinstance(parent, keras.layers.TimeDistributed):
+                self.want(parent)
+            elif self._is_output(graph, parent):
+                self._want_around(parent)
 
     def report(self, layer: Any, what: str, members: list[Any] | None = None) -> None:
         if not what or layer not in self.reports:
@@ -127,21 +137,22 @@ class _Changes:
         self.output(self.model)
 
     def activations(self, layer: Any, names: list[str]) -> None:
-        if sensitive.is_half(layer):
+        if names and sensitive.is_half(layer):
             self.want(layer, activations=names)
             self.report(layer, "activation")
 
     def own_code(self, layer: Any) -> None:
         """Forces what a layer's own `call` computes; of Keras's layers with weights, only the activation."""
-        names = inplace.activations_of(layer)
-        if sensitive.is_keras(layer) and isinstance(layer, (keras.layers.RNN, keras.layers.Wrapper, *_ATTENTION)):
-            for child in inplace.children(layer):
+        names, sublayers = inplace.activations_of(layer), inplace.children(layer)
+        if inplace.graph_of(layer) is not None or not sensitive.is_half(layer):
+            return
+        if sensitive.is_keras(layer) and sublayers:  # A wrapper, or attention: its own code is only a frame.
+            for child in sublayers:
                 if not isinstance(layer, _ATTENTION) or isinstance(child, keras.layers.Softmax):
                     self.own_code(child)
         elif sensitive.is_keras(layer) and names and layer.weights:
             self.activations(layer, names)
-        elif inplace.graph_of(layer) is None and sensitive.is_half(layer):
-            sublayers = inplace.children(layer)
+        else:
             for child in sublayers:
                 self.want(child)  # It gives float32 into float32 code.
             self.want(layer, computes="float32")
@@ -202,10 +213,13 @@ class _Changes:
     def _takes_wide(self, parent: Any, layer: Any) -> bool:
         if "computes" in {**inplace.change_of(parent), **self.wanted.get(parent, {})}:
             return True
+        if isinstance(parent, keras.layers.TimeDistributed) or self._is_output(layer, parent):
+            return self.gives_wide(parent)
+        return inplace.graph_of(parent) is not None
+
+    def _is_output(self, layer: Any, parent: Any) -> bool:
         graph = inplace.graph_of(parent)
-        if graph is not None and not any(layer is tensor._keras_history[0] for tensor in graph.outputs):
-            return True
-        return (graph is not None or isinstance(parent, keras.layers.TimeDistributed)) and self.gives_wide(parent)
+        return graph is not None and any(layer is tensor._keras_history[0] for tensor in graph.outputs)
 
     def make(self) -> list[str]:
         """Changes the layers, and returns the reports of those that were not so before."""

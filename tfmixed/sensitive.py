@@ -30,10 +30,12 @@ _POOLING = (keras.layers.AveragePooling1D, keras.layers.AveragePooling2D, keras.
 
 
 def is_keras(layer: Any) -> bool:
+    """Returns whether its `call` is Keras's."""
     return bool(inplace.class_of(layer).call.__module__.startswith("keras."))
 
 
 def is_operation(layer: Any) -> bool:
+    """Returns whether it is one of the `keras.ops` in a graph."""
     return not isinstance(layer, keras.layers.Layer)
 
 
@@ -45,6 +47,7 @@ def is_plain(layer: Any) -> bool:
 
 
 def is_half(layer: Any) -> bool:
+    """Returns whether it computes in half precision."""
     if not is_operation(layer):
         return layer.compute_dtype in HALF
     return any(tensor.dtype in HALF for node in layer._inbound_nodes for tensor in [*node.input_tensors, *node.outputs])
@@ -77,6 +80,11 @@ def _traced(layer: Any) -> list[str]:
     return [output.dtype for output in tree.flatten(outputs)]
 
 
+def activations(layer: Any) -> list[str]:
+    """Returns the activations that go wrong in half precision."""
+    return [name for name in inplace.activations_of(layer) if is_sensitive_activation(layer, name)]
+
+
 def nonlinear(layer: Any) -> list[str]:
     """Returns the activations that end what one of Keras's layers computes."""
     if not is_keras(layer) or isinstance(layer, keras.layers.RNN):
@@ -85,12 +93,16 @@ def nonlinear(layer: Any) -> list[str]:
 
 
 def is_sensitive_activation(layer: Any, name: str) -> bool:
+    """Returns whether an activation goes wrong in half precision: by its name, TensorFlow's as well."""
     activation = getattr(layer, name)
+    if isinstance(activation, inplace.Float32Activation):
+        return False
     activation = getattr(activation, "func", activation)  # of functools.partial
     return getattr(activation, "__name__", None) in _ACTIVATIONS
 
 
 def is_sensitive(layer: Any) -> bool:
+    """Returns whether what a layer or operation computes goes wrong in half precision; its `activation` apart."""
     if is_operation(layer):
         return _is_sensitive_operation(layer)
     if isinstance(layer, keras.layers.Activation):
@@ -99,8 +111,8 @@ def is_sensitive(layer: Any) -> bool:
         inputs = [tensor for node in layer._inbound_nodes for tensor in node.input_tensors]
         return any(getattr(tensor, "_keras_mask", None) is not None for tensor in inputs)
     if isinstance(layer, _POOLING):
-        return math.prod(layer.pool_size) >= LONG
-    return isinstance(layer, _CLASSES) or (isinstance(layer, keras.layers.Dot) and layer.normalize)
+        return bool(math.prod(layer.pool_size) >= LONG)
+    return isinstance(layer, _CLASSES) or (isinstance(layer, keras.layers.Dot) and bool(layer.normalize))
 
 
 def _is_sensitive_operation(operation: Any) -> bool:
