@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from backend import needs_tensorflow, tf
+from backend import BACKEND, needs_tensorflow, tf
 from keras import layers, ops, tree
 from sensitive_models import LOGITS, SENSITIVE, STEPS, UNEVEN, Cell, Classifier, Powers, dense, through
 
@@ -65,7 +65,7 @@ def test_values_are_those_of_float32(case):
     right, _ = make("float32")
     right.set_weights(kept)
     assert dtypes(after) == dtypes(model.outputs if hasattr(model, "outputs") else after) == {"float32"}
-    if said != ["p: output"]:  # A product that is exact already.
+    if said != ["p: output"] and (BACKEND, said) != ("torch", ["norm"]):  # They are right already.
         assert error(before, right(x)) > 1e-4
     assert error(after, right(x)) < (5e-4 if "block" in said[0] or "cumsum" in said else 1e-5)
 
@@ -228,7 +228,7 @@ def test_recurrent_cells_keep_the_dtype_of_their_states(wrapper, tmp_path):
     model, x = through(wrapper(Cell(), name="rnn"), np.zeros((1, 3, 4), "float32"))
     assert numbers(model(x))[0].max() == 0  # exp(-30) is 0 in float16
     assert force_own_code(model, [model.get_layer("rnn")])
-    np.testing.assert_allclose(numbers(model(x))[0], np.exp(-7.5), rtol=1e-3)
+    np.testing.assert_allclose(numbers(model(x))[0], np.exp(-7.5), rtol=1e-5)
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(numbers(again(x))[0], numbers(model(x))[0])

@@ -12,6 +12,7 @@ import keras
 from tfmixed import inplace, sensitive
 
 _ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+_FRAMES = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirectional)
 
 Selector = str | type | Callable[[Any], bool]
 
@@ -62,7 +63,8 @@ def force_float32(model: keras.layers.Layer, layers: Selector | Collection[Selec
     if not model.built:
         raise ValueError(f"model must be built, received {model!r}: call it on data, or `model.build(input_shape)`")
     changes = _Changes(model)
-    for selector in layers if isinstance(layers, (list, tuple, set)) else [layers]:
+    selectors: Any = layers if isinstance(layers, (list, tuple, set)) else [layers]
+    for selector in selectors:
         if selector == "sensitive":
             changes.sensitive()
         else:
@@ -108,9 +110,11 @@ class _Changes:
     def want(self, layer: Any, **change: Any) -> None:
         self.wanted[layer] = {**self.wanted.get(layer, {}), **change}
         for parent in self.parents[layer]:
-            if isinstance(parent, keras.layers.TimeDistributed):
-                # It runs the `call` of its layer, and so with the dtype of its own scope.
-                self.want(parent, **({"computes": "float32"} if "computes" in change else {}))
+            if isinstance(parent, _FRAMES) and "computes" in change:
+                # They cast what they hand on and what they return, or run a `call` in the scope of their own dtype.
+                self.want(parent, computes="float32")
+            elif isinstance(parent, keras.layers.TimeDistributed):
+                self.want(parent)
             elif self._is_output(layer, parent):
                 self._want_around(parent)
 

@@ -66,6 +66,8 @@ def half_given(layer: Any) -> str | None:
 def _traced(layer: Any) -> list[str]:
     """Returns the dtypes that a user's layer gives; the one that it computes in where it can not be traced."""
     shapes, dtype = layer._build_shapes_dict or {}, layer.compute_dtype
+    if keras.backend.backend() == "torch":  # Keras traces it without casting variables (3.15).
+        return [dtype]
     inputs = {
         name.removesuffix("_shape"): tree.map_shape_structure(lambda shape: keras.KerasTensor(shape, dtype), shape)
         for name, shape in shapes.items()
