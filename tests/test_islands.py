@@ -135,6 +135,7 @@ def test_training_goes_on(policy, tmp_path):
     """With the optimizer's state, what was compiled before, and after loading."""
     keras.config.set_dtype_policy(policy)
     model = Classifier(name="classifier")
+    model(STEPS)
     model.compile(tfmixed.LossScaleOptimizer("adam", 8), "categorical_crossentropy")
     labels = np.eye(4, dtype="float32")[[0, 1]]
     fit = {"batch_size": 2, "verbose": 0}
@@ -215,6 +216,47 @@ def test_a_users_code_gets_back_what_it_had(tmp_path):
         assert dtypes(outputs) == {"float32"}
         np.testing.assert_allclose(numbers(outputs["first"])[0], 0.5, rtol=1e-6)
         assert len(set(numbers(outputs["sum"])[0][0].astype("float16") - numbers(outputs["sum"])[0][0])) == 1
+
+
+@keras.saving.register_keras_serializable("test_islands")
+class Total(keras.layers.Layer):
+    """Says float32 itself, too late."""
+
+    def call(self, x):
+        return ops.cast(ops.sum(ops.square(x), axis=-1, keepdims=True), "float32")
+
+
+@keras.saving.register_keras_serializable("test_islands")
+class Residual(keras.Model):
+    """Lists of models and dicts of layers; adds to its own input."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.blocks = [keras.Sequential([layers.Dense(4), layers.LayerNormalization()]) for _ in range(2)]
+        self.heads = {"p": layers.Dense(3, activation="softmax", name="p"), "q": layers.Dense(2, name="q")}
+        self.total = Total(name="total")
+
+    def call(self, x):
+        total = self.total(x)
+        for block in self.blocks:
+            assert x.dtype == block(x).dtype
+            x = x + block(x)
+        assert keras.backend.standardize_dtype(total.dtype) == "float32"
+        return {"total": total, **{key: head(x) for key, head in self.heads.items()}}
+
+
+def test_a_layer_that_gives_float32_goes_on_to_do_so(tmp_path):
+    """Among sublayers in lists and dicts."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model, x = Residual(name="residual"), np.full((2, 4), 300.0, "float32")
+    assert np.isinf(numbers(model(x)["total"])[0]).all()
+    assert force_own_code(model, [model.total]) == ["total"]
+    assert force_float32(model) == ["p: activation", "residual: output"]
+    model.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("float32")
+    for each in (model, keras.models.load_model(tmp_path / "model.keras")):
+        np.testing.assert_array_equal(numbers(each(x)["total"])[0], 360_000.0)
+        np.testing.assert_allclose(numbers(each(x)["p"])[0].sum(axis=-1), 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,11 @@ class InFloat32(keras.Operation):
         return self._computes or super().compute_dtype
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        if self._computes is not None:
-            args, kwargs = tree.map_structure(_widen, (args, kwargs))
+        # Keras builds a loaded model by its `call` alone, which leaves out the casts of `__call__`.
+        dtype = self.compute_dtype if self._later and self.autocast else self._computes
+        args, kwargs = tree.map_structure(lambda x: convert(x, dtype), (args, kwargs))
         outputs = super().call(*args, **kwargs)
-        return outputs if self._gives is None else tree.map_structure(lambda x: convert(x, self._gives), outputs)
+        return tree.map_structure(lambda x: convert(x, self._gives), outputs)
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         if self._computes is not None:
@@ -120,9 +121,10 @@ def convert(x: Any, dtype: str | None) -> Any:
     A user's code gets half precision from a softmax, since TensorFlow refuses to mix; but where that very tensor is
     what the model returns, its float32 values are.
     """
-    if not ops.is_tensor(x) or (before := keras.backend.standardize_dtype(x.dtype)) == dtype:
+    if dtype is None or not ops.is_tensor(x):
         return x
-    if dtype is None or before not in ("float32", *HALF):
+    before = keras.backend.standardize_dtype(x.dtype)
+    if before == dtype or before not in ("float32", *HALF):
         return x
     if dtype == "float32" and (wide := get_tensor_attr(x, "_tfmixed_wide")) is not None:
         return wide
