@@ -85,7 +85,7 @@ class Classifier(keras.Model):
 
     def call(self, x):
         hidden = strict(ops.mean(self.block(x), axis=1), self.graph(x[:, 0]))
-        return self.predictions(strict(x[:, 0], hidden * 0.0))
+        return self.predictions(strict(ops.cast(x[:, 0], hidden.dtype), hidden * 0.0))
 
 
 @registered

@@ -346,10 +346,11 @@ def test_attention_can_be_forced_whole(tmp_path):
     model(STEPS)
     assert force_float32(model, "mha") == ["block/mha"]
     assert {layer.compute_dtype for layer in model.block.mha._flatten_layers()} == {"float32"}
+    model.predictions.dtype_policy = "mixed_bfloat16"
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert {layer.compute_dtype for layer in again.block.mha._flatten_layers()} == {"float32"}
-    assert again.block.parts[0].compute_dtype == "float16"
+    assert (again.block.parts[0].compute_dtype, again.predictions.compute_dtype) == ("float16", "bfloat16")
     np.testing.assert_array_equal(numbers(again(STEPS))[0], numbers(model(STEPS))[0])
 
 

@@ -66,20 +66,22 @@ def half_given(layer: Any) -> str | None:
 def _traced(layer: Any) -> list[str]:
     """Returns the dtypes that a user's layer gives; the one that it computes in where it can not be traced."""
     shapes, dtype = layer._build_shapes_dict or {}, layer.compute_dtype
-    if keras.backend.backend() == "torch":  # Keras traces it without casting variables (3.15).
-        return [dtype]
-    inputs = {
-        name.removesuffix("_shape"): tree.map_shape_structure(lambda shape: keras.KerasTensor(shape, dtype), shape)
-        for name, shape in shapes.items()
-    }
+
+    def tensor(shape: Any) -> Any:
+        if keras.backend.backend() == "torch":  # Keras traces symbols there without casting variables (3.15).
+            return keras.ops.zeros([size or 1 for size in shape], dtype)
+        return keras.KerasTensor(shape, dtype)
+
+    inputs = {name.removesuffix("_shape"): tree.map_shape_structure(tensor, shape) for name, shape in shapes.items()}
+    nodes = len(layer._inbound_nodes)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             outputs = layer(*inputs.values()) if len(inputs) == 1 else layer(**inputs)
     except Exception:
         return [dtype]
-    layer._inbound_nodes.pop()
-    return [output.dtype for output in tree.flatten(outputs)]
+    del layer._inbound_nodes[nodes:]
+    return [keras.backend.standardize_dtype(output.dtype) for output in tree.flatten(outputs)]
 
 
 def activations(layer: Any) -> list[str]:
