@@ -27,7 +27,11 @@ ours = tfmixed.layers
 ROUNDS = 15
 PAIRS = {
     "Softmax, 8 x 128 x 8000": (layers.Softmax, ours.Softmax, (8, 128, 8000)),
-    "LogSumExp, 8 x 128 x 8000": (lambda: layers.Lambda(lambda x: ops.logsumexp(x, -1)), ours.LogSumExp, (8, 128, 8000)),
+    "LogSumExp, 8 x 128 x 8000": (
+        lambda: layers.Lambda(lambda x: ops.logsumexp(x, -1)),
+        ours.LogSumExp,
+        (8, 128, 8000),
+    ),
     "Sum, 64 x 12544": (lambda: layers.Lambda(lambda x: ops.sum(x, -1)), ours.Sum, (64, 12544)),
     "UnitNormalization, 512 x 2048": (layers.UnitNormalization, ours.UnitNormalization, (512, 2048)),
     "LayerNormalization, 8 x 128 x 512": (layers.LayerNormalization, ours.LayerNormalization, (8, 128, 512)),

@@ -28,6 +28,13 @@ HOOKS = [
         ["self", "include_self", "recursive"],
         "force float32, find widths",
     ),
+    ("keras.src.backend.common.tensor_attributes", "get_tensor_attr", ["tensor", "attr"], "remember float32 values"),
+    (
+        "keras.src.backend.common.tensor_attributes",
+        "set_tensor_attr",
+        ["tensor", "attr", "value"],
+        "remember float32 values, keep masks",
+    ),
     ("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext", ["graph"], "see a whole step under XLA"),
     ("tensorflow.python.framework.test_util", "IsMklEnabled", [], "see whether oneDNN is on"),
     ("tensorflow.python.framework.ops", "Graph._get_function", ["self", "name"], "read functions that a graph calls"),
@@ -42,6 +49,14 @@ ATTRIBUTES = {
     "_inputs_struct": "know a functional model's inputs",
     "_flash_attention": "leave flash kernels in half precision",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
+    "_layers": "find sublayers",
+    "_build_shapes_dict": "trace what a layer gives",
+    "_inbound_nodes": "find what an operation is given",
+    "_outbound_nodes": "find who takes it",
+    "_keras_history": "find what made an output",
+    "_nodes_by_depth": "walk a functional graph",
+    "_functional": "find the graph of a Sequential",
+    "_dtype": "correct what a symbolic tensor says",
 }
 
 
@@ -62,15 +77,27 @@ def test_private_attributes_are_there():
     assert isinstance(optimizer._learning_rate, keras.Variable), ATTRIBUTES["_learning_rate"]
     assert optimizer._trainable_variables == [variable], ATTRIBUTES["_trainable_variables"]
     assert keras.Sequential()._distribute_strategy is None, ATTRIBUTES["_distribute_strategy"]
-    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model = keras.Sequential([keras.Input((2,)), dense := keras.layers.Dense(1)])
     assert isinstance(model._dtype_policy, keras.DTypePolicy), ATTRIBUTES["_dtype_policy"]
     assert model._call_has_training_arg, ATTRIBUTES["_call_has_training_arg"]
     functional = keras.Model(model.inputs, model.outputs)
     assert functional._inputs_struct is not None, ATTRIBUTES["_inputs_struct"]
     attention = keras.layers.MultiHeadAttention(1, 1), keras.layers.GroupQueryAttention(1, 1, 1)
     assert not any(layer._flash_attention for layer in attention), ATTRIBUTES["_flash_attention"]
+    assert model._layers[1] is dense, ATTRIBUTES["_layers"]
+    assert dense._build_shapes_dict == {"input_shape": (None, 2)}, ATTRIBUTES["_build_shapes_dict"]
+    graph = model._functional
+    assert graph.outputs[0]._keras_history[0] is dense, ATTRIBUTES["_keras_history"]
+    assert graph._nodes_by_depth[0] == dense._inbound_nodes, ATTRIBUTES["_nodes_by_depth"]
+    assert graph.operations[0]._outbound_nodes == dense._inbound_nodes, ATTRIBUTES["_outbound_nodes"]
+    assert graph.outputs[0]._dtype == graph.outputs[0].dtype, ATTRIBUTES["_dtype"]
     # Keras reads it with this default too, on variables that hold float8 scales.
     assert "overwrite_with_gradient" in inspect.getsource(importlib.import_module(OPTIMIZER))
+
+
+def test_private_methods_are_there_to_be_overridden():
+    """Keras calls it after each build: then the changes of a loaded model are repeated."""
+    assert list(inspect.signature(keras.Operation._post_build).parameters) == ["self"]
 
 
 def private_names():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         errors,
         formats,
         hardware,
+        islands,
         layers,
         losses,
         optimizer,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from tfmixed.auditing import audit
     from tfmixed.config import Config, load_config
     from tfmixed.errors import ConfigError
+    from tfmixed.islands import force_float32
     from tfmixed.optimizer import LossScaleOptimizer
     from tfmixed.policy import policy_scope, set_policy
     from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
@@ -49,6 +51,7 @@ _HOMES = {
     "LogMaxScale": "scaling",
     "LossScaleOptimizer": "optimizer",
     "audit": "auditing",
+    "force_float32": "islands",
     "load_config": "config",
     "policy_scope": "policy",
     "set_policy": "policy",
@@ -69,8 +72,10 @@ __all__ = [
     "distribute",
     "doctor",
     "errors",
+    "force_float32",
     "formats",
     "hardware",
+    "islands",
     "layers",
     "load_config",
     "losses",
@@ -127,7 +132,7 @@ class _AfterKeras:
 
 
 def _register() -> None:
-    for module in ("layers", "losses", "optimizer"):
+    for module in ("inplace", "layers", "losses", "optimizer"):
         importlib.import_module(f"{__name__}.{module}")
 
 

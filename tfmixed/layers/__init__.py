@@ -13,7 +13,7 @@ What goes wrong without each of them was measured with Keras 3.15 and TensorFlow
 from __future__ import annotations
 
 from tfmixed.layers.attention import GroupQueryAttention, MultiHeadAttention
-from tfmixed.layers.islands import Float32
+from tfmixed.layers.float32 import Float32
 from tfmixed.layers.normalization import (
     BatchNormalization,
     GroupNormalization,

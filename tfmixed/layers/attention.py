@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from tfmixed.layers.islands import PACKAGE, cast_spec
+from tfmixed.layers.float32 import PACKAGE, cast_spec
 
 
 class _AttendsInFloat32(keras.layers.Layer):

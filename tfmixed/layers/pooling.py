@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from tfmixed.layers.islands import PACKAGE, InFloat32
+from tfmixed.layers.float32 import PACKAGE, InFloat32
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from tfmixed.layers.islands import PACKAGE, InFloat32
+from tfmixed.layers.float32 import PACKAGE, InFloat32
 
 
 class _Reduction(InFloat32):

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from tfmixed.layers.islands import PACKAGE, InFloat32
+from tfmixed.layers.float32 import PACKAGE, InFloat32
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

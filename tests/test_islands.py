@@ -1,0 +1,433 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from backend import BACKEND, needs_tensorflow, tf
+from keras import layers, ops, tree
+from sensitive_models import LOGITS, SENSITIVE, STEPS, UNEVEN, Cell, Classifier, Powers, dense, through
+
+import tfmixed
+from tfmixed import force_float32
+from tfmixed.islands import force_own_code
+
+HALF = ["mixed_float16", "mixed_bfloat16", "float16"]
+
+
+@pytest.fixture(params=SENSITIVE)
+def case(request):
+    """Makes a model, its input and what is said of it, under the global policy."""
+    make, said = SENSITIVE[request.param]
+
+    def made(policy):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        keras.config.set_dtype_policy(policy)
+        return make()
+
+    return made, said
+
+
+def dtypes(outputs):
+    return {keras.backend.standardize_dtype(output.dtype) for output in tree.flatten(outputs)}
+
+
+def numbers(outputs):
+    return [ops.convert_to_numpy(ops.cast(output, "float32")) for output in tree.flatten(outputs)]
+
+
+def weights(model):
+    return [ops.convert_to_numpy(weight) for weight in model.weights]
+
+
+def error(outputs, right):
+    """The largest relative error; where something is not finite, infinite."""
+    with np.errstate(all="ignore"):
+        pairs = zip(numbers(outputs), numbers(right), strict=True)
+        errors = [np.where(a == b, 0.0, np.abs(a - b) / np.abs(b)) for a, b in pairs]
+    return max(np.nan_to_num(each, nan=np.inf).max() for each in errors)
+
+
+def test_values_are_those_of_float32(case):
+    """And were not before. Weights stay as they are; what was changed is what is expected, once."""
+    make, said = case
+    model, x = make("mixed_float16")
+    before, kept = model(x), weights(model)
+    assert force_float32(model) == said
+    after = model(x)
+    assert force_float32(model) == []
+    for old, new in zip(kept, weights(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+    right, _ = make("float32")
+    right.set_weights(kept)
+    assert dtypes(after) == dtypes(model.outputs if hasattr(model, "outputs") else after) == {"float32"}
+    if said != ["p: output"] and (BACKEND, said) != ("torch", ["norm"]):  # They are right already.
+        assert error(before, right(x)) > 1e-4
+    assert error(after, right(x)) < (5e-4 if "block" in said[0] or "cumsum" in said else 1e-5)
+
+
+@pytest.mark.parametrize("policy", HALF)
+def test_it_is_there_again_in_a_loaded_model(case, policy, tmp_path):
+    """Under another global policy, and in a clone: the same values to the bit, nothing left to change."""
+    make, said = case
+    model, x = make(policy)
+    assert force_float32(model) == said
+    model.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("float32")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    for ours, theirs in zip(numbers(again(x)), numbers(model(x)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert dtypes(again(x)) == {"float32"}
+    assert force_float32(again) == []
+
+
+def test_models_load_in_a_fresh_process(tmp_path):
+    """In one under float32 that names nothing of ours but the package, and the classes of the models."""
+    keras.config.set_dtype_policy("mixed_float16")
+    for number, (make, _) in enumerate(SENSITIVE.values()):
+        keras.utils.clear_session()
+        model, x = make()
+        force_float32(model)
+        model.save(tmp_path / f"{number}.keras")
+        np.savez(tmp_path / f"{number}.npz", x, *numbers(model(x)))
+    code = f"""
+import pathlib, keras, numpy as np, tfmixed, sensitive_models
+for path in pathlib.Path({str(tmp_path)!r}).glob("*.keras"):
+    model, saved = keras.models.load_model(path), np.load(path.with_suffix(".npz"))
+    x, *right = saved.values()
+    for ours, theirs in zip(keras.tree.flatten(model(x)), right, strict=True):
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(ours), theirs, rtol=1e-6)
+    print(path.stem)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.split()) == len(SENSITIVE)
+
+
+def test_weights_files_fit_both_ways(tmp_path):
+    """Names in them are as before."""
+    keras.config.set_dtype_policy("mixed_float16")
+    plain, forced = Classifier(), Classifier()
+    for model in (plain, forced):
+        model(STEPS)
+    force_float32(forced)
+    for source, target in ((plain, forced), (forced, plain)):
+        source.save_weights(tmp_path / "model.weights.h5")
+        target.set_weights([weight * 0 for weight in weights(target)])
+        target.load_weights(tmp_path / "model.weights.h5")
+        for ours, theirs in zip(weights(source), weights(target), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("policy", HALF)
+def test_training_goes_on(policy, tmp_path):
+    """With the optimizer's state, what was compiled before, and after loading."""
+    keras.config.set_dtype_policy(policy)
+    model = Classifier(name="classifier")
+    model(STEPS)
+    model.compile(tfmixed.LossScaleOptimizer("adam", 8), "categorical_crossentropy")
+    labels = np.eye(4, dtype="float32")[[0, 1]]
+    fit = {"batch_size": 2, "verbose": 0}
+    model.fit(STEPS, labels, **fit)
+    assert dtypes(model.predict(STEPS, verbose=0)) <= {"float16", "bfloat16"}
+    state = [ops.convert_to_numpy(variable) for variable in model.optimizer.variables]
+    assert force_float32(model)
+    for old, new in zip(state, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(old, ops.convert_to_numpy(new))
+    assert dtypes(model.predict(STEPS, verbose=0)) == {"float32"}
+    model.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("float32")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    for each in (model, again):
+        each.fit(STEPS, labels, **fit)
+        assert int(each.optimizer.iterations) == 2
+    for ours, theirs in zip(weights(model), weights(again), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+@needs_tensorflow
+def test_gradients_are_those_of_float32():
+    """Through the softmax of a label of small probability, which half precision has as 0."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model, x = through(dense(4, activation="softmax"), LOGITS)
+    force_float32(model)
+    with tf.GradientTape() as tape:
+        loss = -ops.mean(ops.log(model(x)[:, 3]))
+    (kernel, _) = tape.gradient(loss, model.trainable_variables)
+    right = np.mean([np.outer(row, np.exp(row) / np.exp(row).sum() - [0, 0, 0, 1]) for row in LOGITS], axis=0)
+    np.testing.assert_allclose(kernel, right, rtol=2e-3, atol=1e-3)
+
+
+def test_own_code_around_sublayers(tmp_path):
+    """The sublayers' products stay half, all between them is float32; a user's code never gets two dtypes."""
+    keras.config.set_dtype_policy("mixed_float16")
+    inputs, powers = keras.Input((4,)), Powers(name="powers")
+    model = keras.Model(inputs, layers.Activation("tanh", name="last")(powers(inputs)))
+    x = np.full((2, 4), 300.0, "float32")
+    assert np.ptp(numbers(model(x))[0]) == 0 == numbers(model(x))[0][0, 0]  # the sum of squares is inf
+    assert force_own_code(model, [powers]) == ["powers: own code"]
+    assert force_own_code(model, [powers]) == []
+    assert powers.scale.compute_dtype == "float16"
+    np.testing.assert_allclose(numbers(model(x))[0], np.tanh(0.5), rtol=1e-3)
+    model.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("float32")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(numbers(again(x))[0], numbers(model(x))[0])
+    assert again.get_layer("powers").scale.compute_dtype == "float16"
+
+
+@keras.saving.register_keras_serializable("test_islands")
+class Around(keras.Model):
+    """A user's code that needs the dtype of its sublayers to stay."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.powers, self.other = Powers(name="powers"), layers.Dense(4, name="other")
+
+    def call(self, x):
+        a, b = self.powers(x), self.other(x)
+        assert a.dtype == b.dtype, f"{a.dtype} and {b.dtype}"
+        return {"sum": a + b, "first": a}
+
+
+def test_a_users_code_gets_back_what_it_had(tmp_path):
+    """And what it returns as it is, is float32 with all its bits."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model, x = Around(name="around"), np.full((2, 4), 300.0, "float32")
+    model(x)
+    assert force_own_code(model, [model.powers]) == ["powers: own code"]
+    assert dtypes(model(x)) == {"float16"}
+    assert force_float32(model) == ["around: output"]
+    model.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("float32")
+    for each in (model, keras.models.load_model(tmp_path / "model.keras")):
+        outputs = each(x)
+        assert dtypes(outputs) == {"float32"}
+        np.testing.assert_allclose(numbers(outputs["first"])[0], 0.5, rtol=1e-6)
+        assert len(set(numbers(outputs["sum"])[0][0].astype("float16") - numbers(outputs["sum"])[0][0])) == 1
+
+
+@keras.saving.register_keras_serializable("test_islands")
+class Total(keras.layers.Layer):
+    """Says float32 itself, too late."""
+
+    def call(self, x):
+        return ops.cast(ops.sum(ops.square(x), axis=-1, keepdims=True), "float32")
+
+
+@keras.saving.register_keras_serializable("test_islands")
+class Residual(keras.Model):
+    """Lists of models and dicts of layers; adds to its own input."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.blocks = [keras.Sequential([layers.Dense(4), layers.LayerNormalization()]) for _ in range(2)]
+        self.heads = {"p": layers.Dense(3, activation="softmax", name="p"), "q": layers.Dense(2, name="q")}
+        self.total = Total(name="total")
+
+    def call(self, x):
+        total = self.total(x)
+        for block in self.blocks:
+            assert x.dtype == block(x).dtype
+            x = x + block(x)
+        assert keras.backend.standardize_dtype(total.dtype) == "float32"
+        return {"total": total, **{key: head(x) for key, head in self.heads.items()}}
+
+
+def test_a_layer_that_gives_float32_goes_on_to_do_so(tmp_path):
+    """Among sublayers in lists and dicts."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model, x = Residual(name="residual"), np.full((2, 4), 300.0, "float32")
+    assert np.isinf(numbers(model(x)["total"])[0]).all()
+    assert force_own_code(model, [model.total]) == ["total"]
+    assert force_float32(model) == ["p: activation", "residual: output"]
+    model.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("float32")
+    for each in (model, keras.models.load_model(tmp_path / "model.keras")):
+        np.testing.assert_array_equal(numbers(each(x)["total"])[0], 360_000.0)
+        np.testing.assert_allclose(numbers(each(x)["p"])[0].sum(axis=-1), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [layers.RNN, lambda cell, **kw: layers.Bidirectional(layers.RNN(cell), **kw)],
+    ids=["RNN", "Bidirectional"],
+)
+def test_recurrent_cells_keep_the_dtype_of_their_states(wrapper, tmp_path):
+    """Each step in float32, each state as before."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model, x = through(wrapper(Cell(), name="rnn"), np.zeros((1, 3, 4), "float32"))
+    assert numbers(model(x))[0].max() == 0  # exp(-30) is 0 in float16
+    assert force_own_code(model, [model.get_layer("rnn")])
+    np.testing.assert_allclose(numbers(model(x))[0], np.exp(-7.5), rtol=1e-5)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(numbers(again(x))[0], numbers(model(x))[0])
+
+
+def test_activations_inside_recurrent_layers():
+    """At every time step."""
+    keras.config.set_dtype_policy("mixed_float16")
+    lstm = layers.LSTM(4, activation="softmax", name="lstm")
+    model, x = through(layers.Bidirectional(lstm, name="two"), STEPS)
+    before = numbers(model(x))[0]
+    assert sorted(force_float32(model)) == [
+        "two/backward_lstm/lstm_cell: activation",
+        "two/forward_lstm/lstm_cell: activation",
+        "two: output",
+    ]
+    np.testing.assert_allclose(numbers(model(x))[0], before, atol=1e-3)
+
+
+def test_what_needs_nothing_is_left_alone():
+    """Layers that compute in float32 by themselves or lose nothing; models without half precision."""
+    keras.config.set_dtype_policy("mixed_float16")
+    inputs = keras.Input((4, 4))
+    x = layers.LayerNormalization()(inputs)
+    x = layers.BatchNormalization()(layers.Dense(4, "relu")(x)) + ops.sum(x, axis=1, keepdims=True)
+    x = layers.GlobalAveragePooling1D()(layers.AveragePooling1D(2)(layers.RMSNormalization()(x)))
+    last = layers.Dense(2, "softmax", dtype="float32", name="predictions")
+    assert force_float32(keras.Model(inputs, last(ops.mean(x, axis=-1, keepdims=True)))) == []
+    keras.config.set_dtype_policy("float32")
+    assert force_float32(SENSITIVE["dense"][0]()[0]) == []
+    assert force_float32(SENSITIVE["classifier"][0]()[0]) == []
+
+
+def named():
+    keras.config.set_dtype_policy("mixed_float16")
+    block = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="inner")], name="block")
+    inputs = keras.Input((4,))
+    x = layers.Dense(4, name="middle")(block(layers.Dense(4, name="first")(inputs)))
+    return keras.Model(inputs, layers.Dense(4, name="last")(x))
+
+
+@pytest.mark.parametrize(
+    ("selector", "said"),
+    [
+        ("first", ["first"]),
+        ("block/inner", ["block/inner"]),
+        ("*i*", ["first", "block/inner", "middle"]),
+        ("block", ["block"]),
+        (keras.Sequential, ["block"]),
+        (layers.Dense, ["first", "block/inner", "middle", "last"]),
+        (lambda layer: layer.name.startswith("m"), ["middle"]),
+        (["sensitive", "first"], ["first", "last: output"]),
+        ([], []),
+        (layers.LSTM, []),
+    ],
+)
+def test_selectors(selector, said):
+    """Names, patterns, paths, classes, functions and lists; what they name is forced whole."""
+    model = named()
+    assert force_float32(model, selector) == said
+    assert force_float32(model, selector) == []
+    for layer in model._flatten_layers():
+        forced = layer.name in {path.split("/")[-1] for path in said} or (layer.name == "inner" and "block" in said)
+        if isinstance(layer, layers.Dense):
+            assert layer.compute_dtype == ("float32" if forced else "float16"), layer.name
+    assert model(np.ones((1, 4))).shape == (1, 4)
+
+
+def test_attention_can_be_forced_whole(tmp_path):
+    """With its projections."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model = Classifier(name="classifier")
+    model(STEPS)
+    assert force_float32(model, "mha") == ["block/mha"]
+    assert {layer.compute_dtype for layer in model.block.mha._flatten_layers()} == {"float32"}
+    model.predictions.dtype_policy = "mixed_bfloat16"
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert {layer.compute_dtype for layer in again.block.mha._flatten_layers()} == {"float32"}
+    assert (again.block.parts[0].compute_dtype, again.predictions.compute_dtype) == ("float16", "bfloat16")
+    np.testing.assert_array_equal(numbers(again(STEPS))[0], numbers(model(STEPS))[0])
+
+
+@pytest.mark.parametrize("selector", ["frist", "block/*x", ["first", "frist"]])
+def test_a_name_of_nothing_is_an_error(selector):
+    """It tells the names that are near, and nothing is changed."""
+    model = named()
+    with pytest.raises(ValueError, match=r"layers must match layers of the model, received .*near .*(first|block)"):
+        force_float32(model, selector)
+    assert {layer.compute_dtype for layer in model.layers[1:]} == {"float16"}
+
+
+@pytest.mark.parametrize("selector", [3, [3], None])
+def test_other_selectors_are_errors(selector):
+    """The message says what is possible."""
+    with pytest.raises(ValueError, match=r"layers must be .* received (3|None)"):
+        force_float32(named(), selector)
+
+
+def test_models_must_be_built():
+    """The message says how."""
+    with pytest.raises(ValueError, match=r"model must be built, received .*call it on data, or `model.build"):
+        force_float32(keras.Sequential([layers.Dense(1)]))
+    with pytest.raises(ValueError, match="model must be a Keras model, received 'model'"):
+        force_float32("model")
+
+
+def test_layers_stay_what_they_are():
+    """The objects, their classes, names, configs and paths."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model, x = SENSITIVE["dense"][0]()
+    layer, config, path = model.get_layer("p"), model.get_layer("p").get_config(), model.get_layer("p").kernel.path
+    force_float32(model)
+    assert model.get_layer("p") is layer
+    assert isinstance(layer, layers.Dense)
+    assert (type(layer).__name__, layer.kernel.path) == ("Dense", path)
+    assert {**layer.get_config(), **config}.keys() - config.keys() == {"in_float32"}
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    np.testing.assert_array_equal(numbers(clone(x))[0], numbers(model(x))[0])
+
+
+def test_masks_pass_through():
+    """Through what is cast."""
+    keras.config.set_dtype_policy("mixed_float16")
+    ids = keras.Input((None,), dtype="int32")
+    x = layers.TimeDistributed(layers.Dense(4, "softmax"))(layers.Embedding(5, 4, mask_zero=True)(ids))
+    model = keras.Model(ids, layers.GlobalAveragePooling1D()(x))
+    before = numbers(model(np.array([[1, 2, 0, 0]])))[0]
+    force_float32(model)
+    np.testing.assert_allclose(numbers(model(np.array([[1, 2, 0, 0]])))[0], before, rtol=1e-2)
+    np.testing.assert_allclose(
+        numbers(model(np.array([[1, 2, 0]])))[0], numbers(model(np.array([[1, 2]])))[0], rtol=1e-6
+    )
+
+
+def test_long_means_128():
+    """From there on average pooling and sums are forced; shorter ones are not; of unknown length they are."""
+    keras.config.set_dtype_policy("mixed_float16")
+    for size, said in ((127, []), (128, ["pool"])):
+        model, _ = through(
+            lambda x, size=size: layers.Dense(1, dtype="float32")(layers.AveragePooling1D(size, name="pool")(x)),
+            UNEVEN[..., None],
+        )
+        assert force_float32(model) == said
+    for size, said in ((127, []), (128, ["sum"]), (None, ["sum"])):
+        inputs = keras.Input((size, 2))
+        total = ops.sum(layers.Dense(2)(inputs), axis=1)
+        model = keras.Model(inputs, layers.Dense(1, dtype="float32")(total))
+        assert [name.split("_")[0] for name in force_float32(model)] == said
+
+
+def test_configs_hold_it():
+    """Without a file."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model, x = SENSITIVE["dense"][0]()
+    force_float32(model)
+    again = keras.models.model_from_json(model.to_json())
+    again.set_weights(model.get_weights())
+    np.testing.assert_array_equal(numbers(again(x))[0], numbers(model(x))[0])

@@ -1,0 +1,259 @@
+"""Float32 islands in a half-precision model that is already built."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import keras
+
+from tfmixed import inplace, sensitive
+
+_ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+_FRAMES = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirectional)
+
+Selector = str | type | Callable[[Any], bool]
+
+
+def force_float32(model: keras.layers.Layer, layers: Selector | Collection[Selector] = "sensitive") -> list[str]:
+    """Makes parts of a built model compute in float32, in place, and says which.
+
+    Weights, their names in files, the state of the optimizer and everything else stay. The model saves and loads with
+    the change. Under a policy like `"float16"` the weights stay float16 variables; they are computed with in float32.
+
+    `"sensitive"` are: softmax layers, also those inside attention; softmax, exponential and the like as `activation`
+    of any layer, whose matrix product stays half; `Attention`, `UnitNormalization`, `Normalization`,
+    `Dot(normalize=True)`; average pooling over 128 elements or more, over masked sequences too; of the `keras.ops`
+    in a functional graph: softmax, exponentials, norms, products, and sums over long or unknown axes or of squares;
+    what the model returns. Whatever is named instead is forced whole, with its matrix products and all that is in it.
+
+    In functional and Sequential graphs what is forced gives float32. In the `call` of a user's own class it gives the
+    dtype that it gave before, since TensorFlow refuses to mix them.
+
+    Args:
+        model: Built; of any kind.
+        layers: `"sensitive"`, a name or pattern (as of files: `"block_*/attention"`) that is matched with names and
+            with paths, a class, a function from a layer to a bool, or a list of these.
+
+    Returns:
+        What was changed now, in the order of the model, a path each: the names of the layers from the model's own on,
+        joined by `/`, and where not all of that layer was changed, what was: `"block/mha/softmax"`,
+        `"predictions: activation"`, `"logits: output"`, `"block: own code"` (all but its sublayers). Nothing for what
+        was changed before, or is float32 anyway.
+
+    Raises:
+        ValueError: The model is not built; a name or pattern matches nothing.
+
+    Example:
+    >>> keras.config.set_dtype_policy("mixed_float16")
+    >>> hidden, last = keras.layers.Dense(4, name="hidden"), keras.layers.Dense(2, "softmax", name="predictions")
+    >>> model = keras.Sequential([keras.Input((3,)), hidden, last])
+    >>> force_float32(model)
+    ['predictions: activation']
+    >>> force_float32(model, "hid*")
+    ['hidden']
+    >>> force_float32(model)
+    []
+    >>> keras.config.set_dtype_policy("float32")
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise ValueError(f"model must be a Keras model, received {model!r}")
+    if not model.built:
+        raise ValueError(f"model must be built, received {model!r}: call it on data, or `model.build(input_shape)`")
+    changes = _Changes(model)
+    selectors: Any = layers if isinstance(layers, (list, tuple, set)) else [layers]
+    for selector in selectors:
+        if selector == "sensitive":
+            changes.sensitive()
+        else:
+            for layer in changes.matching(selector):
+                changes.whole(layer)
+    return changes.make()
+
+
+def force_own_code(model: keras.layers.Layer, layers: Iterable[keras.Operation]) -> list[str]:
+    """Makes the code of some layers and operations of a built model compute in float32, and not their sublayers'.
+
+    What an audit of the model's graph found: the user's own layers, operations of functional graphs, Keras's layers.
+
+    Args:
+        model: As in `force_float32`.
+        layers: Layers and operations inside the model, or the model itself.
+
+    Returns:
+        As `force_float32` does.
+    """
+    changes = _Changes(model)
+    for layer in layers:
+        changes.own_code(layer)
+    return changes.make()
+
+
+class _Changes:
+    """What is to be changed in a model: collected first, since what a layer gives depends on what is around it."""
+
+    def __init__(self, model: keras.layers.Layer) -> None:
+        self.model = model
+        self.inside = inplace.descendants(model)
+        self.parents: dict[Any, list[Any]] = {layer: [] for layer in [model, *self.inside]}
+        self.paths = {model: model.name}
+        for parent in [model, *self.inside]:
+            above = "" if parent is model else f"{self.paths[parent]}/"
+            for child in inplace.children(parent):
+                self.parents[child].append(parent)
+                self.paths.setdefault(child, f"{above}{child.name}")
+        self.wanted: dict[Any, dict[str, Any]] = {}
+        self.reports: dict[Any, tuple[str, list[Any]]] = {}
+
+    def want(self, layer: Any, **change: Any) -> None:
+        self.wanted[layer] = {**self.wanted.get(layer, {}), **change}
+        for parent in self.parents[layer]:
+            if isinstance(parent, _FRAMES) and "computes" in change:
+                # They cast what they hand on and what they return, or run a `call` in the scope of their own dtype.
+                self.want(parent, computes="float32")
+            elif isinstance(parent, keras.layers.TimeDistributed):
+                self.want(parent)
+            elif self._is_output(layer, parent):
+                self._want_around(parent)
+
+    def _want_around(self, graph: Any) -> None:
+        """Has what wraps a graph say what that gives."""
+        for parent in self.parents[graph]:
+            if isinstance(parent, keras.layers.TimeDistributed):
+                self.want(parent)
+            elif self._is_output(graph, parent):
+                self._want_around(parent)
+
+    def report(self, layer: Any, what: str, members: list[Any] | None = None) -> None:
+        if not what or layer not in self.reports:
+            self.reports[layer] = (what, members or [layer])
+
+    def sensitive(self) -> None:
+        for layer in self.inside:
+            if sensitive.is_sensitive(layer):
+                self.own_code(layer)
+            elif names := [
+                name for name in inplace.activations_of(layer) if sensitive.is_sensitive_activation(layer, name)
+            ]:
+                self.activations(layer, names)
+        self.output(self.model)
+
+    def activations(self, layer: Any, names: list[str]) -> None:
+        if names and sensitive.is_half(layer):
+            self.want(layer, activations=names)
+            self.report(layer, "activation")
+
+    def own_code(self, layer: Any) -> None:
+        """Forces what a layer's own `call` computes; of Keras's layers with weights, only the activation."""
+        names, sublayers = inplace.activations_of(layer), inplace.children(layer)
+        if inplace.graph_of(layer) is not None or not sensitive.is_half(layer):
+            return
+        if sensitive.is_keras(layer) and sublayers:  # A wrapper, or attention: its own code is only a frame.
+            for child in sublayers:
+                if not isinstance(layer, _ATTENTION) or isinstance(child, keras.layers.Softmax):
+                    self.own_code(child)
+        elif sensitive.is_keras(layer) and names and layer.weights:
+            self.activations(layer, names)
+        else:
+            for child in sublayers:
+                self.want(child)  # It gives float32 into float32 code.
+            self.want(layer, computes="float32")
+            self.report(layer, "own code" if sublayers else "")
+
+    def whole(self, layer: Any) -> None:
+        """Forces a layer and all that is in it."""
+        members = [layer, *inplace.descendants(layer)]
+        for one in members:
+            if inplace.graph_of(one) is None and sensitive.is_half(one):
+                self.want(one, computes="float32")
+                self.report(layer, "", members)
+
+    def output(self, layer: Any) -> None:
+        """Makes what a layer gives float32, since the model returns it."""
+        if (graph := inplace.graph_of(layer)) is not None:
+            for tensor in graph.outputs:
+                self.output(tensor._keras_history[0])
+        elif isinstance(layer, keras.layers.InputLayer) or not sensitive.half_given(layer):
+            return
+        elif isinstance(layer, keras.layers.TimeDistributed):
+            self.output(layer.layer)
+        elif sensitive.is_plain(layer):
+            self.own_code(layer)
+        elif names := sensitive.nonlinear(layer):
+            self.activations(layer, names)
+        elif layer not in self.wanted:
+            self.want(layer)
+            self.report(layer, "output")
+
+    def matching(self, selector: Selector) -> list[Any]:
+        if isinstance(selector, str):
+            return self._named(selector)
+        if isinstance(selector, type):
+            return [layer for layer in self.inside if isinstance(layer, selector)]
+        if callable(selector):
+            return [layer for layer in self.inside if isinstance(layer, keras.layers.Layer) and selector(layer)]
+        raise ValueError(
+            'layers must be "sensitive", a name or pattern, a class, a function from a layer to a bool or a list of '
+            f"these, received {selector!r}"
+        )
+
+    def _named(self, pattern: str) -> list[Any]:
+        names = {layer: {layer.name, self.paths[layer]} for layer in self.inside}
+        found = [layer for layer in self.inside if any(fnmatch.fnmatchcase(name, pattern) for name in names[layer])]
+        if not found:
+            known = sorted(set().union(*names.values()))
+            near = difflib.get_close_matches(pattern, known, n=5, cutoff=0.4) or known[:5]
+            raise ValueError(f"layers must match layers of the model, received {pattern!r}, which is near {near}")
+        return found
+
+    def gives_wide(self, layer: Any) -> bool:
+        """Returns whether what is around a layer takes float32 from it: graphs, and code that computes in float32."""
+        if layer is self.model:
+            return True
+        return all(self._takes_wide(parent, layer) for parent in self.parents[layer])
+
+    def _takes_wide(self, parent: Any, layer: Any) -> bool:
+        if "computes" in {**inplace.change_of(parent), **self.wanted.get(parent, {})}:
+            return True
+        if isinstance(parent, keras.layers.TimeDistributed) or self._is_output(layer, parent):
+            return self.gives_wide(parent)
+        return inplace.graph_of(parent) is not None
+
+    def _is_output(self, layer: Any, parent: Any) -> bool:
+        graph = inplace.graph_of(parent)
+        return graph is not None and any(layer is tensor._keras_history[0] for tensor in graph.outputs)
+
+    def make(self) -> list[str]:
+        """Changes the layers, and returns the reports of those that were not so before."""
+        gives = {layer: "float32" if self.gives_wide(layer) else self._back(layer) for layer in self.wanted}
+        changed = set()
+        for layer, change in self.wanted.items():
+            if inplace.put(layer, **change, gives=gives[layer]):
+                changed.add(layer)
+                for keeper in self._keepers(layer):
+                    inplace.swapped(keeper)
+        if changed:
+            inplace.retype(self.model)
+            _forget_functions([self.model, *self.inside])
+        order = [layer for layer in [*self.inside, self.model] if layer in self.reports]
+        reports = [(self.paths[layer], *self.reports[layer]) for layer in order]
+        return [f"{path}: {what}" if what else path for path, what, of in reports if changed & set(of)]
+
+    def _back(self, layer: Any) -> str | None:
+        return sensitive.half_given(layer) if "computes" in self.wanted[layer] else None
+
+    def _keepers(self, layer: Any) -> list[Any]:
+        """Returns the outermost layers around that save what was changed inside, where Keras would make it anew."""
+        keepers = []
+        for parent in self.parents[layer]:
+            keepers += self._keepers(parent) or ([] if inplace.saves_children(parent) else [parent])
+        return keepers
+
+
+def _forget_functions(layers: list[Any]) -> None:
+    """Makes Keras trace anew what it compiled before."""
+    for layer in layers:
+        if isinstance(layer, keras.Model):
+            layer.train_function = layer.test_function = layer.predict_function = None
