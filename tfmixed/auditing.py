@@ -162,10 +162,7 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"model must be a built Keras model, received {model!r:.80}: call it on data first")
     given = _tensors(inputs), _tensors(targets)
-    step = _traceable(model, *given)
-    half = step.trace()
-    with tracing.in_float32(model):
-        full = step.trace()
+    half, full = _traces(model, *given)
     context = Context(half, hardware.describe().main.kind == "cpu")
     found = [*_of_operations(half, context), *inspection.constants(half, full), *inspection.casts(half, context)]
     found += [*inspection.outputs(half), *inspection.variables(model), *inspection.speed(model, half, context)]
@@ -179,17 +176,37 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
 _Found = tuple[Node | None, keras.Operation | None, Hazard]
 
 
+def unsafe(model: keras.Model) -> list[keras.Operation]:
+    """Returns the layers whose own code has a severe hazard that float32 mends, as far as reading alone tells.
+
+    Raises:
+        ValueError: The model does not tell the shapes of its inputs.
+    """
+    half, full = _traces(model, None, None)
+    found = [*_of_operations(half, Context(half)), *inspection.constants(half, full)]
+    layers = {id(layer): layer for _, layer, hazard in found if layer is not None and hazard.severity == "severe"}
+    return list(layers.values())
+
+
+def _traces(model: keras.Model, inputs: Any, targets: Any) -> tuple[Trace, Trace]:
+    """Returns the traces of a step in the model's precision and in float32; what is not given is made up."""
+    specs = tracing.specs_of(model) if inputs is None else tracing.specs_from(inputs)
+    try:
+        step = Step(model, specs, tracing.targets_for(model, specs) if targets is None else tracing.specs_from(targets))
+        half = step.trace()
+        with tracing.in_float32(model):
+            return half, step.trace()
+    except Exception as error:  # whatever the user's code raises on inputs that are made up
+        if inputs is not None:
+            raise
+        raise ValueError(
+            f"inputs must be given for a model that cannot be traced with what it was built with, received None: pass "
+            f"a batch. With {specs} it raises: {error}"
+        ) from error
+
+
 def _tensors(structure: Any) -> Any:
     return None if structure is None else tree.map_structure(keras.ops.convert_to_tensor, structure)
-
-
-def _traceable(model: keras.Model, inputs: Any, targets: Any) -> Step:
-    """Returns a step of shapes and dtypes; those of the targets are made up if none are given."""
-    specs = tracing.specs_of(model) if inputs is None else tracing.specs_from(inputs)
-    if targets is not None:
-        return Step(model, specs, tracing.specs_from(targets))
-    symbols = tree.map_structure(lambda spec: keras.KerasTensor(spec.shape, spec.dtype.name), specs)
-    return Step(model, specs, tracing.targets_for(model, model.compute_output_spec(symbols)))
 
 
 def _of_operations(trace: Trace, context: Context) -> Iterator[_Found]:

@@ -106,7 +106,7 @@ def differences(step: Step) -> Iterator[Difference]:
         if half[name].op != "Const" and (found[name].overflowed if constant else parted.isdisjoint(half[name].inputs)):
             yield found[name]
     for path, values in half_gradients.items():
-        each = Difference(None, path, _dtype(half), values, full_gradients[path], backward=True)
+        each = Difference(None, path, _half_of(half), values, full_gradients[path], backward=True)
         if each.overflowed or each.vanished > 0.5:
             yield each
 
@@ -120,7 +120,7 @@ def _forward(half: dict[str, _Tensor], full: dict[str, _Tensor]) -> Iterator[tup
                 yield name, Difference(tensor.layer, tensor.op, tensor.dtype, tensor.values, other.values)
 
 
-def _dtype(tensors: dict[str, _Tensor]) -> str:
+def _half_of(tensors: dict[str, _Tensor]) -> str:
     return next((tensor.dtype for tensor in tensors.values() if tensor.dtype in _HALF), "float32")
 
 

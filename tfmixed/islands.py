@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import keras
 
-from tfmixed import inplace, sensitive
+from tfmixed import auditing, inplace, sensitive
 
 _ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 _FRAMES = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirectional)
@@ -27,7 +28,8 @@ def force_float32(model: keras.layers.Layer, layers: Selector | Collection[Selec
     of any layer, whose matrix product stays half; `Attention`, `UnitNormalization`, `Normalization`,
     `Dot(normalize=True)`; average pooling over 128 elements or more, over masked sequences too; of the `keras.ops`
     in a functional graph: softmax, exponentials, norms, products, and sums over long or unknown axes or of squares;
-    what the model returns. Whatever is named instead is forced whole, with its matrix products and all that is in it.
+    what the model returns; on TensorFlow the code of one's own layers in which `audit` finds something severe. Whatever
+    is named instead is forced whole, with its matrix products and all that is in it.
 
     In functional and Sequential graphs what is forced gives float32. In the `call` of a user's own class it gives the
     dtype that it gave before, since TensorFlow refuses to mix them.
@@ -138,6 +140,8 @@ class _Changes:
                 name for name in inplace.activations_of(layer) if sensitive.is_sensitive_activation(layer, name)
             ]:
                 self.activations(layer, names)
+        for layer in _audited(self.model):
+            self.own_code(layer)
         self.output(self.model)
 
     def activations(self, layer: Any, names: list[str]) -> None:
@@ -250,6 +254,17 @@ class _Changes:
         for parent in self.parents[layer]:
             keepers += self._keepers(parent) or ([] if inplace.saves_children(parent) else [parent])
         return keepers
+
+
+def _audited(model: Any) -> list[Any]:
+    """Returns what an audit finds in code that no rule by class knows."""
+    if keras.backend.backend() != "tensorflow" or not isinstance(model, keras.Model):
+        return []
+    try:
+        return auditing.unsafe(model)
+    except ValueError as error:
+        warnings.warn(f"force_float32 looks at known classes only: {error}", stacklevel=4)
+        return []
 
 
 def _forget_functions(layers: list[Any]) -> None:

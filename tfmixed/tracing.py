@@ -115,19 +115,20 @@ def specs_of(model: keras.Model) -> Any:
     """Returns the `tf.TensorSpec` of a built model's inputs.
 
     Raises:
-        ValueError: The model does not tell the shapes that it was built with.
+        ValueError: The model does not tell the shapes that it was built with. Dtypes it never tells: where it is no
+            graph of layers they are float32.
     """
     import tensorflow as tf
 
     if isinstance(model, keras.Sequential) or hasattr(model, "_inputs_struct"):
         struct = model.inputs if isinstance(model, keras.Sequential) else model._inputs_struct
         return tree.map_structure(lambda each: tf.TensorSpec(each.shape, each.dtype), _single(struct))
-    shape = (model.get_build_config() or {}).get("input_shape")
-    if not isinstance(shape, (list, tuple)) or not all(size is None or isinstance(size, int) for size in shape):
+    shapes = (model.get_build_config() or {}).get("input_shape")
+    if shapes is None:
         raise ValueError(
             "inputs must be given for a model that does not say what it was built with, received None: pass a batch"
         )
-    return tf.TensorSpec([None, *shape[1:]], "float32")
+    return tree.map_shape_structure(lambda shape: tf.TensorSpec([None, *shape[1:]], "float32"), shapes)
 
 
 def specs_from(batch: Any) -> Any:
@@ -137,26 +138,26 @@ def specs_from(batch: Any) -> Any:
     return tree.map_structure(lambda each: tf.TensorSpec(each.shape, each.dtype), batch)
 
 
-def targets_for(model: keras.Model, outputs: Any) -> Any:
+def targets_for(model: keras.Model, inputs: Any) -> Any:
     """Returns the `tf.TensorSpec` of targets that the losses of `compile` take; None without such losses.
 
     Args:
         model: The model.
-        outputs: The structure of its outputs.
+        inputs: The `tf.TensorSpec` of its inputs.
     """
     import tensorflow as tf
 
     losses = getattr(model, "loss", None)
     if losses is None or type(model).compute_loss is not keras.Model.compute_loss:
         return None
+    outputs = tensors(tf.function(model, autograph=False).get_concrete_function(inputs).structured_outputs)
     sparse = ["sparse" in _name(loss) for loss in tree.flatten(losses)]
-    flat = tensors(outputs)
-    if len(sparse) not in (1, len(flat)):
+    if len(sparse) not in (1, len(outputs)):
         return None
-    each = sparse if len(sparse) == len(flat) else sparse * len(flat)
+    each = sparse if len(sparse) == len(outputs) else sparse * len(outputs)
     return [
         tf.TensorSpec(output.shape[:-1], "int32") if integers else tf.TensorSpec(output.shape, "float32")
-        for integers, output in zip(each, flat, strict=True)
+        for integers, output in zip(each, outputs, strict=True)
     ]
 
 
@@ -170,25 +171,29 @@ def _single(structure: Any) -> Any:
 
 @contextlib.contextmanager
 def in_float32(model: keras.Model) -> Iterator[None]:
-    """Makes all layers compute in float32, and gives them back their policies."""
-    layers = list(model._flatten_layers(include_self=True, recursive=True))
-    policies, before = [layer._dtype_policy for layer in layers], keras.config.dtype_policy()
-    float32 = keras.dtype_policies.get("float32")
-    try:
+    """Makes all layers compute in float32 and give it, and gives them back what they had."""
+    before, float32 = keras.config.dtype_policy(), keras.dtype_policies.get("float32")
+    with contextlib.ExitStack() as stack:
+        stack.callback(keras.config.set_dtype_policy, before)
         keras.config.set_dtype_policy(float32)
-        for layer in layers:
-            layer._dtype_policy = float32  # not `dtype_policy`, which would write into a DTypePolicyMap
+
+        def replace(each: keras.Operation, name: str, old: Any, new: Any) -> None:
+            stack.callback(object.__setattr__, each, name, old)
+            object.__setattr__(each, name, new)
+
+        for each in operations(model):
+            if isinstance(each, keras.layers.Layer):  # not `dtype_policy`, which would write into a DTypePolicyMap
+                replace(each, "_dtype_policy", each._dtype_policy, float32)
+            for name in ("output_dtype", "_gives"):  # what our own layers cast to
+                if (old := vars(each).get(name)) is not None:
+                    replace(each, name, old, "float32")
         yield
-    finally:
-        keras.config.set_dtype_policy(before)
-        for layer, policy in zip(layers, policies, strict=True):
-            layer._dtype_policy = policy
 
 
 @contextlib.contextmanager
 def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
     """Gives each layer's call a name scope that tells its number in the list that it yields."""
-    layers = _operations(model)
+    layers = operations(model)
     for number, layer in enumerate(layers):
         vars(layer)["call"] = _in_scope(f"{_SCOPE}{number}", layer.call)
     try:
@@ -196,6 +201,13 @@ def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
     finally:
         for layer in layers:
             del vars(layer)["call"]
+
+
+def operations(model: keras.Model) -> list[keras.Operation]:
+    """Returns all layers of a model, itself first, and what else is a node of a functional graph in it."""
+    layers = list(model._flatten_layers(include_self=True, recursive=True))
+    nodes = [operation for layer in layers for operation in getattr(layer, "operations", ())]
+    return list({id(each): each for each in [*layers, *nodes]}.values())
 
 
 def layer_of(name: str, layers: Sequence[keras.Operation]) -> keras.Operation | None:
@@ -229,12 +241,6 @@ def _in_scope(scope: str, call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*args, **kwargs)
 
     return scoped_call
-
-
-def _operations(model: keras.Model) -> list[keras.Operation]:
-    layers = list(model._flatten_layers(include_self=True, recursive=True))
-    nodes = [operation for layer in layers for operation in getattr(layer, "operations", ())]
-    return list({id(each): each for each in [*layers, *nodes]}.values())
 
 
 def _nodes(
