@@ -20,6 +20,7 @@ else:
         "examples",
         "fused",
         "fuzz",
+        "hazards_mended",
         "multi_worker",
         "readme",
         "restart",
