@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
-from tfmixed import LossScaleOptimizer, audit
+from tfmixed import LossScaleOptimizer, audit, force_float32
 
 # NumPy's, when TensorFlow makes a constant of -1e9.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast")
@@ -368,6 +368,12 @@ def test_well_made_models_have_few_findings(name, policy):
     if (name, policy) == ("resnet", "mixed_bfloat16"):
         expected.append(("warning", "bias gradient"))
     assert [(each.severity, each.op) for each in audit(model)] == expected
+    if policy == "mixed_float16":
+        whole = [each for each in force_float32(model) if not each.endswith(": activation")]
+        # Pixels up to 255 less their mean: EfficientNet and ConvNeXt begin with that.
+        assert len(whole) == (name in ("efficientnet", "convnext"))
+        assert all("normalization" in each for each in whole)
+        assert found(model, severities=("severe",)) == []
 
 
 def transformer():
@@ -390,3 +396,5 @@ def test_a_transformer_has_few_findings(policy):
     assert sorted((each.severity, each.op) for each in audit(model)) == sorted(
         [(softmax, "softmax"), ("warning", "output")]
     )
+    assert len(force_float32(model)) == 2
+    assert [(each.severity, each.op) for each in audit(model)] == []

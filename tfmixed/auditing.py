@@ -182,20 +182,20 @@ def unsafe(model: keras.Model) -> list[keras.Operation]:
     Raises:
         ValueError: The model does not tell the shapes of its inputs.
     """
-    half, full = _traces(model, None, None)
+    half, full = _traces(model, None, None, backward=False)
     found = [*_of_operations(half, Context(half)), *inspection.constants(half, full)]
     layers = {id(layer): layer for _, layer, hazard in found if layer is not None and hazard.severity == "severe"}
     return list(layers.values())
 
 
-def _traces(model: keras.Model, inputs: Any, targets: Any) -> tuple[Trace, Trace]:
+def _traces(model: keras.Model, inputs: Any, targets: Any, backward: bool = True) -> tuple[Trace, Trace]:
     """Returns the traces of a step in the model's precision and in float32; what is not given is made up."""
     specs = tracing.specs_of(model) if inputs is None else tracing.specs_from(inputs)
     try:
         step = Step(model, specs, tracing.targets_for(model, specs) if targets is None else tracing.specs_from(targets))
-        half = step.trace()
+        half = step.trace(backward)
         with tracing.in_float32(model):
-            return half, step.trace()
+            return half, step.trace(backward=False)  # of which the constants alone are looked at
     except Exception as error:  # whatever the user's code raises on inputs that are made up
         if inputs is not None:
             raise

@@ -131,7 +131,7 @@ def _run(step: Step, layers: Sequence[keras.Operation]) -> tuple[dict[str, _Tens
     paths: list[str] = []
 
     def run(inputs: Any, targets: Any) -> tuple[list[Any], list[Any]]:
-        outputs, loss, gradients = step.run(inputs, targets, training=True)
+        outputs, loss, gradients = step.run(inputs, targets)
         needed = ancestors([*tree.flatten(outputs), loss])
         ops[:] = [op for op in tf.compat.v1.get_default_graph().get_operations() if op in needed and _counts(op)]
         paths[:] = gradients

@@ -65,14 +65,14 @@ class Step:
     inputs: Any
     targets: Any = None
 
-    def trace(self) -> Trace:
-        """Traces the step as it trains. Runs nothing and changes nothing."""
+    def trace(self, backward: bool = True) -> Trace:
+        """Traces the step as it trains, forward alone if asked to. Runs nothing and changes nothing."""
         import tensorflow as tf
 
         found: dict[str, Any] = {}
 
         def traced(inputs: Any, targets: Any) -> Any:
-            results = self.run(inputs, targets, training=True)
+            results = self.run(inputs, targets) if backward else self.forward(inputs, targets)
             found.update(outputs=results[0], targets=targets)
             return results
 
@@ -82,28 +82,32 @@ class Step:
             graph = function.get_concrete_function(self.inputs, self.targets).graph
             return Trace(tuple(_nodes(graph, layers)), tensors(found["outputs"]), tensors(found["targets"]))
 
-    def run(self, inputs: Any, targets: Any, training: bool) -> tuple[Any, Any, dict[str, Any]]:
-        """Returns the model's outputs, its loss, and the gradients of that by the paths of the variables.
-
-        The loss is that of `compile`, scaled by the optimizer; without targets, the sum of the outputs.
-        """
+    def run(self, inputs: Any, targets: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Returns the model's outputs, its loss, and the gradients of that by the paths of the variables."""
         import tensorflow as tf
 
         variables = {variable.path: variable.value for variable in self.model.trainable_variables}
         with tf.GradientTape() as tape:
-            arguments = {"training": training} if self.model._call_has_training_arg else {}
-            outputs = self.model(inputs, **arguments)
-            loss = self._loss(inputs, targets, outputs, training)
+            outputs, loss = self.forward(inputs, targets)
         gradients = tape.gradient(loss, variables)
         return outputs, loss, {path: tf.convert_to_tensor(each) for path, each in gradients.items() if each is not None}
 
-    def _loss(self, inputs: Any, targets: Any, outputs: Any, training: bool) -> Any:
+    def forward(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        """Returns the model's outputs in training, and its loss.
+
+        The loss is that of `compile`, scaled by the optimizer; without targets, the sum of the outputs.
+        """
+        arguments = {"training": True} if self.model._call_has_training_arg else {}
+        outputs = self.model(inputs, **arguments)
+        return outputs, self._loss(inputs, targets, outputs)
+
+    def _loss(self, inputs: Any, targets: Any, outputs: Any) -> Any:
         import tensorflow as tf
 
         if targets is None:
             losses = [tf.cast(each, "float32") for each in tensors(outputs) if each.dtype.is_floating]
         elif type(self.model).compute_loss is not keras.Model.compute_loss:
-            losses = [self.model.compute_loss(inputs, targets, outputs, training=training)]
+            losses = [self.model.compute_loss(inputs, targets, outputs, training=True)]
         else:
             losses = [loss(target, output) for loss, target, output in _paired(self.model, targets, outputs)]
         total = tf.add_n([tf.reduce_sum(tf.cast(loss, "float32")) for loss in [*losses, *self.model.losses]])
@@ -150,7 +154,10 @@ def targets_for(model: keras.Model, inputs: Any) -> Any:
     losses = getattr(model, "loss", None)
     if losses is None or type(model).compute_loss is not keras.Model.compute_loss:
         return None
-    outputs = tensors(tf.function(model, autograph=False).get_concrete_function(inputs).structured_outputs)
+    # Traced where no graph tells: Keras's own shape inference does not cast inputs as a call does (3.15).
+    graph = isinstance(model, (keras.Function, keras.Sequential))
+    call = None if graph else tf.function(model, autograph=False).get_concrete_function(inputs)
+    outputs = tensors(model.outputs if call is None else call.structured_outputs)
     sparse = ["sparse" in _name(loss) for loss in tree.flatten(losses)]
     if len(sparse) not in (1, len(outputs)):
         return None
