@@ -198,7 +198,7 @@ def test_variables_that_hold_their_gradient_are_not_unscaled():
     ("loss", "advice"),
     [
         (None, "Try lowering the learning rate.*If the loss itself is not finite: no loss scale mends that"),
-        (0.5, r"Try lowering the learning rate, clipping .* `min_scale` below 1 .*Float32\.$"),
+        (0.5, r"Try lowering the learning rate, clipping .* `min_scale` below 1 .*tfmixed\.force_float32.*\.$"),
         (np.nan, r"The loss itself is nan .*: no loss scale mends that\."),
     ],
 )

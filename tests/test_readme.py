@@ -18,3 +18,12 @@ def test_the_snippet_runs_as_pasted(tmp_path):
     assert run.returncode == 0, run.stderr.decode()
     assert b"steps skipped" in run.stdout
     assert (tmp_path / "loss_scale.jsonl").exists()
+
+
+def test_the_snippet_of_the_islands_page_runs(tmp_path):
+    """And finds the sum that it plants."""
+    page = README.parent / "docs" / "islands.md"
+    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    run = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, timeout=180, check=False)
+    assert run.returncode == 0, run.stderr.decode()
+    assert b"12,544 terms" in run.stdout

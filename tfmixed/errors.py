@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 _OVERFLOW = (
     "Try lowering the learning rate, clipping gradients (`clipnorm` on the inner optimizer), a `min_scale` below 1 in "
-    "the rule, or computing the layers named above in float32 with tfmixed.layers.Float32."
+    "the rule, or float32 where it is needed: tfmixed.audit(model) names the layers, tfmixed.force_float32(model) "
+    "mends them."
 )
 _BAD_LOSS = (
     "no loss scale mends that. Look for inputs that are not finite, a log or a division near 0, weights that diverged "
-    "under a high learning rate, or a forward pass that leaves float16: compute that layer in float32 with "
-    "tfmixed.layers.Float32."
+    "under a high learning rate, or a forward pass that leaves float16: tfmixed.audit(model, inputs) shows in which "
+    "layer."
 )
 
 
