@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +20,19 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tfmixed import comparison, hardware, hazards, inspection, tracing
+from tfmixed import comparison, hardware, hazards, inplace, inspection, tracing
 from tfmixed.comparison import Difference
-from tfmixed.hazards import HALF, SEVERITIES, Context, Hazard, Severity
+from tfmixed.formats import HALF
+from tfmixed.hazards import SEVERITIES, Context, Hazard, Severity
 from tfmixed.tracing import Node, Step, Trace
 
 _COLORS = {"severe": "bold red", "warning": "yellow", "note": "dim"}
 _MEANINGS = {
-    "severe": "wrong for values that are usual",
-    "warning": "wrong for values that occur",
+    "severe": "goes wrong on ordinary values",
+    "warning": "goes wrong on large or small values",
     "note": "less precise, or slower",
 }
-_VALUES = ("overflow", "underflow", "wrong values")
+_NOT_MENDED = ("variables", "cast")  # by float32 computations
 _OURS = f"{Path(__file__).parent}{os.sep}"
 
 
@@ -70,6 +72,7 @@ class Audit:
         dtypes: The formats that its layers compute in, and how many layers do.
         findings: What was found.
         ran: Did inputs run through it, against float32?
+        loss: Was the loss read too? Not where it takes targets that must be given, or where there is none.
 
     Example:
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, dtype="mixed_float16")])
@@ -81,6 +84,7 @@ class Audit:
     dtypes: dict[str, int]
     findings: tuple[Finding, ...]
     ran: bool = False
+    loss: bool = True
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self.findings)
@@ -105,7 +109,7 @@ class Audit:
         return json.dumps(self.as_dict(), indent=2)
 
     def __str__(self) -> str:
-        console = Console(width=120)
+        console = Console(width=min(120, shutil.get_terminal_size((120, 24)).columns))
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()
@@ -128,7 +132,9 @@ class Audit:
         severe, warnings, notes = (len(self.of(severity)) for severity in SEVERITIES)
         counts = f"{severe} severe, {warnings} warning{'s'[: warnings != 1]}, {notes} note{'s'[: notes != 1]}"
         yield Text(f"\n{counts}" if self.findings else "\nNothing found that is unsafe in half precision.")
-        if self.of("severe"):
+        if not self.loss:
+            yield Text("The loss was not read: pass inputs and targets, or read a custom train_step yourself.")
+        if any(finding.op not in _NOT_MENDED for finding in self.of("severe")):
             yield Text("tfmixed.force_float32(model) makes the sensitive parts compute in float32.")
 
 
@@ -162,51 +168,111 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"model must be a built Keras model, received {model!r:.80}: call it on data first")
     given = _tensors(inputs), _tensors(targets)
-    half, full = _traces(model, *given)
-    context = Context(half, hardware.describe().main.kind == "cpu")
+    specs = tracing.specs_of(model) if inputs is None else tracing.specs_from(given[0])
+    step, half = _step(model, specs, given[1])
+    with tracing.in_float32(model):
+        full = step.trace(backward=False)  # of which the constants alone are looked at
+    context = _context(half, given[0])
     found = [*_of_operations(half, context), *inspection.constants(half, full), *inspection.casts(half, context)]
     found += [*inspection.outputs(half), *inspection.variables(model), *inspection.speed(model, half, context)]
     if inputs is not None:
         found += _of_run(list(comparison.differences(Step(model, *given))), model)
     dtypes = [layer.compute_dtype for layer in model._flatten_layers(include_self=False, recursive=True)]
     counts = {dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))}
-    return Audit(model.name, counts, tuple(_merged(found)), inputs is not None)
+    return Audit(
+        model.name, counts, tuple(_merged(found, inplace.paths(model))), inputs is not None, step.targets is not None
+    )
 
 
 _Found = tuple[Node | None, keras.Operation | None, Hazard]
 
 
-def unsafe(model: keras.Model) -> list[keras.Operation]:
-    """Returns the layers whose own code has a severe hazard that float32 mends, as far as reading alone tells.
+def specs(model: keras.Model, inputs: Any = None) -> Any:
+    """Returns the `tf.TensorSpec` of inputs with which a model can be traced.
 
     Raises:
-        ValueError: The model does not tell the shapes of its inputs.
+        ValueError: There are none.
     """
-    half, full = _traces(model, None, None, backward=False)
-    found = [*_of_operations(half, Context(half)), *inspection.constants(half, full)]
-    layers = {id(layer): layer for _, layer, hazard in found if layer is not None and hazard.severity == "severe"}
-    return list(layers.values())
-
-
-def _traces(model: keras.Model, inputs: Any, targets: Any, backward: bool = True) -> tuple[Trace, Trace]:
-    """Returns the traces of a step in the model's precision and in float32; what is not given is made up."""
-    specs = tracing.specs_of(model) if inputs is None else tracing.specs_from(inputs)
+    found = tracing.specs_of(model) if inputs is None else tracing.specs_from(_tensors(inputs))
     try:
-        step = Step(model, specs, tracing.targets_for(model, specs) if targets is None else tracing.specs_from(targets))
-        half = step.trace(backward)
-        with tracing.in_float32(model):
-            return half, step.trace(backward=False)  # of which the constants alone are looked at
+        Step(model, found).trace(backward=False)
     except Exception as error:  # whatever the user's code raises on inputs that are made up
-        if inputs is not None:
-            raise
-        raise ValueError(
-            f"inputs must be given for a model that cannot be traced with what it was built with, received None: pass "
-            f"a batch. With {specs} it raises: {error}"
-        ) from error
+        raise _untraceable(found, error) from error
+    return found
+
+
+def is_traceable(model: keras.Model, inputs: Any) -> bool:
+    """Tells whether a model can be called with inputs of these specs."""
+    try:
+        specs(model, inputs)
+    except ValueError:
+        return False
+    return True
+
+
+def unsafe(model: keras.Model, inputs: Any) -> list[keras.Operation]:
+    """Returns the layers whose own code has a severe hazard that float32 mends, as far as reading alone tells.
+
+    Args:
+        model: As in `audit`.
+        inputs: What `specs` returned.
+    """
+    step = Step(model, inputs)
+    half = step.trace(backward=False)
+    with tracing.in_float32(model):
+        full = step.trace(backward=False)
+    context = _context(half, None)
+    found = [*_of_operations(half, context), *inspection.constants(half, full)]
+    layers = [layer for _, layer, hazard in found if hazard.severity == "severe"]
+    # The logarithm of a half-precision softmax or sigmoid is mended where that is computed.
+    owner = {id(node.op): node.layer for node in half.nodes}
+    for node in half.nodes:
+        made = hazards.probabilities(node.op)
+        if made is not None and node.layer in layers:
+            layers.append(owner.get(id(made[0])))
+    return list({id(layer): layer for layer in layers if layer is not None}.values())
+
+
+def _step(model: keras.Model, specs: Any, targets: Any) -> tuple[Step, Trace]:
+    """Returns a step that can be traced, and its trace: with targets that are made up if need be, or without a loss."""
+    if targets is not None:
+        step = Step(model, specs, tracing.specs_from(targets))
+        return step, step.trace()
+    try:
+        step = Step(model, specs, tracing.targets_for(model, specs))
+        return step, step.trace()
+    except Exception:  # the loss takes other targets, or the model other inputs
+        step = Step(model, specs)
+    try:
+        return step, step.trace()
+    except Exception as error:
+        raise _untraceable(specs, error) from error
+
+
+def _untraceable(specs: Any, error: Exception) -> ValueError:
+    raised = f"{type(error).__name__}: {error}"
+    return ValueError(f"inputs must be a batch that the model can be called with. With {specs} it raises {raised}")
+
+
+def _context(trace: Trace, inputs: Any) -> Context:
+    context = Context(trace, hardware.describe().main.kind == "cpu")
+    for tensor, values in zip(trace.inputs, [] if inputs is None else tracing.tensors(inputs), strict=False):
+        if values.dtype.is_integer and values.shape.num_elements():
+            array = values.numpy()
+            context.bounds.learn(tensor, float(array.min()), float(array.max()))
+    return context
 
 
 def _tensors(structure: Any) -> Any:
-    return None if structure is None else tree.map_structure(keras.ops.convert_to_tensor, structure)
+    if structure is None:
+        return None
+    try:
+        return tree.map_structure(keras.ops.convert_to_tensor, structure)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"inputs and targets must be arrays, or structures of them, received {type(structure).__name__}: of a "
+            "dataset, pass one batch"
+        ) from error
 
 
 def _of_operations(trace: Trace, context: Context) -> Iterator[_Found]:
@@ -254,23 +320,20 @@ def _of_gradients(name: str, group: list[Difference], model: keras.Model) -> Haz
     return Hazard("gradient underflow", grave.dtype, "warning", risk, "a larger loss scale")
 
 
-def _merged(found: list[_Found]) -> list[Finding]:
+def _merged(found: list[_Found], paths: dict[Any, str]) -> list[Finding]:
     """Makes one finding of what a layer does more than once, of its gravest occurrence, and sorts."""
-    groups: dict[tuple[str, ...], list[_Found]] = {}
+    groups: dict[tuple[Any, ...], list[_Found]] = {}
     for node, layer, hazard in found:
-        groups.setdefault((_path(layer), hazard.op, hazard.dtype, hazard.advice), []).append((node, layer, hazard))
+        groups.setdefault((layer, hazard.op, hazard.dtype, hazard.advice), []).append((node, layer, hazard))
     findings = []
-    for (path, *_), group in groups.items():
-        node, layer, hazard = min(group, key=lambda each: (SEVERITIES.index(each[2].severity), -(each[2].length or 0)))
+    for (layer, *_), group in groups.items():
+        node, _, hazard = min(group, key=lambda each: (SEVERITIES.index(each[2].severity), -(each[2].length or 0)))
+        path = "loss" if layer is None else paths.get(layer, layer.name)
         findings.append(Finding(path, source=_source(node, layer), count=len(group), **dataclasses.asdict(hazard)))
     # An output that a softmax before it makes wrong needs no finding of its own.
     made = {finding.layer for finding in findings if finding.op == "softmax" and finding.severity != "note"}
     kept = [finding for finding in findings if finding.op != "output" or finding.layer not in made]
     return sorted(kept, key=lambda finding: SEVERITIES.index(finding.severity))
-
-
-def _path(layer: keras.Operation | None) -> str:
-    return "loss" if layer is None else getattr(layer, "path", None) or layer.name
 
 
 def _source(node: Node | None, layer: keras.Operation | None) -> str | None:
@@ -296,10 +359,9 @@ def _table(findings: list[Finding]) -> Table:
         table.add_column(name, overflow="fold")
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
-        risk = "" if finding.op in _VALUES else finding.risk  # each has its own numbers: the first stands for all
-        groups.setdefault((finding.op, finding.dtype, risk, finding.advice), []).append(finding)
-    for (op, dtype, _, advice), group in groups.items():
+        groups.setdefault((finding.op, finding.dtype, finding.risk, finding.advice), []).append(finding)
+    for (op, dtype, risk, advice), group in groups.items():
         first, others = group[0], len(group) - 1
         layer = first.layer + (f" ({first.source})" if first.source else "") + (f" and {others} more" if others else "")
-        table.add_row(*map(Text, (layer, f"{op}, {dtype}", first.risk, advice)))
+        table.add_row(*map(Text, (layer, f"{op}, {dtype}", risk, advice)))
     return table

@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy
 
-# What hands its first input on, value by value, perhaps in another shape, order or format.
-MOVES = frozenset(
-    {
-        *("Identity", "Cast", "Reshape", "Squeeze", "ExpandDims", "Transpose", "StopGradient", "PreventGradient"),
-        *("BroadcastTo", "Tile", "StridedSlice", "Slice", "GatherV2", "GatherNd", "ReverseV2", "Split", "SplitV"),
-        *("CheckNumerics", "EnsureShape", "Unpack"),
-    }
-)
+# What leaves each value in its place.
+_SAME = frozenset({"Identity", "Cast", "StopGradient", "PreventGradient", "CheckNumerics", "EnsureShape"})
+# What hands on the values of its first input, all of them, in another shape or order, ...
+_ALL = _SAME | {"Reshape", "Squeeze", "ExpandDims", "Transpose", "BroadcastTo", "Tile", "ReverseV2"}
+# ... or some of them.
+MOVES = _ALL | {"StridedSlice", "Slice", "GatherV2", "GatherNd", "Split", "SplitV", "Unpack"}
 _KNOWN = {
     "Relu": (0.0, math.inf),
     "Relu6": (0.0, 6.0),
@@ -29,9 +27,6 @@ _KNOWN = {
     "Sin": (-1.0, 1.0),
     "Cos": (-1.0, 1.0),
     "Abs": (0.0, math.inf),
-    "Square": (0.0, math.inf),
-    "SquaredDifference": (0.0, math.inf),
-    "Sqrt": (0.0, math.inf),
     "Rsqrt": (0.0, math.inf),
     "RandomUniform": (0.0, 1.0),
     "OneHot": (0.0, 1.0),
@@ -65,6 +60,10 @@ class Bounds:
         self._known: dict[int, Interval] = {}
         self._depth = 0
 
+    def learn(self, tensor: Any, low: float, high: float) -> None:
+        """Takes note of bounds that are known from elsewhere."""
+        self._known[id(tensor.op)] = Interval(low, high)
+
     def __call__(self, tensor: Any) -> Interval:
         """Returns the interval of one tensor."""
         if id(tensor.op) not in self._known:
@@ -87,8 +86,8 @@ class Bounds:
 
 
 def value(tensor: Any) -> Any:
-    """Returns a constant's value as a float32 or integer array; None for what is none. Looks through moves."""
-    while tensor.op.type in MOVES and tensor.op.type not in ("GatherV2", "GatherNd"):
+    """Returns a constant's value as a float32, integer or boolean array, in whatever shape; None for what is none."""
+    while tensor.op.type in _ALL:
         tensor = tensor.op.inputs[0]
     if tensor.op.type != "Const":
         return None
@@ -96,6 +95,18 @@ def value(tensor: Any) -> Any:
 
     array = tf.make_ndarray(tensor.op.get_attr("value"))
     return array if array.dtype.kind in "iub" else array.astype("float32") if array.dtype.kind in "fV" else None
+
+
+def is_same(first: Any, second: Any) -> bool:
+    """Tells whether two tensors hold the same values in the same places, up to a cast."""
+    first, second = (_unmoved(each) for each in (first, second))
+    return first.op is second.op and first.value_index == second.value_index
+
+
+def _unmoved(tensor: Any) -> Any:
+    while tensor.op.type in _SAME:
+        tensor = tensor.op.inputs[0]
+    return tensor
 
 
 def source(tensor: Any) -> Any:
@@ -133,11 +144,20 @@ class Terms(NamedTuple):
 
 def terms(op: Any) -> Terms | None:
     """Returns the terms of a reduction over the axes that its second input names; None if they are not constant."""
-    axes, shape = value(op.inputs[1]), op.inputs[0].shape
-    if axes is None or shape.rank is None:
+    reduced, shape = axes(op), op.inputs[0].shape
+    if reduced is None:
         return None
-    reduced = {int(axis) % shape.rank for axis in numpy.atleast_1d(axes)} if shape.rank else set()
-    return terms_of([shape[axis] for axis in reduced], shape.rank - 1 in reduced)
+    # Axes of length 1 after the last that is longer change nothing in memory.
+    longer = [axis for axis in range(shape.rank) if shape[axis] != 1]
+    return terms_of([shape[axis] for axis in reduced], not longer or longer[-1] in reduced)
+
+
+def axes(op: Any) -> set[int] | None:
+    """Returns the axes that a reduction goes over, counted from the first; None if they are not constant."""
+    given, rank = value(op.inputs[1]), op.inputs[0].shape.rank
+    if given is None or rank is None:
+        return None
+    return {int(axis) % rank for axis in numpy.atleast_1d(given)} if rank else set()
 
 
 def terms_of(sizes: list[int | None], inner: bool) -> Terms:
@@ -149,7 +169,7 @@ def is_square(tensor: Any) -> bool:
     """Tells whether every value of the tensor is the square of something."""
     op = source(tensor)
     if op.type == "Mul":
-        return source(op.inputs[0]) is source(op.inputs[1])
+        return is_same(*op.inputs)
     return op.type in ("Square", "SquaredDifference") or (op.type == "Pow" and exponent(op) == 2)
 
 
@@ -181,10 +201,22 @@ def _sub(op: Any, of: Bounds) -> tuple[float, float]:
     return first.low - second.high, first.high - second.low
 
 
-def _is_maximum_of(maximum: Any, tensor: Any) -> bool:
+def _square(op: Any, of: Bounds) -> tuple[float, float]:
+    low, high = _sub(op, of) if op.type == "SquaredDifference" else of(op.inputs[0])
+    return 0.0, max(abs(low), abs(high)) ** 2
+
+
+def _sqrt(op: Any, of: Bounds) -> tuple[float, float]:
+    low, high = of(op.inputs[0])
+    return math.sqrt(max(low, 0.0)), math.sqrt(max(high, 0.0))
+
+
+def _is_maximum_of(maximum: Any, tensor: Any, over: set[int] | None = None) -> bool:
     # Through a Select too: `tf.reduce_logsumexp` replaces infinite maxima.
-    found = [op for op in sources(maximum, frozenset(["SelectV2", "Select", "Maximum"]), 4) if op.type == "Max"]
-    return any(source(op.inputs[0]) is source(tensor) for op in found)
+    for op in sources(maximum, frozenset(["SelectV2", "Select", "Maximum"]), 4):
+        if op.type == "Max" and is_same(op.inputs[0], tensor) and over in (None, axes(op)):
+            return True
+    return False
 
 
 def _mul(op: Any, of: Bounds) -> tuple[float, float]:
@@ -229,14 +261,29 @@ def _sum(op: Any, of: Bounds) -> tuple[float, float]:
     known = found is not None and found.exact
     least = low * found.number if found and known else 0.0 if low >= 0 else -math.inf
     most = high * found.number if found and known else 0.0 if high <= 0 else math.inf
+    return 1.0 if _has_exp_of_0(op) else least, most
+
+
+def _has_exp_of_0(op: Any) -> bool:
+    """Tells whether a sum has the exponential of the difference of a maximum to itself among its terms."""
     made = source(op.inputs[0])
-    if (
-        made.type == "Exp"
-        and (inner := source(made.inputs[0])).type == "Sub"
-        and _is_maximum_of(*reversed(inner.inputs))
-    ):
-        least = 1.0  # one of the terms is exp(0)
-    return least, most
+    inner = source(made.inputs[0]) if made.type == "Exp" else made
+    return inner.type == "Sub" and _is_maximum_of(inner.inputs[1], inner.inputs[0], axes(op))
+
+
+def _range(op: Any, of: Bounds) -> tuple[float, float]:
+    start, limit, _ = map(of, op.inputs)
+    return min(start.low, limit.low), max(start.high, limit.high)
+
+
+def _arg_max(op: Any, _of: Bounds) -> tuple[float, float]:
+    sizes = [op.inputs[0].shape[axis] for axis in axes(op) or ()]
+    return 0.0, float(max(sizes)) if sizes and None not in sizes else math.inf
+
+
+def _floor_mod(op: Any, of: Bounds) -> tuple[float, float]:
+    by = of(op.inputs[1])
+    return (0.0, by.high) if by.low > 0 else _UNKNOWN
 
 
 def _any(inputs: slice) -> _Rule:
@@ -262,6 +309,9 @@ _RULES: dict[str, _Rule] = {
     "AddV2": _add,
     "BiasAdd": _add,
     "Sub": _sub,
+    "Square": _square,
+    "Sqrt": _sqrt,
+    "SquaredDifference": _square,
     "Mul": _mul,
     "RealDiv": _div,
     "Maximum": _maximum,
@@ -274,4 +324,8 @@ _RULES: dict[str, _Rule] = {
     "ConcatV2": _any(slice(None, -1)),
     "Pack": _any(slice(None)),
     "Pad": _padded,
+    "Range": _range,
+    "ArgMax": _arg_max,
+    "ArgMin": _arg_max,
+    "FloorMod": _floor_mod,
 }

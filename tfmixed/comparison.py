@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import keras
 from keras import tree
+from keras.src.random.seed_generator import global_seed_generator
 
 from tfmixed.bounds import MOVES
+from tfmixed.formats import HALF
 from tfmixed.tracing import Step, ancestors, in_float32, layer_of, scoped
-
-_HALF = ("float16", "bfloat16")
 
 
 class Values(NamedTuple):
@@ -84,65 +84,78 @@ class _Tensor:
     dtype: str
     layer: keras.Operation | None
     inputs: tuple[str, ...]
-    values: Values
+    values: Values | None  # None: not floating, or only moved
 
 
 def differences(step: Step) -> Iterator[Difference]:
     """Runs a step in the model's own precision and in float32, and yields where the two part.
 
-    It is a training step, with the optimizer's loss scale; layers that draw random numbers run as in inference. The
+    It is a training step, with the optimizer's loss scale; layers with a `seed_generator` run as in inference. The
     model is left as it was. Tensors are matched by the names of their operations; what the float32 step does not have
-    is left out.
+    is left out, and what depends on another that parted, or on random numbers, since half precision draws others.
     """
-    with scoped(step.model) as layers, _quiet(layers), _restored(step.model):
-        half, half_gradients = _run(step, layers)
-        with in_float32(step.model):
+    with scoped(step.model) as layers, _quiet(layers):
+        with _restored(step.model):
+            half, half_gradients = _run(step, layers)
+        with _restored(step.model), in_float32(step.model):
             full, full_gradients = _run(step, layers)
-    found = dict(_forward(half, full))
-    parted = {name for name, each in found.items() if each.parted}
-    for name in parted:
+    found = dict(_differences(half, full))
+    tainted: set[str] = set()
+    for name, tensor in half.items():
+        each = found.get(name)
+        after, random = not tainted.isdisjoint(tensor.inputs), "Random" in tensor.op
+        if after or random or (each is not None and each.parted):
+            tainted.add(name)
         # Constants that half precision does not hold are a finding of their own, and some are other ones on purpose.
-        constant = any(half[each].op == "Const" for each in half[name].inputs if each in parted)
-        if half[name].op != "Const" and (found[name].overflowed if constant else parted.isdisjoint(half[name].inputs)):
-            yield found[name]
+        constant = any(half[each].op == "Const" and each in tainted for each in tensor.inputs if each in half)
+        first = not after or (constant and each is not None and each.overflowed)
+        if each is not None and each.parted and each.dtype in HALF and first and not random and tensor.op != "Const":
+            yield each
     for path, values in half_gradients.items():
         each = Difference(None, path, _half_of(half), values, full_gradients[path], backward=True)
         if each.overflowed or each.vanished > 0.5:
             yield each
 
 
-def _forward(half: dict[str, _Tensor], full: dict[str, _Tensor]) -> Iterator[tuple[str, Difference]]:
+def _differences(half: dict[str, _Tensor], full: dict[str, _Tensor]) -> Iterator[tuple[str, Difference]]:
     for name, tensor in half.items():
-        if tensor.dtype in _HALF:
-            # A cast to half precision has no counterpart but what it casts.
-            other = half.get(tensor.inputs[0]) if tensor.op == "Cast" else full.get(name)
-            if other is not None and other.values.size == tensor.values.size:
-                yield name, Difference(tensor.layer, tensor.op, tensor.dtype, tensor.values, other.values)
+        # A cast to half precision has no counterpart but what it casts.
+        cast = tensor.op == "Cast" and tensor.dtype in HALF
+        other = half.get(tensor.inputs[0]) if cast else full.get(name)
+        if tensor.values and other is not None and other.values and other.values.size == tensor.values.size:
+            yield name, Difference(tensor.layer, tensor.op, tensor.dtype, tensor.values, other.values)
 
 
 def _half_of(tensors: dict[str, _Tensor]) -> str:
-    return next((tensor.dtype for tensor in tensors.values() if tensor.dtype in _HALF), "float32")
+    return next((tensor.dtype for tensor in tensors.values() if tensor.dtype in HALF), "float32")
 
 
 def _run(step: Step, layers: Sequence[keras.Operation]) -> tuple[dict[str, _Tensor], dict[str, Values]]:
     import tensorflow as tf
 
     ops: list[Any] = []
+    counted: list[Any] = []
     paths: list[str] = []
 
     def run(inputs: Any, targets: Any) -> tuple[list[Any], list[Any]]:
         outputs, loss, gradients = step.run(inputs, targets)
         needed = ancestors([*tree.flatten(outputs), loss])
-        ops[:] = [op for op in tf.compat.v1.get_default_graph().get_operations() if op in needed and _counts(op)]
+        ops[:] = [op for op in tf.compat.v1.get_default_graph().get_operations() if op in needed]
+        counted[:] = [op for op in ops if _counts(op)]
         paths[:] = gradients
-        return [_summary(op.outputs[0]) for op in ops], [_summary(gradient) for gradient in gradients.values()]
+        return [_summary(op.outputs[0]) for op in counted], [_summary(gradient) for gradient in gradients.values()]
 
     forward, backward = tf.function(run, autograph=False)(step.inputs, step.targets)
+    values = {op.name: _values(summary) for op, summary in zip(counted, forward, strict=True)}
     tensors = {
         op.name: _Tensor(
-            op.type, op.outputs[0].dtype.name, layer_of(op.name, layers), tuple(_named_inputs(op)), _values(summary)
+            op.type,
+            op.outputs[0].dtype.name if op.outputs else "",
+            layer_of(op.name, layers),
+            tuple(tensor.op.name for tensor in op.inputs),
+            values.get(op.name),
         )
-        for op, summary in zip(ops, forward, strict=True)
+        for op in ops
     }
     return tensors, {path: _values(summary) for path, summary in zip(paths, backward, strict=True)}
 
@@ -150,13 +163,6 @@ def _run(step: Step, layers: Sequence[keras.Operation]) -> tuple[dict[str, _Tens
 def _counts(op: Any) -> bool:
     values = op.type not in MOVES - {"Cast"}
     return values and len(op.outputs) > 0 and op.outputs[0].dtype.is_floating
-
-
-def _named_inputs(op: Any) -> Iterator[str]:
-    for tensor in op.inputs:
-        while tensor.op.type in MOVES and tensor.op.type != "Cast":
-            tensor = tensor.op.inputs[0]
-        yield tensor.op.name
 
 
 def _summary(tensor: Any) -> Any:
@@ -201,7 +207,7 @@ def _draws(layer: keras.Operation) -> bool:
 @contextlib.contextmanager
 def _restored(model: keras.Model) -> Iterator[None]:
     """Gives back what a step may change even in inference, such as the states of random generators."""
-    variables = [*model.non_trainable_variables, *model.metrics_variables]
+    variables = [*model.variables, *model.metrics_variables, global_seed_generator().state]
     before = [variable.numpy() for variable in variables]
     try:
         yield

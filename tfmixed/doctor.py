@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tfmixed import hardware, measuring, switches, widths
+from tfmixed.formats import HALF
 from tfmixed.hardware import Hardware
 from tfmixed.measuring import Measured
 from tfmixed.switches import Switches
@@ -147,7 +148,7 @@ def _of_devices(machine: Hardware, state: Switches) -> Iterator[str]:
 
 def _of_policy(machine: Hardware, state: Switches) -> Iterator[str]:
     half = keras.dtype_policies.get(state.policy).compute_dtype
-    if half in ("float16", "bfloat16") and half not in machine.main.fast:
+    if half in HALF and half not in machine.main.fast:
         yield f"the global policy is {state.policy}, and {half} is slow here: use {machine.policy} for speed"
     if machine.main.kind == "cpu":
         yield "float16 is emulated on CPUs: use it here to study its numerics, not for speed"

@@ -39,3 +39,4 @@ class FloatFormat:
 
 FORMATS = {name: FloatFormat.of(name) for name in ("float16", "bfloat16", "float32")}
 FLOAT32 = FORMATS["float32"]
+HALF = ("float16", "bfloat16")

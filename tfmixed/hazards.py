@@ -15,15 +15,18 @@ from typing import Any, Literal
 
 from tfmixed import bounds
 from tfmixed.bounds import Bounds, Terms
-from tfmixed.formats import FORMATS
+from tfmixed.formats import FORMATS, HALF
 from tfmixed.tracing import Node, Trace
 
 Severity = Literal["severe", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")
-HALF = ("float16", "bfloat16")
 
 _FEW = 32  # terms that no reduction of them is worth a word
 _LOSSES = ("SoftmaxCrossEntropyWithLogits", "SparseSoftmaxCrossEntropyWithLogits")
+_SCATTERED = (
+    *("SegmentSum", "SegmentSumV2", "UnsortedSegmentSum", "SparseSegmentSum", "SparseSegmentMean"),
+    *("ScatterNd", "TensorScatterAdd"),
+)
 # Between a probability and its logarithm.
 _ON_THE_WAY = frozenset(["Maximum", "Minimum", "ClipByValue", "RealDiv", "Mul", "AddV2", "Sum", "Sub", "ConcatV2"])
 # What bounds whatever comes into it: an infinity before it does no harm.
@@ -98,11 +101,13 @@ def _sum(op: Any, dtype: str, context: Context) -> Hazard | None:
     terms = bounds.terms(op)
     if terms is None:
         return Hazard("sum", dtype, "warning", "sum over axes that are not constant: may overflow above 65,504")
+    magnitude = context.bounds(op.inputs[0]).magnitude
+    if _never_overflows(terms, magnitude, dtype):
+        return _stagnation("sum", op, terms, dtype, context)
     if bounds.is_square(op.inputs[0]):
         return _norm(terms, dtype)
-    magnitude = context.bounds(op.inputs[0]).magnitude
-    if (terms.exact and terms.number < _FEW) or _never_overflows(terms, magnitude, dtype):
-        return _stagnation("sum", terms, dtype)
+    if terms.exact and terms.number < _FEW:
+        return None
     if dtype == "bfloat16":
         return Hazard("sum", dtype, "note", f"sum over {terms} terms, rounded to 8 bits", length=terms.number)
     limit = FORMATS[dtype].max / terms.number
@@ -125,26 +130,34 @@ def _norm(terms: Terms, dtype: str) -> Hazard | None:
     return Hazard("norm", dtype, severity, risk, length=terms.number)
 
 
-def _mean(op: Any, dtype: str, _context: Context) -> Hazard | None:
+def _mean(op: Any, dtype: str, context: Context) -> Hazard | None:
     terms = bounds.terms(op)
     if terms is None:
         return None
-    if bounds.is_square(op.inputs[0]) and dtype == "float16":
+    if bounds.is_square(op.inputs[0]) and context.bounds(op.inputs[0]).high > FORMATS[dtype].max:
         risk = f"mean of {terms} squares: squares of numbers above 256 overflow, of those below 2e-4 vanish"
-        return Hazard("variance", dtype, "severe", risk, "square and average in float32", terms.number)
-    return _stagnation("mean", terms, dtype) or (
-        Hazard("mean", dtype, "note", f"mean over {terms} terms, rounded to {_bits(dtype)} bits", length=terms.number)
-        if terms.number >= _FEW
-        else None
+        if dtype == "float16":
+            return Hazard("variance", dtype, "severe", risk, "square and average in float32", terms.number)
+    if (found := _stagnation("mean", op, terms, dtype, context)) is not None or terms.number < _FEW:
+        return found
+    return Hazard(
+        "mean", dtype, "note", f"mean over {terms} terms, rounded to {_bits(dtype)} bits", length=terms.number
     )
 
 
-def _stagnation(name: str, terms: Terms, dtype: str) -> Hazard | None:
-    """A float16 sum stops where a term is below half the spacing of the sum: at 2,048 times a term."""
-    if dtype != "float16" or terms.inner or terms.number <= 2048:
+def _stagnation(name: str, op: Any, terms: Terms, dtype: str, context: Context) -> Hazard | None:
+    """Tells of float16 sums that stop where a term is below half the spacing of the sum.
+
+    TensorFlow's CPU kernel adds up in float16 over axes other than the last, in four partial sums where the last is 8
+    long or longer.
+    """
+    if dtype != "float16" or terms.inner or not context.on_cpu:
         return None
-    risk = f"{name} over {terms} terms, added up in float16: stops growing at 2,048 times a term"
-    return Hazard(name, dtype, "severe" if terms.number > 8192 else "warning", risk, length=terms.number)
+    most = 2048 if (op.inputs[0].shape[-1] or 8) < 8 else 8192
+    if terms.number <= most:
+        return None
+    risk = f"{name} over {terms} terms, added up in float16 on CPUs: stops growing at {most:,} times a term"
+    return Hazard(name, dtype, "severe" if terms.number > 2 * most else "warning", risk, length=terms.number)
 
 
 def _cumulative(op: Any, dtype: str, context: Context) -> Hazard | None:
@@ -223,19 +236,14 @@ def _exp(op: Any, dtype: str, context: Context) -> Hazard | None:
         return None
     if dtype == "bfloat16":
         return Hazard(name, dtype, "note", f"{name} of a bfloat16: numbers near 10 are off by 3 % after it")
-    if _saturates(op, context):
-        return None
     return Hazard(name, dtype, "severe", f"{name} overflows above {limit:.1f}", f"{_IN_FLOAT32}, or subtract a maximum")
 
 
 def _log(op: Any, dtype: str, context: Context) -> Hazard | None:
-    found = list(bounds.sources(op.inputs[0], _ON_THE_WAY))
-    made = next((each for each in found if each.type in ("Softmax", "Sigmoid")), None)
-    if made is not None:
-        return _log_of_probabilities(made)
-    if dtype not in HALF or (op.type == "Log1p" and context.bounds(op.inputs[0]).low >= 0):
-        return None
-    if context.bounds(op.inputs[0]).low >= FORMATS[dtype].smallest_normal:
+    low = context.bounds(op.inputs[0]).low
+    if (made := probabilities(op)) is not None:
+        return _log_of_probabilities(*made, low)
+    if dtype not in HALF or (op.type == "Log1p" and low >= 0) or low >= FORMATS[dtype].smallest_normal:
         return None
     name = op.type.lower()
     if dtype == "bfloat16":
@@ -244,22 +252,42 @@ def _log(op: Any, dtype: str, context: Context) -> Hazard | None:
     return Hazard(name, dtype, "severe", risk)
 
 
-def _log_of_probabilities(made: Any) -> Hazard:
-    dtype, name = made.outputs[0].dtype.name, made.type.lower()
+def probabilities(op: Any) -> tuple[Any, str] | None:
+    """Returns the softmax or sigmoid whose logarithm an operation takes, and the narrowest dtype between the two."""
+    if op.type not in ("Log", "Log1p"):
+        return None
+    seen = {op.inputs[0].dtype.name}
+    for each in bounds.sources(op.inputs[0], _ON_THE_WAY):
+        if each.type in ("Softmax", "Sigmoid"):
+            seen |= {each.outputs[0].dtype.name, *_dtypes_to(op.inputs[0])}
+            return each, next((dtype for dtype in HALF if dtype in seen), "float32")
+    return None
+
+
+def _dtypes_to(tensor: Any) -> Iterator[str]:
+    """Yields the dtypes that values had on the way to a tensor."""
+    while tensor.op.inputs and (tensor.op.type in bounds.MOVES or tensor.op.type in _ON_THE_WAY):
+        tensor = tensor.op.inputs[0]
+        yield tensor.dtype.name
+
+
+def _log_of_probabilities(made: Any, dtype: str, low: float) -> Hazard:
+    name = made.type.lower()
     advice = f"leave out the {name} and give logits to a loss with from_logits=True"
     risk = f"the logarithm of a {name} in {dtype}: "
-    if dtype == "float16":
-        return Hazard(f"log of {name}", dtype, "severe", risk + "-inf below a probability of 6e-8", advice)
     if dtype == "bfloat16":
         return Hazard(f"log of {name}", dtype, "warning", risk + "of probabilities rounded to 8 bits", advice)
-    return Hazard(f"log of {name}", dtype, "note", risk + "less precise than a loss of logits", advice)
+    if dtype == "float32" or low >= FORMATS["float16"].smallest_normal:
+        return Hazard(f"log of {name}", dtype, "note", risk + "less precise than a loss of logits", advice)
+    lost = f"become {low:.0e}, their gradient 0" if low > 0 else "become 0, their logarithm -inf"
+    return Hazard(f"log of {name}", dtype, "severe", f"{risk}probabilities below 6e-8 {lost}", advice)
 
 
 def _power(op: Any, dtype: str, context: Context) -> Hazard | None:
     if op.type == "Mul" and not bounds.is_square(op.outputs[0]):
         return None
     exponent = bounds.exponent(op) if op.type == "Pow" else 2.0
-    if dtype != "float16" or exponent in (0.0, 0.5, 1.0):
+    if dtype != "float16" or (exponent is not None and 0 <= exponent <= 1):
         return None
     if exponent is None:
         return Hazard("pow", dtype, "warning", "power with a varying exponent: overflows above 65,504")
@@ -285,17 +313,31 @@ def _root(op: Any, dtype: str, context: Context) -> Hazard | None:
     return Hazard(op.type.lower(), dtype, "warning", risk)
 
 
-def _pool(op: Any, dtype: str, _context: Context) -> Hazard | None:
+def _pool(op: Any, dtype: str, context: Context) -> Hazard | None:
     window = math.prod(op.get_attr("ksize"))
-    if dtype != "float16" or window < 256:
+    if dtype != "float16" or window <= 1024 or not context.on_cpu:
         return None
-    risk = f"average of {window:,} values, added up in float16: stops growing at 2,048 times a value"
-    return Hazard("average pooling", dtype, "severe" if window > 1024 else "warning", risk, length=window)
+    risk = f"average of {window:,} values, added up in float16 on CPUs: far off above some 2,000 values"
+    return Hazard("average pooling", dtype, "severe" if window > 2048 else "warning", risk, length=window)
 
 
-def _sum_of_gradients(op: Any, dtype: str, _context: Context) -> Hazard | None:
+def _scattered_sum(_op: Any, dtype: str, _context: Context) -> Hazard | None:
+    most = 2 / FORMATS[dtype].epsilon
+    risk = f"sum of as many terms as have the same index: stops growing at {most:,.0f} times a term"
+    return Hazard("scattered sum", dtype, "warning", risk)
+
+
+def _division(op: Any, dtype: str, context: Context) -> Hazard | None:
+    low, least = context.bounds(op.inputs[-1]).low, 1 / FORMATS[dtype].max
+    if dtype != "float16" or not 0 <= low < least or bounds.value(op.inputs[-1]) is not None:
+        return None
+    risk = f"division by what can be {low:.0e}: 1 over less than {least:.1e} overflows"
+    return Hazard("division", dtype, "warning", risk, f"a larger epsilon, or {_IN_FLOAT32}")
+
+
+def _sum_of_gradients(op: Any, dtype: str, context: Context) -> Hazard | None:
     terms = bounds.terms(op)
-    if terms is None or (found := _stagnation("gradient", terms, dtype)) is None:
+    if terms is None or (found := _stagnation("gradient", op, terms, dtype, context)) is None:
         return None
     return Hazard("sum of gradients", dtype, "warning", found.risk, length=terms.number)
 
@@ -313,9 +355,15 @@ def _bias_gradient(op: Any, dtype: str, context: Context) -> Hazard | None:
 
 
 def _saturates(op: Any, context: Context) -> bool:
+    """Tells whether an infinity from `op` ends where it does no harm."""
     through = frozenset(["Mul", "AddV2", "Add", "Sub", "Neg", "BiasAdd"])
     ends = [user for user in context.users(op, through) if user.type not in through | bounds.MOVES]
-    return bool(ends) and all(user.type in _SATURATING for user in ends) and not context.is_output(op)
+    harmless = [user.type in _SATURATING or _is_exp_of_negative(user, context) for user in ends]
+    return bool(ends) and all(harmless) and not context.is_output(op)
+
+
+def _is_exp_of_negative(op: Any, context: Context) -> bool:
+    return op.type == "Exp" and context.bounds(op.inputs[0]).high <= 0
 
 
 def _bits(dtype: str) -> int:
@@ -343,5 +391,7 @@ _FORWARD: dict[str, _Rule] = {
     **dict.fromkeys(("Pow", "Square", "SquaredDifference", "Mul"), _power),
     **dict.fromkeys(("Sqrt", "Rsqrt"), _root),
     **dict.fromkeys(("AvgPool", "AvgPool3D"), _pool),
+    **dict.fromkeys(("RealDiv", "DivNoNan", "Reciprocal", "Inv"), _division),
+    **dict.fromkeys(_SCATTERED, _scattered_sum),
 }
 _BACKWARD: dict[str, _Rule] = {"Sum": _sum_of_gradients, "BiasAddGrad": _bias_gradient}

@@ -22,7 +22,8 @@ import keras
 from keras import ops, tree
 from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
 
-HALF = ("float16", "bfloat16")
+from tfmixed.formats import HALF
+
 _ENTRY = "in_float32"
 _set = object.__setattr__  # Keras's own tracks values, and refuses some after the build.
 
@@ -42,6 +43,13 @@ class Forced(keras.Operation):
     def compute_dtype(self) -> Any:
         # Not by the policy: it stays what is saved, what sublayers get, and what the dtype of variables comes from.
         return self._computes or super().compute_dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Before Keras casts them itself, so that what another forced layer gave is found with all its bits.
+        return super().__call__(*tree.map_structure(self._widened, args), **tree.map_structure(self._widened, kwargs))
+
+    def _widened(self, x: Any) -> Any:
+        return convert(x, "float32") if self._computes == "float32" else x
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         # Keras builds a loaded model by its `call` alone, which leaves out the casts of `__call__`.
@@ -68,7 +76,11 @@ class Forced(keras.Operation):
         change = dict(config.pop(_ENTRY))
         of, inside = change.pop("of"), change.pop("inside")
         with _policy_scope(config.get("dtype")):
-            layer = keras.saving.deserialize_keras_object({**of, "config": config}, custom_objects)
+            if cls is Forced:
+                layer = keras.saving.deserialize_keras_object({**of, "config": config}, custom_objects)
+            else:  # asked for by its own class, which need not be registered
+                old: Any = cls.__mro__[2]
+                layer = old.from_config(config)
         if inside:
             _set(swapped(layer), "_later", {"": change, **inside})
             if layer.built:
@@ -126,9 +138,8 @@ def convert(x: Any, dtype: str | None) -> Any:
     before = keras.backend.standardize_dtype(x.dtype)
     if before == dtype or before not in ("float32", *HALF):
         return x
-    if dtype == "float32" and (wide := get_tensor_attr(x, "_tfmixed_wide")) is not None:
-        return wide
-    y = ops.cast(x, dtype)
+    wide = get_tensor_attr(x, "_tfmixed_wide") if dtype == "float32" else None
+    y = ops.cast(x, dtype) if wide is None else wide
     if (mask := get_tensor_attr(x, "_keras_mask")) is not None:
         set_tensor_attr(y, "_keras_mask", mask)
     if before == "float32":
@@ -288,6 +299,16 @@ def descendants(layer: Any) -> list[Any]:
         for one in [child, *descendants(child)]:
             found.setdefault(id(one), one)
     return list(found.values())
+
+
+def paths(model: Any) -> dict[Any, str]:
+    """Returns a model and all inside it, each with the names from the model's own on; the model has its own name."""
+    found = {model: str(model.name)}
+    for parent in [model, *descendants(model)]:
+        above = "" if parent is model else f"{found[parent]}/"
+        for child in children(parent):
+            found.setdefault(child, f"{above}{child.name}")
+    return found
 
 
 def retype(layer: Any) -> None:

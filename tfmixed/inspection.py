@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy
 
 from tfmixed import bounds, widths
-from tfmixed.formats import FORMATS
-from tfmixed.hazards import HALF, Context, Hazard
+from tfmixed.formats import FORMATS, HALF
+from tfmixed.hazards import Context, Hazard
 from tfmixed.tracing import Node, Trace
 
 # NVIDIA's guide: tensor cores take float16 and bfloat16 in multiples of 8.
@@ -33,14 +33,14 @@ Found = Iterator[tuple[Node | None, keras.Operation | None, Hazard]]
 
 def constants(half: Trace, full: Trace) -> Found:
     """Yields constants that half precision turned into 0 or infinity, by the same constants of the float32 trace."""
-    originals = {node.op.name: node.op.outputs[0] for node in full.nodes if node.op.type == "Const"}
+    originals = {node.name: node.op.outputs[0] for node in full.nodes if node.op.type == "Const"}
     context = Context(half)
     for node in half.nodes:
-        if node.op.type == "Const" and not node.backward and node.op.name in originals:
+        if node.op.type == "Const" and not node.backward and node.name in originals:
             users = list(context.users(node.op))
             cast = [each.outputs[0].dtype.name for each in users if each.type == "Cast"]
             dtype = next((each for each in [node.op.outputs[0].dtype.name, *cast] if each in HALF), None)
-            before, after = (bounds.value(each) for each in (originals[node.op.name], node.op.outputs[0]))
+            before, after = (bounds.value(each) for each in (originals[node.name], node.op.outputs[0]))
             hazard = _constant(before, after, dtype, {each.type for each in users}) if dtype else None
             if hazard:
                 yield node, node.layer, hazard
@@ -51,11 +51,13 @@ def _constant(before: Any, after: Any, dtype: str, users: set[str]) -> Hazard | 
         return None
     with numpy.errstate(over="ignore"):
         held = after.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype("float32")
+    if users <= _COMPARISONS:
+        return None
     if (infinite := numpy.isinf(held) & numpy.isfinite(before)).any() and not users & _CLIPS:
         advice = "use a number that it holds, such as -3e4 for a mask, or compute in float32"
         risk = f"{before[infinite].flat[0]:g} is infinite in {dtype}"
         return Hazard("constant", dtype, "severe", risk, advice)
-    if (vanished := (held == 0) & (before != 0)).any() and not users <= _COMPARISONS:
+    if (vanished := (held == 0) & (before != 0)).any():
         advice = f"use {FORMATS[dtype].smallest_normal:.0e} or more, or compute in float32"
         risk = f"{before[vanished].flat[0]:g} is 0 in {dtype}: it protects nothing"
         return Hazard("constant", dtype, "severe", risk, advice)
@@ -76,7 +78,10 @@ def casts(trace: Trace, context: Context) -> Found:
             risk = f"targets are cast to {dtype}: rounded to {round(1 + math.log2(exact)) - 1} bits"
             yield node, node.layer, Hazard("cast", dtype, "warning", risk, "cast the predictions to float32 instead")
         elif integers.dtype.name in _INTEGERS and context.bounds(integers).magnitude > exact:
-            ids = any(each.type == "Placeholder" for each in bounds.sources(integers, frozenset(["AddV2", "Mul"])))
+            made = [each.type for each in bounds.sources(integers, frozenset(["AddV2", "Mul", "Pack", "Prod"]))]
+            if "Shape" in made:
+                continue  # a size, mostly a small one
+            ids = "Placeholder" in made
             risk = f"integers are cast to {dtype}, which rounds those above {exact:,.0f}"
             advice = "keep them integers, or cast them to float32"
             yield node, node.layer, Hazard("cast", dtype, "severe" if ids else "warning", risk, advice)

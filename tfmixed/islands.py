@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from tfmixed import auditing, inplace, sensitive
+from tfmixed.formats import HALF
 
 _ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 _FRAMES = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirectional)
@@ -18,7 +19,9 @@ _FRAMES = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirect
 Selector = str | type | Callable[[Any], bool]
 
 
-def force_float32(model: keras.layers.Layer, layers: Selector | Collection[Selector] = "sensitive") -> list[str]:
+def force_float32(
+    model: keras.layers.Layer, layers: Selector | Collection[Selector] = "sensitive", inputs: Any = None
+) -> list[str]:
     """Makes parts of a built model compute in float32, in place, and says which.
 
     Weights, their names in files, the state of the optimizer and everything else stay. The model saves and loads with
@@ -37,7 +40,8 @@ def force_float32(model: keras.layers.Layer, layers: Selector | Collection[Selec
     Args:
         model: Built; of any kind.
         layers: `"sensitive"`, a name or pattern (as of files: `"block_*/attention"`) that is matched with names and
-            with paths, a class, a function from a layer to a bool, or a list of these.
+            with paths, a class, a layer, a function from a layer to a bool, or a list of these.
+        inputs: A batch, for "sensitive" models that do not tell what they are called with. Nothing runs.
 
     Returns:
         What was changed now, in the order of the model, a path each: the names of the layers from the model's own on,
@@ -64,11 +68,18 @@ def force_float32(model: keras.layers.Layer, layers: Selector | Collection[Selec
         raise ValueError(f"model must be a Keras model, received {model!r}")
     if not model.built:
         raise ValueError(f"model must be built, received {model!r}: call it on data, or `model.build(input_shape)`")
+    made: list[str] = []
+    # What is right in float32 shows what it was given wrong: until nothing more is found.
+    while new := [each for each in _force_once(model, layers, inputs) if each not in made]:
+        made += new
+    return made
+
+
+def _force_once(model: keras.layers.Layer, layers: Any, inputs: Any) -> list[str]:
     changes = _Changes(model)
-    selectors: Any = layers if isinstance(layers, (list, tuple, set)) else [layers]
-    for selector in selectors:
+    for selector in layers if isinstance(layers, (list, tuple, set)) else [layers]:
         if selector == "sensitive":
-            changes.sensitive()
+            changes.sensitive(inputs)
         else:
             for layer in changes.matching(selector):
                 changes.whole(layer)
@@ -100,14 +111,14 @@ class _Changes:
         self.model = model
         self.inside = inplace.descendants(model)
         self.parents: dict[Any, list[Any]] = {layer: [] for layer in [model, *self.inside]}
-        self.paths = {model: model.name}
-        for parent in [model, *self.inside]:
-            above = "" if parent is model else f"{self.paths[parent]}/"
+        self.paths = inplace.paths(model)
+        for parent in self.parents:
             for child in inplace.children(parent):
                 self.parents[child].append(parent)
-                self.paths.setdefault(child, f"{above}{child.name}")
         self.wanted: dict[Any, dict[str, Any]] = {}
         self.reports: dict[Any, tuple[str, list[Any]]] = {}
+        self.traced: Any = None  # the specs of inputs with which the model can be traced
+        self.risky: list[Any] = []  # what may give what half precision does not hold
 
     def want(self, layer: Any, **change: Any) -> None:
         self.wanted[layer] = {**self.wanted.get(layer, {}), **change}
@@ -132,15 +143,15 @@ class _Changes:
         if not what or layer not in self.reports:
             self.reports[layer] = (what, members or [layer])
 
-    def sensitive(self) -> None:
+    def sensitive(self, inputs: Any) -> None:
         for layer in self.inside:
             if sensitive.is_sensitive(layer):
                 self.own_code(layer)
-            elif names := [
-                name for name in inplace.activations_of(layer) if sensitive.is_sensitive_activation(layer, name)
-            ]:
+            elif names := sensitive.activations(layer):
                 self.activations(layer, names)
-        for layer in _audited(self.model):
+        self.traced = _specs(self.model, inputs)
+        self.risky = [] if self.traced is None else auditing.unsafe(self.model, self.traced)
+        for layer in self.risky:
             self.own_code(layer)
         self.output(self.model)
 
@@ -194,13 +205,17 @@ class _Changes:
     def matching(self, selector: Selector) -> list[Any]:
         if isinstance(selector, str):
             return self._named(selector)
+        if any(selector is layer for layer in self.inside):
+            return [selector]
+        if isinstance(selector, keras.Operation):
+            raise ValueError(f"layers must be among the model's, received {selector!r}")
         if isinstance(selector, type):
             return [layer for layer in self.inside if isinstance(layer, selector)]
         if callable(selector):
             return [layer for layer in self.inside if isinstance(layer, keras.layers.Layer) and selector(layer)]
         raise ValueError(
-            'layers must be "sensitive", a name or pattern, a class, a function from a layer to a bool or a list of '
-            f"these, received {selector!r}"
+            'layers must be "sensitive", a name or pattern, a class, a layer, a function from one to a bool or a list '
+            f"of these, received {selector!r}"
         )
 
     def _named(self, pattern: str) -> list[Any]:
@@ -238,12 +253,24 @@ class _Changes:
                 changed.add(layer)
                 for keeper in self._keepers(layer):
                     inplace.swapped(keeper)
+        self._widen([layer for layer in self.risky if layer in changed and gives[layer] in HALF], gives)
         if changed:
             inplace.retype(self.model)
             _forget_functions([self.model, *self.inside])
         order = [layer for layer in [*self.inside, self.model] if layer in self.reports]
         reports = [(self.paths[layer], *self.reports[layer]) for layer in order]
         return [f"{path}: {what}" if what else path for path, what, of in reports if changed & set(of)]
+
+    def _widen(self, layers: list[Any], gives: dict[Any, Any]) -> None:
+        """Has layers in a user's code give float32, if that code takes it."""
+        takers = [each for each in layers if not all(sensitive.is_keras(parent) for parent in self.parents[each])]
+        for group in (takers, *([each] for each in takers)):
+            for layer in group:
+                inplace.put(layer, gives="float32")
+            if not group or auditing.is_traceable(self.model, self.traced):
+                return
+            for layer in group:
+                inplace.put(layer, gives=gives[layer])
 
     def _back(self, layer: Any) -> str | None:
         return sensitive.half_given(layer) if "computes" in self.wanted[layer] else None
@@ -256,19 +283,21 @@ class _Changes:
         return keepers
 
 
-def _audited(model: Any) -> list[Any]:
-    """Returns what an audit finds in code that no rule by class knows."""
+def _specs(model: Any, inputs: Any) -> Any:
+    """Returns the specs of inputs with which a model can be traced; None if there are none."""
     if keras.backend.backend() != "tensorflow" or not isinstance(model, keras.Model):
-        return []
+        return None
     try:
-        return auditing.unsafe(model)
+        return auditing.specs(model, inputs)
     except ValueError as error:
-        warnings.warn(f"force_float32 looks at known classes only: {error}", stacklevel=4)
-        return []
+        warnings.warn(f"force_float32 looks at known classes only: {error}", stacklevel=5)
+        return None
 
 
 def _forget_functions(layers: list[Any]) -> None:
-    """Makes Keras trace anew what it compiled before."""
+    """Makes Keras, and a `tf.function` that is a layer's `call`, trace anew what they compiled before."""
     for layer in layers:
         if isinstance(layer, keras.Model):
             layer.train_function = layer.test_function = layer.predict_function = None
+        for function in (vars(kind).get("call") for kind in type(layer).__mro__):
+            getattr(function, "_descriptor_cache", {}).pop(layer, None)

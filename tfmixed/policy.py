@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import keras
 
 from tfmixed import hardware
+from tfmixed.formats import HALF
 
 _warned: set[str] = set()
 
@@ -69,7 +70,7 @@ def _known(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
 def _warn_if_slow(policy: keras.DTypePolicy) -> None:
     half = policy.compute_dtype
     machine = hardware.describe()
-    if half not in ("float16", "bfloat16") or half in machine.main.fast or policy.name in _warned:
+    if half not in HALF or half in machine.main.fast or policy.name in _warned:
         return
     _warned.add(policy.name)
     warnings.warn(

@@ -10,7 +10,7 @@ import keras
 from keras import tree
 
 from tfmixed import inplace
-from tfmixed.inplace import HALF
+from tfmixed.formats import HALF
 
 # From here on float16 errs five times as much as rounding its result would, in `AveragePooling2D`, and a sum overflows
 # when its terms average 512 (TensorFlow 2.21 on CPU). Running sums err as much from 64 on, in bfloat16 too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import keras
 import numpy
 from keras import ops, tree
+
+from tfmixed import inplace
 
 # A name scope for each layer's call. Keras's own scopes do not tell layers of like names apart.
 _SCOPE = "tfmixed.call."
@@ -26,12 +29,14 @@ class Node:
 
     Args:
         op: The `tf.Operation`.
+        name: Its name, after those of the operations that call the functions that it stands in.
         layer: In whose own call it stands: a layer, or an operation that is a node of a functional model; None for
             what stands in none, such as the loss.
         backward: Does it belong to the gradient?
     """
 
     op: Any
+    name: str
     layer: keras.Operation | None
     backward: bool
 
@@ -42,11 +47,13 @@ class Trace:
 
     Args:
         nodes: What its results hang on, inside called functions too, in the order of their making.
+        inputs: The placeholders of the inputs.
         outputs: The model's output tensors.
         targets: The placeholders of the targets.
     """
 
     nodes: tuple[Node, ...]
+    inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
     targets: tuple[Any, ...]
 
@@ -67,20 +74,28 @@ class Step:
 
     def trace(self, backward: bool = True) -> Trace:
         """Traces the step as it trains, forward alone if asked to. Runs nothing and changes nothing."""
+        try:
+            return self._traced(backward, inlined=True)
+        except Exception:  # what needs AutoGraph within its own `tf.function`
+            return self._traced(backward, inlined=False)
+
+    def _traced(self, backward: bool, inlined: bool) -> Trace:
         import tensorflow as tf
 
         found: dict[str, Any] = {}
 
         def traced(inputs: Any, targets: Any) -> Any:
-            results = self.run(inputs, targets) if backward else self.forward(inputs, targets)
-            found.update(outputs=results[0], targets=targets)
+            with _inlining() if inlined else contextlib.nullcontext():
+                results = self.run(inputs, targets) if backward else self.forward(inputs, targets)
+            found.update(inputs=inputs, outputs=results[0], targets=targets)
             return results
 
         # TensorFlow warns of constants that overflow, which are looked at below.
         with scoped(self.model) as layers, numpy.errstate(over="ignore"):
             function = tf.function(traced, autograph=False)
             graph = function.get_concrete_function(self.inputs, self.targets).graph
-            return Trace(tuple(_nodes(graph, layers)), tensors(found["outputs"]), tensors(found["targets"]))
+            flat = [tensors(found[part]) for part in ("inputs", "outputs", "targets")]
+            return Trace(tuple(_nodes(graph, layers)), *flat)
 
     def run(self, inputs: Any, targets: Any) -> tuple[Any, Any, dict[str, Any]]:
         """Returns the model's outputs, its loss, and the gradients of that by the paths of the variables."""
@@ -109,7 +124,7 @@ class Step:
         elif type(self.model).compute_loss is not keras.Model.compute_loss:
             losses = [self.model.compute_loss(inputs, targets, outputs, training=True)]
         else:
-            losses = [loss(target, output) for loss, target, output in _paired(self.model, targets, outputs)]
+            losses = [loss(y, x) * weight for loss, y, x, weight in _paired(self.model, targets, outputs)]
         total = tf.add_n([tf.reduce_sum(tf.cast(loss, "float32")) for loss in [*losses, *self.model.losses]])
         optimizer = getattr(self.model, "optimizer", None)
         return total if optimizer is None else optimizer.scale_loss(total)
@@ -188,7 +203,7 @@ def in_float32(model: keras.Model) -> Iterator[None]:
             stack.callback(object.__setattr__, each, name, old)
             object.__setattr__(each, name, new)
 
-        for each in operations(model):
+        for each in inplace.paths(model):
             if isinstance(each, keras.layers.Layer):  # not `dtype_policy`, which would write into a DTypePolicyMap
                 replace(each, "_dtype_policy", each._dtype_policy, float32)
             for name in ("output_dtype", "_gives"):  # what our own layers cast to
@@ -200,21 +215,32 @@ def in_float32(model: keras.Model) -> Iterator[None]:
 @contextlib.contextmanager
 def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
     """Gives each layer's call a name scope that tells its number in the list that it yields."""
-    layers = operations(model)
+    layers = list(inplace.paths(model))
+    before = [vars(layer).get("call") for layer in layers]
     for number, layer in enumerate(layers):
         vars(layer)["call"] = _in_scope(f"{_SCOPE}{number}", layer.call)
     try:
         yield layers
     finally:
-        for layer in layers:
+        for layer, call in zip(layers, before, strict=True):
             del vars(layer)["call"]
+            if call is not None:
+                vars(layer)["call"] = call
 
 
-def operations(model: keras.Model) -> list[keras.Operation]:
-    """Returns all layers of a model, itself first, and what else is a node of a functional graph in it."""
-    layers = list(model._flatten_layers(include_self=True, recursive=True))
-    nodes = [operation for layer in layers for operation in getattr(layer, "operations", ())]
-    return list({id(each): each for each in [*layers, *nodes]}.values())
+@contextlib.contextmanager
+def _inlining() -> Iterator[None]:
+    """Has what a `tf.function` computes stand in the graph that calls it, where it can be seen in its context."""
+    import tensorflow as tf
+
+    before = tf.config.functions_run_eagerly()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of input pipelines, which are none of this
+        tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
 
 
 def layer_of(name: str, layers: Sequence[keras.Operation]) -> keras.Operation | None:
@@ -250,16 +276,18 @@ def _in_scope(scope: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return scoped_call
 
 
-def _nodes(
-    graph: Any, layers: Sequence[keras.Operation], caller: keras.Operation | None = None, backward: bool = False
-) -> Iterator[Node]:
+def _nodes(graph: Any, layers: Sequence[keras.Operation], caller: Node | None = None) -> Iterator[Node]:
     needed = ancestors(graph.outputs)
     for op in graph.get_operations():
         if op in needed:
-            node = Node(op, layer_of(op.name, layers) or caller, backward or op.name.startswith(_BACKWARD))
+            layer = layer_of(op.name, layers) or (caller.layer if caller else None)
+            backward = op.name.startswith(_BACKWARD) or (caller is not None and caller.backward)
+            node = Node(op, f"{caller.name}/{op.name}" if caller else op.name, layer, backward)
             yield node
             for name in _called(op):
-                yield from _nodes(graph._get_function(name).graph, layers, node.layer, node.backward)
+                # What C++ made, such as gradients of some losses, has no Python graph.
+                if (inner := getattr(graph._get_function(name), "graph", None)) is not None:
+                    yield from _nodes(inner, layers, node)
 
 
 def _called(op: Any) -> Iterator[str]:
@@ -269,23 +297,25 @@ def _called(op: Any) -> Iterator[str]:
             yield from (function.name for function in (value.list.func or [value.func]) if function.name)
 
 
-def _paired(model: keras.Model, targets: Any, outputs: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Yields loss, target and output, for each output that has a loss."""
-    losses = model.loss
+def _paired(model: keras.Model, targets: Any, outputs: Any) -> Iterator[tuple[Any, Any, Any, float]]:
+    """Yields loss, target, output and weight, for each output that has a loss."""
+    losses, weights = model.loss, getattr(model._compile_loss, "_user_loss_weights", None)
     if isinstance(losses, dict):
         names = list(losses)
         ours = outputs if isinstance(outputs, dict) else dict(zip(model.output_names, tensors(outputs), strict=True))
         theirs = targets if isinstance(targets, dict) else dict(zip(model.output_names, tensors(targets), strict=True))
-        triples = [(losses[name], theirs[name], ours[name]) for name in names]
+        chosen = [(losses[name], theirs[name], ours[name]) for name in names]
+        factors = [weights.get(name, 1.0) if isinstance(weights, dict) else 1.0 for name in names]
     else:
         flat = tensors(outputs)
         each = losses if isinstance(losses, (list, tuple)) else [losses] * len(flat)
-        triples = list(zip(each, tensors(targets), flat, strict=True))
-    for loss, target, output in triples:
+        chosen = list(zip(each, tensors(targets), flat, strict=True))
+        factors = list(weights) if isinstance(weights, (list, tuple)) else [1.0] * len(flat)
+    for (loss, target, output), weight in zip(chosen, factors, strict=True):
         if loss is not None:
-            yield _as_fit_calls(keras.losses.get(loss)), target, output
+            yield _as_fit_calls(keras.losses.get(loss)), target, output, weight
 
 
 def _as_fit_calls(loss: Callable[..., Any]) -> Callable[..., Any]:
-    # Keras makes a `Loss` of a function, and each casts predictions to float32 before anything else.
-    return loss if isinstance(loss, keras.losses.Loss) else lambda y, output: loss(y, ops.cast(output, "float32"))
+    # Keras makes a `Loss` of a function: predictions in float32, the mean over the batch.
+    return loss if isinstance(loss, keras.losses.Loss) else lambda y, x: ops.mean(loss(y, ops.cast(x, "float32")))

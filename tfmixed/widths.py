@@ -8,12 +8,12 @@ from typing import Any
 
 import keras
 
+from tfmixed.formats import HALF
 from tfmixed.hardware import Kind
 
 # NVIDIA's guide: float16 and bfloat16 in multiples of 8. AMX tiles and AVX512 registers hold 16 float32 sums.
 # Google's guide: a TPU's matrix unit is 128 wide.
 MULTIPLES: dict[Kind, int] = {"cpu": 16, "gpu": 8, "tpu": 128}
-_HALF = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def odd_widths(model: keras.Model, multiple: int) -> tuple[Width, ...]:
     [('units', 30, 32)]
     """
     layers = list(model._flatten_layers(include_self=True, recursive=True))
-    mixed = any(layer.compute_dtype in _HALF for layer in layers)
+    mixed = any(layer.compute_dtype in HALF for layer in layers)
     return tuple(
         Width(layer.path, type(layer).__name__, name, width, math.ceil(width / multiple) * multiple)
         for layer in layers
-        if not mixed or layer.compute_dtype in _HALF
+        if not mixed or layer.compute_dtype in HALF
         for name, width in _widths(layer).items()
         if width % multiple
     )
