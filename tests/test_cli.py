@@ -141,6 +141,9 @@ def build():
     model.compile("sgd", "categorical_crossentropy")
     return model
 
+def broken():
+    raise KeyError("nothing to see")
+
 def step():
     return build(), numpy.full((2, 64), 1e5, "float32"), numpy.ones((2, 8), "float32")
 """
@@ -191,3 +194,11 @@ def test_audit_refuses_in_one_line(tmp_path, arguments, environment, message):
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
     assert re.search(message, run.stderr.splitlines()[-1])
+
+
+def test_what_raises_in_the_users_own_code_is_no_finding(tmp_path):
+    """Exit code 2, and the traceback."""
+    (tmp_path / "net.py").write_text(NETS)
+    run = tfmixed_command("audit", "net:broken", cwd=tmp_path)
+    assert run.returncode == 2
+    assert "nothing to see" in run.stderr

@@ -70,7 +70,7 @@ def test_values_are_those_of_float32(case):
     assert error(after, right(x)) < (5e-4 if "block" in said[0] or "cumsum" in said else 1e-5)
 
 
-@pytest.mark.parametrize("policy", HALF)
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
 def test_it_is_there_again_in_a_loaded_model(case, policy, tmp_path):
     """Under another global policy, and in a clone: the same values to the bit, nothing left to change."""
     make, said = case
@@ -87,9 +87,10 @@ def test_it_is_there_again_in_a_loaded_model(case, policy, tmp_path):
 
 def test_models_load_in_a_fresh_process(tmp_path):
     """In one under float32 that names nothing of ours but the package, and the classes of the models."""
-    keras.config.set_dtype_policy("mixed_float16")
-    for number, (make, _) in enumerate(SENSITIVE.values()):
+    some = list(SENSITIVE.values())[::4]
+    for number, (make, _) in enumerate(some):
         keras.utils.clear_session()
+        keras.config.set_dtype_policy("mixed_float16")
         model, x = make()
         force_float32(model)
         model.save(tmp_path / f"{number}.keras")
@@ -112,7 +113,7 @@ for path in pathlib.Path({str(tmp_path)!r}).glob("*.keras"):
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.split()) == len(SENSITIVE)
+    assert len(run.stdout.split()) == len(some)
 
 
 def test_weights_files_fit_both_ways(tmp_path):
@@ -431,3 +432,167 @@ def test_configs_hold_it():
     again = keras.models.model_from_json(model.to_json())
     again.set_weights(model.get_weights())
     np.testing.assert_array_equal(numbers(again(x))[0], numbers(model(x))[0])
+
+
+@keras.saving.register_keras_serializable("test_islands")
+class Coded(layers.Layer):
+    """A user's layer around a function of its name."""
+
+    def __init__(self, code, **kwargs):
+        super().__init__(**kwargs)
+        self.code = code
+
+    def get_config(self):
+        return {**super().get_config(), "code": self.code}
+
+    def call(self, x):
+        return {
+            "squares": lambda: x * x,
+            "sum": lambda: tf.reduce_sum(x, -1, keepdims=True),
+            "exp": lambda: tf.exp(x),
+            "part": lambda: x / tf.reduce_sum(x, -1, keepdims=True),
+            "log": lambda: tf.math.log(x + 1e-10),
+        }[self.code]()
+
+
+@keras.saving.register_keras_serializable("test_islands")
+class Chain(keras.Model):
+    """Calls one such layer after another."""
+
+    def __init__(self, codes, **kwargs):
+        super().__init__(**kwargs)
+        self.codes = codes
+        self.first = layers.Dense(16, "sigmoid", name="first") if "log" in codes else layers.Activation("linear")
+        self.coded = [Coded(code, name=code) for code in codes]
+        self.last = layers.Dense(1, dtype="float32", kernel_initializer="ones", name="last")
+
+    def get_config(self):
+        return {**super().get_config(), "codes": self.codes}
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.last.build((*shape[:-1], 1 if "sum" in self.codes else 16))
+
+    def call(self, x):
+        x = self.first(x)
+        for layer in self.coded:
+            x = layer(x)
+        return self.last(x)
+
+
+def chained(codes, functional):
+    model = Chain(codes, name="chain")
+    if not functional:
+        return model
+    inputs = keras.Input((16,))
+    x = model.first(inputs)
+    for layer in model.coded:
+        x = layer(x)
+    return keras.Model(inputs, model.last(x))
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("functional", [True, False], ids=["functional", "subclassed"])
+@pytest.mark.parametrize(
+    ("codes", "level", "changed"),
+    [
+        (["squares", "sum"], 400.0, {"squares", "sum"}),
+        (["exp", "part"], 20.0, {"exp", "part"}),
+        (["log"], -30.0, {"first: activation", "log"}),
+    ],
+    ids=["squares, sum", "exp, part", "sigmoid, log"],
+)
+def test_what_one_layer_gives_reaches_the_next_in_float32(codes, level, changed, functional, tmp_path):
+    """Where each is forced, and where what follows is float32 already; in one call, and in a saved model."""
+    x = np.linspace(0.9, 1.0, 32, dtype="float32").reshape(2, 16) * level
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(0)
+    right = chained(codes, functional)(x)
+    keras.config.set_dtype_policy("mixed_float16")
+    keras.utils.set_random_seed(0)
+    model = chained(codes, functional)
+    assert error(model(x), right) > 0.1
+    assert changed <= set(force_float32(model))
+    assert force_float32(model) == []
+    assert error(model(x), right) < 5e-3
+    assert tfmixed.audit(model, x).of("severe") == []
+    model.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("float32")
+    assert error(keras.models.load_model(tmp_path / "model.keras")(x), right) < 5e-3
+
+
+@needs_tensorflow
+def test_a_decorated_call_is_traced_anew():
+    """What was compiled before the change is not used after it."""
+
+    class Decorated(keras.Model):
+        def __init__(self):
+            super().__init__(name="decorated")
+            self.scores, self.softmax = layers.Dense(16), layers.Softmax(name="softmax")
+
+        @tf.function
+        def call(self, x):
+            return self.softmax(self.scores(x))
+
+    keras.config.set_dtype_policy("mixed_float16")
+    model, x = Decorated(), np.full((1, 8), 30.0, "float32")
+    assert (numbers(model(x))[0] == 0).any()
+    assert force_float32(model) == ["softmax", "decorated: output"]
+    logits = numbers(model.scores(x))[0].astype("float64")
+    powers = np.exp(logits - logits.max())
+    np.testing.assert_allclose(numbers(model(x))[0], powers / powers.sum(), rtol=1e-3, atol=1e-30)
+
+
+@needs_tensorflow
+def test_a_loss_does_not_matter():
+    """Whatever targets it takes."""
+    keras.config.set_dtype_policy("mixed_float16")
+    inputs = keras.Input((20, 8))
+    model = keras.Model(inputs, layers.Dense(6, dtype="float32")(Coded("exp", name="exp")(inputs)))
+    model.compile("adam", keras.losses.CTC())
+    assert force_float32(model) == ["exp"]
+
+
+@needs_tensorflow
+def test_inputs_serve_where_the_model_does_not_tell_them():
+    """Ids, which a model that is no graph does not tell from numbers."""
+
+    class Ids(keras.Model):
+        def __init__(self):
+            super().__init__(name="ids")
+            self.table, self.exp = self.add_weight(shape=(4, 8)), Coded("exp", name="exp")
+
+        def call(self, ids):
+            return self.exp(tf.cast(tf.gather(self.table, ids), self.compute_dtype))
+
+    keras.config.set_dtype_policy("mixed_float16")
+    model, ids = Ids(), np.array([[0, 3]])
+    model(ids)
+    with pytest.warns(UserWarning, match="force_float32 looks at known classes only"):
+        assert "exp" not in force_float32(model)
+    assert "exp" in force_float32(model, inputs=ids)
+
+
+def test_a_layer_can_be_named_by_itself():
+    """And must be one of the model's."""
+    keras.config.set_dtype_policy("mixed_float16")
+    hidden = layers.Dense(2, name="hidden")
+    model = keras.Sequential([keras.Input((2,)), hidden, layers.Dense(1)])
+    with pytest.raises(ValueError, match="layers must be among the model's"):
+        force_float32(model, layers.Dense(2))
+    assert force_float32(model, hidden) == ["hidden"]
+
+
+def test_clones_need_no_registered_class():
+    """As before the change."""
+
+    class Mine(layers.Layer):
+        def call(self, x):
+            return ops.exp(x)
+
+    keras.config.set_dtype_policy("mixed_float16")
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, Mine(name="mine")(inputs))
+    assert force_float32(model, "mine")[0] == "mine"
+    clone = keras.models.clone_model(model)
+    assert clone.get_layer("mine").compute_dtype == "float32"

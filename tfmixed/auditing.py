@@ -194,20 +194,22 @@ def specs(model: keras.Model, inputs: Any = None) -> Any:
         ValueError: There are none.
     """
     found = tracing.specs_of(model) if inputs is None else tracing.specs_from(_tensors(inputs))
-    try:
-        Step(model, found).trace(backward=False)
-    except Exception as error:  # whatever the user's code raises on inputs that are made up
+    if (error := _trace_error(model, found)) is not None:
         raise _untraceable(found, error) from error
     return found
 
 
 def is_traceable(model: keras.Model, inputs: Any) -> bool:
-    """Tells whether a model can be called with inputs of these specs."""
+    """Tells whether a model can be called with inputs of these `tf.TensorSpec`."""
+    return _trace_error(model, inputs) is None
+
+
+def _trace_error(model: keras.Model, inputs: Any) -> Exception | None:
     try:
-        specs(model, inputs)
-    except ValueError:
-        return False
-    return True
+        Step(model, inputs).trace(backward=False)
+    except Exception as error:  # whatever the user's code raises
+        return error
+    return None
 
 
 def unsafe(model: keras.Model, inputs: Any) -> list[keras.Operation]:
@@ -276,9 +278,12 @@ def _tensors(structure: Any) -> Any:
 
 
 def _of_operations(trace: Trace, context: Context) -> Iterator[_Found]:
+    owner = {id(node.op): node.layer for node in trace.nodes}
     for node in trace.nodes:
         if (hazard := hazards.find(node, context)) is not None:
-            yield node, node.layer, hazard
+            # Inputs are cast on the way into a layer, before its own call.
+            takers = [owner.get(id(user)) for user in context.users(node.op)] if node.op.type == "Cast" else []
+            yield node, next((taker for taker in takers if taker is not None), node.layer), hazard
 
 
 def _of_run(differences: list[Difference], model: keras.Model) -> Iterator[_Found]:

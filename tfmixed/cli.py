@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -98,6 +99,11 @@ def audit(
             found = tfmixed.audit(*load_step(model))
         except NotImplementedError as error:
             raise UsageError(f"{error}: set KERAS_BACKEND=tensorflow") from error
+        except UsageError:
+            raise
+        except Exception:  # the user's own code: 1 would say that it was read and found wanting
+            traceback.print_exc()
+            raise typer.Exit(2) from None
     if as_json:
         print(found.to_json())
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tfmixed import bounds
@@ -27,6 +27,7 @@ _SCATTERED = (
     *("SegmentSum", "SegmentSumV2", "UnsortedSegmentSum", "SparseSegmentSum", "SparseSegmentMean"),
     *("ScatterNd", "TensorScatterAdd"),
 )
+_UNBOUNDED = ("Exp", "Expm1", "Sinh", "Cosh", "Square", "SquaredDifference", "Pow", "Sum", "Prod", "Cumprod")
 # Between a probability and its logarithm.
 _ON_THE_WAY = frozenset(["Maximum", "Minimum", "ClipByValue", "RealDiv", "Mul", "AddV2", "Sum", "Sub", "ConcatV2"])
 # What bounds whatever comes into it: an infinity before it does no harm.
@@ -216,15 +217,25 @@ def _softmax(op: Any, dtype: str, context: Context) -> Hazard | None:
     return Hazard(name, dtype, "warning", risk, length=classes)
 
 
-def _cross_entropy(op: Any, dtype: str, _context: Context) -> Hazard | None:
-    # `tf.nn` computes it in float32 and casts it back.
-    if op.type == "Cast" and bounds.source(op.inputs[0]).type not in _LOSSES:
-        return None
+def _cross_entropy(_op: Any, dtype: str, _context: Context) -> Hazard:
     risk = f"a cross-entropy rounded to {_bits(dtype)} bits"
     if dtype == "float16":
         risk += ", which overflows above 2 times a loss scale of 32,768"
     severity: Severity = "severe" if dtype == "float16" else "warning"
     return Hazard("cross-entropy", dtype, severity, risk, "cast the logits to float32 before the loss")
+
+
+def _narrowed(op: Any, dtype: str, context: Context) -> Hazard | None:
+    """Tells of what was computed in float32, and does not fit where it is cast to."""
+    made = bounds.source(op.inputs[0])
+    if made.type in _LOSSES:  # `tf.nn` computes them in float32 and casts them back
+        return _cross_entropy(op, dtype, context)
+    if made.type not in _UNBOUNDED or made.outputs[0].dtype.name != "float32":
+        return None
+    found = _FORWARD[made.type](made, dtype, context)
+    if found is None or found.severity != "severe":
+        return None
+    return replace(found, op="cast", risk=f"{found.risk}, and is cast to {dtype}", advice="take it in float32")
 
 
 def _exp(op: Any, dtype: str, context: Context) -> Hazard | None:
@@ -385,7 +396,8 @@ _FORWARD: dict[str, _Rule] = {
     "EuclideanNorm": _euclidean_norm,
     "Softmax": _softmax,
     "LogSoftmax": _softmax,
-    **dict.fromkeys((*_LOSSES, "Cast"), _cross_entropy),
+    **dict.fromkeys(_LOSSES, _cross_entropy),
+    "Cast": _narrowed,
     **dict.fromkeys(("Exp", "Expm1", "Sinh", "Cosh"), _exp),
     **dict.fromkeys(("Log", "Log1p"), _log),
     **dict.fromkeys(("Pow", "Square", "SquaredDifference", "Mul"), _power),

@@ -253,7 +253,8 @@ class _Changes:
                 changed.add(layer)
                 for keeper in self._keepers(layer):
                     inplace.swapped(keeper)
-        self._widen([layer for layer in self.risky if layer in changed and gives[layer] in HALF], gives)
+        if self.traced is not None:
+            self._widen([layer for layer in self.wanted if layer in changed and gives[layer] in HALF], gives)
         if changed:
             inplace.retype(self.model)
             _forget_functions([self.model, *self.inside])
@@ -262,8 +263,8 @@ class _Changes:
         return [f"{path}: {what}" if what else path for path, what, of in reports if changed & set(of)]
 
     def _widen(self, layers: list[Any], gives: dict[Any, Any]) -> None:
-        """Has layers in a user's code give float32, if that code takes it."""
-        takers = [each for each in layers if not all(sensitive.is_keras(parent) for parent in self.parents[each])]
+        """Has layers in a user's code give float32, if that code takes it and half precision may not hold it."""
+        takers = [layer for layer in layers if any(self._loses(layer, parent) for parent in self.parents[layer])]
         for group in (takers, *([each] for each in takers)):
             for layer in group:
                 inplace.put(layer, gives="float32")
@@ -271,6 +272,11 @@ class _Changes:
                 return
             for layer in group:
                 inplace.put(layer, gives=gives[layer])
+
+    def _loses(self, layer: Any, parent: Any) -> bool:
+        # Within a `tf.function`, what a tensor was before its cast to half is lost on the way out.
+        decorated = hasattr(inplace.class_of(parent).call, "python_function")
+        return not sensitive.is_keras(parent) and (decorated or layer in self.risky)
 
     def _back(self, layer: Any) -> str | None:
         return sensitive.half_given(layer) if "computes" in self.wanted[layer] else None

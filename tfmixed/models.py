@@ -40,7 +40,8 @@ def load_step(spec: str) -> tuple[keras.Model, Any, Any]:
     """
     if spec.endswith(".keras"):
         return _from_file(Path(spec)), None, None
-    made = function_of(spec)()
+    function = function_of(spec)
+    made = function if isinstance(function, keras.Model) else function()
     model, inputs, targets = (*made, None, None)[:3] if isinstance(made, tuple) and made else (made, None, None)
     return _checked(spec, model), inputs, targets
 
