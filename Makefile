@@ -1,6 +1,8 @@
 # Each target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes, each with whole files: most of the time goes by in Python.
+PYTEST ?= -n 2 --dist loadfile
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: demo test test-backends check format clean
@@ -9,12 +11,12 @@ demo: .venv/installed
 	$(BIN)/python examples/digits.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST)
 
 # JAX and PyTorch, in an environment without TensorFlow.
 test-backends: .venv-backends/installed
-	KERAS_BACKEND=jax .venv-backends/bin/python -m pytest
-	KERAS_BACKEND=torch .venv-backends/bin/python -m pytest
+	KERAS_BACKEND=jax .venv-backends/bin/python -m pytest $(PYTEST)
+	KERAS_BACKEND=torch .venv-backends/bin/python -m pytest $(PYTEST)
 
 check: .venv/installed
 	$(BIN)/ruff check

@@ -342,7 +342,7 @@ def _division(op: Any, dtype: str, context: Context) -> Hazard | None:
     low, least = context.bounds(op.inputs[-1]).low, 1 / FORMATS[dtype].max
     if dtype != "float16" or not 0 <= low < least or bounds.value(op.inputs[-1]) is not None:
         return None
-    risk = f"division by what can be {low:.0e}: 1 over less than {least:.1e} overflows"
+    risk = f"division by what can be {low:.0e}: 1 over less than {least:.1e} overflows".replace("0e+00", "0")
     return Hazard("division", dtype, "warning", risk, f"a larger epsilon, or {_IN_FLOAT32}")
 
 
