@@ -347,8 +347,9 @@ def test_a_float32_model_has_nothing_to_audit():
     assert "Nothing computes in half precision" in str(report)
 
 
-def test_the_table_groups_by_severity():
+def test_the_table_groups_by_severity(monkeypatch):
     """With colours and words for each, and a last line that counts."""
+    monkeypatch.setenv("COLUMNS", "120")
     text = str(audit(model_of(lambda x: ops.exp(x) + ops.softmax(x))))
     assert text.index("severe: goes wrong on ordinary values") < text.index("warning: goes wrong on large or small")
     assert "planted (test_audit.py:" in text

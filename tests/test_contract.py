@@ -46,6 +46,7 @@ ATTRIBUTES = {
     "_distribute_strategy": "fit on workers",
     "_dtype_policy": "compute in float32 for a while",
     "_call_has_training_arg": "call a model as the trainer does",
+    "_compile_loss": "know the weights of losses",
     "_inputs_struct": "know a functional model's inputs",
     "_flash_attention": "leave flash kernels in half precision",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
@@ -91,6 +92,8 @@ def test_private_attributes_are_there():
     assert graph._nodes_by_depth[0] == dense._inbound_nodes, ATTRIBUTES["_nodes_by_depth"]
     assert graph.operations[0]._outbound_nodes == dense._inbound_nodes, ATTRIBUTES["_outbound_nodes"]
     assert graph.outputs[0]._dtype == graph.outputs[0].dtype, ATTRIBUTES["_dtype"]
+    model.compile("sgd", "mse", loss_weights=[2.0])
+    assert model._compile_loss._user_loss_weights == [2.0], ATTRIBUTES["_compile_loss"]
     # Keras reads it with this default too, on variables that hold float8 scales.
     assert "overwrite_with_gradient" in inspect.getsource(importlib.import_module(OPTIMIZER))
 
