@@ -65,8 +65,17 @@ def as_it_is(function: _F) -> _F:
 
 
 def devices(variables: Sequence[Any]) -> set[str]:
-    """Returns the TensorFlow devices of Keras variables."""
-    return {variable.value.device for variable in variables}
+    """Returns the TensorFlow devices of Keras variables or of TensorFlow's own."""
+    return {(each.value if isinstance(each, keras.Variable) else each).device for each in variables}
+
+
+def in_graph() -> bool:
+    """Returns whether TensorFlow is tracing a function: what tensors hold is not known then."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
 
 
 def in_xla() -> bool:

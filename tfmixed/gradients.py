@@ -20,6 +20,8 @@ from tfmixed.formats import FLOAT32
 _LARGEST_RECIPROCAL = 2.0**126
 # Below, values whose squares vanish in the sum may be large once they are unscaled.
 _LEAST_SURE = 2.0**-40
+# Optimizers, Keras's and TensorFlow 1's, whose state has no squares of gradients.
+_LINEAR = ("SGD", "Lion", "GradientDescentOptimizer", "MomentumOptimizer")
 
 
 class Verdict(NamedTuple):
@@ -43,6 +45,11 @@ class Verdict(NamedTuple):
     norm: Any
     amax: Any
     divisor: Any
+
+    @property
+    def culprit(self) -> Any:
+        """The index of the first variable whose gradient is not finite, an integer scalar; -1 where all are."""
+        return ops.where(self.finite, -1, ops.argmax(ops.cast(self.bad, "int32")))
 
 
 class Judge(NamedTuple):
@@ -77,6 +84,23 @@ class Judge(NamedTuple):
     squares: bool = False
     norms: bool = False
     needs_amax: bool = False
+
+    @classmethod
+    def of(cls, optimizer: Any, variables: Sequence[Any], replicas: int, needs_amax: bool) -> Judge:
+        """Returns the judge of gradients of these variables that go to `optimizer`, Keras's or another."""
+        linear = any(kind.__name__ in _LINEAR for kind in type(optimizer).__mro__)
+        squares = not linear and getattr(optimizer, "clipvalue", None) is None
+        by_norm = any(getattr(optimizer, name, None) is not None for name in ("clipnorm", "global_clipnorm"))
+        return cls(
+            dtypes=tuple(keras.backend.standardize_dtype(variable.dtype) for variable in variables),
+            elements=sum(math.prod(variable.shape) for variable in variables),
+            raw=frozenset(index for index, variable in enumerate(variables) if holds_gradient(variable)),
+            replicas=replicas,
+            summands=replicas * (getattr(optimizer, "gradient_accumulation_steps", None) or 1),
+            squares=squares and not by_norm,
+            norms=squares or by_norm,
+            needs_amax=needs_amax,
+        )
 
     def evidence(self, gradients: Sequence[Any], scale: Any, indices: Sequence[int], replica: Any = 0) -> Any:
         """Returns the evidence of one replica.
@@ -168,6 +192,16 @@ def unscale(gradient: Any, divisor: Any, largest: float) -> Any:
     if largest > _LARGEST_RECIPROCAL:
         return ops.divide(gradient, divisor)
     return ops.multiply(gradient, 1.0 / divisor)
+
+
+def holds_gradient(variable: Any) -> bool:
+    """Returns whether `variable` is overwritten with its gradient as it is: the scales of float8 layers."""
+    return bool(getattr(variable, "overwrite_with_gradient", False))
+
+
+def path(variable: Any) -> str:
+    """Returns the name by which a variable is told from others: Keras's path, TensorFlow's name."""
+    return str(getattr(variable, "path", variable.name))
 
 
 def is_sparse(gradient: Any) -> bool:
