@@ -29,6 +29,8 @@ def when(
     def otherwise() -> Any:
         return None if shape is None else ops.zeros(shape, "float32")
 
+    if _is_known(predicate):
+        return then() if predicate else otherwise()
     if not _is_one_cpu_graph() or len(devices(variables)) > 1:
         return ops.cond(predicate, then, otherwise)
     import tensorflow as tf
@@ -45,6 +47,15 @@ def when(
     types = [] if shape is None else [tf.float32]
     results = tf.raw_ops.If(cond=predicate, input=operands, Tout=types, then_branch=taken, else_branch=passed)
     return None if shape is None else tf.ensure_shape(results[0], shape)
+
+
+def _is_known(predicate: Any) -> bool:
+    # JAX traces both branches even of what it knows, and what they write would not leave the trace.
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return not isinstance(predicate, jax.core.Tracer)
 
 
 def rarely(predicate: Any, act: Callable[[], None]) -> None:

@@ -6,7 +6,7 @@ A gradient is a tensor, a `tf.IndexedSlices` or None; None stands for "no path f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -102,6 +102,17 @@ class Judge(NamedTuple):
             needs_amax=needs_amax,
         )
 
+    @classmethod
+    def of_unknown(cls, gradients: Sequence[tuple[Any, bool]], replicas: int, needs_amax: bool) -> Judge:
+        """Returns the judge of gradients whose variables are not known, only which of them are `raw`."""
+        return cls(
+            dtypes=tuple("float64" if _is_double(_values(each)) else "float32" for each, _ in gradients),
+            elements=1,
+            raw=frozenset(index for index, (_, is_raw) in enumerate(gradients) if is_raw),
+            replicas=replicas,
+            needs_amax=needs_amax,
+        )
+
     def evidence(self, gradients: Sequence[Any], scale: Any, indices: Sequence[int], replica: Any = 0) -> Any:
         """Returns the evidence of one replica.
 
@@ -192,6 +203,11 @@ def unscale(gradient: Any, divisor: Any, largest: float) -> Any:
     if largest > _LARGEST_RECIPROCAL:
         return ops.divide(gradient, divisor)
     return ops.multiply(gradient, 1.0 / divisor)
+
+
+def unscale_all(gradients: Sequence[Any], raw: Iterable[bool], divisor: Any, largest: float) -> list[Any]:
+    """Returns all of them unscaled, but for those that never were scaled."""
+    return [each if is_raw else unscale(each, divisor, largest) for each, is_raw in zip(gradients, raw, strict=True)]
 
 
 def holds_gradient(variable: Any) -> bool:

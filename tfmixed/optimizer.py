@@ -255,11 +255,8 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
             ) from None
 
     def _unscale(self, grads: Sequence[Any], divisor: Any, variables: Sequence[Any]) -> list[Any]:
-        largest = self.rule.bounds[1]
-        return [
-            each if gradients.holds_gradient(variable) else gradients.unscale(each, divisor, largest)
-            for each, variable in zip(grads, variables, strict=True)
-        ]
+        raw = map(gradients.holds_gradient, variables)
+        return gradients.unscale_all(grads, raw, divisor, self.rule.bounds[1])
 
     def _overflows(self) -> dict[str, int]:
         counts = self._state().read("overflow_counts")

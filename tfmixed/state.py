@@ -37,7 +37,35 @@ class Outcome(NamedTuple):
     amax: Any
 
 
-class ScalingState:
+class Variables:
+    """Keras variables by name, made outside of any graph.
+
+    Args:
+        start: Their first values, of numpy.
+        add_variable: Makes a variable, with the arguments of `keras.optimizers.Optimizer.add_variable`.
+    """
+
+    def __init__(self, start: Mapping[str, Any], add_variable: Callable[..., keras.Variable]) -> None:
+        self.variables: dict[str, keras.Variable] = {}
+        self.make(start, add_variable)
+
+    def make(self, start: Mapping[str, Any], add_variable: Callable[..., keras.Variable]) -> None:
+        """Makes variables; another one of the same name is given up."""
+        with _outside_of_graphs():
+            self.variables |= {name: _variable(add_variable, name, value) for name, value in start.items()}
+
+    def read(self, name: str) -> Any:
+        """Returns the present value of a variable, as a tensor of its own."""
+        value = self.variables[name].value
+        return _tensor(value) if hasattr(value, "assign") else ops.copy(value)
+
+    def assign(self, values: Mapping[str, Any]) -> None:
+        """Writes variables."""
+        for name, value in values.items():
+            self.variables[name].assign(value)
+
+
+class ScalingState(Variables):
     """The variables of one scaler and the step that advances them.
 
     Nothing here branches on a tensor, and a step only selects and assigns: it may run eagerly, in a `tf.function`,
@@ -52,26 +80,23 @@ class ScalingState:
     def __init__(self, rule: ScalingRule, capacity: int, add_variable: Callable[..., keras.Variable]) -> None:
         self.rule = rule
         start = rule.start()
-        self._names = [_KERAS_NAMES.get(field, field) for field in start._fields]
+        self._names = [self.name_of(field) for field in start._fields]
         values = {
             **dict(zip(self._names, start, strict=True)),
             **dict.fromkeys(("attempted_steps", "skipped_steps", "consecutive_skips"), numpy.int32(0)),
             "gradient_norm": numpy.float32(0),
             **events.start(capacity),
         }
-        with outside_of_graphs():
-            self.variables = {name: variable_of(add_variable, name, value) for name, value in values.items()}
+        super().__init__(values, add_variable)
+
+    @staticmethod
+    def name_of(field: str) -> str:
+        """Returns the name of the variable that holds a field of the rule's state."""
+        return _KERAS_NAMES.get(field, field)
 
     def watch(self, count: int, add_variable: Callable[..., keras.Variable]) -> None:
         """Adds the counts of overflows of each of `count` variables, in the present row of skipped steps."""
-        with outside_of_graphs():
-            name = "overflow_counts"
-            self.variables[name] = variable_of(add_variable, name, numpy.zeros(count, "int32"))
-
-    def read(self, name: str) -> Any:
-        """Returns the present value of a variable, as a tensor of its own."""
-        value = self.variables[name].value
-        return _tensor(value) if hasattr(value, "assign") else ops.copy(value)
+        self.make({"overflow_counts": numpy.zeros(count, "int32")}, add_variable)
 
     def advance(self, verdict: Verdict | Outcome, moves: bool = True) -> None:
         """Moves everything on by one attempted step; the rule only where it `moves`."""
@@ -93,8 +118,7 @@ class ScalingState:
             "consecutive_skips": (consecutive + 1) * skipped,
             "gradient_norm": verdict.norm,
         }
-        for name, value in values.items():
-            self.variables[name].assign(value)
+        self.assign(values)
 
     def _note(self, verdict: Verdict | Outcome, step: Any, old: Any, new: Any) -> None:
         """Writes what only a skipped step, the one after it and a new scale change. Selects: may run in any step."""
@@ -106,12 +130,13 @@ class ScalingState:
             counts = ops.where(finite, 0, counts + ops.cast(verdict.bad, counts.dtype))
             self.variables["overflow_counts"].assign(counts)
 
-    def set_scale(self, value: Any) -> None:
+    def set_scale(self, value: Any, name: str = "loss_scale") -> None:
         """Sets the scale by hand, and logs it.
 
         Args:
             value: A number; or a scalar tensor, which in a graph becomes the nearest value that the rule's bounds hold,
                 NaN none.
+            name: What the caller calls it.
 
         Raises:
             ValueError: The rule's bounds do not hold `value`.
@@ -123,7 +148,7 @@ class ScalingState:
             new = ops.where(ops.isnan(wanted), old, ops.clip(wanted, low, high))
         else:
             number = float(ops.convert_to_numpy(value)) if ops.is_tensor(value) else value
-            new = ops.cast(checks.number("loss_scale", number, least=low, most=high), "float32")
+            new = ops.cast(checks.number(name, number, least=low, most=high), "float32")
         events.log(self.variables, step, old, new, events.SET, events.NO_VARIABLE)
         self.variables["dynamic_scale"].assign(new)
 
@@ -136,8 +161,7 @@ class ScalingState:
         fitting = {name: saved[name] for name in self.variables.keys() & saved.keys() if self._fits(name, saved[name])}
         if not events.start(1).keys() <= fitting.keys():
             fitting = {name: value for name, value in fitting.items() if name not in events.start(1)}
-        for name, value in fitting.items():
-            self.variables[name].assign(value)
+        self.assign(fitting)
         scale = self.variables["dynamic_scale"]
         known = numpy.nan_to_num(scale.numpy(), nan=self.rule.start().scale)
         scale.assign(numpy.clip(known, *self.rule.bounds))
@@ -162,6 +186,11 @@ class Observable:
 
     def _overflows(self) -> dict[str, int]:
         raise NotImplementedError
+
+    @property
+    def loss_scale(self) -> Any:
+        """The scale of the next step, a float32 scalar tensor."""
+        return self._state().read("dynamic_scale")
 
     @property
     def attempted_steps(self) -> Any:
@@ -207,15 +236,14 @@ class Observable:
         limit, skips = self.max_consecutive_skips, int(self.consecutive_skips)
         if limit is None or skips < limit:
             return
-        scale = float(self._state().read("dynamic_scale"))
+        scale = float(self.loss_scale)
         if scale > self.rule.bounds[0] and skips < 10 * limit:
             return
         first = int(self.attempted_steps) - skips
         raise LossScaleExhausted(scale, first, skips, self._overflows(), None if loss is None else float(loss))
 
 
-def variable_of(add_variable: Callable[..., keras.Variable], name: str, value: Any) -> keras.Variable:
-    """Returns a variable that starts at a numpy value."""
+def _variable(add_variable: Callable[..., keras.Variable], name: str, value: Any) -> keras.Variable:
     # "int" as in Keras: int64 on TensorFlow, which would keep int32 variables off the GPU.
     dtype = "int" if value.dtype.kind == "i" else "float32"
     return add_variable(
@@ -223,8 +251,8 @@ def variable_of(add_variable: Callable[..., keras.Variable], name: str, value: A
     )
 
 
-def outside_of_graphs() -> contextlib.AbstractContextManager[Any]:
-    """Where to make variables: one made while a `tf.function` is traced would belong to that trace alone."""
+def _outside_of_graphs() -> contextlib.AbstractContextManager[Any]:
+    # A variable made while a tf.function is traced would belong to that trace alone.
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
     import tensorflow
