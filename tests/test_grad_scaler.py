@@ -207,9 +207,9 @@ def test_sparse_gradients_stay_sparse(by_hand):
 def test_only_the_optimizer_that_overflowed_skips_and_the_scale_backs_off_once():
     """Counters count iterations; the event names the first guilty variable; the norm is that of all."""
     scaler, first, second, third = GradScaler(rule=RULE), pair("a"), pair("b"), pair("c")
-    assert step(scaler, *first, 3.0, 0.0)
     assert not step(scaler, *second, 1.0, np.inf)
     assert not step(scaler, *third, np.nan, 1.0)
+    assert step(scaler, *first, 3.0, 0.0)
     scaler.update()
     assert (scaler.get_scale(), int(scaler.attempted_steps), int(scaler.skipped_steps)) == (4.0, 1, 1)
     assert scaler.drain_events() == [ScaleChange(0, 8.0, 4.0, "overflow", "b")]

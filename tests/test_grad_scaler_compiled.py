@@ -210,6 +210,15 @@ def test_a_wrong_order_of_compiled_functions_is_told_where_something_runs_eagerl
     assert (int(loop.scaler.attempted_steps), loop.scaler.state_dict()["_growth_tracker"]) == (1, 1)
 
 
+def test_only_the_step_after_unscale_takes_gradients_as_unscaled():
+    """A second one, which a compiled function cannot refuse, divides its own by the scale."""
+    loop = Loop(optimizer=keras.optimizers.SGD(1.0))
+    step = tf.function(loop.step)
+    step(loop.unscale(loop.scaled(tf.constant(False))))
+    step(loop.scaled(tf.constant(False)))
+    np.testing.assert_array_equal(loop.weight.numpy(), [-1.0, 0.0])
+
+
 @pytest.mark.parametrize(("value", "wanted"), [(64.0, 64.0), (np.inf, 2.0**24), (0.0, 1.0), (np.nan, 8.0)])
 def test_a_compiled_update_takes_the_nearest_scale_that_it_may(value, wanted):
     """A tensor cannot be refused there."""

@@ -52,8 +52,8 @@ class GradScaler(Observable):
     Raises:
         ValueError: An argument is out of range, or numbers and a rule are given.
 
-    A wrong order of calls is a `RuntimeError`, as far as it can be known: eagerly always; while a function is compiled
-    within that function. An `update` that nothing preceded changes nothing.
+    A wrong order of calls is a `RuntimeError`, as far as it can be known: eagerly always; while a function is compiled,
+    within that function. There an `update` that nothing preceded changes nothing.
 
     Example:
     >>> scaler, optimizer, weight = GradScaler(init_scale=8.0), keras.optimizers.SGD(1.0), keras.Variable(1.0)
