@@ -20,6 +20,7 @@ else:
         "examples",
         "fused",
         "fuzz",
+        "grad_scaler_compiled",
         "hazards_mended",
         "multi_worker",
         "readme",

@@ -14,6 +14,7 @@ MODULES = [
     "config",
     "doctor",
     "formats",
+    "grad_scaler",
     "inplace",
     "islands",
     "hardware",
@@ -40,7 +41,7 @@ def test_the_examples_in_the_docstrings_run(name):
     module = importlib.import_module(f"tfmixed.{name}")
     public = {entry: getattr(tfmixed.scaling, entry) for entry in tfmixed.scaling.__all__}
     result = doctest.testmod(
-        module, extraglobs={"keras": keras, "ops": keras.ops, "scaling": tfmixed.scaling, **public}
+        module, extraglobs={"keras": keras, "ops": keras.ops, "scaling": tfmixed.scaling, "tfmixed": tfmixed, **public}
     )
     assert result.attempted > 0
     assert result.failed == 0

@@ -10,7 +10,7 @@ import tensorflow as tf
 import workers
 from replicas import KINDS, STEPS, Trainer, bad_values, check, data
 
-from tfmixed import distribute, records
+from tfmixed import distribute, records, scaling
 
 
 def agree(outcomes):
@@ -41,6 +41,21 @@ def test_inner_optimizers_that_clip_and_average_on_two_workers(tmp_path):
         agree([result[name][0] for result in results])
         outcome.assert_sound()
         outcome.assert_same_weights(dropped)
+
+
+def test_a_scaler_decides_for_all_workers(tmp_path):
+    """All skip the steps in which the last overflows, with update in the function of each worker and outside of it."""
+    results = workers.run(2, "worker.py", "scaler", folder=tmp_path)
+    rule = scaling.DynamicScale(initial_scale=8.0, growth_interval=2)
+    for (steps, scales, weights, events), others in (
+        (results[0][way], results[1][way]) for way in itertools.product((False, True), repeat=2)
+    ):
+        assert (steps, scales, weights, events) == others
+        assert steps == [letter == "T" for letter in "TTFTFFTTT"]
+        assert scales == scaling.simulate(rule, "TTFTFFTTT")
+        np.testing.assert_allclose(weights, [0.4, 1.4], rtol=1e-4)
+        assert [event.step for event in events if event.variable == "w"] == [2, 4, 5]
+    assert [result["chief"] for result in results] == [True, False]
 
 
 def alone(count, bad, **arguments):

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from backend import needs_tensorflow, tf
@@ -385,3 +386,13 @@ def test_like_and_simulate_name_what_is_wrong():
         scaling.simulate(LogMaxScale(), "TT", [1.0])
     with pytest.raises(ValueError, match=r"amax must be the largest absolute gradient .* received None"):
         scaling.simulate(LogMaxScale(), "T")
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX has no float64 unless told so")
+def test_a_factor_that_float32_has_not_is_exact_in_keras_ops():
+    """Keras on PyTorch takes a float64 scalar for a float32."""
+    rule = scaling.like("torch", growth_factor=1.7, growth_interval=1)
+    state = type(rule.start())(*map(keras.ops.convert_to_tensor, rule.start()))
+    for wanted in scaling.simulate(rule, "T" * 20):
+        state = rule.next(state, keras.ops.convert_to_tensor(True), xp=keras.ops)
+        assert float(state.scale) == wanted

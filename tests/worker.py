@@ -1,4 +1,4 @@
-"""What one worker process of a test does: `worker.py loop|fit FOLDER`."""
+"""What one worker process of a test does: `worker.py loop|inner|fit|scaler FOLDER`."""
 
 from __future__ import annotations
 
@@ -93,7 +93,35 @@ def fit(folder):
     return results
 
 
+def scaler(_folder):
+    """Returns weights, scales and events of loops with a `GradScaler`; the last worker alone overflows."""
+    results = {}
+    for by_hand, outside in itertools.product((False, True), repeat=2):
+        with STRATEGY.scope():
+            weight, optimizer = keras.Variable([1.0, 2.0], name="w"), keras.optimizers.Adam(0.1)
+        scaler = tfmixed.GradScaler(rule=tfmixed.DynamicScale(initial_scale=8.0, growth_interval=2))
+
+        def of_replica(value, weight=weight, optimizer=optimizer, scaler=scaler, by_hand=by_hand, outside=outside):
+            grads = [scaler.scale(tf.stack([value, 1.0]))]
+            grads = [tf.clip_by_value(each, -1, 1) for each in scaler.unscale(optimizer, grads)] if by_hand else grads
+            stepped = scaler.step(optimizer, zip(grads, [weight], strict=True))
+            if not outside:
+                scaler.update()
+            return stepped
+
+        step = tf.function(lambda value, of_replica=of_replica: STRATEGY.run(of_replica, (value,)))
+        steps, scales = [], []
+        for letter in "TTFTFFTTT":
+            steps.append(bool(step(tf.constant(np.inf if letter == "F" and RANK == WORKERS - 1 else 1.0))))
+            if outside:
+                scaler.update()
+            scales.append(scaler.get_scale())
+        results[by_hand, outside] = (steps, scales, weight.numpy().tolist(), scaler.drain_events())
+        results["chief"] = tfmixed.distribute.is_chief(scaler)
+    return results
+
+
 if __name__ == "__main__":
     kind, folder = sys.argv[1], Path(sys.argv[2])
-    result = {"loop": loop, "inner": inner_optimizers, "fit": fit}[kind](folder)
+    result = {"loop": loop, "inner": inner_optimizers, "fit": fit, "scaler": scaler}[kind](folder)
     (folder / f"{RANK}.pickle").write_bytes(pickle.dumps(result))

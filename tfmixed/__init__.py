@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         doctor,
         errors,
         formats,
+        grad_scaler,
         hardware,
         islands,
         layers,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from tfmixed.auditing import audit
     from tfmixed.config import Config, load_config
     from tfmixed.errors import ConfigError
+    from tfmixed.grad_scaler import GradScaler
     from tfmixed.islands import force_float32
     from tfmixed.optimizer import LossScaleOptimizer
     from tfmixed.policy import policy_scope, set_policy
@@ -48,6 +50,7 @@ _HOMES = {
     "ConfigError": "errors",
     "ConstantScale": "scaling",
     "DynamicScale": "scaling",
+    "GradScaler": "grad_scaler",
     "LogMaxScale": "scaling",
     "LossScaleOptimizer": "optimizer",
     "audit": "auditing",
@@ -62,6 +65,7 @@ __all__ = [
     "ConfigError",
     "ConstantScale",
     "DynamicScale",
+    "GradScaler",
     "LogMaxScale",
     "LossScaleOptimizer",
     "__version__",
@@ -74,6 +78,7 @@ __all__ = [
     "errors",
     "force_float32",
     "formats",
+    "grad_scaler",
     "hardware",
     "islands",
     "layers",

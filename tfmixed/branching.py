@@ -29,6 +29,8 @@ def when(
     def otherwise() -> Any:
         return None if shape is None else ops.zeros(shape, "float32")
 
+    if _is_known(predicate):
+        return then() if predicate else otherwise()
     if not _is_one_cpu_graph() or len(devices(variables)) > 1:
         return ops.cond(predicate, then, otherwise)
     import tensorflow as tf
@@ -45,6 +47,15 @@ def when(
     types = [] if shape is None else [tf.float32]
     results = tf.raw_ops.If(cond=predicate, input=operands, Tout=types, then_branch=taken, else_branch=passed)
     return None if shape is None else tf.ensure_shape(results[0], shape)
+
+
+def _is_known(predicate: Any) -> bool:
+    # JAX traces both branches even of what it knows, and what they write would not leave the trace.
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return not isinstance(predicate, jax.core.Tracer)
 
 
 def rarely(predicate: Any, act: Callable[[], None]) -> None:
@@ -65,8 +76,17 @@ def as_it_is(function: _F) -> _F:
 
 
 def devices(variables: Sequence[Any]) -> set[str]:
-    """Returns the TensorFlow devices of Keras variables."""
-    return {variable.value.device for variable in variables}
+    """Returns the TensorFlow devices of Keras variables or of TensorFlow's own."""
+    return {(each.value if isinstance(each, keras.Variable) else each).device for each in variables}
+
+
+def in_graph() -> bool:
+    """Returns whether TensorFlow is tracing a function: what tensors hold is not known then."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
 
 
 def in_xla() -> bool:

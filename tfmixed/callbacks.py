@@ -14,9 +14,9 @@ import keras
 
 from tfmixed import distribute, records
 from tfmixed.errors import LossScaleExhausted
-from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.records import Record, ScaleChange
 from tfmixed.scaling import checks
+from tfmixed.state import Observable
 
 _METRICS = ("loss_scale", "skipped_steps", "gradient_norm")
 
@@ -46,7 +46,7 @@ class LossScaleLogger(keras.callbacks.Callback):
         LossScaleExhausted: While training, where it collects; see `LossScaleOptimizer.raise_if_exhausted`.
 
     Of several workers the chief alone writes and prints. With an optimizer that is no `tfmixed.LossScaleOptimizer` it
-    warns once and does nothing.
+    warns once and does nothing. It can `watch` a `GradScaler` instead, in `fit` or in a loop that calls its hooks.
 
     Example:
     >>> logger = LossScaleLogger("runs/mine/loss_scale.jsonl")
@@ -78,6 +78,29 @@ class LossScaleLogger(keras.callbacks.Callback):
         self._pending: list[Record] = []
         self._epoch = 0
         self._collected_at = 0
+        self._watched: Observable | None = None
+
+    def watch(self, scaler: Observable) -> LossScaleLogger:
+        """Makes it log a `GradScaler` instead of the model's optimizer, and returns it.
+
+        A loop without `fit` calls `on_train_begin`, `on_epoch_begin(epoch)`, `on_train_batch_end(batch, logs)`,
+        `on_epoch_end(epoch, logs)` and `on_train_end`, or has a `keras.callbacks.CallbackList` call them.
+
+        Raises:
+            TypeError: It is nothing that can be watched.
+
+        Example:
+        >>> logger = LossScaleLogger(verbose=0).watch(tfmixed.GradScaler())
+        >>> logger.on_epoch_begin(0)
+        >>> logs = {}
+        >>> logger.on_epoch_end(0, logs)
+        >>> logs["loss_scale"]
+        65536.0
+        """
+        if not isinstance(scaler, Observable):
+            raise TypeError(f"scaler must be a tfmixed.GradScaler, received {scaler!r}")
+        self._watched = scaler
+        return self
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         optimizer = self._optimizer
@@ -85,16 +108,22 @@ class LossScaleLogger(keras.callbacks.Callback):
             warnings.warn(f"LossScaleLogger logs nothing: {_why_not(self.model.optimizer)}", stacklevel=2)
             return
         self._running = False
-        if self.tensorboard is not None and distribute.is_chief(self.model):
+        if self.tensorboard is not None and self._is_chief:
             import tensorflow
 
             self._writer = tensorflow.summary.create_file_writer(os.fspath(self.tensorboard))
 
     @property
-    def _optimizer(self) -> LossScaleOptimizer | None:
+    def _optimizer(self) -> Observable | None:
+        if self._watched is not None:
+            return self._watched
         # Asked for each time: on JAX, `self.model` gives the optimizer the values that the step left in the trainer.
         optimizer = self.model.optimizer
-        return optimizer if isinstance(optimizer, LossScaleOptimizer) else None
+        return optimizer if isinstance(optimizer, Observable) else None
+
+    @property
+    def _is_chief(self) -> bool:
+        return distribute.is_chief(self._watched or self.model)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._epoch, self._collected_at = epoch, 0
@@ -145,7 +174,7 @@ class LossScaleLogger(keras.callbacks.Callback):
         # What is found before the first epoch happened in an earlier run.
         epoch = self._epoch if self._running else None
         events = [dataclasses.replace(event, epoch=epoch) for event in optimizer.drain_events()]
-        if distribute.is_chief(self.model):
+        if self._is_chief:
             self._write(events, int(optimizer.attempted_steps))
         if self._running:
             try:

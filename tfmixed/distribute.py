@@ -17,19 +17,19 @@ import keras
 _FIT_TESTED = ("3.15.0", "3.15.1")
 
 
-def check_supported(inner: keras.optimizers.Optimizer) -> None:
+def check_supported(inner: Any) -> None:
     """Refuses what cannot work under the present `tf.distribute` strategy.
 
     Raises:
         NotImplementedError: The strategy is of a kind that no test here has run, or the inner optimizer branches within
             a replica where replicas may only branch together.
     """
-    if _strategy() is None:
+    if current() is None:
         return
     import tensorflow
 
     names = ("gradient_accumulation_steps", "ema_overwrite_frequency")
-    branches = [f"{name}={getattr(inner, name)}" for name in names if getattr(inner, name)]
+    branches = [f"{name}={getattr(inner, name)}" for name in names if getattr(inner, name, None)]
     if branches and _merges() and not tensorflow.executing_eagerly():
         raise NotImplementedError(
             f"{type(inner).__name__}({', '.join(branches)}) branches within each replica, which Keras cannot compile "
@@ -40,27 +40,30 @@ def check_supported(inner: keras.optimizers.Optimizer) -> None:
 
 def replicas() -> int:
     """Returns how many replicas take each step together."""
-    strategy = _strategy()
+    strategy = current()
     return 1 if strategy is None else int(strategy.num_replicas_in_sync)
 
 
 def replica() -> Any:
     """Returns the number of this replica, from 0."""
-    if _strategy() is None:
+    if current() is None:
         return 0
     import tensorflow
 
     context = tensorflow.distribute.get_replica_context()
     if context is None:
         raise RuntimeError(
-            "apply must be called in a replica context, received a call in cross-replica context: call it in the "
-            "function that you pass to `strategy.run`"
+            "gradients must be given to their optimizer in a replica context, received a call in cross-replica "
+            "context: call it in the function that you pass to `strategy.run`"
         )
     return context.replica_id_in_sync_group
 
 
 def is_chief(model: Any) -> bool:
-    """Returns whether this process is the one of the model's workers that writes files. True without workers."""
+    """Returns whether this process is the one of the model's or scaler's workers that writes files.
+
+    True without workers.
+    """
     # The model's strategy, not the present one: `fit` may be called outside of its scope.
     resolver = getattr(getattr(model, "distribute_strategy", None), "cluster_resolver", None)
     if resolver is None or not resolver.task_type:
@@ -70,9 +73,9 @@ def is_chief(model: Any) -> bool:
 
 
 def decide_together(
-    decide: Callable[[Any, Callable[[Callable[[Any], None]], None]], None], evidence: Any, gradients: Sequence[Any]
-) -> None:
-    """Calls `decide(total, on_each)` where a branch on `total` is the same branch on every replica.
+    decide: Callable[[Any, Callable[[Callable[[Any], None]], None]], Any], evidence: Any, gradients: Sequence[Any]
+) -> Any:
+    """Returns `decide(total, on_each)`, called where a branch on `total` is the same branch on every replica.
 
     Args:
         decide: Takes the sum of the evidence over all replicas, and `on_each`, which calls a function with the
@@ -80,23 +83,43 @@ def decide_together(
         evidence: float32 vector of this replica.
         gradients: Gradients of this replica.
     """
-    if _strategy() is None:
-        decide(evidence, lambda act: act(gradients))
-        return
+    if current() is None:
+        return decide(evidence, lambda act: act(gradients))
     import tensorflow
 
     context = tensorflow.distribute.get_replica_context()
     if not _merges():
         total = context.all_reduce(tensorflow.distribute.ReduceOp.SUM, evidence)
-        decide(total, lambda act: act(gradients))
-        return
+        return decide(total, lambda act: act(gradients))
 
     # The inner optimizer merges its replicas, which no branch inside of a replica may do: so branch outside of them.
-    def merged(strategy: Any, evidence: Any, gradients: Any) -> None:
+    def merged(strategy: Any, evidence: Any, gradients: Any) -> Any:
         total = strategy.reduce(tensorflow.distribute.ReduceOp.SUM, evidence, axis=None)
-        decide(total, lambda act: strategy.extended.call_for_each_replica(act, args=(gradients,)))
+        return decide(total, lambda act: strategy.extended.call_for_each_replica(act, args=(gradients,)))
 
-    context.merge_call(merged, args=(evidence, gradients))
+    return context.merge_call(merged, args=(evidence, gradients))
+
+
+def once(act: Callable[[], None], home: Any) -> None:
+    """Calls `act` once for all replicas, in the function of `strategy.run` or outside of it.
+
+    Args:
+        act: Writes variables.
+        home: The strategy under which these were made, or None.
+    """
+    if current() is None and home is None:
+        act()
+        return
+    import tensorflow
+
+    context = tensorflow.distribute.get_replica_context()
+    if current() is None or context is None:
+        with (home or current()).scope():
+            act()
+    elif _merges():
+        context.merge_call(lambda _: act())
+    else:
+        act()
 
 
 def enable_multi_worker_fit() -> Callable[[], None]:
@@ -225,11 +248,16 @@ def _merges() -> bool:
     """Returns whether the replicas of the present strategy are threads that update variables in a `merge_call`."""
     import tensorflow
 
-    alone = isinstance(_strategy(), tensorflow.distribute.OneDeviceStrategy)
+    alone = isinstance(current(), tensorflow.distribute.OneDeviceStrategy)
     return not alone and not tensorflow.__internal__.distribute.strategy_supports_no_merge_call()
 
 
-def _strategy() -> Any:
+def current() -> Any:
+    """Returns the present `tf.distribute` strategy, or None.
+
+    Raises:
+        NotImplementedError: It is of a kind that no test here has run.
+    """
     if keras.backend.backend() != "tensorflow":
         return None
     from tensorflow import distribute
@@ -240,7 +268,7 @@ def _strategy() -> Any:
     tested = ("OneDeviceStrategy", "MirroredStrategy", "MultiWorkerMirroredStrategy")
     if not isinstance(strategy, tuple(getattr(distribute, name) for name in tested)):
         raise NotImplementedError(
-            f"LossScaleOptimizer supports {', '.join(tested)}, received a {type(strategy).__name__}. Train in "
+            f"Loss scaling supports {', '.join(tested)}, received a {type(strategy).__name__}. Train in "
             "mixed_bfloat16 there, which needs no loss scaling."
         )
     return strategy

@@ -6,7 +6,7 @@ A gradient is a tensor, a `tf.IndexedSlices` or None; None stands for "no path f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -20,6 +20,8 @@ from tfmixed.formats import FLOAT32
 _LARGEST_RECIPROCAL = 2.0**126
 # Below, values whose squares vanish in the sum may be large once they are unscaled.
 _LEAST_SURE = 2.0**-40
+# Optimizers, Keras's and TensorFlow 1's, whose state has no squares of gradients.
+_LINEAR = ("SGD", "Lion", "GradientDescentOptimizer", "MomentumOptimizer")
 
 
 class Verdict(NamedTuple):
@@ -43,6 +45,11 @@ class Verdict(NamedTuple):
     norm: Any
     amax: Any
     divisor: Any
+
+    @property
+    def culprit(self) -> Any:
+        """The index of the first variable whose gradient is not finite, an integer scalar; -1 where all are."""
+        return ops.where(self.finite, -1, ops.argmax(ops.cast(self.bad, "int32")))
 
 
 class Judge(NamedTuple):
@@ -77,6 +84,34 @@ class Judge(NamedTuple):
     squares: bool = False
     norms: bool = False
     needs_amax: bool = False
+
+    @classmethod
+    def of(cls, optimizer: Any, variables: Sequence[Any], replicas: int, needs_amax: bool) -> Judge:
+        """Returns the judge of gradients of these variables that go to `optimizer`, Keras's or another."""
+        linear = any(kind.__name__ in _LINEAR for kind in type(optimizer).__mro__)
+        squares = not linear and getattr(optimizer, "clipvalue", None) is None
+        by_norm = any(getattr(optimizer, name, None) is not None for name in ("clipnorm", "global_clipnorm"))
+        return cls(
+            dtypes=tuple(keras.backend.standardize_dtype(variable.dtype) for variable in variables),
+            elements=sum(math.prod(variable.shape) for variable in variables),
+            raw=frozenset(index for index, variable in enumerate(variables) if holds_gradient(variable)),
+            replicas=replicas,
+            summands=replicas * (getattr(optimizer, "gradient_accumulation_steps", None) or 1),
+            squares=squares and not by_norm,
+            norms=squares or by_norm,
+            needs_amax=needs_amax,
+        )
+
+    @classmethod
+    def of_unknown(cls, gradients: Sequence[tuple[Any, bool]], replicas: int, needs_amax: bool) -> Judge:
+        """Returns the judge of gradients whose variables are not known, only which of them are `raw`."""
+        return cls(
+            dtypes=tuple("float64" if _is_double(_values(each)) else "float32" for each, _ in gradients),
+            elements=1,
+            raw=frozenset(index for index, (_, is_raw) in enumerate(gradients) if is_raw),
+            replicas=replicas,
+            needs_amax=needs_amax,
+        )
 
     def evidence(self, gradients: Sequence[Any], scale: Any, indices: Sequence[int], replica: Any = 0) -> Any:
         """Returns the evidence of one replica.
@@ -168,6 +203,21 @@ def unscale(gradient: Any, divisor: Any, largest: float) -> Any:
     if largest > _LARGEST_RECIPROCAL:
         return ops.divide(gradient, divisor)
     return ops.multiply(gradient, 1.0 / divisor)
+
+
+def unscale_all(gradients: Sequence[Any], raw: Iterable[bool], divisor: Any, largest: float) -> list[Any]:
+    """Returns all of them unscaled, but for those that never were scaled."""
+    return [each if is_raw else unscale(each, divisor, largest) for each, is_raw in zip(gradients, raw, strict=True)]
+
+
+def holds_gradient(variable: Any) -> bool:
+    """Returns whether `variable` is overwritten with its gradient as it is: the scales of float8 layers."""
+    return bool(getattr(variable, "overwrite_with_gradient", False))
+
+
+def path(variable: Any) -> str:
+    """Returns the name by which a variable is told from others: Keras's path, TensorFlow's name."""
+    return str(getattr(variable, "path", variable.name))
 
 
 def is_sparse(gradient: Any) -> bool:

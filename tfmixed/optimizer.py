@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,14 +10,12 @@ from typing import Any, Literal
 import keras
 from keras import ops
 
-from tfmixed import arguments, distribute, events, gradients
+from tfmixed import arguments, distribute, gradients
 from tfmixed.branching import as_it_is, when
-from tfmixed.errors import LossScaleExhausted
 from tfmixed.fused import Fuser, Fusion
 from tfmixed.gradients import Judge
-from tfmixed.records import Record
 from tfmixed.scaling import checks
-from tfmixed.state import ScalingState
+from tfmixed.state import Observable, ScalingState
 
 # Left out of a saved configuration, so that Keras's own class can read the rest of it.
 _MAX_CONSECUTIVE_SKIPS = 100
@@ -26,7 +23,7 @@ _EVENT_CAPACITY = 256
 
 
 @keras.saving.register_keras_serializable(package="tfmixed")
-class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
     """An optimizer that scales the loss and applies a step only if every unscaled gradient is finite.
 
     A drop-in for Keras's class of the same name: `compile` does not wrap it again, and learning rate, schedules,
@@ -102,7 +99,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._state().watch(len(variables), self.add_variable)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
-        self._paths = [_path(variable) for variable in variables]
+        self._paths = [gradients.path(variable) for variable in variables]
         # Keras's LossScaleOptimizer.build would add its own two variables: its base class does the rest.
         keras.optimizers.Optimizer.build(self, variables)
 
@@ -118,8 +115,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return self._state().read("dynamic_scale")
 
     @loss_scale.setter
-    def loss_scale(self, value: float) -> None:
-        self._state().set_scale(float(ops.convert_to_numpy(value)) if ops.is_tensor(value) else value)
+    def loss_scale(self, value: Any) -> None:
+        self._state().set_scale(value)
 
     @property
     def dynamic_scale(self) -> keras.Variable:
@@ -130,26 +127,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def step_counter(self) -> keras.Variable | None:
         """The variable that counts finite steps towards the next growth; None if the rule counts none."""
         return self._state().variables.get("step_counter")
-
-    @property
-    def attempted_steps(self) -> Any:
-        """Steps so far, applied or skipped: an integer scalar tensor."""
-        return self._state().read("attempted_steps")
-
-    @property
-    def skipped_steps(self) -> Any:
-        """Steps skipped so far: an integer scalar tensor."""
-        return self._state().read("skipped_steps")
-
-    @property
-    def consecutive_skips(self) -> Any:
-        """Steps skipped since the last one that was applied: an integer scalar tensor."""
-        return self._state().read("consecutive_skips")
-
-    @property
-    def gradient_norm(self) -> Any:
-        """Global L2 norm of the last step's unscaled gradients, before clipping: a float32 scalar tensor."""
-        return self._state().read("gradient_norm")
 
     @property
     def fused(self) -> Fusion:
@@ -265,59 +242,25 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return new_trainable, new_own + new_inner
 
     def _judge(self) -> Judge:
-        inner, replicas, variables = self.inner_optimizer, distribute.replicas(), self._trainable_variables
-        squares = not isinstance(inner, (keras.optimizers.SGD, keras.optimizers.Lion)) and inner.clipvalue is None
-        clips_by_norm = inner.clipnorm is not None or inner.global_clipnorm is not None
-        return Judge(
-            dtypes=tuple(variable.dtype for variable in variables),
-            elements=sum(math.prod(variable.shape) for variable in variables),
-            raw=frozenset(index for index, variable in enumerate(variables) if _holds_gradient(variable)),
-            replicas=replicas,
-            summands=replicas * (inner.gradient_accumulation_steps or 1),
-            squares=squares and not clips_by_norm,
-            norms=squares or clips_by_norm,
-            needs_amax=self.rule.needs_amax,
-        )
+        variables = self._trainable_variables
+        return Judge.of(self.inner_optimizer, variables, distribute.replicas(), self.rule.needs_amax)
 
     def _indices(self, variables: Sequence[Any]) -> list[int]:
         try:
             return [self._get_variable_index(variable) for variable in variables]
         except KeyError:
-            known, names = ", ".join(self._paths), ", ".join(_path(variable) for variable in variables)
+            known, names = ", ".join(self._paths), ", ".join(gradients.path(variable) for variable in variables)
             raise ValueError(
                 f"trainable_variables must be among those that the optimizer was built with ({known}), received {names}"
             ) from None
 
     def _unscale(self, grads: Sequence[Any], divisor: Any, variables: Sequence[Any]) -> list[Any]:
-        largest = self.rule.bounds[1]
-        return [
-            each if _holds_gradient(variable) else gradients.unscale(each, divisor, largest)
-            for each, variable in zip(grads, variables, strict=True)
-        ]
+        raw = map(gradients.holds_gradient, variables)
+        return gradients.unscale_all(grads, raw, divisor, self.rule.bounds[1])
 
-    def raise_if_exhausted(self, loss: float | None = None) -> None:
-        """Raises if the last `max_consecutive_skips` steps were all skipped and the scale is at its floor.
-
-        `LossScaleLogger` calls it whenever it collects, `fit` at its end, a custom loop whenever it likes. Reads the
-        device. A scale that is not at its floor has ten times as many steps to get there.
-
-        Args:
-            loss: The last loss, if known: an overflow and a loss that is NaN call for different remedies.
-
-        Raises:
-            LossScaleExhausted: With the scale, the step since when, the three variables whose gradients were
-                non-finite most often, and advice.
-        """
-        limit, skips = self.max_consecutive_skips, int(self.consecutive_skips)
-        if limit is None or skips < limit:
-            return
-        scale = float(self.loss_scale)
-        if scale > self.rule.bounds[0] and skips < 10 * limit:
-            return
+    def _overflows(self) -> dict[str, int]:
         counts = self._state().read("overflow_counts")
-        overflows = dict(zip(self._paths, map(int, ops.convert_to_numpy(counts)), strict=True))
-        first = int(self.attempted_steps) - skips
-        raise LossScaleExhausted(scale, first, skips, overflows, None if loss is None else float(loss))
+        return dict(zip(self._paths, map(int, ops.convert_to_numpy(counts)), strict=True))
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Does what Keras does at the end of `fit`, and raises if all was in vain; see `raise_if_exhausted`."""
@@ -325,14 +268,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         # On JAX, `fit` calls this after an exception too, with variables that may be empty: let that one through.
         if keras.backend.backend() != "jax" or sys.exc_info()[0] is None:
             self.raise_if_exhausted()
-
-    def drain_events(self) -> list[Record]:
-        """Returns the changes of the scale since the last call, oldest first, and forgets them.
-
-        Reads the device. If more than `event_capacity` changes happened since, the list starts with an `EventsLost`
-        that counts those that the ring no longer holds.
-        """
-        return events.drain(self._state().variables, self._paths)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration: Keras's own four entries where they say it all."""
@@ -398,15 +333,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _inner_by_name(self) -> dict[str, keras.Variable]:
         return {f"inner_{index}": variable for index, variable in enumerate(self.inner_optimizer.variables)}
-
-
-def _path(variable: Any) -> str:
-    return str(getattr(variable, "path", variable.name))
-
-
-def _holds_gradient(variable: Any) -> bool:
-    # Overwritten with its gradient as it is: the scales of float8 layers.
-    return bool(getattr(variable, "overwrite_with_gradient", False))
 
 
 def _by_name(store: Any, inner: dict[str, Any]) -> dict[str, Any]:

@@ -4,22 +4,68 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy
 from keras import ops
 
 from tfmixed import events
-from tfmixed.branching import rarely
+from tfmixed.branching import in_graph, rarely
+from tfmixed.errors import LossScaleExhausted
 from tfmixed.gradients import Verdict
+from tfmixed.records import Record
 from tfmixed.scaling import ScalingRule, checks
 
 # The names that Keras's own LossScaleOptimizer gives to what both have.
 _KERAS_NAMES = {"scale": "dynamic_scale", "good_steps": "step_counter"}
 
 
-class ScalingState:
+class Outcome(NamedTuple):
+    """What one step says of which several verdicts were given.
+
+    Args:
+        finite: Boolean scalar: was each of them good?
+        culprit: Integer scalar, the index of the first variable whose gradient was not finite, or -1.
+        norm: float32 scalar, the L2 norm of all their gradients together.
+        amax: float32 scalar, the largest absolute value of them all.
+    """
+
+    finite: Any
+    culprit: Any
+    norm: Any
+    amax: Any
+
+
+class Variables:
+    """Keras variables by name, made outside of any graph.
+
+    Args:
+        start: Their first values, of numpy.
+        add_variable: Makes a variable, with the arguments of `keras.optimizers.Optimizer.add_variable`.
+    """
+
+    def __init__(self, start: Mapping[str, Any], add_variable: Callable[..., keras.Variable]) -> None:
+        self.variables: dict[str, keras.Variable] = {}
+        self.make(start, add_variable)
+
+    def make(self, start: Mapping[str, Any], add_variable: Callable[..., keras.Variable]) -> None:
+        """Makes variables; another one of the same name is given up."""
+        with _outside_of_graphs():
+            self.variables |= {name: _variable(add_variable, name, value) for name, value in start.items()}
+
+    def read(self, name: str) -> Any:
+        """Returns the present value of a variable, as a tensor of its own."""
+        value = self.variables[name].value
+        return _tensor(value) if hasattr(value, "assign") else ops.copy(value)
+
+    def assign(self, values: Mapping[str, Any]) -> None:
+        """Writes variables."""
+        for name, value in values.items():
+            self.variables[name].assign(value)
+
+
+class ScalingState(Variables):
     """The variables of one scaler and the step that advances them.
 
     Nothing here branches on a tensor, and a step only selects and assigns: it may run eagerly, in a `tf.function`,
@@ -34,32 +80,29 @@ class ScalingState:
     def __init__(self, rule: ScalingRule, capacity: int, add_variable: Callable[..., keras.Variable]) -> None:
         self.rule = rule
         start = rule.start()
-        self._names = [_KERAS_NAMES.get(field, field) for field in start._fields]
+        self._names = [self.name_of(field) for field in start._fields]
         values = {
             **dict(zip(self._names, start, strict=True)),
             **dict.fromkeys(("attempted_steps", "skipped_steps", "consecutive_skips"), numpy.int32(0)),
             "gradient_norm": numpy.float32(0),
             **events.start(capacity),
         }
-        with _outside_of_graphs():
-            self.variables = {name: _variable(add_variable, name, value) for name, value in values.items()}
+        super().__init__(values, add_variable)
+
+    @staticmethod
+    def name_of(field: str) -> str:
+        """Returns the name of the variable that holds a field of the rule's state."""
+        return _KERAS_NAMES.get(field, field)
 
     def watch(self, count: int, add_variable: Callable[..., keras.Variable]) -> None:
         """Adds the counts of overflows of each of `count` variables, in the present row of skipped steps."""
-        with _outside_of_graphs():
-            name = "overflow_counts"
-            self.variables[name] = _variable(add_variable, name, numpy.zeros(count, "int32"))
+        self.make({"overflow_counts": numpy.zeros(count, "int32")}, add_variable)
 
-    def read(self, name: str) -> Any:
-        """Returns the present value of a variable, as a tensor of its own."""
-        value = self.variables[name].value
-        return _tensor(value) if hasattr(value, "assign") else ops.copy(value)
-
-    def advance(self, verdict: Verdict) -> None:
-        """Moves everything on by one attempted step."""
+    def advance(self, verdict: Verdict | Outcome, moves: bool = True) -> None:
+        """Moves everything on by one attempted step; the rule only where it `moves`."""
         finite = verdict.finite
         old = type(self.rule.start())(*(self.read(name) for name in self._names))
-        new = self.rule.next(old, finite, verdict.amax, xp=ops)
+        new = self.rule.next(old, finite, verdict.amax, xp=ops) if moves else old
         attempted, consecutive = self.read("attempted_steps"), self.read("consecutive_skips")
         bad = ops.logical_not(finite)
         eventful = ops.logical_or(ops.logical_or(bad, consecutive > 0), ops.not_equal(new.scale, old.scale))
@@ -75,28 +118,38 @@ class ScalingState:
             "consecutive_skips": (consecutive + 1) * skipped,
             "gradient_norm": verdict.norm,
         }
-        for name, value in values.items():
-            self.variables[name].assign(value)
+        self.assign(values)
 
-    def _note(self, verdict: Verdict, step: Any, old: Any, new: Any) -> None:
+    def _note(self, verdict: Verdict | Outcome, step: Any, old: Any, new: Any) -> None:
         """Writes what only a skipped step, the one after it and a new scale change. Selects: may run in any step."""
-        finite, counts = verdict.finite, self.read("overflow_counts")
+        finite = verdict.finite
         reason = ops.where(finite, ops.where(new > old, events.GROWTH, events.SET), events.OVERFLOW)
-        culprit = ops.where(finite, events.NO_VARIABLE, ops.argmax(ops.cast(verdict.bad, "int32")))
-        events.log(self.variables, step, old, new, reason, culprit)
-        counts = ops.where(finite, 0, counts + ops.cast(verdict.bad, counts.dtype))
-        self.variables["overflow_counts"].assign(counts)
+        events.log(self.variables, step, old, new, reason, verdict.culprit)
+        if isinstance(verdict, Verdict):
+            counts = self.read("overflow_counts")
+            counts = ops.where(finite, 0, counts + ops.cast(verdict.bad, counts.dtype))
+            self.variables["overflow_counts"].assign(counts)
 
-    def set_scale(self, value: float) -> None:
+    def set_scale(self, value: Any, name: str = "loss_scale") -> None:
         """Sets the scale by hand, and logs it.
+
+        Args:
+            value: A number; or a scalar tensor, which in a graph becomes the nearest value that the rule's bounds hold,
+                NaN none.
+            name: What the caller calls it.
 
         Raises:
             ValueError: The rule's bounds do not hold `value`.
         """
         low, high = self.rule.bounds
-        old, new = self.read("dynamic_scale"), checks.number("loss_scale", value, least=low, most=high)
-        step = self.read("attempted_steps")
-        events.log(self.variables, step, old, ops.cast(new, "float32"), events.SET, events.NO_VARIABLE)
+        old, step = self.read("dynamic_scale"), self.read("attempted_steps")
+        if ops.is_tensor(value) and in_graph():
+            wanted = ops.cast(value, "float32")
+            new = ops.where(ops.isnan(wanted), old, ops.clip(wanted, low, high))
+        else:
+            number = float(ops.convert_to_numpy(value)) if ops.is_tensor(value) else value
+            new = ops.cast(checks.number(name, number, least=low, most=high), "float32")
+        events.log(self.variables, step, old, new, events.SET, events.NO_VARIABLE)
         self.variables["dynamic_scale"].assign(new)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -108,14 +161,86 @@ class ScalingState:
         fitting = {name: saved[name] for name in self.variables.keys() & saved.keys() if self._fits(name, saved[name])}
         if not events.start(1).keys() <= fitting.keys():
             fitting = {name: value for name, value in fitting.items() if name not in events.start(1)}
-        for name, value in fitting.items():
-            self.variables[name].assign(value)
+        self.assign(fitting)
         scale = self.variables["dynamic_scale"]
         known = numpy.nan_to_num(scale.numpy(), nan=self.rule.start().scale)
         scale.assign(numpy.clip(known, *self.rule.bounds))
 
     def _fits(self, name: str, value: Any) -> bool:
         return tuple(value.shape) == tuple(self.variables[name].shape)
+
+
+class Observable:
+    """What everything that scales a loss tells about itself.
+
+    A subclass has `_state`, which makes the variables on first use, and `_overflows`: for each variable by path, how
+    often its gradient was not finite in the present row of skipped steps.
+    """
+
+    rule: ScalingRule
+    max_consecutive_skips: int | None
+    _paths: list[str]
+
+    def _state(self) -> ScalingState:
+        raise NotImplementedError
+
+    def _overflows(self) -> dict[str, int]:
+        raise NotImplementedError
+
+    @property
+    def loss_scale(self) -> Any:
+        """The scale of the next step, a float32 scalar tensor."""
+        return self._state().read("dynamic_scale")
+
+    @property
+    def attempted_steps(self) -> Any:
+        """Steps so far, applied or skipped: an integer scalar tensor."""
+        return self._state().read("attempted_steps")
+
+    @property
+    def skipped_steps(self) -> Any:
+        """Steps skipped so far: an integer scalar tensor."""
+        return self._state().read("skipped_steps")
+
+    @property
+    def consecutive_skips(self) -> Any:
+        """Steps skipped since the last one that was applied: an integer scalar tensor."""
+        return self._state().read("consecutive_skips")
+
+    @property
+    def gradient_norm(self) -> Any:
+        """Global L2 norm of the last step's unscaled gradients, before clipping: a float32 scalar tensor."""
+        return self._state().read("gradient_norm")
+
+    def drain_events(self) -> list[Record]:
+        """Returns the changes of the scale since the last call, oldest first, and forgets them.
+
+        Reads the device. If more than `event_capacity` changes happened since, the list starts with an `EventsLost`
+        that counts those that the ring no longer holds.
+        """
+        return events.drain(self._state().variables, self._paths)
+
+    def raise_if_exhausted(self, loss: float | None = None) -> None:
+        """Raises if the last `max_consecutive_skips` steps were all skipped and the scale is at its floor.
+
+        `LossScaleLogger` calls it whenever it collects, `fit` at its end, a custom loop whenever it likes. Reads the
+        device. A scale that is not at its floor has ten times as many steps to get there.
+
+        Args:
+            loss: The last loss, if known: an overflow and a loss that is NaN call for different remedies.
+
+        Raises:
+            LossScaleExhausted: With the scale, the step since when, the three variables whose gradients were
+                non-finite most often, and advice.
+        """
+        limit, skips = self.max_consecutive_skips, int(self.consecutive_skips)
+        if limit is None or skips < limit:
+            return
+        scale = float(self.loss_scale)
+        if scale > self.rule.bounds[0] and skips < 10 * limit:
+            return
+        first = int(self.attempted_steps) - skips
+        raise LossScaleExhausted(scale, first, skips, self._overflows(), None if loss is None else float(loss))
 
 
 def _variable(add_variable: Callable[..., keras.Variable], name: str, value: Any) -> keras.Variable:

@@ -248,5 +248,5 @@ def _times(scale: Any, factor: float, xp: Any) -> Any:
     if factor == float(numpy.float32(factor)):
         return scale * factor
     is_tensorflow = hasattr(xp, "cast") and hasattr(xp, "float64")  # it does not promote by itself
-    product = xp.multiply(xp.cast(scale, "float64") if is_tensorflow else scale, numpy.float64(factor))
+    product = xp.multiply(xp.cast(scale, "float64") if is_tensorflow else scale, numpy.asarray(factor))
     return xp.cast(product, "float32") if hasattr(xp, "cast") else product.astype("float32")

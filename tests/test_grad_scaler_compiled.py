@@ -1,0 +1,467 @@
+"""`GradScaler` where parts of an iteration are compiled, on replicas, with TensorFlow's own optimizers, in `fit`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfmixed import GradScaler, records, scaling
+from tfmixed.callbacks import LossScaleLogger
+from tfmixed.records import ScaleChange
+from tfmixed.scaling import DynamicScale, LogMaxScale
+
+RULE = DynamicScale(initial_scale=8.0, growth_interval=2)
+TRACE = "TTFTFFTTT"
+
+
+class Loop:
+    """An iteration in parts; the gradient is 1, or infinite in one place where a step is bad."""
+
+    def __init__(self, rule=RULE, optimizer=None, weight=None):
+        self.scaler = GradScaler(rule=rule)
+        self.optimizer = optimizer or keras.optimizers.Adam(0.1)
+        self.weight = keras.Variable([1.0, 2.0], name="w") if weight is None else weight
+
+    def scaled(self, bad):
+        x = tf.convert_to_tensor([1.0, 1.0])
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = self.scaler.scale(tf.reduce_sum(x) * tf.where(bad, np.inf, 1.0))
+        return tape.gradient(loss, [x])
+
+    def unscale(self, grads):
+        return [tf.clip_by_value(each, -1.0, 1.0) for each in self.scaler.unscale(self.optimizer, grads)]
+
+    def step(self, grads):
+        return self.scaler.step(self.optimizer, zip(grads, [self.weight], strict=True))
+
+    def update(self):
+        self.scaler.update()
+
+    def run(self, iteration, trace=TRACE):
+        scales = []
+        for letter in trace:
+            assert bool(iteration(tf.constant(letter == "F"))) is (letter == "T")
+            scales.append(self.scaler.get_scale())
+        return scales
+
+
+def eager(function):
+    return function
+
+
+def jit(function):
+    return tf.function(function, jit_compile=True)
+
+
+# What compiles scale to step (unscale in it or not), each of its parts, update, and all together.
+PATTERNS = {
+    "eager": (eager, eager, eager, eager, eager),
+    "whole": (eager, eager, eager, eager, tf.function),
+    "whole jit": (eager, eager, eager, eager, jit),
+    "step": (eager, eager, tf.function, eager, eager),
+    "gradients": (tf.function, eager, eager, eager, eager),
+    "unscale": (eager, tf.function, eager, eager, eager),
+    "unscale jit, step": (eager, jit, tf.function, eager, eager),
+    "unscale, update": (eager, tf.function, eager, tf.function, eager),
+    "update": (eager, eager, eager, tf.function, eager),
+    "update jit": (eager, eager, eager, jit, eager),
+    "each": (tf.function,) * 4 + (eager,),
+    "each, nested": (tf.function,) * 5,
+}
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_any_part_may_be_compiled(pattern, by_hand):
+    """Scale, counters, events and weights are those of the eager loop, and there is no false alarm."""
+    loop, (of_gradients, of_unscale, of_step, of_update, of_all) = Loop(), PATTERNS[pattern]
+    gradients, step, update = of_gradients(loop.scaled), of_step(loop.step), of_update(loop.update)
+    unscale = of_unscale(loop.unscale) if by_hand else eager
+
+    def iteration(bad):
+        stepped = step(unscale(gradients(bad)))
+        update()
+        return stepped
+
+    assert loop.run(of_all(iteration)) == scaling.simulate(RULE, TRACE)
+    assert (int(loop.scaler.attempted_steps), int(loop.scaler.skipped_steps)) == (9, 3)
+    np.testing.assert_allclose(loop.weight.numpy(), [0.4, 1.4], rtol=1e-4)
+    overflows = [event for event in loop.scaler.drain_events() if event.reason == "overflow"]
+    assert [(event.step, event.variable) for event in overflows] == [(2, "w"), (4, "w"), (5, "w")]
+
+
+@pytest.mark.parametrize("rule", [128, LogMaxScale(max_scale=2.0**20), scaling.like("deepspeed")], ids=str)
+def test_any_rule_in_a_compiled_loop(rule):
+    """As `simulate` has it."""
+    loop = Loop(rule)
+
+    @tf.function
+    def iteration(bad):
+        stepped = loop.step(loop.scaled(bad))
+        loop.update()
+        return stepped
+
+    np.testing.assert_allclose(loop.run(iteration), scaling.simulate(rule, TRACE, [1.0] * 9), rtol=1e-5)
+
+
+def test_a_compiled_loop_of_many_iterations():
+    """Unrolled and not, and traced again for another shape."""
+    loop = Loop()
+
+    @tf.function
+    def many(bad):
+        for index in range(2):
+            loop.step(loop.scaled(bad[index]))
+            loop.scaler.update()
+        for index in tf.range(2, tf.shape(bad)[0]):
+            loop.step(loop.unscale(loop.scaled(bad[index])))
+            loop.scaler.update()
+
+    for count in (4, 9):
+        many(tf.constant([letter == "F" for letter in TRACE[:count]]))
+    assert loop.scaler.get_scale() == scaling.simulate(RULE, TRACE[:4] + TRACE)[-1]
+
+
+def test_an_update_of_its_own_function_within_an_unrolled_loop():
+    """What is called may update: no false alarm; a traced function's Python does not run again."""
+    loop = Loop()
+    update = tf.function(loop.update)
+
+    @tf.function
+    def twice(bad):
+        for _ in range(2):
+            loop.step(loop.unscale(loop.scaled(bad)))
+            update()
+
+    twice(tf.constant(True))
+    assert (loop.scaler.get_scale(), int(loop.scaler.skipped_steps)) == (2.0, 2)
+
+
+def test_an_update_that_was_compiled_before_an_optimizer_joined():
+    """It counts that one's overflows too."""
+    first, second = Loop(), Loop(weight=keras.Variable([1.0, 2.0], name="late"))
+    second.scaler = first.scaler
+    update = tf.function(first.update)
+    steps = [tf.function(lambda bad, loop=loop: loop.step(loop.unscale(loop.scaled(bad)))) for loop in (first, second)]
+    steps[0](tf.constant(False))
+    update()
+    for _ in range(2):
+        assert steps[0](tf.constant(False))
+        assert not steps[1](tf.constant(True))
+        update()
+    assert first.scaler.get_scale() == 2.0
+    assert [event.variable for event in first.scaler.drain_events()] == ["late", "late"]
+
+
+def step_twice(loop, bad):
+    loop.step(loop.scaled(bad))
+    loop.step(loop.scaled(bad))
+
+
+def unscale_twice(loop, bad):
+    loop.unscale(loop.scaled(bad))
+    loop.unscale(loop.scaled(bad))
+
+
+def unscale_after_step(loop, bad):
+    loop.step(loop.scaled(bad))
+    loop.unscale(loop.scaled(bad))
+
+
+def still_scaled(loop, bad):
+    grads = loop.scaled(bad)
+    loop.unscale(grads)
+    loop.step(grads)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    {
+        step_twice: "step must be called once",
+        unscale_twice: "optimizer unscaled already",
+        unscale_after_step: "optimizer stepped already",
+        still_scaled: "gradients that are still scaled",
+    }.items(),
+)
+def test_a_wrong_order_within_a_compiled_function(act, message):
+    """It is told while the function is traced."""
+    loop = Loop()
+    with pytest.raises(RuntimeError, match=message):
+        tf.function(lambda bad: act(loop, bad))(tf.constant(False))
+
+
+def test_a_wrong_order_of_compiled_functions_is_told_where_something_runs_eagerly():
+    """The device knows what compiled functions did."""
+    loop = Loop()
+    step, update = tf.function(loop.step), tf.function(loop.update)
+    step(loop.scaled(tf.constant(False)))
+    with pytest.raises(RuntimeError, match="step must be called once"):
+        loop.step(loop.scaled(tf.constant(False)))
+    update()
+    with pytest.raises(RuntimeError, match="update must follow step"):
+        loop.update()
+    update()  # compiled: nothing to tell with, and nothing happens
+    assert (int(loop.scaler.attempted_steps), loop.scaler.state_dict()["_growth_tracker"]) == (1, 1)
+
+
+def test_only_the_step_after_unscale_takes_gradients_as_unscaled():
+    """A second one, which a compiled function cannot refuse, divides its own by the scale."""
+    loop = Loop(optimizer=keras.optimizers.SGD(1.0))
+    step = tf.function(loop.step)
+    step(loop.unscale(loop.scaled(tf.constant(False))))
+    step(loop.scaled(tf.constant(False)))
+    np.testing.assert_array_equal(loop.weight.numpy(), [-1.0, 0.0])
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(64.0, 64.0), (np.inf, 2.0**24), (0.0, 1.0), (np.nan, 8.0)])
+def test_a_compiled_update_takes_the_nearest_scale_that_it_may(value, wanted):
+    """A tensor cannot be refused there."""
+    loop = Loop()
+    loop.step(loop.scaled(tf.constant(False)))
+    tf.function(loop.scaler.update)(tf.constant(value))
+    assert loop.scaler.get_scale() == wanted
+    assert loop.scaler.drain_events() == ([] if wanted == 8.0 else [ScaleChange(0, 8.0, wanted, "set")])
+
+
+def test_get_scale_in_a_graph_is_the_scale_of_each_step():
+    """And no constant."""
+    loop, scale = Loop(), tf.function(lambda: loop.scaler.get_scale())
+    assert float(scale()) == 8.0
+    loop.step(loop.scaled(tf.constant(True)))
+    loop.update()
+    assert float(scale()) == 4.0
+
+
+def test_another_rule_cannot_be_loaded_after_compiling():
+    """The old one is part of the functions."""
+    loop = Loop()
+    saved, other = GradScaler(rule=RULE).state_dict(), GradScaler().state_dict()
+    loop.scaler.scale(1.0)
+    loop.scaler.load_state_dict(other)
+    assert loop.scaler.get_scale() == 65536.0
+    tf.function(loop.scaler.scale)(1.0)
+    with pytest.raises(RuntimeError, match="state_dict must have the rule that functions were compiled with"):
+        loop.scaler.load_state_dict(saved)
+    assert loop.scaler.get_scale() == 65536.0
+
+
+def test_a_dataset_that_ends_within_a_step_leaves_no_trace():
+    """No step, no skip, and the next epoch begins as if nothing had been."""
+    loop = Loop()
+
+    @tf.function
+    def iteration(iterator):
+        grads = loop.scaled(next(iterator))
+        loop.step(loop.unscale(grads))
+        loop.scaler.update()
+
+    data = tf.data.Dataset.from_tensor_slices([False, True]).repeat(1)
+    for _ in range(2):
+        iterator = iter(data)
+        for _ in range(2):
+            iteration(iterator)
+        with pytest.raises(tf.errors.OutOfRangeError):
+            iteration(iterator)
+    assert loop.step(loop.scaled(tf.constant(False)))
+    loop.update()
+    assert (int(loop.scaler.attempted_steps), int(loop.scaler.skipped_steps)) == (5, 2)
+
+
+OLD = {
+    "adam": lambda: tf.compat.v1.train.AdamOptimizer(0.1),
+    "momentum": lambda: tf.compat.v1.train.MomentumOptimizer(0.1, 0.9),
+    "descent": lambda: tf.compat.v1.train.GradientDescentOptimizer(0.1),
+}
+
+
+@pytest.mark.parametrize("mode", [eager, tf.function])
+@pytest.mark.parametrize("is_keras", [False, True])
+@pytest.mark.parametrize("make", OLD.values(), ids=OLD)
+def test_optimizers_of_tensorflow_1(make, is_keras, mode):
+    """Weights and slots of a run without the bad steps; on variables of Keras too; their arguments are passed on."""
+    results = []
+    for trace in ("TFTFT", "TTT"):
+        start, count = [1.0, 2.0], tf.Variable(0, dtype=tf.int64)
+        loop = Loop(optimizer=make(), weight=keras.Variable(start) if is_keras else tf.Variable(start))
+
+        def step(bad, loop=loop, count=count):
+            pairs = zip(loop.scaled(bad), [loop.weight], strict=True)
+            return loop.scaler.step(loop.optimizer, pairs, global_step=count)
+
+        compiled = mode(step)
+
+        def iteration(bad, loop=loop, compiled=compiled):
+            stepped = compiled(bad)
+            loop.update()
+            return stepped
+
+        loop.run(iteration, trace)
+        assert count.numpy() == 3
+        results += [loop.weight.numpy(), *(each.numpy() for each in loop.optimizer.variables())]
+    half = len(results) // 2
+    for ours, wanted in zip(results[:half], results[half:], strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+def test_gradients_are_squared_by_the_optimizer_or_not():
+    """A finite gradient is never skipped, and no optimizer's state becomes infinite."""
+    for make in (OLD["adam"], OLD["descent"], lambda: keras.optimizers.Adam(0.1)):
+        loop = Loop(1.0, make(), tf.Variable([1.0, 2.0]) if make in OLD.values() else None)
+        assert loop.step([tf.constant([1e30, 1.0])])
+        assert np.isfinite(loop.weight.numpy()).all()
+    descent = Loop(1.0, tf.compat.v1.train.GradientDescentOptimizer(1.0), tf.Variable([0.0]))
+    descent.step([tf.constant([1e30])])
+    assert descent.weight.numpy()[0] == np.float32(-1e30)
+
+
+def test_a_constructor_makes_no_tensor():
+    """The devices may still be set up afterwards."""
+    code = """
+import tensorflow as tf, tfmixed
+tfmixed.GradScaler()
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+print("fine")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
+    assert run.stdout.split() == ["fine"], run.stderr[-2000:]
+
+
+class Trained(keras.Model):
+    """A model whose `train_step` uses a scaler."""
+
+    def __init__(self, scaler):
+        super().__init__()
+        self.scaler, self.dense = scaler, keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+            scaled = self.scaler.scale(loss)
+        grads = self.scaler.unscale(self.optimizer, tape.gradient(scaled, self.trainable_variables))
+        self.scaler.step(self.optimizer, zip(grads, self.trainable_variables, strict=True))
+        self.scaler.update()
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_fit_with_a_train_step_of_ones_own(tmp_path, steps_per_execution):
+    """Each change has its exact step, and the logger logs them."""
+    x = np.random.default_rng(0).normal(size=(64, 3)).astype("float32")
+    x[5 * 4] = np.inf
+    scaler, path = GradScaler(rule=DynamicScale(initial_scale=8.0, growth_interval=4)), tmp_path / "log.jsonl"
+    model = Trained(scaler)
+    model.compile("adam", loss="mse", steps_per_execution=steps_per_execution)
+    logger = LossScaleLogger(path, verbose=0).watch(scaler)
+    history = model.fit(x, x[:, :1], batch_size=4, shuffle=False, verbose=0, callbacks=[logger]).history
+    rule, trace = scaler.rule, "".join("F" if number == 5 else "T" for number in range(16))
+    scales = [8.0, *scaling.simulate(rule, trace)]
+    changes = [number for number in range(16) if scales[number] != scales[number + 1]]
+    assert [event.step for event in records.read_log(path)] == changes
+    assert records.read_log(path)[1].variable == model.dense.kernel.path
+    assert (history["loss_scale"], history["skipped_steps"]) == ([scales[-1]], [1.0])
+
+
+# On replicas.
+
+
+@pytest.fixture(scope="module")
+def strategy():
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("kind", ["keras", "built", "old"])
+@pytest.mark.parametrize("update", ["in replicas", "outside", "compiled outside"])
+@pytest.mark.parametrize("mode", [eager, tf.function])
+def test_two_replicas_decide_together(strategy, mode, update, kind, by_hand):
+    """An overflow on the second alone: both skip, the scale backs off once, the weights stay the same bits."""
+    with strategy.scope():
+        old = kind == "old"
+        weight = tf.Variable([1.0, 2.0], name="w") if old else keras.Variable([1.0, 2.0], name="w")
+        loop = Loop(optimizer=OLD["adam"]() if old else keras.optimizers.Adam(0.1), weight=weight)
+        if kind == "built":
+            loop.optimizer.build([weight])
+
+    def of_replica(bad):
+        is_last = tf.distribute.get_replica_context().replica_id_in_sync_group == 1
+        grads = loop.scaled(tf.logical_and(bad, is_last))
+        stepped = loop.step(loop.unscale(grads) if by_hand else grads)
+        if update == "in replicas":
+            loop.update()
+        return stepped
+
+    step = mode(lambda bad: strategy.experimental_local_results(strategy.run(of_replica, (bad,))))
+    ending = tf.function(loop.update) if update == "compiled outside" else loop.update
+
+    def iteration(bad):
+        stepped = step(bad)
+        if update != "in replicas":
+            ending()
+        assert len({bool(each) for each in stepped}) == 1
+        return stepped[0]
+
+    assert loop.run(iteration) == scaling.simulate(RULE, TRACE)
+    assert (int(loop.scaler.attempted_steps), int(loop.scaler.skipped_steps)) == (9, 3)
+    copies = [each.numpy() for each in strategy.experimental_local_results(weight if old else weight.value)]
+    np.testing.assert_array_equal(copies[0], copies[1])
+    np.testing.assert_allclose(copies[0], [0.4, 1.4], rtol=1e-4)
+    steps = [event.step for event in loop.scaler.drain_events() if event.reason == "overflow"]
+    assert steps == [2, 4, 5]
+
+
+def test_a_scaler_that_was_used_before_the_strategy(strategy):
+    """Its variables are on one device, and still there is one update for all."""
+    loop = Loop()
+    assert loop.scaler.get_scale() == 8.0
+    with strategy.scope():
+        loop.weight, loop.optimizer = keras.Variable([1.0, 2.0]), keras.optimizers.Adam(0.1)
+
+    def of_replica(bad):
+        loop.step(loop.scaled(bad))
+        loop.update()
+
+    for letter in TRACE:
+        strategy.run(of_replica, (tf.constant(letter == "F"),))
+    assert loop.scaler.get_scale() == scaling.simulate(RULE, TRACE)[-1]
+
+
+def test_a_state_is_loaded_on_all_replicas(strategy):
+    """Outside of `strategy.run`, where nobody is in the scope."""
+    loop = Loop()
+    with strategy.scope():
+        loop.scaler.get_scale()
+    loop.scaler.load_state_dict({**loop.scaler.state_dict(), "scale": 2.0})
+    scales = strategy.run(loop.scaler.get_scale)
+    assert [float(each) for each in strategy.experimental_local_results(scales)] == [2.0, 2.0]
+
+
+def test_step_outside_of_run_is_refused(strategy):
+    """There is no gradient of one replica."""
+    with strategy.scope():
+        loop = Loop()
+    with strategy.scope(), pytest.raises(RuntimeError, match=r"in a replica context, .* `strategy\.run`"):
+        loop.step([tf.ones(2)])
+
+
+def test_what_keras_cannot_compile_on_replicas_is_refused_by_name(strategy):
+    """As with the optimizer."""
+    with strategy.scope():
+        loop = Loop(optimizer=keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), weight=keras.Variable([1.0]))
+
+    @tf.function
+    def step():
+        strategy.run(lambda: loop.step([tf.ones(1)]))
+
+    with pytest.raises(NotImplementedError, match=r"SGD\(gradient_accumulation_steps=2\) branches"):
+        step()
