@@ -12,7 +12,7 @@ import tfmixed
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records"],
-    1: ["scaling", "plotting", "branching"],
+    1: ["scaling", "plotting", "branching", "calls"],
     2: [
         "hardware",
         "gradients",
@@ -27,7 +27,7 @@ FLOORS = {
     ],
     3: ["arguments", "policy", "layers", "losses", "state", "fused", "measuring", "widths", "tracing", "sensitive"],
     4: ["optimizer", "hazards"],
-    5: ["callbacks", "doctor", "comparison", "inspection"],
+    5: ["callbacks", "compat", "doctor", "comparison", "inspection"],
     6: ["config", "bench", "auditing"],
     7: ["islands"],
     8: ["cli"],
