@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import keras
@@ -480,14 +482,18 @@ def test_loss_scales_of_tensorflow_are_understood():
         wrap("sgd", "fixed")
 
 
-def test_an_experimental_optimizer_is_saved_as_a_plain_one(tmp_path):
-    """The file loads, and its optimizer is the package's own class."""
+@pytest.mark.parametrize("imported", ["tfmixed", "tfmixed.compat.keras2"])
+def test_an_experimental_optimizer_is_saved_as_a_plain_one(imported, tmp_path):
+    """The file loads, here and in a process that has only the package; its optimizer is the package's own class."""
     model = small_model()
     model.compile(mixed_precision.experimental.LossScaleOptimizer("sgd", 64), loss="mse")
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert type(again.optimizer) is LossScaleOptimizer
     assert again.optimizer.rule == ConstantScale(64.0)
+    code = f"import {imported}, keras; print(keras.models.load_model({str(tmp_path / 'model.keras')!r}).optimizer.rule)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.strip() == repr(ConstantScale(64.0))
 
 
 @slow_here

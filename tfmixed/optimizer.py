@@ -211,7 +211,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _scale_of_gradients(self) -> Any:
         """Returns by what the gradients that are applied are still multiplied."""
-        return ops.ones(()) if self._calls.apply() else self.loss_scale
+        return ops.ones((), "float32") if self._calls.apply() else self.loss_scale
 
     @as_it_is
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:

@@ -16,6 +16,8 @@ __all__ = ["LossScaleOptimizer", "Policy", "global_policy", "set_policy"]
 global_policy = keras.config.dtype_policy
 
 
+# By the name of the plain class, which reads the file where this module was not imported.
+@keras.saving.register_keras_serializable("tfmixed", "LossScaleOptimizer")
 class LossScaleOptimizer(current.LossScaleOptimizer):
     """`tfmixed.LossScaleOptimizer` with the arguments of that time. A saved one is loaded as a plain one.
 
@@ -42,11 +44,6 @@ class LossScaleOptimizer(current.LossScaleOptimizer):
     ) -> current.LossScaleOptimizer:
         """Returns the plain optimizer of a configuration."""
         return current.LossScaleOptimizer.from_config(config, custom_objects)
-
-
-# Both by one name, the plain one last: a file loads without this module.
-for _each in (LossScaleOptimizer, current.LossScaleOptimizer):
-    keras.saving.register_keras_serializable("tfmixed", "LossScaleOptimizer")(_each)
 
 
 def Policy(name: str, loss_scale: Any = "auto") -> keras.DTypePolicy:  # noqa: N802  # it was a class
