@@ -18,6 +18,9 @@ if BACKEND == "jax":
     import jax
 WIDE = "float16" if BACKEND == "jax" else "float64"  # JAX has no float64 unless told so
 
+# For gradients that no loss was differentiated for: the optimizer warns that none was scaled.
+made_up = pytest.mark.filterwarnings("ignore:apply was given gradients of a loss that was never scaled")
+
 _compiled = weakref.WeakKeyDictionary()
 
 
@@ -29,6 +32,12 @@ def modes(*kinds):
 
 def apply(optimizer, gradients, weights):
     """Takes one step as a loop of the backend does: on JAX from values to values."""
+    optimizer.scale_loss(0.0)  # whatever the gradients are made of, they count as those of a scaled loss
+    take_step(optimizer, gradients, weights)
+
+
+def take_step(optimizer, gradients, weights):
+    """The same with gradients that are what the optimizer was told before."""
     if BACKEND != "jax":
         optimizer.apply(gradients, weights)
         return

@@ -12,7 +12,7 @@ import tfmixed
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records"],
-    1: ["scaling", "plotting", "branching"],
+    1: ["scaling", "plotting", "branching", "calls"],
     2: [
         "hardware",
         "gradients",
@@ -39,7 +39,7 @@ FLOORS = {
         "sensitive",
     ],
     4: ["optimizer", "hazards", "iteration", "snapshots"],
-    5: ["grad_scaler", "callbacks", "doctor", "comparison", "inspection"],
+    5: ["grad_scaler", "callbacks", "compat", "doctor", "comparison", "inspection"],
     6: ["config", "bench", "auditing"],
     7: ["islands"],
     8: ["cli"],

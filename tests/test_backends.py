@@ -9,7 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backend import BACKEND
+from backend import BACKEND, made_up
 from keras import ops
 
 import tfmixed
@@ -25,6 +25,7 @@ def test_no_module_needs_tensorflow():
     assert "tensorflow" not in sys.modules
 
 
+@made_up
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras has no stateless_apply on TensorFlow")
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

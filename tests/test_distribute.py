@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from backend import made_up
 from replicas import KINDS, PLACES, STEPS, Trainer, bad_values, check
 
 from tfmixed import LogMaxScale, LossScaleOptimizer, scaling
@@ -150,6 +151,7 @@ import os; os._exit(0)  # the servers never stop by themselves
     assert "received a ParameterServerStrategyV2. Train in mixed_bfloat16" in run.stdout, run.stderr[-2000:]
 
 
+@made_up
 def test_apply_outside_of_run_is_refused():
     """In cross-replica context there is no gradient of one replica."""
     with mirrored(2).scope():
@@ -158,6 +160,7 @@ def test_apply_outside_of_run_is_refused():
             optimizer.apply([tf.ones(1)], [weight])
 
 
+@made_up
 def test_sparse_and_missing_gradients_on_replicas():
     """Slices and None pass through the joint decision."""
     strategy = mirrored(2)
@@ -183,6 +186,7 @@ def test_sparse_and_missing_gradients_on_replicas():
     assert int(optimizer.skipped_steps) == 1
 
 
+@made_up
 def test_a_rule_that_needs_the_maximum_sees_that_of_all_replicas():
     """The largest gradient may be on any of them."""
     strategy, rule = mirrored(2), LogMaxScale(initial_scale=4.0, max_scale=2.0**20)

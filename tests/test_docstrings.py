@@ -11,6 +11,8 @@ import tfmixed
 MODULES = [
     "auditing",
     "callbacks",
+    "compat.experimental",
+    "compat.keras2",
     "config",
     "doctor",
     "formats",

@@ -6,9 +6,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from backend import made_up
 
 from tfmixed import LossScaleOptimizer
 from tfmixed.branching import when
+
+pytestmark = made_up
 
 KERAS_OPTIMIZERS = {
     name: kind

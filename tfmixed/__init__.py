@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tfmixed import (
         auditing,
         callbacks,
+        compat,
         config,
         distribute,
         doctor,
@@ -72,6 +73,7 @@ __all__ = [
     "audit",
     "auditing",
     "callbacks",
+    "compat",
     "config",
     "distribute",
     "doctor",

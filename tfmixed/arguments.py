@@ -18,6 +18,8 @@ def rule_from(
     Raises:
         ValueError: One is out of range, or two of them say different things.
     """
+    if isinstance(scale, bool) and dynamic is None:
+        scale, dynamic = "dynamic", scale  # Keras 2 has `dynamic` in second place
     if (initial_scale, dynamic_growth_steps, dynamic) == (None, None, None):
         return scaling.get(scale)
     if scale != "dynamic":

@@ -200,9 +200,10 @@ def unscale(gradient: Any, divisor: Any, largest: float) -> Any:
         return None
     if is_sparse(gradient):
         return type(gradient)(unscale(gradient.values, divisor, largest), gradient.indices, gradient.dense_shape)
+    wide = gradient if _is_double(gradient) else _cast(gradient)  # on PyTorch a scalar widens no vector
     if largest > _LARGEST_RECIPROCAL:
-        return ops.divide(gradient, divisor)
-    return ops.multiply(gradient, 1.0 / divisor)
+        return ops.divide(wide, divisor)
+    return ops.multiply(wide, 1.0 / divisor)
 
 
 def unscale_all(gradients: Sequence[Any], raw: Iterable[bool], divisor: Any, largest: float) -> list[Any]:

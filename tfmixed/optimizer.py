@@ -12,9 +12,10 @@ from keras import ops
 
 from tfmixed import arguments, distribute, gradients
 from tfmixed.branching import as_it_is, when
+from tfmixed.calls import Calls
 from tfmixed.fused import Fuser, Fusion
 from tfmixed.gradients import Judge
-from tfmixed.scaling import checks
+from tfmixed.scaling import ConstantScale, checks
 from tfmixed.state import Observable, ScalingState
 
 # Left out of a saved configuration, so that Keras's own class can read the rest of it.
@@ -32,8 +33,8 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
 
     Args:
         inner_optimizer: A `keras.optimizers.Optimizer`, or the name of one.
-        scale: `"dynamic"`, a number (constant), a rule of `tfmixed.scaling`, or None (constant 1.0). Unlike in Keras,
-            a number in second place is a constant scale.
+        scale: `"dynamic"`, a number (constant), a rule of `tfmixed.scaling`, or None (constant 1.0). Unlike in Keras
+            3, a number in second place is a constant scale; as in Keras 2, True and False there stand for `dynamic`.
         initial_scale: Keras's spelling: the first dynamic scale; with `dynamic=False` the constant one.
         dynamic_growth_steps: Keras's spelling of `growth_interval`.
         dynamic: Keras 2's spelling: False makes the scale constant.
@@ -63,9 +64,9 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         self,
         inner_optimizer: keras.optimizers.Optimizer | str,
         scale: Any = "dynamic",
-        *,
         initial_scale: float | None = None,
         dynamic_growth_steps: int | None = None,
+        *,
         dynamic: bool | None = None,
         max_consecutive_skips: int | None = _MAX_CONSECUTIVE_SKIPS,
         fuse: bool | Literal["auto"] = "auto",
@@ -86,6 +87,7 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         self.max_consecutive_skips = None if limit is None else checks.count("max_consecutive_skips", limit, 1)
         self.event_capacity = checks.count("event_capacity", event_capacity, 1)
         self._fuser = Fuser(fuse)
+        self._calls = Calls(scales=rule.bounds != (1.0, 1.0))
         self._scaling: ScalingState | None = None
         self._paths: list[str] = []
 
@@ -119,6 +121,11 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         self._state().set_scale(value)
 
     @property
+    def dynamic(self) -> bool:
+        """Whether the scale can move: Keras 2's name."""
+        return not isinstance(self.rule, ConstantScale)
+
+    @property
     def dynamic_scale(self) -> keras.Variable:
         """The variable that holds the scale, whatever the rule."""
         return self._state().variables["dynamic_scale"]
@@ -136,14 +143,60 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
     @as_it_is
     def scale_loss(self, loss: Any) -> Any:
         """Returns `loss` times the scale, in float32 at least: most scales are too large for float16."""
+        self._calls.scale_loss()
         return ops.multiply(loss, self.loss_scale)
+
+    @as_it_is
+    def get_scaled_loss(self, loss: Any) -> Any:
+        """Returns `loss` times the scale, in float32 at least: the first half of a loop in the style of Keras 2.
+
+        Args:
+            loss: A number, a tensor, or a callable that returns one, for which a callable is returned; or a nested
+                structure of these.
+
+        Example:
+        >>> optimizer = LossScaleOptimizer("sgd", 1024)
+        >>> float(optimizer.get_scaled_loss(2.0)), float(optimizer.get_scaled_loss(lambda: 2.0)())
+        (2048.0, 2048.0)
+        """
+        self._calls.get_scaled_loss()
+        return keras.tree.map_structure(self._scaled, loss)
+
+    def _scaled(self, loss: Any) -> Any:
+        return (lambda: self._scaled(loss())) if callable(loss) else ops.multiply(loss, self.loss_scale)
+
+    @as_it_is
+    def get_unscaled_gradients(self, grads: Any) -> Any:
+        """Returns `grads` divided by the scale, in float32 at least: the second half of a loop in the style of Keras 2.
+
+        From then on `apply` takes its gradients for unscaled, until `scale_loss` is called. What it skips and reports
+        is what it is given: clip by a norm in between, not by value, which would hide an overflow.
+
+        Args:
+            grads: A list, or another nested structure, of tensors, `tf.IndexedSlices` and None.
+
+        Example:
+        >>> optimizer = LossScaleOptimizer("sgd", 1024)
+        >>> loss = optimizer.get_scaled_loss(2.0)
+        >>> gradient, missing = optimizer.get_unscaled_gradients([ops.array(512.0), None])
+        >>> float(gradient), missing
+        (0.5, None)
+        """
+        self._calls.get_unscaled_gradients()
+        scale, largest = self.loss_scale, self.rule.bounds[1]
+        return keras.tree.map_structure(lambda each: gradients.unscale(each, scale, largest), grads)
+
+    def _scale_of_gradients(self) -> Any:
+        """Returns by what the gradients that are applied are still multiplied."""
+        return ops.ones((), "float32") if self._calls.apply() else self.loss_scale
 
     @as_it_is
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Applies gradients of the scaled loss, or skips the step if one of them is not finite.
 
         Args:
-            grads: One gradient a variable: a tensor, `tf.IndexedSlices` or None.
+            grads: One gradient a variable: a tensor, `tf.IndexedSlices` or None. Unscaled ones are taken as they are
+                if `get_unscaled_gradients` made them.
             trainable_variables: The variables; None means those that the optimizer was built with.
 
         Raises:
@@ -171,7 +224,7 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
                 f"grads must hold one gradient a variable, received {len(grads)} for {len(variables)} variables"
             )
         distribute.check_supported(self.inner_optimizer)
-        judge, indices, scale = self._judge(), self._indices(variables), self.loss_scale
+        judge, indices, scale = self._judge(), self._indices(variables), self._scale_of_gradients()
         update = self._update(grads, variables, indices)
 
         def decide(total: Any, on_each: Any) -> None:
@@ -224,7 +277,8 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         own = self.variables[: -len(self.inner_optimizer.variables)]
         values, inner = optimizer_variables[: len(own)], optimizer_variables[len(own) :]
         with keras.StatelessScope(state_mapping=list(zip(own, values, strict=True))) as scope:
-            judge, indices, scale = self._judge(), self._indices(self._trainable_variables), self.loss_scale
+            judge, indices = self._judge(), self._indices(self._trainable_variables)
+            scale = self._scale_of_gradients()
             verdict = judge.verdict(judge.evidence(grads, scale, indices), scale)
             self._state().advance(verdict)
         new_own = [scope.get_current_value(variable) for variable in own]

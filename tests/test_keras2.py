@@ -1,0 +1,533 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from backend import BACKEND, needs_tensorflow, take_step, tf
+from keras import ops
+
+import tfmixed
+from tfmixed import LossScaleOptimizer, scaling
+from tfmixed.compat import keras2 as mixed_precision
+from tfmixed.scaling import ConstantScale, DynamicScale
+
+RULE = DynamicScale(initial_scale=2.0**10, growth_interval=3)
+BATCHES, BAD = 8, 4
+slow_here = pytest.mark.filterwarnings("ignore:policy .* is slow here")  # float16 on a CPU
+
+
+def data():
+    x = np.random.default_rng(0).normal(size=(BATCHES, 4, 3)).astype("float32")
+    y = x.sum(axis=2, keepdims=True)
+    x[BAD, 0, 0] = np.inf
+    return x, y
+
+
+def small_model():
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, "relu"), keras.layers.Dense(1)])
+
+
+def mse(model, x, y):
+    return ops.mean(ops.square(ops.cast(model(x, training=True), "float32") - y))
+
+
+def same(ours, theirs):
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def keras3_step(model, optimizer):
+    """Takes a step as Keras 3 wants it."""
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            scaled = optimizer.scale_loss(mse(model, x, y))
+        optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
+
+    return step
+
+
+def keras2_step(model, optimizer, compiled=""):
+    """Takes a step as Keras 2 wants it; `compiled` names the parts that are a `tf.function` of their own."""
+
+    def part(name, function):
+        return tf.function(function) if name in compiled.split() else function
+
+    def differentiate(x, y):
+        with tf.GradientTape() as tape:
+            scaled = optimizer.get_scaled_loss(mse(model, x, y))
+        return tape.gradient(scaled, model.trainable_variables)
+
+    def apply(gradients):
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    differentiate = part("gradients", differentiate)
+    unscale = part("unscale", lambda gradients: optimizer.get_unscaled_gradients(gradients))
+    apply = part("apply", apply)
+    backward = part("backward", lambda x, y: unscale(differentiate(x, y)))
+    update = part("update", lambda gradients: apply(unscale(gradients)))
+    if "update" in compiled:
+        return lambda x, y: update(differentiate(x, y))
+    return part("whole", lambda x, y: apply(backward(x, y)))
+
+
+def weights_of(make_step, inner="adam", rule=RULE, **arguments):
+    """Returns the weights after each step, and the optimizer's state at the end."""
+    model = small_model()
+    optimizer = LossScaleOptimizer(inner() if callable(inner) else inner, rule, **arguments)
+    optimizer.build(model.trainable_variables)
+    step, trail = make_step(model, optimizer), []
+    for x, y in zip(*data(), strict=True):
+        step(tf.constant(x), tf.constant(y))
+        trail += model.get_weights()
+    assert (int(optimizer.attempted_steps), int(optimizer.skipped_steps)) == (BATCHES, 1)
+    assert [event.step for event in optimizer.drain_events() if event.reason == "overflow"] == [BAD]
+    return trail, [each.numpy() for each in optimizer.variables if each.name != "gradient_norm"]
+
+
+# The loop.
+
+PARTS = ["", "whole", "gradients", "unscale", "apply", "backward", "update", "gradients update", "backward apply"]
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("compiled", PARTS)
+def test_the_loop_takes_the_steps_of_keras_3_however_it_is_compiled(compiled):
+    """Weights after each step and the whole state are equal to the bit, overflow and growth included."""
+    expected = weights_of(keras3_step)
+    got = weights_of(lambda model, optimizer: keras2_step(model, optimizer, compiled))
+    for ours, theirs in zip(got, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7) if compiled else same([one], [other])
+
+
+@needs_tensorflow
+def test_the_loop_takes_the_steps_of_fit():
+    """One batch each."""
+    model = small_model()
+    model.compile(LossScaleOptimizer("adam", RULE), loss="mse")
+    trail = []
+    for x, y in zip(*data(), strict=True):
+        model.train_on_batch(x, y)
+        trail += model.get_weights()
+    got, _ = weights_of(lambda model, optimizer: keras2_step(model, optimizer, "whole"))
+    for ours, theirs in zip(got, trail, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+INNER = {
+    "clipnorm": lambda: keras.optimizers.SGD(0.1, clipnorm=0.1),
+    "clipvalue": lambda: keras.optimizers.SGD(0.1, clipvalue=0.01),
+    "ema": lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_overwrite_frequency=3),
+    "accumulation": lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=3),
+    "adamw": lambda: keras.optimizers.AdamW(0.1),
+}
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+def test_every_inner_optimizer_serves(inner):
+    """The scale is a power of two: nothing rounds otherwise."""
+    same(weights_of(keras2_step, inner)[0], weights_of(keras3_step, inner)[0])
+
+
+@needs_tensorflow
+def test_fused_updates_serve():
+    """In a compiled loop, on small variables too; results differ by rounding."""
+    fused, _ = weights_of(lambda model, optimizer: keras2_step(model, optimizer, "whole"), fuse=True)
+    for ours, theirs in zip(fused, weights_of(keras3_step)[0], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@needs_tensorflow
+@slow_here
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_custom_loop_of_the_mixed_precision_guide(compiled):
+    """Under mixed_float16, with only the import changed: it learns, and the bad batch is skipped."""
+    mixed_precision.set_global_policy("mixed_float16")
+    assert mixed_precision.global_policy().compute_dtype == "float16"
+    model = small_model()
+    optimizer = mixed_precision.LossScaleOptimizer(keras.optimizers.RMSprop(0.02))
+
+    def train_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = mse(model, x, y)
+            scaled_loss = optimizer.get_scaled_loss(loss)
+        scaled_gradients = tape.gradient(scaled_loss, model.trainable_variables)
+        gradients = optimizer.get_unscaled_gradients(scaled_gradients)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        return loss
+
+    step = tf.function(train_step) if compiled else train_step
+    losses = [float(step(tf.constant(x), tf.constant(y))) for _ in range(4) for x, y in zip(*data(), strict=True)]
+    assert losses[-1] < 0.5 * losses[0]
+    skipped = int(optimizer.skipped_steps)  # the first scale may be too large for float16 besides
+    assert 4 <= skipped < 10
+    assert int(optimizer.iterations) == len(losses) - skipped
+    assert float(optimizer.loss_scale) == 2.0 ** (15 - skipped)
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scale", ["dynamic", 128])
+def test_a_loop_that_clips_by_the_global_norm(scale, compiled):
+    """The experimental name, and gradients clipped between unscaling and applying; first and later steps alike."""
+    model, twin = small_model(), small_model()
+    optimizer = mixed_precision.experimental.LossScaleOptimizer(keras.optimizers.SGD(0.1), scale)
+    assert isinstance(optimizer, mixed_precision.LossScaleOptimizer)
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            scaled_loss = optimizer.get_scaled_loss(mse(model, x, y))
+        scaled = tape.gradient(scaled_loss, model.trainable_variables)
+        gradients, _ = tf.clip_by_global_norm(optimizer.get_unscaled_gradients(scaled), 0.5)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    step = tf.function(step) if compiled else step
+    plain = keras3_step(twin, LossScaleOptimizer(keras.optimizers.SGD(0.1, global_clipnorm=0.5), 1))
+    for x, y in zip(*data(), strict=True):
+        step(tf.constant(x), tf.constant(y))
+        plain(tf.constant(x), tf.constant(y))
+        for ours, theirs in zip(model.get_weights(), twin.get_weights(), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert int(optimizer.skipped_steps) == 1
+    assert float(optimizer.loss_scale) == (2.0**14 if scale == "dynamic" else 128.0)
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize("compiled", ["", "whole"])
+def test_fit_after_a_loop_and_back(eagerly, compiled):
+    """One optimizer, by turns."""
+    trail = []
+    for turns in (True, False):
+        model = small_model()
+        optimizer = LossScaleOptimizer("adam", RULE)
+        model.compile(optimizer, loss="mse", run_eagerly=eagerly)
+        loop = keras2_step(model, optimizer, compiled)
+        for number, (x, y) in enumerate(zip(*data(), strict=True)):
+            loop(tf.constant(x), tf.constant(y)) if turns and number % 3 != 1 else model.train_on_batch(x, y)
+        trail.append(model.get_weights())
+    for ours, theirs in zip(*trail, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("bad_on", [[], [0], [0, 1]], ids=str)
+def test_replicas_take_one_decision(bad_on):
+    """Under MirroredStrategy, as a loop in the style of Keras 3 does, overflow on no, one and all replicas."""
+    from replicas import Trainer, bad_values, check
+
+    class Keras2Trainer(Trainer):
+        def _replica_step(self, x, y):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((self.model(x, training=True) - y) ** 2) / self.replicas
+                scaled = self.optimizer.get_scaled_loss(loss)
+            gradients = tape.gradient(scaled, self.model.trainable_variables)
+            gradients = self.optimizer.get_unscaled_gradients(gradients)
+            self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
+
+    steps = [6] if bad_on else []
+    bad = bad_values(steps, bad_on, np.inf, 2)
+    outcomes = [kind(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])).loop(bad) for kind in (Keras2Trainer, Trainer)]
+    check(outcomes[0], steps)
+    outcomes[0].assert_same_weights(outcomes[1])
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a loop over values")
+def test_a_stateless_loop_on_jax():
+    """Scale and unscale in the scope of the optimizer's values, all of it compiled."""
+    import jax
+
+    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(0.5), RULE), keras.Variable([1.0, 2.0])
+    optimizer.build([weight])
+
+    @jax.jit
+    def step(state, value, factor):
+        with keras.StatelessScope(list(zip(optimizer.variables, state, strict=True))):
+            scaled = jax.grad(lambda value: optimizer.get_scaled_loss(ops.sum(value * factor)))(value)
+            (gradient,) = optimizer.get_unscaled_gradients([scaled])
+        return optimizer.stateless_apply(state, [gradient], [value])
+
+    state, value = [each.value for each in optimizer.variables], weight.value
+    for factor in (1.0, np.inf, 1.0, 1.0):
+        (value,), state = step(state, value, factor)
+    np.testing.assert_array_equal(value, [-0.5, 0.5])
+    scales = dict(zip((each.name for each in optimizer.variables), state, strict=True))
+    assert float(scales["dynamic_scale"]) == 2.0**9
+
+
+# The two methods.
+
+
+@pytest.mark.parametrize("scale", ["dynamic", 128])
+@pytest.mark.parametrize("kind", [float, int, "float16", "float32", "int32"])
+def test_scaled_losses_are_float32_at_least(kind, scale):
+    """Numbers and tensors of any dtype; a scale of 2**15 times 5 would be inf in float16."""
+    optimizer = LossScaleOptimizer("sgd", scale)
+    loss = ops.cast(5, kind) if isinstance(kind, str) else kind(5)
+    scaled = optimizer.get_scaled_loss(loss)
+    assert float(scaled) == 5 * float(optimizer.loss_scale)
+    assert keras.backend.standardize_dtype(scaled.dtype) == "float32"
+
+
+def test_losses_that_are_called_and_losses_in_a_structure():
+    """A callable gives a callable, which is scaled by what the scale is when it is called."""
+    optimizer = LossScaleOptimizer("sgd", RULE)
+    of_callable = optimizer.get_scaled_loss(lambda: 2.0)
+    optimizer.loss_scale = 16.0
+    assert float(of_callable()) == 32.0
+    nested = optimizer.get_scaled_loss({"a": [1.0, ops.array(2.0)], "b": 3.0})
+    assert keras.tree.map_structure(float, nested) == {"a": [16.0, 32.0], "b": 48.0}
+
+
+@pytest.mark.parametrize("scale", [RULE, 1024])
+def test_gradients_are_unscaled_in_float32_whatever_holds_them(scale):
+    """None stays None; the smallest float16 gradient is not lost; lists, dicts and tuples keep their form."""
+    optimizer = LossScaleOptimizer("sgd", scale)
+    optimizer.get_scaled_loss(1.0)
+    tiny = ops.array([2.0**-24], "float16")
+    one, none, nested = optimizer.get_unscaled_gradients([ops.array([4.0]), None, {"a": (tiny, None)}])
+    assert (float(one[0]), none, nested["a"][1]) == (2.0**-8, None, None)
+    assert float(nested["a"][0][0]) == 2.0**-34
+
+
+@needs_tensorflow
+def test_sparse_gradients_stay_sparse():
+    """tf.IndexedSlices, and they are applied."""
+    optimizer, table = LossScaleOptimizer(keras.optimizers.SGD(1.0), 4), keras.Variable(np.ones((3, 2)))
+    optimizer.get_scaled_loss(1.0)
+    slices = tf.IndexedSlices(tf.fill((1, 2), 4.0), tf.constant([1]), tf.constant([3, 2]))
+    (unscaled,) = optimizer.get_unscaled_gradients([slices])
+    assert isinstance(unscaled, tf.IndexedSlices)
+    optimizer.apply_gradients([(unscaled, table)])
+    np.testing.assert_array_equal(table.numpy(), [[1, 1], [0, 0], [1, 1]])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_unscaled_gradients_are_applied_as_they_are_or_skipped(bad):
+    """On every backend."""
+    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(0.5), 1024), keras.Variable([1.0, 2.0])
+    for value in (1.0, bad, 1.0):
+        optimizer.get_scaled_loss(1.0)
+        take_step(optimizer, optimizer.get_unscaled_gradients([ops.array([1024.0, 1024.0 * value])]), [weight])
+    np.testing.assert_array_equal(weight.numpy(), [0.0, 1.0])
+    assert int(optimizer.skipped_steps) == 1
+    assert float(optimizer.gradient_norm) == pytest.approx(2**0.5)
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("compiled", ["", "whole"])
+def test_a_loop_restored_from_a_checkpoint_goes_on(compiled, tmp_path):
+    """The restored scale is the one that scales and unscales."""
+    x, y = (tf.constant(each) for each in (data()[0][0], data()[1][0]))
+    model = small_model()
+    optimizer = LossScaleOptimizer("adam", RULE)
+    step = keras2_step(model, optimizer, compiled)
+    for _ in range(4):
+        step(x, y)
+    path = tf.train.Checkpoint(model=model, optimizer=optimizer).save(tmp_path / "checkpoint")
+    again, other = small_model(), LossScaleOptimizer("adam", RULE)
+    other.build(again.trainable_variables)
+    go_on = keras2_step(again, other, compiled)
+    tf.train.Checkpoint(model=again, optimizer=other).restore(path).assert_consumed()
+    assert float(other.get_scaled_loss(1.0)) == 2.0**11
+    for each in (step, go_on):
+        each(x, y)
+    same(again.get_weights(), model.get_weights())
+
+
+# What does not fit together is said, once.
+
+
+def loop(*calls, scale=1024.0, steps=3):
+    """Makes the named calls in this order, three times, and returns what the optimizer said and what it applied."""
+    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), scale), keras.Variable([0.0])
+    gradients = [ops.array([1024.0])]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            for call in calls:
+                if call == "apply":
+                    take_step(optimizer, gradients, [weight])
+                elif call == "get_unscaled_gradients":
+                    gradients = optimizer.get_unscaled_gradients([ops.array([1024.0])])
+                else:
+                    getattr(optimizer, call)(1.0)
+    return [str(warning.message) for warning in caught], -float(weight.numpy()[0]) / steps
+
+
+@pytest.mark.parametrize(
+    ("calls", "message", "applied"),
+    [
+        (["get_scaled_loss", "apply"], "get_unscaled_gradients was not: apply divides the gradients by the scale", 1.0),
+        (["get_unscaled_gradients", "apply"], "never scaled: the gradients come out too small", 1.0),
+        (["apply"], "apply was given gradients of a loss that was never scaled: .* scale_loss", 1.0),
+    ],
+    ids=str,
+)
+def test_calls_that_do_not_fit_together_are_said_once(calls, message, applied):
+    """In three steps."""
+    said, each = loop(*calls)
+    assert len(said) == 1
+    with pytest.raises(UserWarning, match=message):
+        raise UserWarning(said[0])
+    assert each == applied
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        ["scale_loss", "apply"],
+        ["get_scaled_loss", "get_unscaled_gradients", "apply"],
+        ["scale_loss", "get_unscaled_gradients", "apply"],
+    ],
+    ids=str,
+)
+def test_calls_that_fit_are_taken_in_silence(calls):
+    """And each applies what the loss was worth."""
+    assert loop(*calls) == ([], 1.0)
+
+
+@pytest.mark.parametrize("calls", [["apply"], ["get_unscaled_gradients", "apply"], ["get_scaled_loss", "apply"]])
+def test_with_a_scale_of_1_nothing_can_go_wrong(calls):
+    """As under bfloat16."""
+    assert loop(*calls, scale=1) == ([], 1024.0)
+
+
+@needs_tensorflow
+def test_a_loop_of_both_kinds_whose_calls_python_does_not_see_is_told():
+    """Compiled gradients of Keras 2's kind and an eager apply, with a step of `fit` in between."""
+    model = small_model()
+    optimizer = LossScaleOptimizer("sgd", RULE)
+    model.compile(optimizer, loss="mse")
+    step = keras2_step(model, optimizer, "backward")
+    x, y = data()
+    step(tf.constant(x[0]), tf.constant(y[0]))
+    model.train_on_batch(x[0], y[0])
+    with pytest.warns(UserWarning, match=r"cannot tell whether its gradients are scaled: .* takes them for scaled\."):
+        step(tf.constant(x[0]), tf.constant(y[0]))
+
+
+@needs_tensorflow
+def test_a_train_step_that_forgets_to_scale_is_told():
+    """A subclassed model under fit: its gradients would vanish without a word."""
+
+    class Forgetful(keras.Model):
+        def train_step(self, batch):
+            x, y, _ = batch
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+            return {"loss": loss}
+
+    inputs = keras.Input((3,))
+    model = Forgetful(inputs, keras.layers.Dense(1)(inputs))
+    model.compile(LossScaleOptimizer("sgd"), loss="mse")
+    with pytest.warns(UserWarning, match="never scaled"):
+        model.train_on_batch(*(each[0] for each in data()))
+
+
+# The names.
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (lambda opt: mixed_precision.LossScaleOptimizer(opt), DynamicScale()),
+        (lambda opt: mixed_precision.LossScaleOptimizer(opt, True), DynamicScale()),
+        (lambda opt: mixed_precision.LossScaleOptimizer(opt, False, 128), ConstantScale(128.0)),
+        (lambda opt: mixed_precision.LossScaleOptimizer(opt, dynamic=False, initial_scale=128), ConstantScale(128.0)),
+        (
+            lambda opt: mixed_precision.LossScaleOptimizer(opt, True, 64, 5),
+            DynamicScale(initial_scale=64.0, growth_interval=5),
+        ),
+        (lambda opt: mixed_precision.experimental.LossScaleOptimizer(opt, "dynamic"), DynamicScale()),
+        (lambda opt: mixed_precision.experimental.LossScaleOptimizer(opt, loss_scale=128), ConstantScale(128.0)),
+        (lambda opt: mixed_precision.experimental.LossScaleOptimizer(opt, RULE), RULE),
+    ],
+)
+def test_constructors_of_both_times(make, rule):
+    """By place and by name, and the attributes say it again."""
+    optimizer = make(keras.optimizers.SGD())
+    dynamic = isinstance(rule, DynamicScale)
+    assert (optimizer.rule, optimizer.dynamic) == (rule, dynamic)
+    assert optimizer.initial_scale == float(optimizer.loss_scale) == rule.start().scale
+    assert optimizer.dynamic_growth_steps == (rule.growth_interval if dynamic else None)
+
+
+def test_a_constant_scale_needs_a_number():
+    """Also by place."""
+    with pytest.raises(ValueError, match=r"needs initial_scale .* received initial_scale=None"):
+        mixed_precision.LossScaleOptimizer("sgd", False)
+    with pytest.raises(ValueError, match="exclude each other, received scale=True"):
+        mixed_precision.LossScaleOptimizer("sgd", True, dynamic=False)
+
+
+@needs_tensorflow
+def test_loss_scales_of_tensorflow_are_understood():
+    """Their own rules, floor included; what is none is refused."""
+    wrap, scales = mixed_precision.experimental.LossScaleOptimizer, tf.compat.v1.mixed_precision
+    assert wrap("sgd", scales.FixedLossScale(64)).rule == ConstantScale(64.0)
+    dynamic = scales.DynamicLossScale(initial_loss_scale=8, increment_period=7, multiplier=4)
+    expected = scaling.like("tf1", initial_scale=8.0, growth_interval=7, factor=4.0)
+    assert wrap("sgd", dynamic).rule == expected
+    with pytest.raises(ValueError, match=r"scale must be .* received 'fixed'"):
+        wrap("sgd", "fixed")
+
+
+@pytest.mark.parametrize("imported", ["tfmixed", "tfmixed.compat.keras2"])
+def test_an_experimental_optimizer_is_saved_as_a_plain_one(imported, tmp_path):
+    """The file loads, here and in a process that has only the package; its optimizer is the package's own class."""
+    model = small_model()
+    model.compile(mixed_precision.experimental.LossScaleOptimizer("sgd", 64), loss="mse")
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert type(again.optimizer) is LossScaleOptimizer
+    assert again.optimizer.rule == ConstantScale(64.0)
+    code = f"import {imported}, keras; print(keras.models.load_model({str(tmp_path / 'model.keras')!r}).optimizer.rule)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.strip() == repr(ConstantScale(64.0))
+
+
+@slow_here
+def test_policies_have_the_old_names():
+    """Of all three times."""
+    policy = mixed_precision.Policy("mixed_float16")
+    assert (policy.name, policy.compute_dtype, policy.variable_dtype) == ("mixed_float16", "float16", "float32")
+    mixed_precision.set_global_policy(policy)
+    assert mixed_precision.global_policy() is policy
+    mixed_precision.set_policy("float32")
+    assert mixed_precision.experimental.global_policy().name == "float32"
+
+
+@slow_here
+def test_experimental_policies_carry_a_loss_scale(tmp_path):
+    """Dynamic for mixed_float16, none elsewhere; a layer of such a policy is saved as any other."""
+    experimental = mixed_precision.experimental
+    assert experimental.Policy("mixed_bfloat16").loss_scale is None
+    experimental.set_policy("mixed_float16")
+    assert experimental.global_policy().loss_scale == "dynamic"
+    model = small_model()
+    assert model.layers[0].dtype_policy == keras.DTypePolicy("mixed_float16")
+    model.save(tmp_path / "model.keras")
+    assert keras.models.load_model(tmp_path / "model.keras").layers[0].compute_dtype == "float16"
+
+
+@pytest.mark.parametrize(("name", "loss_scale"), [("mixed_float16", 128), ("mixed_float16", None), ("float32", 8)])
+def test_a_loss_scale_that_compile_would_not_take_is_said(name, loss_scale):
+    """With what to do."""
+    with pytest.warns(UserWarning, match=r"compile\(\) does not take .* experimental\.LossScaleOptimizer"):
+        policy = mixed_precision.experimental.Policy(name, loss_scale=loss_scale)
+    assert policy.loss_scale == loss_scale
+
+
+def test_the_module_is_reached_by_attributes():
+    """From the package."""
+    assert tfmixed.compat.keras2 is mixed_precision

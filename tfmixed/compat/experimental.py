@@ -1,0 +1,103 @@
+"""What `tf.keras.mixed_precision.experimental` held in TensorFlow 2.1 to 2.3: there a policy had a loss scale."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import keras
+
+from tfmixed import optimizer as current
+from tfmixed import policy as policies
+from tfmixed import scaling
+
+__all__ = ["LossScaleOptimizer", "Policy", "global_policy", "set_policy"]
+
+global_policy = keras.config.dtype_policy
+
+
+# By the name of the plain class, which reads the file where this module was not imported.
+@keras.saving.register_keras_serializable("tfmixed", "LossScaleOptimizer")
+class LossScaleOptimizer(current.LossScaleOptimizer):
+    """`tfmixed.LossScaleOptimizer` with the arguments of that time. A saved one is loaded as a plain one.
+
+    Args:
+        optimizer: A `keras.optimizers.Optimizer`, or the name of one.
+        loss_scale: `"dynamic"`, a number, a rule of `tfmixed.scaling`, None, or a loss scale of
+            `tf.compat.v1.mixed_precision`.
+
+    Raises:
+        ValueError: `loss_scale` is none of these.
+        TypeError: `optimizer` is no optimizer.
+
+    Example:
+    >>> LossScaleOptimizer(keras.optimizers.SGD(), 128).dynamic
+    False
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer | str, loss_scale: Any = "dynamic") -> None:
+        super().__init__(optimizer, _rule(loss_scale))
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> current.LossScaleOptimizer:
+        """Returns the plain optimizer of a configuration."""
+        return current.LossScaleOptimizer.from_config(config, custom_objects)
+
+
+def Policy(name: str, loss_scale: Any = "auto") -> keras.DTypePolicy:  # noqa: N802  # it was a class
+    """Returns a Keras policy that remembers a loss scale.
+
+    `compile` of Keras 3 knows of none: it scales by Keras's own dynamic rule under `"mixed_float16"`, and not at all
+    elsewhere. A loss scale that differs from that is said to need an optimizer of its own.
+
+    Args:
+        name: As for `keras.DTypePolicy`.
+        loss_scale: As for `LossScaleOptimizer`; `"auto"` is dynamic for `"mixed_float16"` and None elsewhere.
+
+    Raises:
+        ValueError: Keras knows no such policy, or `loss_scale` is no loss scale.
+
+    Example:
+    >>> Policy("mixed_float16").loss_scale
+    'dynamic'
+    """
+    policy = keras.DTypePolicy(name)
+    compiled = "dynamic" if name == "mixed_float16" else None
+    policy.loss_scale = compiled if loss_scale == "auto" else loss_scale
+    if _rule(policy.loss_scale) != _rule(compiled):
+        warnings.warn(
+            f"Policy({name!r}, loss_scale={loss_scale!r}): compile() does not take the loss scale from a policy any "
+            "more. Pass it an optimizer that has it: experimental.LossScaleOptimizer(optimizer, policy.loss_scale).",
+            stacklevel=2,
+        )
+    return policy
+
+
+def set_policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
+    """Sets the global policy as `tfmixed.set_policy` does; one by name has the loss scale that `Policy` gives it.
+
+    Raises:
+        ValueError: Keras knows no such policy.
+
+    Example:
+    >>> set_policy("float32").loss_scale is None
+    True
+    """
+    return policies.set_policy(Policy(policy) if isinstance(policy, str) else policy)
+
+
+def _rule(loss_scale: Any) -> scaling.ScalingRule:
+    """Returns the rule of a loss scale; those of TensorFlow are known by their configurations."""
+    config: dict[str, Any] = getattr(loss_scale, "get_config", dict)()
+    if "loss_scale_value" in config:
+        return scaling.get(config["loss_scale_value"])
+    if "increment_period" in config:
+        return scaling.like(
+            "tf1",
+            initial_scale=config["initial_loss_scale"],
+            factor=config["multiplier"],
+            growth_interval=config["increment_period"],
+        )
+    return scaling.get(loss_scale)
