@@ -313,7 +313,7 @@ def _of_values(each: Difference) -> Hazard:
 
 
 def _of_gradients(name: str, group: list[Difference], model: keras.Model) -> Hazard:
-    scale = float(model.optimizer.scale_loss(keras.ops.ones(()))) if getattr(model, "optimizer", None) else 1.0
+    scale = float(tracing.loss_scale(model))
     grave = max(group, key=lambda each: (each.overflowed / each.full.size, each.vanished))
     total, where = len(model.trainable_variables), f"at a loss scale of {scale:,.0f}, those of {grave.op} most of all"
     if name == "overflow":

@@ -126,8 +126,15 @@ class Step:
         else:
             losses = [loss(y, x) * weight for loss, y, x, weight in _paired(self.model, targets, outputs)]
         total = tf.add_n([tf.reduce_sum(tf.cast(loss, "float32")) for loss in [*losses, *self.model.losses]])
-        optimizer = getattr(self.model, "optimizer", None)
-        return total if optimizer is None else optimizer.scale_loss(total)
+        return total * loss_scale(self.model)
+
+
+def loss_scale(model: keras.Model) -> Any:
+    """Returns the present scale of a model's optimizer; 1 without one. The optimizer does not notice."""
+    optimizer = getattr(model, "optimizer", None)
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return 1.0
+    return optimizer.dynamic_scale.value if optimizer.built else float(optimizer.initial_scale)
 
 
 def specs_of(model: keras.Model) -> Any:
