@@ -170,11 +170,9 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     given = _tensors(inputs), _tensors(targets)
     specs = tracing.specs_of(model) if inputs is None else tracing.specs_from(given[0])
     step, half = _step(model, specs, given[1])
-    with tracing.in_float32(model):
-        full = step.trace(backward=False)  # of which the constants alone are looked at
     context = _context(half, given[0])
-    found = [*_of_operations(half, context), *inspection.constants(half, full), *inspection.casts(half, context)]
-    found += [*inspection.outputs(half), *inspection.variables(model), *inspection.speed(model, half, context)]
+    found = [*_of_graph(step, half, context), *inspection.casts(half, context), *inspection.outputs(half)]
+    found += [*inspection.variables(model), *inspection.speed(model, half, context)]
     if inputs is not None:
         found += _of_run(list(comparison.differences(Step(model, *given))), model)
     dtypes = [layer.compute_dtype for layer in model._flatten_layers(include_self=False, recursive=True)]
@@ -221,10 +219,7 @@ def unsafe(model: keras.Model, inputs: Any) -> list[keras.Operation]:
     """
     step = Step(model, inputs)
     half = step.trace(backward=False)
-    with tracing.in_float32(model):
-        full = step.trace(backward=False)
-    context = _context(half, None)
-    found = [*_of_operations(half, context), *inspection.constants(half, full)]
+    found = _of_graph(step, half, _context(half, None))
     layers = [layer for _, layer, hazard in found if hazard.severity == "severe"]
     # The logarithm of a half-precision softmax or sigmoid is mended where that is computed.
     owner = {id(node.op): node.layer for node in half.nodes}
@@ -275,6 +270,14 @@ def _tensors(structure: Any) -> Any:
             f"inputs and targets must be arrays, or structures of them, received {type(structure).__name__}: of a "
             "dataset, pass one batch"
         ) from error
+
+
+def _of_graph(step: Step, half: Trace, context: Context) -> Iterator[_Found]:
+    """Yields what single operations and constants of a traced step say."""
+    with tracing.in_float32(step.model):
+        full = step.trace(backward=False)  # of which the constants alone are looked at
+    yield from _of_operations(half, context)
+    yield from inspection.constants(half, full, context)
 
 
 def _of_operations(trace: Trace, context: Context) -> Iterator[_Found]:

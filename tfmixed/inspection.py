@@ -31,10 +31,9 @@ _COMPARISONS = frozenset(["Greater", "Less", "GreaterEqual", "LessEqual", "Equal
 Found = Iterator[tuple[Node | None, keras.Operation | None, Hazard]]
 
 
-def constants(half: Trace, full: Trace) -> Found:
+def constants(half: Trace, full: Trace, context: Context) -> Found:
     """Yields constants that half precision turned into 0 or infinity, by the same constants of the float32 trace."""
     originals = {node.name: node.op.outputs[0] for node in full.nodes if node.op.type == "Const"}
-    context = Context(half)
     for node in half.nodes:
         if node.op.type == "Const" and not node.backward and node.name in originals:
             users = list(context.users(node.op))
