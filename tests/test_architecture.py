@@ -39,7 +39,7 @@ FLOORS = {
         "sensitive",
     ],
     4: ["optimizer", "hazards", "iteration", "snapshots"],
-    5: ["grad_scaler", "callbacks", "compat", "doctor", "comparison", "inspection"],
+    5: ["grad_scaler", "callbacks", "compat", "doctor", "comparison", "inspection", "findings"],
     6: ["config", "bench", "auditing"],
     7: ["islands"],
     8: ["cli"],

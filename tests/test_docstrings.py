@@ -15,6 +15,7 @@ MODULES = [
     "compat.keras2",
     "config",
     "doctor",
+    "findings",
     "formats",
     "grad_scaler",
     "inplace",
