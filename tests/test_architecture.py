@@ -15,6 +15,7 @@ FLOORS = {
     1: ["scaling", "plotting", "branching", "calls"],
     2: [
         "hardware",
+        "ranges",
         "gradients",
         "events",
         "distribute",
@@ -37,6 +38,7 @@ FLOORS = {
         "widths",
         "tracing",
         "sensitive",
+        "runlog",
     ],
     4: ["optimizer", "hazards", "iteration", "snapshots"],
     5: ["grad_scaler", "callbacks", "compat", "doctor", "comparison", "inspection", "findings"],

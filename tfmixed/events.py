@@ -13,7 +13,7 @@ import keras
 import numpy
 from keras import ops
 
-from tfmixed.records import EventsLost, Reason, Record, ScaleChange
+from tfmixed.records import Change, EventsLost, Reason, ScaleChange
 
 OVERFLOW, GROWTH, SET = range(3)
 _REASONS: tuple[Reason, ...] = ("overflow", "growth", "set")
@@ -58,7 +58,7 @@ def log(ring: Variables, step: Any, old: Any, new: Any, reason: Any, variable: A
     ring["event_count"].assign(count + ops.cast(changed, count.dtype))
 
 
-def drain(ring: Variables, paths: Sequence[str]) -> list[Record]:
+def drain(ring: Variables, paths: Sequence[str]) -> list[Change]:
     """Returns the entries that were not drained yet, oldest first, and marks them as drained. Reads the device.
 
     Args:
@@ -71,7 +71,7 @@ def drain(ring: Variables, paths: Sequence[str]) -> list[Record]:
     names = ("event_steps", "event_causes", "event_scales")
     steps, causes, scales = (ring[name].numpy().tolist() for name in names)
     first = max(drained, count - len(steps))
-    events: list[Record] = []
+    events: list[Change] = []
     for index in (number % len(steps) for number in range(first, count)):
         (old, new), (reason, variable) = scales[index], causes[index]
         path = None if variable == NO_VARIABLE else paths[variable]

@@ -5,11 +5,43 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 Reason = Literal["overflow", "growth", "set"]
+Kind = Literal["activation", "weight"]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The begin of a run, or of its continuation.
+
+    Args:
+        step: The attempted step that comes next, counted from 0.
+        loss_scale: The scale of that step.
+        started: Local time with its offset, ISO 8601.
+        model: The model's name.
+        policy: Name of the dtype policy.
+        rule: Name and parameters of the scaling rule.
+        optimizer: Name of the inner optimizer.
+        devices: The devices of this machine, the one that decides first.
+        versions: Of Python, tfmixed, Keras and its backend.
+    """
+
+    event: ClassVar[str] = "run"
+    step: int
+    loss_scale: float
+    started: str
+    model: str
+    policy: str
+    rule: dict[str, Any]
+    optimizer: str
+    devices: list[str]
+    versions: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.model} under {self.policy}, loss scale {short(self.loss_scale)}"
 
 
 @dataclass(frozen=True)
@@ -36,7 +68,7 @@ class ScaleChange:
 
     def __str__(self) -> str:
         guilty = f"  {self.variable}" if self.variable else ""
-        change = f"{_short(self.old_scale)} -> {_short(self.new_scale)}"
+        change = f"{short(self.old_scale)} -> {short(self.new_scale)}"
         return f"step {self.step}: loss scale {change} ({self.reason}){guilty}"
 
 
@@ -55,12 +87,105 @@ class EventsLost:
     before_step: int
     epoch: int | None = None
 
+    @property
+    def step(self) -> int:
+        """Where it stands among the other records."""
+        return self.before_step
+
     def __str__(self) -> str:
         return f"{self.count} scale changes before step {self.before_step} were lost: raise `event_capacity`"
 
 
-Record = ScaleChange | EventsLost
-_KINDS: dict[str, type[Record]] = {kind.event: kind for kind in (ScaleChange, EventsLost)}
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands at the end of an epoch.
+
+    Args:
+        step: The last attempted step, counted from 0.
+        epoch: The epoch that ended.
+        loss_scale: The scale of the next step.
+        skipped_steps: How many steps were skipped so far.
+        gradient_norm: Unscaled, global, of the last step. None where it was not finite.
+        loss: The mean of the epoch as `fit` reports it. None where nobody knows it or it was not finite.
+    """
+
+    event: ClassVar[str] = "progress"
+    step: int
+    epoch: int | None
+    loss_scale: float
+    skipped_steps: int
+    gradient_norm: float | None = None
+    loss: float | None = None
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.skipped_steps} steps skipped so far, loss scale {short(self.loss_scale)}"
+
+
+@dataclass(frozen=True)
+class GradientRange:
+    """The magnitudes of one tensor's gradient, over some batches.
+
+    Args:
+        name: Path of the variable, or of the layer whose output it is.
+        kind: `"weight"` or `"activation"`.
+        layer: Path of the layer that it belongs to.
+        dtype: What holds this gradient when the model trains: `"float16"`, `"bfloat16"`, `"float32"`, ...
+        zeros: How many values are 0.
+        nonfinite: How many are infinite or NaN.
+        largest: The largest finite magnitude; 0 where there is none but 0.
+        smallest: The smallest magnitude other than 0; 0 where there is none.
+        octaves: For each exponent e how many magnitudes fall in [2^e, 2^(e+1)), in four parts: exactly 2^e; up to
+            2^e (2 - 2^-10); from there up to 2^e (2 - 2^-11); the rest. These are the limits at which float16 rounds to
+            its smallest number, to its smallest normal one, and to infinity, so that counts are exact for each power
+            of two as a scale. Exponent -127 holds what is subnormal in float32.
+    """
+
+    name: str
+    kind: Kind
+    layer: str
+    dtype: str
+    zeros: int
+    nonfinite: int
+    largest: float
+    smallest: float
+    octaves: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
+
+    @property
+    def nonzeros(self) -> int:
+        """How many values are finite and not 0."""
+        return sum(map(sum, self.octaves.values()))
+
+
+@dataclass(frozen=True)
+class RangesRecord:
+    """The magnitudes of all gradients of a model, over some batches.
+
+    Args:
+        step: The attempted step before which they were measured, counted from 0. None outside of a run.
+        epoch: Its epoch, where the observer knows it.
+        precision: What they were computed in: `"float32"`, `"float16"` or `"bfloat16"`.
+        scale: The loss scale that they were computed with; the magnitudes are those after unscaling.
+        batches: How many batches were measured.
+        model: The model's name.
+        ranges: One for each layer's output and each variable.
+    """
+
+    event: ClassVar[str] = "gradient_ranges"
+    step: int | None
+    epoch: int | None
+    precision: str
+    scale: float
+    batches: int
+    model: str
+    ranges: list[GradientRange]
+
+    def __str__(self) -> str:
+        return f"step {self.step}: ranges of {len(self.ranges)} gradients of {self.model} in {self.precision}"
+
+
+Change = ScaleChange | EventsLost
+Record = RunRecord | ScaleChange | EventsLost | Progress | RangesRecord
+_KINDS: dict[str, type[Record]] = {kind.event: kind for kind in get_args(Record)}
 
 
 def to_line(record: Record) -> str:
@@ -76,27 +201,45 @@ def from_line(line: str) -> Record:
     """
     try:
         values = json.loads(line)
-        kind = _KINDS[values.pop("event")]
-        if not all(_fits(values[name], wanted) for name, wanted in _types(kind).items()):
-            raise ValueError("a field has another type")
-        return kind(**{name: values[name] for name in _types(kind)})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        record: Record = _made(_KINDS[values.pop("event")], values)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"line must be a record of a tfmixed log, received: {line[:200]!r}") from error
+    return record
 
 
-def _types(kind: type[Record]) -> dict[str, Any]:
+def _made(kind: Any, values: dict[str, Any]) -> Any:
     hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
+    return kind(**{each.name: _read(values[each.name], hints[each.name]) for each in fields(kind)})
 
 
-def _fits(value: Any, wanted: Any) -> bool:
-    if get_origin(wanted) is Literal:
-        return value in get_args(wanted)
-    kinds = get_args(wanted) or (wanted,)
-    return type(value) in kinds or (float in kinds and type(value) is int)
+def _read(value: Any, wanted: Any) -> Any:
+    """Returns the value that JSON had for a field of this type."""
+    if wanted == dict[int, tuple[int, int, int, int]]:
+        return {int(exponent): _octave(parts) for exponent, parts in value.items()}
+    origin, of = get_origin(wanted), get_args(wanted)
+    if origin is list:
+        return [_made(of[0], each) if is_dataclass(of[0]) else _read(each, of[0]) for each in _checked(value, (list,))]
+    if origin is dict:
+        return {name: _read(each, of[1]) for name, each in _checked(value, (dict,)).items()}
+    if origin is Literal and value not in of:
+        raise ValueError("a field has another value")
+    return value if wanted is Any or origin is Literal else _checked(value, of or (wanted,))
 
 
-def _short(scale: float) -> str:
+def _octave(parts: Any) -> tuple[int, ...]:
+    if len(parts) != 4 or min(parts) < 0:
+        raise ValueError("an octave has four counts")
+    return tuple(_checked(part, (int,)) for part in parts)
+
+
+def _checked(value: Any, kinds: tuple[Any, ...]) -> Any:
+    if type(value) in kinds or (float in kinds and type(value) is int):
+        return value
+    raise ValueError("a field has another type")
+
+
+def short(scale: float) -> str:
+    """Returns a scale as people write it: `2^15`, or `1000`."""
     mantissa, exponent = math.frexp(scale)
     return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:g}"
 

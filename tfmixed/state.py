@@ -14,7 +14,7 @@ from tfmixed import events
 from tfmixed.branching import in_graph, rarely
 from tfmixed.errors import LossScaleExhausted
 from tfmixed.gradients import Verdict
-from tfmixed.records import Record
+from tfmixed.records import Change
 from tfmixed.scaling import ScalingRule, checks
 
 # The names that Keras's own LossScaleOptimizer gives to what both have.
@@ -212,7 +212,7 @@ class Observable:
         """Global L2 norm of the last step's unscaled gradients, before clipping: a float32 scalar tensor."""
         return self._state().read("gradient_norm")
 
-    def drain_events(self) -> list[Record]:
+    def drain_events(self) -> list[Change]:
         """Returns the changes of the scale since the last call, oldest first, and forgets them.
 
         Reads the device. If more than `event_capacity` changes happened since, the list starts with an `EventsLost`

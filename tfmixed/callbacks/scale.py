@@ -1,20 +1,21 @@
-"""Callbacks that watch a training run."""
+"""The callback that logs the loss scale."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import warnings
-from itertools import takewhile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import keras
 
-from tfmixed import distribute, records
+from tfmixed import distribute, runlog
 from tfmixed.errors import LossScaleExhausted
-from tfmixed.records import Record, ScaleChange
+from tfmixed.records import Change, Progress, Record, ScaleChange
 from tfmixed.scaling import checks
 from tfmixed.state import Observable
 
@@ -32,8 +33,9 @@ class LossScaleLogger(keras.callbacks.Callback):
     counts in `skipped_steps` and is no line of the log.
 
     Args:
-        path: File of JSON lines, one a change (`records.read_log` reads it). Lines from a run that is repeated, because
-            the optimizer stands before them, are replaced; others are kept. None writes no file.
+        path: File of JSON lines: one a change, one at the begin of a run that says what runs where, one at the end of
+            each epoch (`records.read_log` reads them). Lines from a run that is repeated, because the optimizer stands
+            before them, are replaced; others are kept. None writes no file.
         tensorboard: Log directory for TensorBoard: `loss_scale` at the exact step of each change, and all three
             scalars at the end of each epoch. Needs TensorFlow and the package tensorboard. None writes none.
         every: Collect within the epoch too, each `every` steps. Reads the device. A process that is killed loses what
@@ -75,7 +77,7 @@ class LossScaleLogger(keras.callbacks.Callback):
         self.async_safe = every is None and keras.backend.backend() == "tensorflow"
         self._writer: Any = None
         self._running = False
-        self._pending: list[Record] = []
+        self._pending: list[Change] = []
         self._epoch = 0
         self._collected_at = 0
         self._watched: Observable | None = None
@@ -154,7 +156,10 @@ class LossScaleLogger(keras.callbacks.Callback):
         numbers = {name: float(getattr(optimizer, name)) for name in _METRICS}
         if logs is not None:
             logs.update(numbers)
-        self._write_scalars(numbers, int(optimizer.attempted_steps))
+        step = int(optimizer.attempted_steps)
+        self._write_scalars(numbers, step)
+        if self._is_chief:
+            self._append([_progress(step - 1, epoch, numbers, logs or {})])
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._optimizer is None:
@@ -173,9 +178,9 @@ class LossScaleLogger(keras.callbacks.Callback):
         assert optimizer is not None
         # What is found before the first epoch happened in an earlier run.
         epoch = self._epoch if self._running else None
-        events = [dataclasses.replace(event, epoch=epoch) for event in optimizer.drain_events()]
+        changes = [dataclasses.replace(change, epoch=epoch) for change in optimizer.drain_events()]
         if self._is_chief:
-            self._write(events, int(optimizer.attempted_steps))
+            self._write(changes, int(optimizer.attempted_steps))
         if self._running:
             try:
                 optimizer.raise_if_exhausted((logs or {}).get("loss"))
@@ -183,18 +188,20 @@ class LossScaleLogger(keras.callbacks.Callback):
                 self._close()  # nobody else does: `fit` ends here
                 raise
 
-    def _write(self, events: list[Record], step: int) -> None:
+    def _write(self, changes: list[Change], step: int) -> None:
         if self.path is not None and not self._running:
-            events = _open_log(self.path, step, events)
-        self._pending += events
-        if self.path is not None and events:
-            # One write a line, straight to the operating system: a killed process loses at most the last.
-            with self.path.open("a", encoding="utf-8", buffering=1) as file:
-                for event in events:
-                    file.write(records.to_line(event) + "\n")
-        for event in events:
-            if isinstance(event, ScaleChange):
-                self._write_scalars({"loss_scale": event.new_scale}, event.step)
+            changes = runlog.continue_at(self.path, step, get_args(Record), changes)
+        self._pending += changes
+        self._append(changes)
+        if not self._running:
+            self._append([runlog.describe(getattr(self, "model", None), self._optimizer)])
+        for change in changes:
+            if isinstance(change, ScaleChange):
+                self._write_scalars({"loss_scale": change.new_scale}, change.step)
+
+    def _append(self, new: Sequence[Record]) -> None:
+        if self.path is not None:
+            runlog.append(self.path, new)
 
     def _write_scalars(self, numbers: dict[str, float], step: int) -> None:
         if self._writer is None:
@@ -212,6 +219,18 @@ class LossScaleLogger(keras.callbacks.Callback):
         self._pending = []
 
 
+def _progress(step: int, epoch: int, numbers: dict[str, float], logs: dict[str, Any]) -> Progress:
+    norm, loss = numbers["gradient_norm"], logs.get("loss")
+    return Progress(
+        step,
+        epoch,
+        numbers["loss_scale"],
+        int(numbers["skipped_steps"]),
+        norm if math.isfinite(norm) else None,
+        float(loss) if loss is not None and math.isfinite(loss) else None,
+    )
+
+
 def _why_not(optimizer: Any) -> str:
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return (
@@ -223,30 +242,3 @@ def _why_not(optimizer: Any) -> str:
         f"the optimizer is a {type(optimizer).__name__}, which does not scale the loss. Wrap it: "
         "`tfmixed.LossScaleOptimizer(optimizer)`."
     )
-
-
-def _step(record: Record) -> int:
-    return record.step if isinstance(record, ScaleChange) else record.before_step
-
-
-def _open_log(path: Path, step: int, events: list[Record]) -> list[Record]:
-    """Makes the log ready for a run that starts at `step`, and returns those of `events` that it does not hold.
-
-    Whole lines of earlier steps stay, others go. Where log and `events` overlap, because the run was saved before its
-    log was written and killed after it, the lines of the log stay for as long as they agree.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = records.complete_lines(path) if path.exists() else ()
-    try:
-        old = [record for record in map(records.from_line, lines) if _step(record) < step]
-    except ValueError as error:
-        raise ValueError(f"path must be a log of LossScaleLogger or a new file, received {str(path)!r}") from error
-    first = min([step, *map(_step, events)])
-    kept, overlap = ([record for record in old if (_step(record) < first) is before] for before in (True, False))
-    pairs = zip(overlap, events, strict=False)
-    agreed = len(list(takewhile(lambda pair: dataclasses.replace(pair[0], epoch=None) == pair[1], pairs)))
-    partial = path.with_name(path.name + ".partial")
-    text = "".join(records.to_line(record) + "\n" for record in kept + overlap[:agreed])
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return events[agreed:]

@@ -1,0 +1,5 @@
+"""Callbacks that watch a training run."""
+
+from tfmixed.callbacks.scale import LossScaleLogger
+
+__all__ = ["LossScaleLogger"]

@@ -1,0 +1,409 @@
+"""What half precision loses of a model's gradients at which loss scale, and which scale to choose.
+
+The method is that of Micikevicius et al., "Mixed Precision Training" (2017), section 3.2: measure the magnitudes, and
+choose a scale with which the largest stays below 65,504.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from tfmixed import records
+from tfmixed.formats import FORMATS, HALF, FloatFormat
+from tfmixed.records import GradientRange, RangesRecord, short
+from tfmixed.scaling import checks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# A convention, not a law: where no more of a tensor is flushed to 0, it trains as in float32.
+TOLERANCE = 0.01
+_POWERS = range(-126, 128)  # of two, that are a normal float32
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What becomes of gradients in half precision: counts of values, by their magnitude after rounding.
+
+    Args:
+        nonzeros: How many there are, finite and other than 0.
+        zero: How many of them become 0 (underflow).
+        subnormal: How many become subnormal, and keep less than the format's precision.
+        overflow: How many become infinite.
+    """
+
+    nonzeros: int = 0
+    zero: int = 0
+    subnormal: int = 0
+    overflow: int = 0
+
+    def __add__(self, other: Losses) -> Losses:
+        return Losses(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def share(self, count: int) -> float:
+        """Returns a count relative to all values other than 0; 0 where there are none."""
+        return count / self.nonzeros if self.nonzeros else 0.0
+
+
+def losses(range_: GradientRange, scale: float = 1.0, precision: str = "float16") -> Losses:
+    """Returns what becomes of a gradient that is multiplied by `scale` and rounded to half precision.
+
+    In float16 the counts are exact for each power of two. Other scales, and bfloat16's limits, cut through an octave,
+    whose values are then taken to be spread evenly over the logarithm.
+
+    Args:
+        range_: The gradient.
+        scale: The loss scale.
+        precision: `"float16"` or `"bfloat16"`.
+    """
+    format_ = _format(precision)
+    least = format_.smallest_subnormal / 2  # itself a tie, which goes to 0
+    normal, infinite = format_.smallest_normal - least, _overflows_from(format_)
+    zero = _below(range_, least / scale, or_equal=True)
+    return Losses(
+        nonzeros=range_.nonzeros,
+        zero=zero,
+        subnormal=_below(range_, normal / scale) - zero,
+        overflow=range_.nonzeros - _below(range_, infinite / scale),
+    )
+
+
+def _format(precision: str) -> FloatFormat:
+    if precision not in HALF:
+        raise ValueError(f'precision must be "float16" or "bfloat16", received {precision!r}')
+    return FORMATS[precision]
+
+
+def _overflows_from(format_: FloatFormat) -> float:
+    """Returns the smallest magnitude that rounds to infinity: 65,520 for float16."""
+    return format_.max + 2.0 ** math.floor(math.log2(format_.max)) * format_.epsilon / 2
+
+
+def _below(range_: GradientRange, limit: float, or_equal: bool = False) -> int:
+    mantissa, exponent = math.frexp(limit)
+    octave, mantissa = exponent - 1, 2 * mantissa
+    whole = sum(sum(parts) for each, parts in range_.octaves.items() if each < octave)
+    parts = range_.octaves.get(octave, (0, 0, 0, 0))
+    known = {1.0: int(or_equal), 2 - 2.0**-10: 2, 2 - 2.0**-11: 3}
+    if mantissa in known:
+        return whole + sum(parts[: known[mantissa]])
+    return whole + round(sum(parts) * math.log2(mantissa))
+
+
+def needed_scale(range_: GradientRange, precision: str = "float16", tolerance: float = TOLERANCE) -> float:
+    """Returns the smallest power of two at which no more than `tolerance` of a gradient's values are flushed to 0."""
+
+    def serves(power: int) -> bool:
+        lost = losses(range_, 2.0**power, precision)
+        return lost.share(lost.zero) <= tolerance
+
+    return 2.0 ** min(_POWERS[0] + bisect.bisect_left(_POWERS, True, key=serves), _POWERS[-1])
+
+
+def largest_scale(range_: GradientRange, precision: str = "float16") -> float:
+    """Returns the largest power of two at which no value of a gradient overflows."""
+    infinite = _overflows_from(_format(precision))
+    return _power_below(infinite / range_.largest) if range_.largest else 2.0 ** _POWERS[-1]
+
+
+def _power_below(limit: float) -> float:
+    mantissa, exponent = math.frexp(limit)
+    power = exponent - 2 if mantissa == 0.5 else exponent - 1
+    return 2.0 ** min(max(power, _POWERS[0]), _POWERS[-1])
+
+
+class Suggestion(float):
+    """A loss scale, and what it saves.
+
+    Args:
+        before: What is lost at scale 1.
+        after: What is lost at this scale.
+        precision: The half-precision format.
+    """
+
+    before: Losses
+    after: Losses
+    precision: str
+
+    def __new__(cls, scale: float, before: Losses, after: Losses, precision: str) -> Suggestion:
+        made = super().__new__(cls, scale)
+        made.before, made.after, made.precision = before, after, precision
+        return made
+
+    def __getnewargs__(self) -> Any:
+        return float(self), self.before, self.after, self.precision
+
+    @property
+    def explanation(self) -> str:
+        """What it saves and what it cannot, as a sentence."""
+        before, after = self.before, self.after
+        saved = before.share(before.zero - after.zero)
+        full = before.share(before.subnormal + before.zero - after.subnormal - after.zero)
+        rest = "nothing is left to lose"
+        if after.zero or after.subnormal:
+            zero, subnormal = percent(after.share(after.zero)), percent(after.share(after.subnormal))
+            rest = f"{zero} are still flushed to 0 and {subnormal} lose precision"
+        return (
+            f"At {short(self)}, {self.precision} keeps {percent(saved)} of all values other than 0 that it flushes to "
+            f"0 at scale 1, and gives {percent(full)} their full precision; {rest}."
+        )
+
+
+@dataclass(frozen=True)
+class GradientRanges:
+    """The magnitudes of a model's gradients, and what they say. Prints as a table; iterates over its `GradientRange`s.
+
+    Only gradients that the model holds in half precision count for its advice, or all of them in a model that has
+    none yet. `tfmixed.measure_gradients` makes one.
+
+    Args:
+        record: What was measured.
+
+    Example:
+    >>> octaves = {-30: (9, 0, 0, 0), -29: (1, 0, 0, 0)}
+    >>> tiny = GradientRange("dense/kernel", "weight", "dense", "float16", 0, 0, 2.0**-29, 2.0**-30, octaves)
+    >>> ranges = GradientRanges(RangesRecord(None, None, "float32", 1.0, 1, "model", [tiny]))
+    >>> ranges.underflow(1.0)
+    1.0
+    >>> ranges.verdict()
+    'any scale from 2^6 to 2^43 works.'
+    """
+
+    record: RangesRecord
+
+    def __iter__(self) -> Iterator[GradientRange]:
+        return iter(self.record.ranges)
+
+    def __len__(self) -> int:
+        return len(self.record.ranges)
+
+    @property
+    def half(self) -> list[GradientRange]:
+        """Those that are held in half precision when the model trains; all of them where none is."""
+        return [each for each in self if each.dtype in HALF] or list(self)
+
+    def losses(self, scale: float = 1.0, precision: str = "float16", layer: str | None = None) -> Losses:
+        """Returns what half precision loses at a scale: counts over all gradients held in it, or over those of a layer.
+
+        Raises:
+            ValueError: The scale is not above 0, there is no such format, or no such layer.
+        """
+        scale = checks.scale("scale", scale)
+        chosen = self.half if layer is None else [each for each in self if each.layer == layer]
+        if not chosen and layer is not None:
+            raise ValueError(f"layer must be one of {sorted({each.layer for each in self})}, received {layer!r}")
+        return sum((losses(each, scale, precision) for each in chosen), Losses())
+
+    def underflow(self, scale: float = 1.0, precision: str = "float16") -> float:
+        """Returns the share, 0 to 1, of all values other than 0 that are flushed to 0 at a scale."""
+        lost = self.losses(scale, precision)
+        return lost.share(lost.zero)
+
+    def working_scales(self, precision: str = "float16", tolerance: float = TOLERANCE) -> tuple[float, float] | None:
+        """Returns the smallest and the largest power of two that work; None where no single one does.
+
+        A scale works where no value overflows, and of no gradient more than `tolerance`, a share, is flushed to 0.
+        """
+        low, high = self._low(self.half, precision, tolerance), self._high(self.half, precision)
+        return (low, high) if low <= high else None
+
+    def best_scales(self, precision: str = "float16") -> tuple[float, float]:
+        """Returns the smallest and the largest power of two at which nothing overflows and the least is lost.
+
+        The least: fewest values flushed to 0, then fewest subnormal ones. That is so at the largest scale without an
+        overflow; the smallest is the first at which the same is lost.
+        """
+        high = self._high(self.half, precision)
+        powers = range(_POWERS[0], round(math.log2(high)) + 1)
+        least = self._lost(high, precision)
+        found = bisect.bisect_left(powers, True, key=lambda power: self._lost(2.0**power, precision) <= least)
+        return 2.0 ** powers[found], high
+
+    def suggest_constant_scale(self, headroom: float = 2.0, precision: str = "float16") -> Suggestion:
+        """Returns the largest power of two with which the largest gradient stays below the format's maximum.
+
+        Args:
+            headroom: How many times larger than the largest that was measured a gradient may become later on.
+            precision: `"float16"` or `"bfloat16"`.
+
+        Returns:
+            A float that also tells what it saves: `before` and `after` (`Losses`), and an `explanation`.
+
+        Raises:
+            ValueError: `headroom` is below 1, all gradients are 0, or some are not finite.
+        """
+        headroom = checks.number("headroom", headroom, least=1.0)
+        bad = [each.name for each in self.half if each.nonfinite]
+        if bad:
+            raise ValueError(f"gradients must be finite to choose a scale from them, received inf or NaN in {bad}")
+        largest = max((each.largest for each in self.half), default=0.0)
+        if not largest:
+            raise ValueError("gradients must not all be 0 to choose a scale from them: measure on other batches")
+        scale = _power_below(_format(precision).max / (headroom * largest))
+        return Suggestion(scale, self.losses(1.0, precision), self.losses(scale, precision), precision)
+
+    def verdict(self, precision: str = "float16", tolerance: float = TOLERANCE) -> str:
+        """Returns which scale to choose, as a sentence."""
+        if bad := [each.name for each in self.half if each.nonfinite]:
+            return f"no scale mends gradients that are not finite in {self.record.precision}: {_names(bad)}."
+        if not any(each.nonzeros for each in self.half):
+            return "all gradients are 0: measure on other batches."
+        low, high = self._low(self.half, precision, tolerance), self._high(self.half, precision)
+        if low <= 1 <= high:
+            return f"no scale is needed{self._why(precision)}."
+        if low <= high:
+            return f"any scale from {short(low)} to {short(high)} works."
+        return self._conflict(precision, tolerance, low, high)
+
+    def _why(self, precision: str) -> str:
+        if precision == "float16":
+            return ""
+        smallest = min(each.smallest for each in self.half if each.smallest)
+        largest = max(each.largest for each in self.half)
+        reach = f"{_power(smallest)} to {_power(largest)}"
+        return f": {precision} has the exponents of float32, and these gradients go from {reach}"
+
+    def _conflict(self, precision: str, tolerance: float, low: float, high: float) -> str:
+        """Returns which layers keep a scale from working for all, and the fewest that float32 would free it from."""
+        neediest = max(self.half, key=lambda each: needed_scale(each, precision, tolerance))
+        largest = min(self.half, key=lambda each: largest_scale(each, precision))
+        large = {each.layer for each in self.half if largest_scale(each, precision) < low}
+        small = {each.layer for each in self.half if needed_scale(each, precision, tolerance) > high}
+        aside = large if len(large) <= len(small) else small
+        rest = [each for each in self.half if each.layer not in aside]
+        sentence = (
+            f"no single scale works: `{neediest.name}` needs {short(low)} at least, `{largest.name}` overflows above "
+            f"{short(high)}; put {_names(sorted(aside))} in float32"
+        )
+        if any(each.nonzeros for each in rest):
+            low, high = self._low(rest, precision, tolerance), self._high(rest, precision)
+            sentence += f", and any scale from {short(low)} to {short(high)} works"
+        return f"{sentence}."
+
+    def _low(self, chosen: Iterable[GradientRange], precision: str, tolerance: float) -> float:
+        return max((needed_scale(each, precision, tolerance) for each in chosen), default=2.0 ** _POWERS[0])
+
+    def _high(self, chosen: Iterable[GradientRange], precision: str) -> float:
+        return min((largest_scale(each, precision) for each in chosen), default=2.0 ** _POWERS[-1])
+
+    def _lost(self, scale: float, precision: str) -> tuple[int, int]:
+        lost = self.losses(scale, precision)
+        return lost.zero, lost.subnormal
+
+    def beside(self, other: GradientRanges) -> Table:
+        """Returns a table of these gradients and the same ones measured in another precision: what really was lost.
+
+        Raises:
+            ValueError: The other one is of another model.
+        """
+        theirs = {(each.name, each.kind): each for each in other}
+        if set(theirs) != {(each.name, each.kind) for each in self}:
+            raise ValueError(
+                f"other must hold the gradients of the same model, received ranges of {other.record.model!r}"
+            )
+        mine, its = self.record.precision, other.record.precision
+        table = Table("gradient", "of", box=box.SIMPLE_HEAD)
+        headings = (f"in {mine}", f"in {its}", f"zeros,\n{mine}", f"zeros,\n{its}", f"inf, NaN,\n{its}")
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for each in self:
+            half = theirs[each.name, each.kind]
+            counts = (percent(share_of_zeros(each)), percent(share_of_zeros(half)), f"{half.nonfinite:,}")
+            table.add_row(each.name, each.kind, span(each), span(half), *counts)
+        return table
+
+    def plot(self, scale: float | None = None) -> Figure:
+        """Draws the histogram of all magnitudes, before and after scaling, over the zones of float16.
+
+        Args:
+            scale: The loss scale; None for the suggested one.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from tfmixed import plotting
+
+        return plotting.plot_ranges(self.record, self.suggest_constant_scale() if scale is None else scale)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one line of JSON, as in the log of a run. The file appears whole or not at all."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".partial-{target.name}")
+        partial.write_text(records.to_line(self.record) + "\n", encoding="utf-8")
+        os.replace(partial, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GradientRanges:
+        """Returns what `save` wrote; of the log of a run, the last ranges in it.
+
+        Raises:
+            ValueError: It holds none.
+        """
+        found = [each for each in records.read_log(Path(path)) if isinstance(each, RangesRecord)]
+        if not found:
+            raise ValueError(
+                f"path must be a file of GradientRanges.save or a log that has some, received {str(path)!r}"
+            )
+        return cls(found[-1])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table()
+        yield f"{len(self)} gradients of {self.record.model}, {self.record.batches} batches in {self.record.precision}"
+        yield f"float16: {self.verdict()}"
+        if not any(each.nonfinite for each in self.half) and any(each.nonzeros for each in self.half):
+            yield self.suggest_constant_scale().explanation
+        yield f"bfloat16: {self.verdict('bfloat16')}"
+
+    def table(self, precision: str = "float16") -> Table:
+        """Returns a table of each gradient: its magnitudes, what is lost at scale 1, and which scales suit it alone."""
+        table = Table("gradient", "of", "held in", box=box.SIMPLE_HEAD)
+        for heading in ("magnitudes", "zeros", "flushed to 0", "subnormal", "overflow", "scales"):
+            table.add_column(heading, justify="right")
+        for each in self:
+            lost = losses(each, 1.0, precision)
+            counts = (percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow))
+            low, high = needed_scale(each, precision), largest_scale(each, precision)
+            scales = f"{short(low)} .. {short(high)}" if each.nonzeros else "any"
+            table.add_row(each.name, each.kind, each.dtype, span(each), percent(share_of_zeros(each)), *counts, scales)
+        return table
+
+
+def share_of_zeros(range_: GradientRange) -> float:
+    """Returns the share of a gradient's finite values that are exactly 0."""
+    size = range_.nonzeros + range_.zeros
+    return range_.zeros / size if size else 0.0
+
+
+def span(range_: GradientRange) -> str:
+    """Returns the smallest and the largest magnitude other than 0, as powers of two: `2^-30.1 .. 2^-4.0`."""
+    return f"{_power(range_.smallest)} .. {_power(range_.largest)}" if range_.nonzeros else "all 0"
+
+
+def percent(share: float) -> str:
+    """Returns a share as people read it: neither 0 nor 100 % stands for what only comes near."""
+    if share in (0, 1):
+        return f"{share:.0%}".replace("%", " %")
+    if share < 0.0005:
+        return "< 0.1 %"
+    return f"{share:.1%}".replace("%", " %") if share < 0.9995 else "> 99.9 %"
+
+
+def _power(magnitude: float) -> str:
+    return f"2^{math.log2(magnitude):.1f}"
+
+
+def _names(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(f"`{name}`" for name in names[:4]) + more
