@@ -73,7 +73,7 @@ def train(name: str, epochs: int, run_dir: Path) -> tuple[Result, plotting.Scale
     if config.scaling is None:
         return Result(config.policy, "-", accuracy, None, None, seconds), None
     rule, steps = type(config.scaling).__name__, int(optimizer.attempted_steps)
-    log = records.read_log(run_dir / name / "loss_scale.jsonl")
+    log = records.read_changes(run_dir / name / "loss_scale.jsonl")
     result = Result(config.policy, rule, accuracy, float(optimizer.loss_scale), int(optimizer.skipped_steps), seconds)
     return result, plotting.ScaleHistory(float(config.scaling.start().scale), steps, tuple(log))
 

@@ -6,7 +6,7 @@ python tests/kill_and_resume.py [--kills 20] [--how checkpoint|backup] [--seed 0
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import os
 import pickle
 import random
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from tfmixed import records
 
 SCRIPT = Path(__file__).parent / "resumable.py"
 
@@ -78,10 +80,10 @@ def compare(how: str, kills: int, seed: int, folder: Path) -> Report:
         assert ours.keys() == wanted.keys()
         for name in wanted:
             np.testing.assert_array_equal(ours[name], wanted[name], err_msg=f"epoch {epoch}, {name}")
-    logs = [[json.loads(line) for line in (run / "scale.jsonl").read_text().splitlines()] for run in (torn, whole)]
+    logs = [records.read_changes(run / "scale.jsonl") for run in (torn, whole)]
     # A change that the next process found in the ring first has no epoch: nobody saw when it happened.
-    for line, same in zip(*logs, strict=True):
-        assert line in (same, {**same, "epoch": None})
+    for change, same in zip(*logs, strict=True):
+        assert change in (same, dataclasses.replace(same, epoch=None))
     count = len((torn / "torn").read_text()) if (torn / "torn").exists() else 0
     return Report(kills, epochs, len(logs[0]), count)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from backend import modes, needs_tensorflow, tf
 
+import tfmixed
 from tfmixed import LossScaleOptimizer, records
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import LossScaleExhausted
@@ -36,7 +37,7 @@ def fit(*callbacks, optimizer=None, bad=(5,), epochs=1, verbose=0, **compile_arg
 
 
 def steps(path):
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    return [change.step for change in records.read_changes(path)]
 
 
 @pytest.mark.parametrize("modes", modes({}, {"steps_per_execution": 5}, {"jit_compile": True}), ids=str)
@@ -45,6 +46,7 @@ def test_log_holds_every_change_with_its_exact_step_and_epoch(tmp_path, modes):
     path = tmp_path / "run" / "scale.jsonl"
     model, _ = fit(LossScaleLogger(path, verbose=0), epochs=2, **modes)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line for line in lines if line["event"] == "scale_change"]
     assert [(line["step"], line["epoch"], line["reason"]) for line in lines] == [
         (3, 0, "growth"),
         (5, 0, "overflow"),
@@ -140,7 +142,7 @@ class Seen(keras.callbacks.Callback):
         self.path, self.lines = path, []
 
     def on_train_batch_end(self, batch, logs=None):
-        self.lines.append(len(self.path.read_text().splitlines()))
+        self.lines.append(len(records.read_changes(self.path)))
 
 
 def test_every_writes_within_the_epoch(tmp_path):
@@ -186,11 +188,45 @@ def test_an_optimizer_that_is_not_ours_is_said_once_and_logs_nothing(tmp_path, o
 
 
 def test_a_constant_scale_logs_skips_and_no_change(tmp_path):
-    """No change, no line; the skip is in the metrics."""
+    """No change, no line of one; the skip is in the metrics and in the line of the epoch."""
     path = tmp_path / "scale.jsonl"
     _, history = fit(LossScaleLogger(path), optimizer=LossScaleOptimizer("sgd", ConstantScale(4.0)))
-    assert path.read_text() == ""
+    run, progress = records.read_log(path)
+    assert (run.rule, progress.skipped_steps) == (ConstantScale(4.0).get_config(), 1)
     assert history.history["skipped_steps"] == [1.0]
+
+
+def test_the_log_says_what_runs_where_and_how_far_it_came(tmp_path):
+    """One line at the begin, one after each epoch; a run that goes on says so with its step."""
+    path = tmp_path / "scale.jsonl"
+    model, history = fit(LossScaleLogger(path, verbose=0), epochs=2)
+    model.fit(*data(), batch_size=8, shuffle=False, verbose=0, callbacks=[LossScaleLogger(path, verbose=0)])
+    log = records.read_log(path)
+    runs = [record for record in log if isinstance(record, records.RunRecord)]
+    assert [(run.step, run.loss_scale, run.model, run.optimizer) for run in runs] == [
+        (0, 8.0, model.name, "SGD"),
+        (24, 32.0, model.name, "SGD"),
+    ]
+    assert runs[0].rule == RULE.get_config()
+    assert runs[0].policy == model.dtype_policy.name
+    assert runs[0].versions["Keras"] == keras.version()
+    assert runs[0].devices[0] == tfmixed.hardware.describe().main.name
+    progress = [record for record in log if isinstance(record, records.Progress)]
+    assert [(record.step, record.epoch, record.skipped_steps) for record in progress] == [
+        (11, 0, 1),
+        (23, 1, 2),
+        (35, 0, 3),
+    ]
+    assert [record.loss_scale for record in progress[:2]] == history.history["loss_scale"]
+
+
+def test_a_norm_and_a_loss_that_are_not_finite_are_left_out(tmp_path):
+    """JSON has no NaN; the last step of the epoch overflowed."""
+    path = tmp_path / "scale.jsonl"
+    fit(LossScaleLogger(path, verbose=0), bad=(11,))
+    assert "NaN" not in path.read_text()
+    assert "Infinity" not in path.read_text()
+    assert records.read_log(path)[-1].gradient_norm is None
 
 
 def test_going_on_appends_and_starting_anew_replaces(tmp_path):
@@ -234,7 +270,7 @@ def test_a_restored_run_has_the_log_of_an_uninterrupted_one(tmp_path, backup_fir
         again(KillAt(2))
     again()
     read, wanted = (
-        [dataclasses.replace(record, epoch=None, variable=None) for record in records.read_log(log)]
+        [dataclasses.replace(record, epoch=None, variable=None) for record in records.read_changes(log)]
         for log in (path, whole)
     )
     if frequency == "epoch":
@@ -251,7 +287,7 @@ def test_changes_of_an_interrupted_fit_carry_no_wrong_epoch(tmp_path):
     optimizer = LossScaleOptimizer("sgd", RULE)
     model, _ = fit(optimizer=optimizer)
     model.fit(*data(), batch_size=8, shuffle=False, verbose=0, callbacks=[LossScaleLogger(path, verbose=0)])
-    assert [(record.step, record.epoch) for record in records.read_log(path)] == [
+    assert [(record.step, record.epoch) for record in records.read_changes(path)] == [
         *((step, None) for step in (3, 5, 9)),
         *((step, 0) for step in (13, 17, 21)),
     ]
@@ -353,7 +389,7 @@ def test_a_killed_process_keeps_its_log(tmp_path):
     """
     process = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=120, check=False)
     assert process.returncode == -signal.SIGKILL
-    assert [record.step for record in records.read_log(path)] == [3, 5]
+    assert [record.step for record in records.read_changes(path)] == [3, 5]
 
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"every": True}, {"verbose": -1}], ids=str)

@@ -91,7 +91,7 @@ def test_fit_on_workers_is_fit_in_one_process(fitted, steps_per_execution):
         assert (history["skipped_steps"], outcome.skipped, outcome.attempted) == ([2.0, 4.0], 4, 56)
         outcome.assert_sound()
     agree([result[steps_per_execution][2] for result in results])
-    log = records.read_log(folder / f"log_{steps_per_execution}.jsonl")
+    log = records.read_changes(folder / f"log_{steps_per_execution}.jsonl")
     assert [event.step for event in log if event.reason == "overflow"] == [3, 7, 31, 35]
     for rank in range(count):
         rows = csv.DictReader((folder / f"{rank}_{steps_per_execution}.csv").read_text().splitlines())

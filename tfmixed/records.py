@@ -261,3 +261,8 @@ def read_log(path: str | Path) -> list[Record]:
         ValueError: A line other than a torn last one is no record.
     """
     return [from_line(line) for line in complete_lines(Path(path)) if line.strip()]
+
+
+def read_changes(path: str | Path) -> list[Change]:
+    """Returns the changes of the scale in a log, as `read_log` reads it, and what was lost of them."""
+    return [record for record in read_log(path) if isinstance(record, (ScaleChange, EventsLost))]
