@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         optimizer,
         plotting,
         policy,
+        ranges,
         records,
         scaling,
     )
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from tfmixed.islands import force_float32
     from tfmixed.optimizer import LossScaleOptimizer
     from tfmixed.policy import policy_scope, set_policy
+    from tfmixed.probing import measure_gradients
     from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
 
 _HOMES = {
@@ -57,6 +59,7 @@ _HOMES = {
     "audit": "auditing",
     "force_float32": "islands",
     "load_config": "config",
+    "measure_gradients": "probing",
     "policy_scope": "policy",
     "set_policy": "policy",
 }
@@ -86,10 +89,12 @@ __all__ = [
     "layers",
     "load_config",
     "losses",
+    "measure_gradients",
     "optimizer",
     "plotting",
     "policy",
     "policy_scope",
+    "ranges",
     "records",
     "scaling",
     "set_policy",

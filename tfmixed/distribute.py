@@ -64,12 +64,18 @@ def is_chief(model: Any) -> bool:
 
     True without workers.
     """
-    # The model's strategy, not the present one: `fit` may be called outside of its scope.
-    resolver = getattr(getattr(model, "distribute_strategy", None), "cluster_resolver", None)
-    if resolver is None or not resolver.task_type:
+    if not works_with_others(model):
         return True
+    resolver = model.distribute_strategy.cluster_resolver
     chiefs = "chief" in resolver.cluster_spec().jobs
     return resolver.task_type == "chief" or (not chiefs and (resolver.task_type, resolver.task_id) == ("worker", 0))
+
+
+def works_with_others(model: Any) -> bool:
+    """Returns whether the model's or scaler's strategy is one of several workers, each with a task of its own."""
+    # The model's strategy, not the present one: `fit` may be called outside of its scope.
+    resolver = getattr(getattr(model, "distribute_strategy", None), "cluster_resolver", None)
+    return resolver is not None and bool(resolver.task_type)
 
 
 def decide_together(

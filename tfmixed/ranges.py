@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.table import Column, Table
 
 from tfmixed import records
 from tfmixed.formats import FORMATS, HALF, FloatFormat
@@ -146,17 +146,15 @@ class Suggestion(float):
     @property
     def explanation(self) -> str:
         """What it saves and what it cannot, as a sentence."""
-        before, after = self.before, self.after
-        saved = before.share(before.zero - after.zero)
-        full = before.share(before.subnormal + before.zero - after.subnormal - after.zero)
-        rest = "nothing is left to lose"
-        if after.zero or after.subnormal:
-            zero, subnormal = percent(after.share(after.zero)), percent(after.share(after.subnormal))
-            rest = f"{zero} are still flushed to 0 and {subnormal} lose precision"
-        return (
-            f"At {short(self)}, {self.precision} keeps {percent(saved)} of all values other than 0 that it flushes to "
-            f"0 at scale 1, and gives {percent(full)} their full precision; {rest}."
+        sentence = (
+            f"At {short(self)}, {self.precision} flushes {self._share('zero')} of all values other than 0 to 0, and "
+            f"holds {self._share('subnormal')} with less than its full precision."
         )
+        return f"{sentence} Overflow: {self._share('overflow')}." if self.before.overflow else sentence
+
+    def _share(self, count: str) -> str:
+        before, after = (percent(each.share(getattr(each, count))) for each in (self.before, self.after))
+        return f"{after} ({before} at scale 1)"
 
 
 @dataclass(frozen=True)
@@ -312,14 +310,12 @@ class GradientRanges:
                 f"other must hold the gradients of the same model, received ranges of {other.record.model!r}"
             )
         mine, its = self.record.precision, other.record.precision
-        table = Table("gradient", "of", box=box.SIMPLE_HEAD)
-        headings = (f"in {mine}", f"in {its}", f"zeros,\n{mine}", f"zeros,\n{its}", f"inf, NaN,\n{its}")
-        for heading in headings:
-            table.add_column(heading, justify="right")
+        headings = (mine, its, f"zeros,\n{mine}", f"zeros,\n{its}", f"inf, NaN,\n{its}")
+        table = _table(*headings)
         for each in self:
             half = theirs[each.name, each.kind]
             counts = (percent(share_of_zeros(each)), percent(share_of_zeros(half)), f"{half.nonfinite:,}")
-            table.add_row(each.name, each.kind, span(each), span(half), *counts)
+            table.add_row(_label(each), span(each), span(half), *counts)
         return table
 
     def plot(self, scale: float | None = None) -> Figure:
@@ -366,17 +362,34 @@ class GradientRanges:
         yield f"bfloat16: {self.verdict('bfloat16')}"
 
     def table(self, precision: str = "float16") -> Table:
-        """Returns a table of each gradient: its magnitudes, what is lost at scale 1, and which scales suit it alone."""
-        table = Table("gradient", "of", "held in", box=box.SIMPLE_HEAD)
-        for heading in ("magnitudes", "zeros", "flushed to 0", "subnormal", "overflow", "scales"):
-            table.add_column(heading, justify="right")
+        """Returns a table of each gradient: its magnitudes, what is lost at scale 1, and which scales suit it alone.
+
+        "to 0", "subnormal" and "overflow" are shares of the values other than 0. Those that the model holds in float32
+        say so instead.
+        """
+        table = _table("magnitudes", "zeros", "to 0", "sub-\nnormal", "over-\nflow", "scales")
+        half = self.half
         for each in self:
+            if not any(each is one for one in half):
+                table.add_row(_label(each), span(each), percent(share_of_zeros(each)), "", "", "", each.dtype)
+                continue
             lost = losses(each, 1.0, precision)
             counts = (percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow))
             low, high = needed_scale(each, precision), largest_scale(each, precision)
             scales = f"{short(low)} .. {short(high)}" if each.nonzeros else "any"
-            table.add_row(each.name, each.kind, each.dtype, span(each), percent(share_of_zeros(each)), *counts, scales)
+            table.add_row(_label(each), span(each), percent(share_of_zeros(each)), *counts, scales)
         return table
+
+
+def _table(*headings: str) -> Table:
+    table = Table(Column("gradient", overflow="fold"), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _label(range_: GradientRange) -> str:
+    return range_.name if range_.kind == "weight" else f"{range_.name} (output)"
 
 
 def share_of_zeros(range_: GradientRange) -> float:
@@ -386,7 +399,7 @@ def share_of_zeros(range_: GradientRange) -> float:
 
 
 def span(range_: GradientRange) -> str:
-    """Returns the smallest and the largest magnitude other than 0, as powers of two: `2^-30.1 .. 2^-4.0`."""
+    """Returns the smallest and the largest magnitude other than 0, as powers of two below: `2^-31 .. 2^-4`."""
     return f"{_power(range_.smallest)} .. {_power(range_.largest)}" if range_.nonzeros else "all 0"
 
 
@@ -400,7 +413,7 @@ def percent(share: float) -> str:
 
 
 def _power(magnitude: float) -> str:
-    return f"2^{math.log2(magnitude):.1f}"
+    return f"2^{math.floor(math.log2(magnitude))}"
 
 
 def _names(names: Iterable[str]) -> str:

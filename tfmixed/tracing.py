@@ -201,22 +201,31 @@ def _single(structure: Any) -> Any:
 @contextlib.contextmanager
 def in_float32(model: keras.Model) -> Iterator[None]:
     """Makes all layers compute in float32 and give it, and gives them back what they had."""
+    layers = list(inplace.paths(model))
     before, float32 = keras.config.dtype_policy(), keras.dtype_policies.get("float32")
-    with contextlib.ExitStack() as stack:
+    with with_policy(layers, "float32"), contextlib.ExitStack() as stack:
         stack.callback(keras.config.set_dtype_policy, before)
         keras.config.set_dtype_policy(float32)
-
-        def replace(each: keras.Operation, name: str, old: Any, new: Any) -> None:
-            stack.callback(object.__setattr__, each, name, old)
-            object.__setattr__(each, name, new)
-
-        for each in inplace.paths(model):
-            if isinstance(each, keras.layers.Layer):  # not `dtype_policy`, which would write into a DTypePolicyMap
-                replace(each, "_dtype_policy", each._dtype_policy, float32)
+        for each in layers:
             for name in ("output_dtype", "_gives"):  # what our own layers cast to
-                if (old := vars(each).get(name)) is not None:
-                    replace(each, name, old, "float32")
+                if vars(each).get(name) is not None:
+                    _replace(stack, each, name, "float32")
         yield
+
+
+@contextlib.contextmanager
+def with_policy(layers: Sequence[keras.Operation], policy: str) -> Iterator[None]:
+    """Gives layers, operations left out, another dtype policy for a while."""
+    with contextlib.ExitStack() as stack:
+        for each in layers:
+            if isinstance(each, keras.layers.Layer):  # not `dtype_policy`, which would write into a DTypePolicyMap
+                _replace(stack, each, "_dtype_policy", keras.dtype_policies.get(policy))
+        yield
+
+
+def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    stack.callback(object.__setattr__, owner, name, getattr(owner, name))
+    object.__setattr__(owner, name, value)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 import warnings
@@ -14,6 +13,7 @@ from typing import Any, get_args
 import keras
 
 from tfmixed import distribute, runlog
+from tfmixed.callbacks.ranges import checked_tensorboard
 from tfmixed.errors import LossScaleExhausted
 from tfmixed.records import Change, Progress, Record, ScaleChange
 from tfmixed.scaling import checks
@@ -64,12 +64,7 @@ class LossScaleLogger(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         self.path = None if path is None else Path(path)
-        self.tensorboard = tensorboard
-        if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
-            raise ImportError(
-                "tensorboard needs the package of that name: pip install 'tfmixed[tensorboard]'. "
-                f"Received: tensorboard={os.fspath(tensorboard)!r}"
-            )
+        self.tensorboard = checked_tensorboard(tensorboard)
         self.every = None if every is None else checks.count("every", every, 1)
         self.verbose = checks.count("verbose", verbose, 0)
         # Keras then dispatches batch ends from another thread, without waiting for the device in this one. Not where

@@ -1,0 +1,324 @@
+"""Runs a model's own training step without taking it, and counts the gradients that it computes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args
+
+import keras
+import numpy
+from keras import ops, tree
+from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
+from keras.src.random.seed_generator import global_seed_generator
+from keras.src.trainers.data_adapters import get_data_adapter
+
+from tfmixed import gradients, inplace, taps, tracing
+from tfmixed.formats import HALF
+from tfmixed.ranges import GradientRanges
+from tfmixed.records import GradientRange, RangesRecord
+from tfmixed.scaling import checks
+
+Precision = Literal["float32", "float16", "bfloat16"]
+
+
+def measure_gradients(
+    model: keras.Model,
+    data: Any,
+    steps: int = 10,
+    *,
+    precision: Precision = "float32",
+    scale: float = 1.0,
+    batch_size: int | None = None,
+) -> GradientRanges:
+    """Returns the magnitudes of a model's gradients: of the output of each layer, and of each variable.
+
+    It runs the training step that `fit` would run, a `train_step` of one's own included, up to the optimizer, which is
+    told nothing. Weights, moving statistics, metrics, and the random states of Keras, numpy and Python are afterwards
+    as they were. What is not built yet is built, as in `fit`. Only counts stay in memory. The method is that of
+    Micikevicius et al., "Mixed Precision Training" (2017), figure 3.
+
+    Args:
+        model: A compiled model, under any dtype policy.
+        data: What `fit` takes: `(x, y)` or `(x, y, sample_weight)` as a tuple, inputs alone, a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, a generator, a PyTorch `DataLoader`.
+        steps: How many batches, if there are as many.
+        precision: `"float32"` for the true magnitudes. `"float16"` or `"bfloat16"` for what comes out in half
+            precision: layers that compute in half precision already do it in this one; in a model that has none, all.
+        scale: What the loss is multiplied by, and gradients are divided by in float32 before they are counted.
+        batch_size: Of arrays; 32 by default, as in `fit`.
+
+    Raises:
+        ValueError: The model is not compiled, there is no data, or an argument is out of range.
+
+    Example:
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", loss="mse")
+    >>> ranges = measure_gradients(model, (numpy.ones((64, 4)), numpy.zeros((64, 1))), steps=2)
+    >>> [(each.layer, each.kind) for each in ranges]
+    [('dense', 'activation'), ('dense', 'weight'), ('dense', 'weight')]
+    """
+    checks.count("steps", steps, 1)
+    probe = Probe(model, precision, scale)
+    for batch in itertools.islice(_batches(data, batch_size), steps):
+        probe.measure(batch)
+    if not probe.batches:
+        raise ValueError(f"data must hold a batch at least, received {data!r:.200}")
+    return GradientRanges(probe.record())
+
+
+def _batches(data: Any, batch_size: int | None) -> Iterator[Any]:
+    adapter = get_data_adapter(*(data if isinstance(data, tuple) else (data,)), batch_size=batch_size)
+    iterators = {"tensorflow": "get_tf_dataset", "jax": "get_jax_iterator", "torch": "get_torch_dataloader"}
+    adapter.on_epoch_begin()
+    try:
+        yield from getattr(adapter, iterators[keras.backend.backend()])()
+    finally:
+        adapter.on_epoch_end()  # ends the workers of a PyDataset
+
+
+class Probe:
+    """Counts the gradients of a model's training step, batch by batch.
+
+    Args:
+        model: A compiled model.
+        precision: What to compute in.
+        scale: What the loss is multiplied by, and the gradients divided by before they are counted.
+
+    Raises:
+        ValueError: The model is not compiled, or an argument is out of range.
+    """
+
+    def __init__(self, model: keras.Model, precision: Precision = "float32", scale: float = 1.0) -> None:
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, received {precision!r}")
+        if not isinstance(model, keras.Model) or not model.compiled or model.optimizer is None:
+            raise ValueError(
+                "model must be a keras.Model that is compiled with an optimizer and a loss, received "
+                f"{model!r:.100}: call model.compile first"
+            )
+        self.model, self.precision, self.scale = model, precision, checks.scale("scale", scale)
+        self.batches = 0
+        self._paths: dict[Any, str] = {}
+        self._dtypes: dict[Any, str] = {}
+        self._outputs: dict[Any, taps.Tally] = {}
+        self._weights: dict[int, tuple[Any, taps.Tally]] = {}  # by the identity of the variable
+        self._step: Callable[..., Any] | None = None
+
+    def measure(self, batch: Any, state: Any = None) -> None:
+        """Counts the gradients of one batch, as `train_step` takes it.
+
+        Args:
+            batch: Inputs, targets and sample weights.
+            state: On JAX within `fit`, the values of all variables, which the trainer then holds.
+        """
+        batch = _without_optionals(batch)
+        with _restored(self.model), self._untaken():
+            if self._step is None:
+                self.model._symbolic_build(data_batch=batch)
+                self._paths = inplace.paths(self.model)
+                self._dtypes = {layer: _given(layer) for layer in self._paths}
+                self._step = self._compiled()
+            with self._in_precision(), self._tapped():
+                self._step(batch, state)
+        self.batches += 1
+
+    def record(self, step: int | None = None, epoch: int | None = None) -> RangesRecord:
+        """Returns what was counted since the last record, in the order of the layers, and starts anew.
+
+        Args:
+            step: The attempted step of a run before which it was measured.
+            epoch: Its epoch.
+        """
+        ranges = [each for layer, path in self._paths.items() for each in self._ranges(layer, path)]
+        record = RangesRecord(step, epoch, self.precision, self.scale, self.batches, str(self.model.name), ranges)
+        for tally in self._tallies():
+            tally.clear()
+        self.batches = 0
+        return record
+
+    def _tallies(self) -> Iterator[taps.Tally]:
+        yield from self._outputs.values()
+        yield from (tally for _, tally in self._weights.values())
+
+    def _ranges(self, layer: Any, path: str) -> Iterator[GradientRange]:
+        if layer in self._outputs and self._outputs[layer].counts.any():
+            yield self._outputs[layer].range(path, "activation", path, self._dtypes[layer])
+        for variable in getattr(layer, "_trainable_variables", ()):
+            if id(variable) in self._weights:
+                _, tally = self._weights[id(variable)]
+                yield tally.range(gradients.path(variable), "weight", path, layer.compute_dtype)
+
+    def _compiled(self) -> Callable[..., Any]:
+        """Returns what runs the training step of a batch."""
+        model, backend = self.model, keras.backend.backend()
+        if backend == "jax":
+            return _jax_step(model)
+        if backend == "torch" or model.run_eagerly:
+            return lambda batch, _: model.train_step(batch)
+        import tensorflow
+
+        function = tensorflow.function(model.train_step, autograph=False, reduce_retracing=True)
+        return lambda batch, _: function(batch)
+
+    @contextlib.contextmanager
+    def _in_precision(self) -> Iterator[None]:
+        if self.precision == "float32":
+            with tracing.in_float32(self.model):
+                yield
+            return
+        layers = [layer for layer in self._paths if isinstance(layer, keras.layers.Layer)]
+        half = [layer for layer in layers if layer.compute_dtype in HALF]
+        with tracing.with_policy(half or layers, f"mixed_{self.precision}"):
+            yield
+
+    @contextlib.contextmanager
+    def _tapped(self) -> Iterator[None]:
+        """Has the layers' outputs counted on the way back."""
+        layers = [
+            layer for layer in self._paths if isinstance(layer, keras.layers.Layer) and not inplace.graph_of(layer)
+        ]
+        with contextlib.ExitStack() as stack:
+            for layer in layers:
+                tally = self._outputs.setdefault(layer, taps.Tally())
+                _put(stack, layer, "call", _tapping(layer.call, tally, self.scale))
+            yield
+
+    @contextlib.contextmanager
+    def _untaken(self) -> Iterator[None]:
+        """Has optimizers hand the gradients over, and do nothing else; metrics are not asked for."""
+        found = [self.model.optimizer, *vars(self.model).values()]
+        optimizers = {id(each): each for each in found if isinstance(each, keras.optimizers.Optimizer)}
+        with contextlib.ExitStack() as stack:
+            for optimizer in optimizers.values():
+                for name, function in self._instead_of(optimizer).items():
+                    if hasattr(optimizer, name):
+                        _put(stack, optimizer, name, function)
+            _put(stack, self.model, "compute_metrics", lambda *_, **__: {})
+            yield
+
+    def _instead_of(self, optimizer: Any) -> dict[str, Callable[..., Any]]:
+        def scaled(loss: Any) -> Any:
+            return tree.map_structure(lambda each: each * self.scale, loss)
+
+        def apply(grads: Any, trainable_variables: Any = None) -> None:
+            self._count(grads, optimizer._trainable_variables if trainable_variables is None else trainable_variables)
+
+        def apply_gradients(grads_and_vars: Iterable[Any], **_: Any) -> None:
+            self._count(*zip(*grads_and_vars, strict=True))
+
+        def stateless_apply(state: Any, grads: Any, values: Any) -> Any:
+            self._count(grads, self.model.trainable_variables)
+            return values, state
+
+        return {
+            "apply": apply,
+            "apply_gradients": apply_gradients,
+            "stateless_apply": stateless_apply,
+            "scale_loss": scaled,
+            "get_scaled_loss": scaled,
+            "get_unscaled_gradients": lambda grads: grads,
+            "build": lambda _: None,
+        }
+
+    def _count(self, grads: Iterable[Any], variables: Iterable[Any]) -> None:
+        for gradient, variable in zip(grads, variables, strict=True):
+            if gradient is not None:
+                _, tally = self._weights.setdefault(id(variable), (variable, taps.Tally()))
+                taps.count(gradient, tally, self.scale)
+
+
+def _jax_step(model: keras.Model) -> Callable[..., Any]:
+    import jax
+
+    def step(state: Any, batch: Any) -> Any:  # of our own: jit would take the trainer's cache for an equal method
+        return model.train_step(state, batch)
+
+    compiled = step if model.run_eagerly else jax.jit(step)
+
+    def run(batch: Any, state: Any) -> None:
+        parts = dict.fromkeys(("trainable_variables", "non_trainable_variables"), True)
+        parts |= dict.fromkeys(("optimizer_variables", "metrics_variables"), True)
+        jax.block_until_ready(compiled(model._get_jax_state(**parts) if state is None else state, batch))
+        jax.effects_barrier()
+
+    return run
+
+
+def _tapping(call: Callable[..., Any], tally: taps.Tally, scale: float) -> Callable[..., Any]:
+    def tap(x: Any) -> Any:
+        if not _is_dense_float(x):
+            return x
+        y = taps.tap(x, tally, scale)
+        if (mask := get_tensor_attr(x, "_keras_mask")) is not None:
+            set_tensor_attr(y, "_keras_mask", mask)
+        if (wide := get_tensor_attr(x, "_tfmixed_wide")) is not None:
+            set_tensor_attr(y, "_tfmixed_wide", taps.tap(wide, tally, scale))
+        return y
+
+    @functools.wraps(call)
+    def tapped(*args: Any, **kwargs: Any) -> Any:
+        return tree.map_structure(tap, call(*args, **kwargs))
+
+    return tapped
+
+
+def _is_dense_float(x: Any) -> bool:
+    if not ops.is_tensor(x) or type(x).__name__ in ("RaggedTensor", "SparseTensor", "IndexedSlices", "BCOO"):
+        return False
+    return "float" in keras.backend.standardize_dtype(x.dtype)
+
+
+def _given(layer: Any) -> str:
+    """Returns the dtype of what a layer gives, and so of the gradient that comes back to it."""
+    declared = getattr(layer, "_gives", None) or getattr(layer, "output_dtype", None)
+    return str(declared or getattr(layer, "compute_dtype", "float32"))
+
+
+def _put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Gives an object an attribute of its own until the stack is left; Keras and PyTorch do not notice."""
+    before = vars(owner).get(name)
+    stack.callback(vars(owner).pop if before is None else vars(owner).__setitem__, name, *([before] if before else []))
+    vars(owner)[name] = value
+
+
+def _without_optionals(batch: Any) -> Any:
+    # What TensorFlow's datasets have for None; Keras's trainer does the same.
+    return tree.map_structure(lambda leaf: None if type(leaf).__name__ == "_OptionalImpl" else leaf, batch)
+
+
+@contextlib.contextmanager
+def _restored(model: keras.Model) -> Iterator[None]:
+    """Gives back what a step changes although no optimizer acts."""
+    backend, variables = keras.backend.backend(), []
+    if backend != "jax":  # there a step is a function, and `fit` may hold the values
+        variables = [*model.variables, *model.metrics_variables, global_seed_generator().state]
+    values = [ops.copy(variable.value) for variable in variables]
+    with _random_states(backend):
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+            if backend == "torch":
+                model.zero_grad()
+
+
+@contextlib.contextmanager
+def _random_states(backend: str) -> Iterator[None]:
+    states: list[tuple[Callable[..., None], Any]] = [
+        (random.setstate, random.getstate()),
+        (numpy.random.set_state, numpy.random.get_state()),
+    ]
+    if backend == "torch":
+        import torch
+
+        states.append((torch.set_rng_state, torch.get_rng_state()))
+    try:
+        yield
+    finally:
+        for restore, state in states:
+            restore(state)

@@ -1,0 +1,168 @@
+"""Taps on tensors: what is an identity forward counts the gradient that flows back. For every Keras backend.
+
+A magnitude is read from the bits of its float32: the eight that are the exponent name its octave. So counts do not
+depend on what a device does with subnormal numbers, and half-precision gradients are counted as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy
+from keras import ops
+
+from tfmixed.records import GradientRange, Kind
+
+OCTAVES, PARTS = 256, 4  # exponents of float32; see `GradientRange`
+_MANTISSA_BITS, _BIAS = 23, 127
+_FIRST_PART, _SECOND_PART = 2**23 - 2**13, 2**23 - 2**12  # mantissas of 2 - 2^-10 and 2 - 2^-11
+_FINITE = 255 << _MANTISSA_BITS  # the bits of infinity
+
+
+class Tally:
+    """Counts the magnitudes of one tensor's gradient. `add` takes what `magnitudes` returns."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self.counts = numpy.zeros(OCTAVES * PARTS, "int64")
+        self.smallest, self.largest = _FINITE, 0
+
+    def add(self, counts: Any, smallest: Any, largest: Any) -> None:
+        """Adds one gradient."""
+        self.counts += numpy.asarray(counts)
+        self.smallest, self.largest = min(self.smallest, int(smallest)), max(self.largest, int(largest))
+
+    def range(self, name: str, kind: Kind, layer: str, dtype: str) -> GradientRange:
+        """Returns what was counted, as a record."""
+        octaves = self.counts.reshape(OCTAVES, PARTS).tolist()
+        (zeros, *subnormal), nonfinite = octaves[0], sum(octaves[-1])
+        found = {-_BIAS: (0, *subnormal)} | {place - _BIAS: tuple(octaves[place]) for place in range(1, OCTAVES - 1)}
+        return GradientRange(
+            name,
+            kind,
+            layer,
+            dtype,
+            zeros=zeros,
+            nonfinite=nonfinite,
+            largest=_magnitude(self.largest),
+            smallest=_magnitude(self.smallest) if self.largest else 0.0,
+            octaves={exponent: parts for exponent, parts in found.items() if any(parts)},
+        )
+
+
+def _magnitude(bits: int) -> float:
+    return float(numpy.int32(bits).view("float32"))
+
+
+def magnitudes(gradient: Any) -> tuple[Any, Any, Any]:
+    """Returns counts by octave and part, and the bits of the smallest and the largest magnitude, 0 left out.
+
+    Args:
+        gradient: A float32 tensor.
+    """
+    bits = ops.bitwise_and(_bits(ops.reshape(gradient, (-1,))), 0x7FFFFFFF)
+    mantissa = ops.bitwise_and(bits, 2**_MANTISSA_BITS - 1)
+    limits = (1, _FIRST_PART, _SECOND_PART)
+    part = sum(ops.cast(ops.greater_equal(mantissa, limit), "int32") for limit in limits)
+    counts = _bincount(ops.right_shift(bits, _MANTISSA_BITS) * PARTS + part)
+    finite = ops.less(bits, _FINITE)
+    smallest = ops.min(ops.where(ops.logical_and(finite, ops.greater(bits, 0)), bits, _FINITE), initial=_FINITE)
+    return counts, smallest, ops.max(ops.where(finite, bits, 0), initial=0)
+
+
+def count(gradient: Any, tally: Tally, scale: float = 1.0) -> None:
+    """Counts a gradient, now or whenever what is being traced runs.
+
+    Args:
+        gradient: A floating tensor, dense or `tf.IndexedSlices`. float64 is rounded to float32.
+        tally: Where it is added.
+        scale: What it is divided by before, in float32: exact for powers of two.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow
+
+        gradient = tensorflow.convert_to_tensor(gradient)
+    gradient = ops.cast(gradient, "float32")
+    found = magnitudes(gradient if scale == 1 else gradient / scale)
+    if backend == "tensorflow":
+        import tensorflow
+
+        tensorflow.numpy_function(tally.add, found, [])
+    elif backend == "jax":
+        import jax
+
+        jax.debug.callback(tally.add, *found)
+    else:
+        tally.add(*map(ops.convert_to_numpy, found))
+
+
+def tap(tensor: Any, tally: Tally, scale: float = 1.0) -> Any:
+    """Returns a tensor of the same values whose gradient is counted, divided by `scale`."""
+    return _TAPS[keras.backend.backend()](tensor, functools.partial(count, tally=tally, scale=scale))
+
+
+def _tap_tensorflow(tensor: Any, counted: Callable[[Any], None]) -> Any:
+    import tensorflow
+
+    @tensorflow.custom_gradient  # type: ignore[untyped-decorator]
+    def identity(tensor: Any) -> Any:
+        def backward(gradient: Any) -> Any:
+            counted(gradient)
+            return gradient
+
+        return tensorflow.identity(tensor), backward
+
+    return identity(tensor)
+
+
+def _tap_jax(tensor: Any, counted: Callable[[Any], None]) -> Any:
+    import jax
+
+    @jax.custom_vjp  # type: ignore[untyped-decorator]
+    def identity(tensor: Any) -> Any:
+        return tensor
+
+    def backward(_: None, gradient: Any) -> tuple[Any]:
+        counted(gradient)
+        return (gradient,)
+
+    identity.defvjp(lambda tensor: (tensor, None), backward)
+    return identity(tensor)
+
+
+def _tap_torch(tensor: Any, counted: Callable[[Any], None]) -> Any:
+    if tensor.requires_grad:
+        tensor = tensor.view_as(tensor)  # what is written in place later does not take the hook along
+        tensor.register_hook(counted)
+    return tensor
+
+
+_TAPS = {"tensorflow": _tap_tensorflow, "jax": _tap_jax, "torch": _tap_torch}
+
+
+def _bits(values: Any) -> Any:
+    if keras.backend.backend() != "tensorflow":
+        return ops.view(values, "int32")
+    import tensorflow  # of unknown shapes Keras 3.15 can make no view
+
+    return tensorflow.bitcast(values, "int32")
+
+
+def _bincount(values: Any) -> Any:
+    size, backend = OCTAVES * PARTS, keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow
+
+        return tensorflow.math.bincount(values, minlength=size, maxlength=size)
+    if backend == "jax":
+        import jax
+
+        return jax.numpy.bincount(values, length=size)
+    return values.bincount(minlength=size)
