@@ -348,9 +348,7 @@ class GradientRanges:
         """
         found = [each for each in records.read_log(Path(path)) if isinstance(each, RangesRecord)]
         if not found:
-            raise ValueError(
-                f"path must be a file of GradientRanges.save or a log that has some, received {str(path)!r}"
-            )
+            raise ValueError(f"path must be a file of GradientRanges.save or a log with ranges, received {str(path)!r}")
         return cls(found[-1])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
