@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import keras
 from keras import tree
-from keras.src.random.seed_generator import global_seed_generator
 
 from tfmixed.bounds import MOVES
 from tfmixed.formats import HALF
-from tfmixed.tracing import Step, ancestors, in_float32, layer_of, scoped
+from tfmixed.tracing import Step, ancestors, in_float32, layer_of, restored, scoped
 
 
 class Values(NamedTuple):
@@ -95,9 +94,9 @@ def differences(step: Step) -> Iterator[Difference]:
     is left out, and what depends on another that parted, or on random numbers, since half precision draws others.
     """
     with scoped(step.model) as layers, _quiet(layers):
-        with _restored(step.model):
+        with restored(step.model):
             half, half_gradients = _run(step, layers)
-        with _restored(step.model), in_float32(step.model):
+        with restored(step.model), in_float32(step.model):
             full, full_gradients = _run(step, layers)
     found = dict(_differences(half, full))
     tainted: set[str] = set()
@@ -202,15 +201,3 @@ def _in_inference(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _draws(layer: keras.Operation) -> bool:
     return hasattr(layer, "seed_generator") and "training" in inspect.signature(layer.call).parameters
-
-
-@contextlib.contextmanager
-def _restored(model: keras.Model) -> Iterator[None]:
-    """Gives back what a step may change even in inference, such as the states of random generators."""
-    variables = [*model.variables, *model.metrics_variables, global_seed_generator().state]
-    before = [variable.numpy() for variable in variables]
-    try:
-        yield
-    finally:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)

@@ -13,7 +13,6 @@ import keras
 import numpy
 from keras import ops, tree
 from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
-from keras.src.random.seed_generator import global_seed_generator
 from keras.src.trainers.data_adapters import get_data_adapter
 
 from tfmixed import gradients, inplace, taps, tracing
@@ -63,8 +62,9 @@ def measure_gradients(
     """
     checks.count("steps", steps, 1)
     probe = Probe(model, precision, scale)
-    for batch in itertools.islice(_batches(data, batch_size), steps):
-        probe.measure(batch)
+    with _random_states():  # PyTorch's loaders draw from them
+        for batch in itertools.islice(_batches(data, batch_size), steps):
+            probe.measure(batch)
     if not probe.batches:
         raise ValueError(f"data must hold a batch at least, received {data!r:.200}")
     return GradientRanges(probe.record())
@@ -116,7 +116,7 @@ class Probe:
             state: On JAX within `fit`, the values of all variables, which the trainer then holds.
         """
         batch = _without_optionals(batch)
-        with _restored(self.model), self._untaken():
+        with _random_states(), tracing.restored(self.model), self._untaken():
             if self._step is None:
                 self.model._symbolic_build(data_batch=batch)
                 self._paths = inplace.paths(self.model)
@@ -291,29 +291,13 @@ def _without_optionals(batch: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _restored(model: keras.Model) -> Iterator[None]:
-    """Gives back what a step changes although no optimizer acts."""
-    backend, variables = keras.backend.backend(), []
-    if backend != "jax":  # there a step is a function, and `fit` may hold the values
-        variables = [*model.variables, *model.metrics_variables, global_seed_generator().state]
-    values = [ops.copy(variable.value) for variable in variables]
-    with _random_states(backend):
-        try:
-            yield
-        finally:
-            for variable, value in zip(variables, values, strict=True):
-                variable.assign(value)
-            if backend == "torch":
-                model.zero_grad()
-
-
-@contextlib.contextmanager
-def _random_states(backend: str) -> Iterator[None]:
+def _random_states() -> Iterator[None]:
+    """Gives back the states that a user's layers may draw from."""
     states: list[tuple[Callable[..., None], Any]] = [
         (random.setstate, random.getstate()),
         (numpy.random.set_state, numpy.random.get_state()),
     ]
-    if backend == "torch":
+    if keras.backend.backend() == "torch":
         import torch
 
         states.append((torch.set_rng_state, torch.get_rng_state()))

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy
 from keras import ops, tree
+from keras.src.backend.common import global_state
 
 from tfmixed import inplace
 
@@ -226,6 +227,24 @@ def with_policy(layers: Sequence[keras.Operation], policy: str) -> Iterator[None
 def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
     stack.callback(object.__setattr__, owner, name, getattr(owner, name))
     object.__setattr__(owner, name, value)
+
+
+@contextlib.contextmanager
+def restored(model: keras.Model) -> Iterator[None]:
+    """Gives back what a step changes even where no optimizer acts: statistics, metrics, states of random generators."""
+    backend, variables = keras.backend.backend(), []
+    if backend != "jax":  # there a step is a function of them, and `fit` may hold the values
+        variables = [*model.variables, *model.metrics_variables]
+    if variables and (generator := global_state.get_global_attribute("global_seed_generator")) is not None:
+        variables.append(generator.state)
+    values = [ops.copy(variable.value) for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        if backend == "torch":
+            model.zero_grad()
 
 
 @contextlib.contextmanager

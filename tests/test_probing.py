@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import random
+
+import keras
+import numpy as np
+import pytest
+from backend import needs_tensorflow, tf
+from keras import layers, ops
+from test_ranges import counted
+
+import tfmixed
+from tfmixed import LossScaleOptimizer, measure_gradients
+from tfmixed.losses import SparseCategoricalCrossentropy
+from tfmixed.probing import Probe
+from tfmixed.ranges import losses
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(24, 6)).astype("float32")
+Y = RNG.normal(size=(24, 2)).astype("float32")
+
+
+def linear(optimizer="sgd", **compile_arguments):
+    """One product: the gradients are known by pencil and paper."""
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(2, name="only")])
+    model.compile(optimizer, loss="mse", **compile_arguments)
+    return model
+
+
+def by_name(found):
+    return {(each.kind, each.name.rpartition("/")[2]): each for each in found}
+
+
+def same(range_, values, rtol=0.0):
+    """Whether the counts are those of these values, where float32 arithmetic gives the same ones."""
+    wanted = counted(values)
+    assert (range_.zeros, range_.nonzeros) == (wanted.zeros, wanted.nonzeros)
+    np.testing.assert_allclose([range_.smallest, range_.largest], [wanted.smallest, wanted.largest], rtol=rtol or 1e-7)
+    if not rtol:
+        assert range_.octaves == wanted.octaves
+
+
+def planted(gradient):
+    """A model whose activation gradients are exactly these: its loss is the product with them."""
+    model = keras.Sequential(
+        [keras.Input(gradient.shape[1:]), layers.EinsumDense("bi,i->bi", gradient.shape[1:], name="scaling")]
+    )
+    model.compile("sgd", loss=lambda y, x: ops.sum(y * x, axis=-1))
+    return model
+
+
+EXPONENTS = np.arange(-80, 40)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+def test_planted_magnitudes_come_back_exactly(scale):
+    """From 2^-80 to 2^40, with mantissas at the limits of rounding, and zeros."""
+    mantissas = np.array([1, 1 + 2.0**-23, 1.5, 2 - 2.0**-10, 2 - 2.0**-11, 2 - 2.0**-23])
+    gradient = np.append(np.outer(2.0**EXPONENTS, mantissas).ravel(), np.zeros(8)).astype("float32")[None]
+    model = planted(gradient)
+    found = by_name(measure_gradients(model, (np.ones_like(gradient), gradient), scale=scale))
+    same(found["activation", "scaling"], gradient)
+    same(found["weight", "kernel"], gradient)
+
+
+def test_gradients_of_a_linear_model_are_those_of_pencil_and_paper():
+    """Over three batches: of the output 2 (y - t) / n, of the kernel x' times that, of the bias its sum."""
+    model = linear()
+    kernel, bias = model.get_weights()
+    found = by_name(measure_gradients(model, (X, Y), batch_size=8))
+    outputs = [2 * (X[i : i + 8] @ kernel + bias - Y[i : i + 8]) / 16 for i in (0, 8, 16)]
+    same(found["activation", "only"], np.concatenate(outputs), rtol=1e-5)
+    same(found["weight", "kernel"], [X[8 * i : 8 * i + 8].T @ each for i, each in enumerate(outputs)], rtol=1e-4)
+    same(found["weight", "bias"], [each.sum(0) for each in outputs], rtol=1e-4)
+
+
+def test_steps_is_a_limit():
+    """Two of three batches."""
+    found = measure_gradients(linear(), (X, Y), steps=2, batch_size=8)
+    assert found.record.batches == 2
+    assert by_name(found)["activation", "only"].nonzeros == 2 * 16
+
+
+def functional():
+    a, b = keras.Input((6,), name="a"), keras.Input((6,), name="b")
+    shared = layers.Dense(4, activation="relu", name="shared")
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="deep"), layers.Dropout(0.5)], name="inner")
+    joined = layers.Add(name="joined")([inner(shared(a)), inner(shared(b))])
+    model = keras.Model(
+        [a, b], {"one": layers.Dense(2, name="one")(joined), "two": layers.Dense(1, name="two")(joined)}
+    )
+    model.compile("adam", loss={"one": "mse", "two": "mae"}, loss_weights={"one": 0.5, "two": 2.0})
+    weights = {"one": np.linspace(0.1, 1, 24), "two": np.linspace(2, 1, 24)}
+    return model, ({"a": X, "b": X[::-1]}, {"one": Y, "two": Y[:, :1]}, weights)
+
+
+class Own(keras.Model):
+    """A user's model: sublayers in a list, a weight of its own, a loss of its own, lazily built."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = [layers.Dense(5, activation="tanh"), layers.Dense(2)]
+        self.gain = self.add_weight(shape=(2,), initializer="ones", name="gain")
+
+    def call(self, x, training=False):
+        for block in self.blocks:
+            x = block(x)
+        self.add_loss(1e-3 * ops.sum(ops.square(ops.cast(self.gain, "float32"))))
+        return x * self.gain
+
+
+def own():
+    model = Own()
+    model.compile(LossScaleOptimizer("adam"), loss="mse")
+    return model, (X, Y)
+
+
+def sequence():
+    """Layers inside a loop, a mask, an embedding, normalization, recurrent dropout."""
+    model = keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            layers.Embedding(7, 4, mask_zero=True),
+            layers.LSTM(3, dropout=0.2, return_sequences=True),
+            layers.LayerNormalization(),
+            layers.GlobalAveragePooling1D(),
+            layers.Dense(3),
+        ]
+    )
+    model.compile("adam", loss=SparseCategoricalCrossentropy())
+    return model, (np.arange(120).reshape(24, 5) % 7, np.arange(24) % 3)
+
+
+def images():
+    """Moving statistics and noise."""
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            layers.GaussianNoise(0.1),
+            layers.Conv2D(3, 3),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dense(2),
+        ]
+    )
+    model.compile("sgd", loss="mse", metrics=["mae"])
+    return model, (np.repeat(X, 6, axis=1).reshape(24, 6, 6, 1), Y)
+
+
+KINDS = {"functional": functional, "own": own, "sequence": sequence, "images": images}
+
+
+def fit(model, data):
+    x, y, weights = (*data, None)[:3]
+    model.fit(x, y, sample_weight=weights, batch_size=8, verbose=0)
+
+
+def state(model):
+    variables = [*model.variables, *model.metrics_variables, *model.optimizer.variables]
+    return [ops.convert_to_numpy(variable) for variable in variables]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_and_variable_of_any_model_is_there(kind):
+    """Each layer that a gradient reaches, each trainable variable once."""
+    model, data = KINDS[kind]()
+    found = list(measure_gradients(model, data, steps=2, batch_size=8))
+    weights = [each.name for each in found if each.kind == "weight"]
+    assert sorted(weights) == sorted(variable.path for variable in model.trainable_variables)
+    names = {each.name.rpartition("/")[2] for each in found if each.kind == "activation"}
+    reached = {
+        layer.name
+        for layer in model._flatten_layers(include_self=False)
+        if not isinstance(layer, (layers.InputLayer, keras.Sequential, layers.GaussianNoise))
+    }
+    assert names - {model.name} == reached
+    assert all(each.nonzeros for each in found)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_changed(kind, precision):
+    """Weights, moving statistics, metrics, optimizer, policies: `fit` goes on to the very weights as without it."""
+    results = []
+    for measured in (False, True):
+        keras.utils.set_random_seed(1)
+        model, data = KINDS[kind]()
+        fit(model, data)
+        before, policies = state(model), [layer.dtype_policy for layer in model._flatten_layers()]
+        if measured:
+            measure_gradients(model, data, steps=2, precision=precision)
+            for value, old in zip(state(model), before, strict=True):
+                np.testing.assert_array_equal(value, old)
+            assert [layer.dtype_policy for layer in model._flatten_layers()] == policies
+            assert not any("call" in vars(layer) for layer in model._flatten_layers())
+        fit(model, data)
+        results.append(state(model))
+    for value, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
+def test_random_states_of_python_and_numpy_stay():
+    """A layer that draws from them does not move them."""
+    model = linear()
+    draw = layers.Lambda(lambda x: x * random.random() * np.random.random())
+    model = keras.Sequential([model, draw])
+    model.compile("sgd", loss="mse", run_eagerly=True)
+    random.seed(1)
+    np.random.seed(1)
+    measure_gradients(model, (X, Y), steps=1)
+    after = random.random(), np.random.random()
+    random.seed(1)
+    np.random.seed(1)
+    assert after == (random.random(), np.random.random())
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return X[8 * index : 8 * index + 8], Y[8 * index : 8 * index + 8]
+
+
+def loader():
+    import torch
+
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.tensor(X), torch.tensor(Y)), batch_size=8)
+
+
+DATA = {
+    "arrays": lambda: (X, Y),
+    "weights of ones": lambda: (X, Y, np.ones(24)),
+    "PyDataset": lambda: Batches(),
+    "PyDataset with workers": lambda: Batches(workers=2),
+    "generator": lambda: (Batches()[index] for index in range(3)),
+    **({} if tf is None else {"tf.data": lambda: tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)}),
+    **({"DataLoader": loader} if keras.backend.backend() == "torch" else {}),
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_data_is_what_fit_takes(kind):
+    """The same batches, the same gradients."""
+    model = linear()
+    wanted = measure_gradients(model, (X, Y), batch_size=8)
+    found = measure_gradients(model, DATA[kind](), batch_size=8 if kind in ("arrays", "weights of ones") else None)
+    assert found.record.batches == 3
+    for one, other in zip(found, wanted, strict=True):
+        assert one.octaves == other.octaves
+
+
+def test_sample_weights_weigh_gradients():
+    """The samples that weigh nothing have zeros."""
+    weights = np.repeat([0.0, 1.0], 12)
+    found = by_name(measure_gradients(linear(), (X, Y, weights), batch_size=24))
+    assert (found["activation", "only"].zeros, found["activation", "only"].nonzeros) == (24, 24)
+
+
+def test_half_precision_shows_what_is_lost():
+    """2^-26 and below are gone, as in the prediction from float32's counts; the loss scale brings them back."""
+    gradient = (2.0 ** np.arange(-40, 0)).astype("float32")[None] * np.float32(1.25)
+    model, data = planted(gradient), (np.ones_like(gradient), gradient)
+    full = by_name(measure_gradients(model, data))["activation", "scaling"]
+    for scale in (1.0, 2.0**10):
+        half = by_name(measure_gradients(model, data, precision="float16", scale=scale))["activation", "scaling"]
+        lost = losses(full, scale)
+        assert (half.zeros, half.nonfinite) == (lost.zero, 0)
+    assert losses(full).zero == 15
+    over = by_name(measure_gradients(model, data, precision="float16", scale=2.0**20))["activation", "scaling"]
+    assert over.nonfinite == losses(full, 2.0**20).overflow == 4
+
+
+def test_a_mixed_model_is_measured_in_float32_too():
+    """The float32 twin has the same variables and what a float32 model has of gradients."""
+    found = []
+    for policy in ("float32", "mixed_float16"):
+        keras.config.set_dtype_policy(policy)
+        keras.utils.set_random_seed(3)
+        found.append(measure_gradients(linear(), (X * 1e-3, Y * 1e-3)))
+    for one, other in zip(*found, strict=True):
+        assert one.octaves == other.octaves
+        assert (one.dtype, other.dtype) == ("float32", "float16")
+
+
+def test_islands_are_told_apart():
+    """A layer in float32 within a half-precision model: its gradient is held in float32."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(2), tfmixed.layers.Softmax()])
+    model.compile("sgd", loss="mse")
+    found = measure_gradients(model, (X, Y), steps=1)
+    assert {each.layer: each.dtype for each in found} == {
+        model.layers[0].name: "float16",
+        model.layers[1].name: "float32",
+    }
+    assert {each.layer for each in found.half} == {model.layers[0].name}
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 3.0])
+def test_what_is_scaled_is_unscaled_before_it_is_counted(scale):
+    """The optimizer's own scale has no say."""
+    model, data = own()
+    plain = measure_gradients(model, data, steps=1)
+    scaled = measure_gradients(model, data, steps=1, scale=scale)
+    for one, other in zip(plain, scaled, strict=True):
+        assert other.largest == pytest.approx(one.largest, rel=1e-5)
+        assert other.nonzeros == one.nonzeros
+
+
+class Adversaries(keras.Model):
+    """Two optimizers, two losses, a `train_step` of its own with Keras 2's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.maker, self.judge = layers.Dense(6, name="maker"), layers.Dense(1, name="judge")
+        self.second = LossScaleOptimizer("adam", 8.0)
+        self.maker.build((None, 6))
+        self.judge.build((None, 6))
+        self.built = True
+
+    def train_step(self, data):
+        x, _ = data
+        with tf.GradientTape(persistent=True) as tape:
+            made = self.maker(x)
+            loss = tf.reduce_mean(tf.square(self.judge(made)))
+            one, two = self.optimizer.get_scaled_loss(loss), self.second.scale_loss(-loss)
+        grads = tape.gradient(one, self.maker.trainable_variables)
+        self.optimizer.apply_gradients(
+            zip(self.optimizer.get_unscaled_gradients(grads), self.maker.trainable_variables, strict=True)
+        )
+        self.second.apply(tape.gradient(two, self.judge.trainable_variables), self.judge.trainable_variables)
+        return {"loss": loss}
+
+
+@needs_tensorflow
+def test_a_train_step_of_ones_own_is_measured():
+    """Both optimizers' gradients, unscaled; neither takes a step."""
+    model = Adversaries()
+    model.compile(LossScaleOptimizer("sgd", 4.0))
+    before = [variable.numpy() for variable in model.variables]
+    found = by_name(measure_gradients(model, (X, Y), steps=1))
+    assert found.keys() >= {("activation", "maker"), ("activation", "judge"), ("weight", "kernel")}
+    for variable, old in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), old)
+    assert (int(model.optimizer.attempted_steps), int(model.second.attempted_steps)) == (0, 0)
+    kernel, bias = before[2], before[3]
+    made = X @ before[0] + before[1]
+    outputs = 2 * (made @ kernel + bias) / 24
+    judge = next(each for each in measure_gradients(model, (X, Y), steps=1) if each.name == model.judge.bias.path)
+    np.testing.assert_allclose(judge.largest, np.abs(outputs.sum()), rtol=1e-4)
+
+
+@needs_tensorflow
+def test_layers_in_loops_and_sparse_gradients_are_counted():
+    """A cell within an RNN, step by step; an embedding's untouched rows are zeros."""
+    model = keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            layers.Embedding(9, 4),
+            layers.RNN(layers.LSTMCell(3, name="cell")),
+            layers.Dense(1),
+        ]
+    )
+    model.compile("sgd", loss="mse")
+    data = np.full((2, 5), 3), np.ones((2, 1))
+    found = by_name(measure_gradients(model, data, steps=1))
+    embeddings = found["weight", "embeddings"]
+    assert (embeddings.zeros, embeddings.nonzeros) == (8 * 4, 4)
+    # The output and two states, each with a gradient in each of five steps, for two samples of three units.
+    assert 2 * 3 * 5 <= found["activation", "cell"].nonzeros + found["activation", "cell"].zeros <= 3 * 2 * 3 * 5
+
+
+def test_the_prediction_comes_true():
+    """With the suggested scale no step overflows; with one that is 2^6 too large every step does."""
+    keras.config.set_dtype_policy("mixed_float16")
+    x = RNG.normal(size=(64, 6)).astype("float32")
+
+    def model(scale):
+        keras.utils.set_random_seed(0)
+        made = keras.Sequential([keras.Input((6,)), layers.Dense(8, activation="sigmoid"), layers.Dense(2)])
+        made.compile(LossScaleOptimizer(keras.optimizers.SGD(1e-3), scale), loss="mse")
+        return made
+
+    data = x, x[:, :2]
+    suggested = measure_gradients(model(1.0), data, batch_size=16).suggest_constant_scale(headroom=2.0)
+    for scale, skipped in ((float(suggested), 0), (suggested * 2.0**6, 4)):
+        trained = model(scale)
+        trained.fit(*data, batch_size=16, verbose=0, shuffle=False)
+        assert int(trained.optimizer.skipped_steps) == skipped
+
+
+def test_one_probe_serves_batch_after_batch():
+    """Each record holds what came since the last one."""
+    probe = Probe(linear())
+    for size in (4, 8):
+        probe.measure((ops.convert_to_tensor(X[:size]), ops.convert_to_tensor(Y[:size])))
+        record = probe.record(step=size, epoch=1)
+        assert (record.step, record.epoch, record.batches) == (size, 1, 1)
+        assert record.ranges[0].nonzeros == 2 * size
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: measure_gradients(keras.Sequential([layers.Dense(1)]), (X, Y)),
+            "model must be .* compiled .*model.compile",
+        ),
+        (lambda: measure_gradients("model", (X, Y)), "model must be a keras.Model .*received 'model'"),
+        (lambda: measure_gradients(linear(), (X, Y), steps=0), "steps must be a whole number, at least 1.*received 0"),
+        (lambda: measure_gradients(linear(), (X, Y), precision="half"), "precision must be one of .*received 'half'"),
+        (lambda: measure_gradients(linear(), (X, Y), scale=-1), "scale must be .*received -1"),
+        (
+            lambda: measure_gradients(linear(), (np.zeros((0, 6)), np.zeros((0, 2)))),
+            "data must hold a batch at least, received",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    """With what was received and what to do."""
+    with pytest.raises(ValueError, match=message):
+        call()
