@@ -80,6 +80,13 @@ def _batches(data: Any, batch_size: int | None) -> Iterator[Any]:
         adapter.on_epoch_end()  # ends the workers of a PyDataset
 
 
+def checked_precision(precision: Precision) -> Precision:
+    """Returns it, if it is one."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, received {precision!r}")
+    return precision
+
+
 class Probe:
     """Counts the gradients of a model's training step, batch by batch.
 
@@ -93,14 +100,12 @@ class Probe:
     """
 
     def __init__(self, model: keras.Model, precision: Precision = "float32", scale: float = 1.0) -> None:
-        if precision not in get_args(Precision):
-            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, received {precision!r}")
         if not isinstance(model, keras.Model) or not model.compiled or model.optimizer is None:
             raise ValueError(
                 "model must be a keras.Model that is compiled with an optimizer and a loss, received "
                 f"{model!r:.100}: call model.compile first"
             )
-        self.model, self.precision, self.scale = model, precision, checks.scale("scale", scale)
+        self.model, self.precision, self.scale = model, checked_precision(precision), checks.scale("scale", scale)
         self.batches = 0
         self._paths: dict[Any, str] = {}
         self._dtypes: dict[Any, str] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 
 from tfmixed import distribute, ranges, runlog
-from tfmixed.probing import Precision, Probe
+from tfmixed.probing import Precision, Probe, checked_precision
 from tfmixed.records import GradientRange, RangesRecord
 from tfmixed.scaling import checks
 from tfmixed.state import Observable
@@ -58,7 +58,7 @@ class GradientRanges(keras.callbacks.Callback):
         super().__init__()
         self.path = None if path is None else Path(path)
         self.every = checks.count("every", every, 1)
-        self.precision = precision
+        self.precision = checked_precision(precision)
         self.tensorboard = checked_tensorboard(tensorboard)
         self.verbose = checks.count("verbose", verbose, 0)
         self.last: ranges.GradientRanges | None = None
