@@ -1,7 +1,7 @@
 """What measuring gradients costs: a batch of `measure_gradients` beside a training step of `fit`, by turns.
 
-    python benchmarks/ranges.py                      # all networks of `tfmixed bench` in float32, two minutes
-    python benchmarks/ranges.py --policy mixed_bfloat16 mlp
+python benchmarks/ranges.py                      # all networks of `tfmixed bench` in float32, two minutes
+python benchmarks/ranges.py --policy mixed_bfloat16 mlp
 """
 
 from __future__ import annotations

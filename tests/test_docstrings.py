@@ -10,7 +10,8 @@ import tfmixed
 
 MODULES = [
     "auditing",
-    "callbacks",
+    "callbacks.ranges",
+    "callbacks.scale",
     "compat.experimental",
     "compat.keras2",
     "config",
@@ -30,6 +31,8 @@ MODULES = [
     "losses",
     "optimizer",
     "policy",
+    "probing",
+    "ranges",
     "scaling",
     "scaling.logmax",
     "scaling.peers",

@@ -399,6 +399,14 @@ def test_one_probe_serves_batch_after_batch():
         assert record.ranges[0].nonzeros == 2 * size
 
 
+def test_a_model_with_a_grad_scaler_is_refused():
+    """Its step would count one of the scaler's."""
+    model = linear()
+    model.scaler = tfmixed.GradScaler()
+    with pytest.raises(NotImplementedError, match="model must not hold a GradScaler"):
+        measure_gradients(model, (X, Y))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -20,10 +22,11 @@ def test_the_snippet_runs_as_pasted(tmp_path):
     assert (tmp_path / "loss_scale.jsonl").exists()
 
 
-def test_the_snippet_of_the_islands_page_runs(tmp_path):
-    """And finds the sum that it plants."""
-    page = README.parent / "docs" / "islands.md"
-    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    run = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, timeout=180, check=False)
+@pytest.mark.parametrize(("page", "says"), [("islands", b"12,544 terms"), ("ranges", b"any scale from 2^")])
+def test_the_snippets_of_a_page_run_one_after_another(page, says, tmp_path):
+    """In a fresh process and an empty folder, and print what the page is about."""
+    text = (README.parent / "docs" / f"{page}.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, timeout=180, check=False)
     assert run.returncode == 0, run.stderr.decode()
-    assert b"12,544 terms" in run.stdout
+    assert says in run.stdout

@@ -20,6 +20,7 @@ from tfmixed.formats import HALF
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import GradientRange, RangesRecord
 from tfmixed.scaling import checks
+from tfmixed.state import Observable
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -52,9 +53,10 @@ def measure_gradients(
 
     Raises:
         ValueError: The model is not compiled, there is no data, or an argument is out of range.
+        NotImplementedError: The model holds a `GradScaler`.
 
     Example:
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="dense")])
     >>> model.compile("sgd", loss="mse")
     >>> ranges = measure_gradients(model, (numpy.ones((64, 4)), numpy.zeros((64, 1))), steps=2)
     >>> [(each.layer, each.kind) for each in ranges]
@@ -97,6 +99,7 @@ class Probe:
 
     Raises:
         ValueError: The model is not compiled, or an argument is out of range.
+        NotImplementedError: The model holds a `GradScaler`.
     """
 
     def __init__(self, model: keras.Model, precision: Precision = "float32", scale: float = 1.0) -> None:
@@ -104,6 +107,11 @@ class Probe:
             raise ValueError(
                 "model must be a keras.Model that is compiled with an optimizer and a loss, received "
                 f"{model!r:.100}: call model.compile first"
+            )
+        if any(isinstance(each, Observable) and not _is_optimizer(each) for each in vars(model).values()):
+            raise NotImplementedError(
+                f"model must not hold a GradScaler to be measured, received {model!r:.100}: its train_step would take "
+                "the scaler a step on. Measure a model of the same layers that is compiled with a LossScaleOptimizer"
             )
         self.model, self.precision, self.scale = model, checked_precision(precision), checks.scale("scale", scale)
         self.batches = 0
@@ -196,7 +204,7 @@ class Probe:
     def _untaken(self) -> Iterator[None]:
         """Has optimizers hand the gradients over, and do nothing else; metrics are not asked for."""
         found = [self.model.optimizer, *vars(self.model).values()]
-        optimizers = {id(each): each for each in found if isinstance(each, keras.optimizers.Optimizer)}
+        optimizers = {id(each): each for each in found if _is_optimizer(each)}
         with contextlib.ExitStack() as stack:
             for optimizer in optimizers.values():
                 for name, function in self._instead_of(optimizer).items():
@@ -245,12 +253,17 @@ def _jax_step(model: keras.Model) -> Callable[..., Any]:
     compiled = step if model.run_eagerly else jax.jit(step)
 
     def run(batch: Any, state: Any) -> None:
-        parts = dict.fromkeys(("trainable_variables", "non_trainable_variables"), True)
-        parts |= dict.fromkeys(("optimizer_variables", "metrics_variables"), True)
-        jax.block_until_ready(compiled(model._get_jax_state(**parts) if state is None else state, batch))
+        parts = (model.trainable_variables, model.non_trainable_variables)
+        parts += (model.optimizer.variables, model.metrics_variables)
+        values = tuple([variable.value for variable in part] for part in parts) if state is None else state
+        jax.block_until_ready(compiled(values, batch))
         jax.effects_barrier()
 
     return run
+
+
+def _is_optimizer(each: Any) -> bool:
+    return isinstance(each, keras.optimizers.Optimizer)
 
 
 def _tapping(call: Callable[..., Any], tally: taps.Tally, scale: float) -> Callable[..., Any]:
@@ -285,8 +298,9 @@ def _given(layer: Any) -> str:
 
 def _put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
     """Gives an object an attribute of its own until the stack is left; Keras and PyTorch do not notice."""
-    before = vars(owner).get(name)
-    stack.callback(vars(owner).pop if before is None else vars(owner).__setitem__, name, *([before] if before else []))
+    before = {name: vars(owner)[name]} if name in vars(owner) else {}
+    stack.callback(vars(owner).update, before)
+    stack.callback(vars(owner).pop, name)
     vars(owner)[name] = value
 
 

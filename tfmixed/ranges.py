@@ -174,7 +174,7 @@ class GradientRanges:
     >>> ranges.underflow(1.0)
     1.0
     >>> ranges.verdict()
-    'any scale from 2^6 to 2^43 works.'
+    'any scale from 2^6 to 2^44 works.'
     """
 
     record: RangesRecord

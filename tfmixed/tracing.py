@@ -209,8 +209,8 @@ def in_float32(model: keras.Model) -> Iterator[None]:
         keras.config.set_dtype_policy(float32)
         for each in layers:
             for name in ("output_dtype", "_gives"):  # what our own layers cast to
-                if vars(each).get(name) is not None:
-                    _replace(stack, each, name, "float32")
+                if (old := vars(each).get(name)) is not None:
+                    _replace(stack, each, name, old, "float32")
         yield
 
 
@@ -220,13 +220,13 @@ def with_policy(layers: Sequence[keras.Operation], policy: str) -> Iterator[None
     with contextlib.ExitStack() as stack:
         for each in layers:
             if isinstance(each, keras.layers.Layer):  # not `dtype_policy`, which would write into a DTypePolicyMap
-                _replace(stack, each, "_dtype_policy", keras.dtype_policies.get(policy))
+                _replace(stack, each, "_dtype_policy", each._dtype_policy, keras.dtype_policies.get(policy))
         yield
 
 
-def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    stack.callback(object.__setattr__, owner, name, getattr(owner, name))
-    object.__setattr__(owner, name, value)
+def _replace(stack: contextlib.ExitStack, owner: Any, name: str, old: Any, new: Any) -> None:
+    stack.callback(object.__setattr__, owner, name, old)
+    object.__setattr__(owner, name, new)
 
 
 @contextlib.contextmanager
