@@ -253,8 +253,8 @@ def _jax_step(model: keras.Model) -> Callable[..., Any]:
     compiled = step if model.run_eagerly else jax.jit(step)
 
     def run(batch: Any, state: Any) -> None:
-        parts = (model.trainable_variables, model.non_trainable_variables)
-        parts += (model.optimizer.variables, model.metrics_variables)
+        parts = [model.trainable_variables, model.non_trainable_variables]
+        parts += [model.optimizer.variables, model.metrics_variables]
         values = tuple([variable.value for variable in part] for part in parts) if state is None else state
         jax.block_until_ready(compiled(values, batch))
         jax.effects_barrier()

@@ -359,6 +359,12 @@ class GradientRanges:
             yield self.suggest_constant_scale().explanation
         yield f"bfloat16: {self.verdict('bfloat16')}"
 
+    def __str__(self) -> str:
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
     def table(self, precision: str = "float16") -> Table:
         """Returns a table of each gradient: its magnitudes, what is lost at scale 1, and which scales suit it alone.
 
