@@ -42,7 +42,7 @@ FLOORS = {
         "runlog",
     ],
     4: ["report", "optimizer", "hazards", "iteration", "snapshots"],
-    5: ["grad_scaler", "callbacks", "compat", "doctor", "comparison", "inspection", "findings"],
+    5: ["logcommands", "grad_scaler", "callbacks", "compat", "doctor", "comparison", "inspection", "findings"],
     6: ["config", "bench", "auditing"],
     7: ["islands"],
     8: ["cli"],

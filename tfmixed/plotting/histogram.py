@@ -63,7 +63,7 @@ def plot_ranges(
             zones.shade(axes, style, names=zones.SHORT if is_narrow(width) else zones.NAMES)
             axes.set_ylabel("share of values\nother than 0 (%)")
         axes.set_xlabel("log2 of the magnitude")
-        legend(axes, 1 if is_narrow(width) else 2)
+        legend(axes, width)
     return figure
 
 

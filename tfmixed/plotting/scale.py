@@ -53,7 +53,7 @@ def plot_scale(
             _mark_gaps(axes, history, style)
             guilty = _by_variable(history.overflows()) if len(histories) == 1 else {"": history.overflows()}
             _mark_overflows(axes, guilty, style, color, 22 if is_narrow(width) else 34)
-        _frame(axes, title, is_narrow(width))
+        _frame(axes, title, width)
     return figure
 
 
@@ -99,13 +99,13 @@ def plot_simulations(
     return figure
 
 
-def _frame(axes: Axes, title: str, narrow: bool) -> None:
+def _frame(axes: Axes, title: str, width: float) -> None:
     axes.set_yscale("log", base=2)
     axes.set(title=title, ylabel="loss scale (factor on the loss)")
-    count_steps(axes, narrow)
+    count_steps(axes, is_narrow(width))
     axes.grid(alpha=0.3)
     axes.margins(y=0.15)
-    legend(axes, 1 if narrow else 3)
+    legend(axes, width)
 
 
 def _size(drawn: Sequence[object], usual: float) -> float:

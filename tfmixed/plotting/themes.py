@@ -90,12 +90,15 @@ def _settings(style: Style) -> dict[Any, Any]:
     return sizes | {name: color for color, names in colors.items() for name in names}
 
 
-def legend(axes: Axes, columns: int = 3) -> None:
-    """Puts the legend below the axes, where it covers nothing; what has one label stands there once."""
+def legend(axes: Axes, width: float) -> None:
+    """Puts the legend below the axes, where it covers nothing, in as many columns as fit into a width in inches."""
     handles, labels = axes.get_legend_handles_labels()
+    # What has one label stands there once.
     unique, figure = dict(zip(labels, handles, strict=True)), axes.figure
     if unique:
-        figure.legend([*unique.values()], [*unique], loc="outside lower center", ncols=columns, frameon=False)
+        figure.legend(
+            [*unique.values()], [*unique], loc="outside lower center", ncols=max(int(width / 2.5), 1), frameon=False
+        )
 
 
 def count_steps(axes: Axes, narrow: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -51,7 +50,7 @@ def plot_timeline(
         axes.set(title="Gradients over the run", ylabel="log2 of the magnitude")
         count_steps(axes, is_narrow(width))
         axes.grid(alpha=0.3)
-        legend(axes, 1 if is_narrow(width) else 3)
+        legend(axes, width)
     return figure
 
 
@@ -95,7 +94,7 @@ def _scales(steps: list[int], history: ScaleHistory | None) -> tuple[list[int], 
     known, scales = history.points()
     if len(known) <= _CROWD or len(steps) < 2:
         return known, scales
-    return steps, [scales[max(bisect.bisect_right(known, step) - 1, 0)] for step in steps]
+    return steps, [history.at(step) for step in steps]
 
 
 def _or_nan(value: float | None) -> float:

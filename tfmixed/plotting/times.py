@@ -46,5 +46,5 @@ def plot_times(
         axes.set(title=title, ylabel=f"time a step, {variants[0]} = 1")
         axes.margins(y=0.15)
         axes.grid(alpha=0.3, axis="y")
-        legend(axes, len(variants))
+        legend(axes, 2.5 * len(variants))
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -52,6 +53,11 @@ class ScaleHistory:
             steps.append(change.step + 1)
             scales.append(change.new_scale)
         return [*steps, max(self.steps, steps[-1], self.first + 1)], [*scales, scales[-1]]
+
+    def at(self, step: int) -> float:
+        """Returns the scale of a step, as far as the log knows it."""
+        steps, scales = self.points()
+        return scales[max(bisect.bisect_right(steps, step) - 1, 0)]
 
     def overflows(self) -> list[ScaleChange]:
         """Returns the changes that an overflow made."""
