@@ -14,7 +14,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from tfmixed.report.runs import Run, read
-from tfmixed.report.sections import Part, Section, Table, pictures, sections
+from tfmixed.report.sections import Part, Section, Table, picture_keys, sections
 
 __all__ = ["Report", "Run", "read"]
 
@@ -65,7 +65,7 @@ class Report:
         from tfmixed import plotting
         from tfmixed.report.pictures import PICTURES
 
-        keys = {run.name: pictures(run) for run in self.runs}
+        keys = [picture_keys(run) for run in self.runs]
         rows = [
             [each.draw(run, "light", 8.0) for run in self.runs if key in keys[run.name]]
             for key, each in PICTURES.items()

@@ -59,7 +59,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     return [*told, *_facts(runs)]
 
 
-def pictures(run: Run) -> tuple[str, ...]:
+def picture_keys(run: Run) -> tuple[str, ...]:
     """Returns the keys of all pictures of a run."""
     return _scale(run).pictures + _ranges(run).pictures
 
