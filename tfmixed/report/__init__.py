@@ -63,11 +63,12 @@ class Report:
             ValueError: The path does not end in `.png`.
         """
         from tfmixed import plotting
+        from tfmixed.plotting.themes import WIDE
         from tfmixed.report.pictures import PICTURES
 
         keys = [picture_keys(run) for run in self.runs]
         rows = [
-            [each.draw(run, "light", 8.0) for run in self.runs if key in keys[run.name]]
+            [each.draw(run, "light", WIDE) for run, own in zip(self.runs, keys, strict=True) if key in own]
             for key, each in PICTURES.items()
         ]
         plotting.save_sheet([row for row in rows if row], path)
