@@ -34,10 +34,12 @@ MODULES = [
     "plotting.scale",
     "plotting.timeline",
     "policy",
+    "report",
     "scaling",
     "scaling.history",
     "scaling.logmax",
     "scaling.peers",
+    "scaling.replay",
     "scaling.rules",
     "widths",
 ]

@@ -5,7 +5,7 @@ import pytest
 
 from tfmixed import plotting, ranges
 from tfmixed.plotting import ScaleHistory, zones
-from tfmixed.records import EventsLost, GradientRange, Progress, RangesRecord, RunRecord, ScaleChange
+from tfmixed.records import EventsLost, GradientRange, RangesRecord, ScaleChange
 
 HISTORY = ScaleHistory(
     8.0, 10, (ScaleChange(2, 8.0, 4.0, "overflow", "a"), EventsLost(1, 5), ScaleChange(5, 4.0, 8.0, "growth"))
@@ -199,27 +199,3 @@ def test_a_path_without_a_format_leaves_nothing_behind(tmp_path, name):
     with pytest.raises(ValueError, match=r"nonsense|scale"):
         plotting.save(plotting.plot_scale({"run": HISTORY}), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
-
-
-RUN = RunRecord(0, 8.0, "now", "model", "mixed_float16", {}, "Adam", [], {})
-
-
-def test_a_history_is_a_line_from_the_first_step_to_the_last():
-    """Each scale holds from the step after its change."""
-    assert HISTORY.points() == ([0, 3, 6, 10], [8.0, 4.0, 8.0, 8.0])
-    assert [change.step for change in HISTORY.overflows()] == [2]
-    assert ScaleHistory(8.0, 0, ()).points() == ([0, 1], [8.0, 8.0])
-
-
-def test_a_history_knows_what_it_does_not_know():
-    """Steps in a gap have no scale; those without a change have that of their neighbours."""
-    log = [RUN, ScaleChange(2, 8.0, 4.0, "overflow"), EventsLost(2, 5), ScaleChange(5, 2.0, 4.0, "growth")]
-    history = ScaleHistory.of([*log, Progress(7, 0, 4.0, 1)])
-    assert history.scale_of_each_step() == [8.0, 8.0, 8.0, None, None, 2.0, 4.0, 4.0]
-    assert list(history.gaps()) == [(3, 5)]
-
-
-def test_a_history_without_a_first_line_begins_with_its_records():
-    """As a log whose begin is lost does."""
-    history = ScaleHistory.of([ScaleChange(4, 8.0, 4.0, "overflow"), Progress(6, 0, 4.0, 1)])
-    assert (history.first, history.scale_of_each_step()) == (4, [8.0, 4.0, 4.0])

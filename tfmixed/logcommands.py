@@ -106,6 +106,8 @@ def _trace(source: str) -> Trace:
     if not set("".join(source.split())) - {"T", "F"}:
         return Trace.of_letters(source)
     path = Path(source)
+    if not path.exists():
+        raise UsageError(f"trace must be a log, a file of T and F, or such letters, received {source!r}")
     if path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
         if "{" not in text[:1000]:

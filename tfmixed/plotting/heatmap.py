@@ -112,6 +112,6 @@ def _lines(axes: Axes, scale: float, style: Style) -> None:
 
 def _name(axes: Axes, record: RangesRecord, layers: list[str], narrow: bool) -> None:
     full = {each.layer for each in record.ranges} - {each.layer for each in record.ranges if each.dtype in HALF}
-    names = [shorten(layer, 16 if narrow else 30) + (" *" if layer in full else "") for layer in layers]
+    names = [shorten(layer, 20 if narrow else 34) + (" *" if layer in full else "") for layer in layers]
     axes.set_yticks(range(len(layers)), names, fontsize=7 if len(layers) <= 40 else 6)
     axes.set_ylabel("layer, from the input" + (" (*: not in half precision)" if full else ""))

@@ -82,17 +82,18 @@ def plot_simulations(
     >>> [line.get_label() for line in figure.axes[0].get_lines()]
     ['loss scale', 'skipped step']
     """
-    with sheet(theme, width, 1.4 + 1.5 * len(scales)) as (figure, style):
+    with sheet(theme, width, 1.7 + 1.5 * len(scales)) as (figure, style):
         panels = figure.subplots(len(scales), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, color, (label, line) in zip(panels, style.lines(len(scales)), scales.items(), strict=True):
             steps, at = skipped[label], [line[step] for step in skipped[label]]
             points = ([*range(len(line)), len(line)], [*line, line[-1]]) if len(line) else ([], [])
             axes.step(*points, where="post", color=color, linewidth=1.8, label="loss scale")
-            axes.plot(steps, at, "X", markersize=6, color=style.ink, label="skipped step", alpha=0.8)
-            axes.set_title(shorten(f"{label}: {len(steps)} skipped", 46 if is_narrow(width) else 90), loc="left")
+            axes.plot(steps, at, "X", markersize=_size(steps, 7), color=style.ink, label="skipped step", alpha=0.8)
+            axes.set_title(f"{shorten(label, 30 if is_narrow(width) else 70)}: {len(steps):,} skipped", loc="left")
             axes.set_yscale("log", base=2)
             axes.grid(alpha=0.3)
             axes.margins(y=0.2)
+        legend(panels[0], width)
         count_steps(panels[-1], is_narrow(width))
         figure.supylabel("loss scale (factor on the loss)", fontsize=9)
         figure.suptitle(title, fontsize=10)

@@ -114,5 +114,5 @@ def is_narrow(width: float) -> bool:
 
 
 def shorten(name: str, length: int) -> str:
-    """Returns a name that is no longer than that: its end tells more than its middle."""
-    return name if len(name) <= length else f"{name[: length // 3]}…{name[-(length - length // 3 - 1) :]}"
+    """Returns a name that is no longer than that: its end tells layers apart."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"

@@ -61,10 +61,10 @@ def _words(sentence: str) -> Iterator[Element | str]:
 
 
 def _table(table: Table) -> Element:
-    head = [_node("th", heading, scope="col") for heading in table.headings]
+    looks: list[dict[str, str]] = [{} if index < table.left else _NUMBER for index in range(len(table.headings))]
+    head = [_node("th", heading, scope="col", **look) for heading, look in zip(table.headings, looks, strict=True)]
     rows = [
-        _node("tr", *(_node("td", cell, **({} if index < table.left else _NUMBER)) for index, cell in enumerate(row)))
-        for row in table.rows
+        _node("tr", *(_node("td", cell, **look) for cell, look in zip(row, looks, strict=True))) for row in table.rows
     ]
     whole = _node("table", _node("thead", _node("tr", *head)), _node("tbody", *rows))
     # A table that is larger than its frame scrolls in it, by the keyboard too.
