@@ -122,11 +122,11 @@ def _table(outcomes: dict[str, Outcome], trace: Trace) -> Table:
     from tfmixed.ranges import percent
     from tfmixed.records import short
 
-    beyond = ("steps beyond\nthe record",) if trace.scales else ()
-    table = Table(box=box.SIMPLE_HEAD, title=f"{len(trace.finite):,} steps", title_justify="left")
+    beyond = ("beyond\nthe log",) if trace.scales else ()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{len(trace.finite):,} steps", title_justify="left")
     table.add_column("rule", overflow="fold")
     for heading in ("final\nscale", "skipped\nsteps", "share", "lowest", "highest", "mean\nlog2", *beyond):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for text, outcome in outcomes.items():
         row = outcome.as_dict()
         scales = [short(row[name]) for name in ("final_scale", "lowest_scale", "highest_scale")]
@@ -143,7 +143,7 @@ def _caveats(outcomes: dict[str, Outcome], trace: Trace) -> Iterator[str]:
         return
     yield (
         "A step that overflowed is taken to overflow at its scale and above, and to pass below; all others pass. Steps "
-        "beyond the record passed at a scale at which the log did not see them pass: some may have overflowed."
+        "beyond the log passed at a scale at which the log did not see them pass: some may have overflowed."
     )
     if avoided := max(outcome.below for outcome in outcomes.values()):
         yield f"Up to {avoided:,} steps pass here that overflowed at a higher scale in the log."

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -19,6 +20,7 @@ from tfmixed.report.sections import Part, Section, Table, picture_keys, sections
 __all__ = ["Report", "Run", "read"]
 
 _ROWS = 15  # of a table, in the terminal
+_FACTS = 4  # columns of a table of facts, at most
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def _lines(part: Part) -> RenderResult:
 def _grid(table: Table) -> Grid:
     grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=any(table.headings))
     for index, heading in enumerate(table.headings):
-        grid.add_column(Text(heading), justify="left" if index < table.left else "right", overflow="fold")
+        side: Literal["left", "right"] = "left" if index < table.left else "right"
+        folds = index == 0 or len(table.headings) <= _FACTS  # names of layers and values, but no numbers
+        grid.add_column(Text(heading), justify=side, overflow="fold", no_wrap=not folds)
     for row in table.rows[:_ROWS]:
         grid.add_row(*(Text(cell) for cell in row))
     return grid

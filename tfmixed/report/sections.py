@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tfmixed.ranges import losses, percent, share_of_zeros, span
+from tfmixed.ranges import GradientRanges, losses, percent, share_of_zeros, span
 from tfmixed.records import RangesRecord, RunRecord, short
 from tfmixed.report import words
 from tfmixed.report.runs import Run
@@ -99,22 +99,29 @@ def _ranges(run: Run) -> Part:
     if run.ranges is None:
         return Part(["No gradient ranges in this log."])
     held, scale, record = words.precision(run.ranges), run.measured_at, run.ranges.record
-    rows = []
-    for each in run.ranges:
-        lost = losses(each, scale, held)
-        counts = [percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow)]
-        worth = (lost.share(lost.zero) + lost.share(lost.overflow), lost.share(lost.subnormal))
-        row = (each.name, each.kind, each.dtype, span(each), percent(share_of_zeros(each)), *counts)
-        rows.append((worth, row))
-    rows.sort(key=lambda row: row[0], reverse=True)
-    headings = ("gradient", "of", "held in", "magnitudes", "zeros", "become 0", "subnormal", "overflow")
     batches = f"{record.batches:,} {'batch' if record.batches == 1 else 'batches'}"
+    dtypes = {each.dtype for each in run.ranges}
+    alike = f" all of them held in {dtypes.pop()}," if len(dtypes) == 1 else ""
     sentence = (
-        f"{len(rows)} gradients, measured in {record.precision} over {batches}; what {held} loses at loss scale "
-        f"{short(scale)}, the worst first."
+        f"{len(run.ranges)} gradients,{alike} measured in {record.precision} over {batches}; what {held} flushes to 0, "
+        f"makes subnormal and makes infinite at loss scale {short(scale)}, the worst first."
     )
     over_time = ("timeline",) if len(run.all(RangesRecord)) > 1 else ()
-    return Part([sentence], Table(headings, [row for _, row in rows], left=3), ("ranges", "layers", *over_time))
+    return Part([sentence], _lost(run.ranges, scale, held, bool(alike)), ("ranges", "layers", *over_time))
+
+
+def _lost(ranges: GradientRanges, scale: float, held: str, alike: bool) -> Table:
+    rows = []
+    for each in ranges:
+        lost = losses(each, scale, held)
+        counts = (lost.zero, lost.subnormal, lost.overflow)
+        of = (each.kind,) if alike else (each.kind, each.dtype)
+        told = (span(each), percent(share_of_zeros(each)), *(percent(lost.share(count)) for count in counts))
+        rows.append(((lost.share(lost.zero + lost.overflow), lost.share(lost.subnormal)), (each.name, *of, *told)))
+    rows.sort(key=lambda row: row[0], reverse=True)
+    held_in = () if alike else ("held in",)
+    headings = ("gradient", "of", *held_in, "magnitudes", "zeros", "to 0", "subnormal", "overflow")
+    return Table(headings, [row for _, row in rows], left=2 + len(held_in))
 
 
 def _facts(runs: Sequence[Run]) -> list[Section]:
