@@ -25,6 +25,7 @@ else:
         "multi_worker",
         "porting",
         "readme",
+        "report",
         "restart",
     ]
     collect_ignore = [f"test_{name}.py" for name in only]

@@ -12,10 +12,10 @@ import tfmixed
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records"],
-    1: ["scaling", "plotting", "branching", "calls"],
+    1: ["scaling", "branching", "calls"],
     2: [
         "hardware",
-        "ranges",
+        "plotting",
         "gradients",
         "events",
         "distribute",
@@ -27,6 +27,7 @@ FLOORS = {
         "inplace",
     ],
     3: [
+        "ranges",
         "applying",
         "arguments",
         "policy",
@@ -41,8 +42,8 @@ FLOORS = {
         "runlog",
         "taps",
     ],
-    4: ["optimizer", "hazards", "iteration", "snapshots", "probing"],
-    5: ["grad_scaler", "callbacks", "compat", "doctor", "comparison", "inspection", "findings"],
+    4: ["report", "optimizer", "hazards", "iteration", "snapshots", "probing"],
+    5: ["logcommands", "grad_scaler", "callbacks", "compat", "doctor", "comparison", "inspection", "findings"],
     6: ["config", "bench", "auditing"],
     7: ["islands"],
     8: ["cli"],

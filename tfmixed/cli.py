@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import typer
 
 import tfmixed
+from tfmixed import logcommands
 from tfmixed.errors import ConfigError, UsageError
 
 _GREETING = re.compile(rb"I0000 .* oneDNN custom operations are on|WARNING: All log messages before absl")
@@ -150,6 +151,10 @@ def bench(
         from tfmixed import plotting
 
         plotting.save(plotting.plot_times(report.times(), f"{report.policy} on {report.device}"), plot)
+
+
+app.command()(logcommands.report)
+app.command()(logcommands.simulate)
 
 
 def _set_policy(policy: str) -> None:

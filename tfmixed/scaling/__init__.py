@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy
 
+from tfmixed.scaling.history import ScaleHistory
 from tfmixed.scaling.logmax import LogMaxScale, LogMaxState
 from tfmixed.scaling.peers import PEERS, like
 from tfmixed.scaling.rules import ConstantScale, ConstantState, DynamicScale, DynamicState, ScalingRule
@@ -31,6 +32,7 @@ __all__ = [
     "DynamicState",
     "LogMaxScale",
     "LogMaxState",
+    "ScaleHistory",
     "ScalingRule",
     "get",
     "like",

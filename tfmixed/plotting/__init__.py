@@ -1,0 +1,28 @@
+"""Pictures of records. Needs matplotlib, and no window: a figure is returned, or saved whole.
+
+Each picture comes in a light and a dark theme, and wide enough for a page or for a phone.
+"""
+
+from tfmixed.plotting.files import format_of, save, save_sheet, svg
+from tfmixed.plotting.heatmap import plot_layers
+from tfmixed.plotting.histogram import plot_ranges
+from tfmixed.plotting.scale import plot_scale, plot_simulations
+from tfmixed.plotting.themes import Theme
+from tfmixed.plotting.timeline import plot_timeline
+from tfmixed.plotting.times import plot_times
+from tfmixed.scaling import ScaleHistory
+
+__all__ = [
+    "ScaleHistory",
+    "Theme",
+    "format_of",
+    "plot_layers",
+    "plot_ranges",
+    "plot_scale",
+    "plot_simulations",
+    "plot_timeline",
+    "plot_times",
+    "save",
+    "save_sheet",
+    "svg",
+]

@@ -1,0 +1,64 @@
+"""The pictures of a report. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from tfmixed import plotting
+from tfmixed.plotting import Theme
+from tfmixed.ranges import GradientRanges
+from tfmixed.records import RangesRecord
+from tfmixed.report.runs import Run
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a run.
+
+    Args:
+        caption: What it shows, for those who do not see it too.
+        draw: Draws it in a theme, so many inches wide.
+    """
+
+    caption: str
+    draw: Callable[[Run, Theme, float], Figure]
+
+
+def _scale(run: Run, theme: Theme, width: float) -> Figure:
+    return plotting.plot_scale({"loss scale": run.history}, theme=theme, width=width)
+
+
+def _ranges(run: Run, theme: Theme, width: float) -> Figure:
+    return plotting.plot_ranges(_measured(run).record, run.measured_at, _in_half(run), theme=theme, width=width)
+
+
+def _layers(run: Run, theme: Theme, width: float) -> Figure:
+    return plotting.plot_layers(_measured(run).record, run.measured_at, theme=theme, width=width)
+
+
+def _timeline(run: Run, theme: Theme, width: float) -> Figure:
+    own = [each for each in run.all(RangesRecord) if each.precision == _measured(run).record.precision]
+    return plotting.plot_timeline(own, run.history, theme=theme, width=width)
+
+
+def _measured(run: Run) -> GradientRanges:
+    assert run.ranges is not None, "a part of a run without ranges names no picture of them"
+    return run.ranges
+
+
+def _in_half(run: Run) -> RangesRecord | None:
+    """Returns what came out in half precision of what was measured in float32, if that is in the log."""
+    own = _measured(run).record
+    found = [each for each in run.all(RangesRecord) if each.step == own.step and each.precision != own.precision]
+    return found[-1] if found else None
+
+
+PICTURES = {
+    "scale": Picture("The loss scale over the steps, with growths and overflows.", _scale),
+    "ranges": Picture("Magnitudes of all gradients, before and after scaling, over the zones of float16.", _ranges),
+    "layers": Picture("Magnitudes of each layer's gradients, with the limits of float16.", _layers),
+    "timeline": Picture("Magnitudes of all gradients over the run, with the limits of float16.", _timeline),
+}
