@@ -12,8 +12,9 @@ import tfmixed
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records"],
-    1: ["scaling", "plotting", "branching", "calls"],
+    1: ["scaling", "plotting", "branching", "seen"],
     2: [
+        "calls",
         "hardware",
         "ranges",
         "gradients",
@@ -40,9 +41,9 @@ FLOORS = {
         "sensitive",
         "runlog",
     ],
-    4: ["optimizer", "hazards", "iteration", "snapshots"],
-    5: ["grad_scaler", "callbacks", "compat", "doctor", "comparison", "inspection", "findings"],
-    6: ["config", "bench", "auditing"],
+    4: ["optimizer", "hazards", "turn", "snapshots"],
+    5: ["iteration", "callbacks", "compat", "doctor", "comparison", "inspection", "findings"],
+    6: ["grad_scaler", "config", "bench", "auditing"],
     7: ["islands"],
     8: ["cli"],
     9: ["__main__"],
