@@ -601,6 +601,10 @@ def test_loss_scales_of_tensorflow_are_understood():
     dynamic = scales.DynamicLossScale(initial_loss_scale=8, increment_period=7, multiplier=4)
     expected = scaling.like("tf1", initial_scale=8.0, growth_interval=7, factor=4.0)
     assert wrap("sgd", dynamic).rule == expected
+    ours = mixed_precision.experimental
+    assert ours.FixedLossScale(64) == wrap("sgd", scales.FixedLossScale(64)).rule
+    assert ours.DynamicLossScale(8, 7, multiplier=4) == expected
+    assert ours.DynamicLossScale() == wrap("sgd", scales.DynamicLossScale()).rule
     with pytest.raises(ValueError, match=r"scale must be .* received 'fixed'"):
         wrap("sgd", "fixed")
 
