@@ -24,7 +24,7 @@ class Loop:
 
     def __init__(self, rule=RULE, optimizer=None, weight=None):
         self.scaler = GradScaler(rule=rule)
-        self.optimizer = optimizer or keras.optimizers.Adam(0.1)
+        self.optimizer, self.other = optimizer or keras.optimizers.Adam(0.1), keras.optimizers.SGD()
         self.weight = keras.Variable([1.0, 2.0], name="w") if weight is None else weight
 
     def scaled(self, bad):
@@ -200,8 +200,14 @@ def update_twice(loop, bad):
     loop.update()
 
 
+def unscale_twice_with_another_in_between(loop, bad):
+    loop.unscale(loop.scaled(bad))
+    loop.scaler.unscale(loop.other, loop.scaled(bad))
+    loop.unscale(loop.scaled(bad))
+
+
 def step_of_another_optimizer(loop, bad):
-    loop.step(loop.scaler.unscale(keras.optimizers.SGD(), loop.scaled(bad)))
+    loop.step(loop.scaler.unscale(loop.other, loop.scaled(bad)))
 
 
 @pytest.mark.parametrize(
@@ -209,6 +215,7 @@ def step_of_another_optimizer(loop, bad):
     {
         step_twice: "step must be called once",
         unscale_twice: "optimizer unscaled already",
+        unscale_twice_with_another_in_between: "optimizer unscaled already",
         unscale_after_step: "optimizer stepped already",
         still_scaled: "gradients that are still scaled",
         step_after_update: "step must be given gradients of this iteration",

@@ -612,6 +612,7 @@ def test_loss_scales_of_tensorflow_are_understood():
 @pytest.mark.parametrize("imported", ["tfmixed", "tfmixed.compat.keras2"])
 def test_an_experimental_optimizer_is_saved_as_a_plain_one(imported, tmp_path):
     """The file loads, here and in a process that has only the package; its optimizer is the package's own class."""
+    assert keras.saving.get_registered_object("tfmixed>LossScaleOptimizer") is LossScaleOptimizer
     model = small_model()
     model.compile(mixed_precision.experimental.LossScaleOptimizer("sgd", 64), loss="mse")
     model.save(tmp_path / "model.keras")

@@ -16,7 +16,7 @@ __all__ = ["DynamicLossScale", "FixedLossScale", "LossScaleOptimizer", "Policy",
 global_policy = keras.config.dtype_policy
 
 
-# By the name of the plain class, which reads the file where this module was not imported.
+# Saved by the name of the plain class, which reads the file where this module was not imported.
 @keras.saving.register_keras_serializable("tfmixed", "LossScaleOptimizer")
 class LossScaleOptimizer(current.LossScaleOptimizer):
     """`tfmixed.LossScaleOptimizer` with the arguments of that time. A saved one is loaded as a plain one.
@@ -44,6 +44,10 @@ class LossScaleOptimizer(current.LossScaleOptimizer):
     ) -> current.LossScaleOptimizer:
         """Returns the plain optimizer of a configuration."""
         return current.LossScaleOptimizer.from_config(config, custom_objects)
+
+
+# And the name goes on meaning the plain class.
+keras.saving.register_keras_serializable("tfmixed")(current.LossScaleOptimizer)
 
 
 def FixedLossScale(loss_scale_value: float) -> scaling.ScalingRule:  # noqa: N802  # it was a class
