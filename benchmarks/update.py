@@ -27,11 +27,26 @@ import tfmixed
 
 STREAMED = 2**25
 BACKEND = keras.backend.backend()
+
+
+class ByScaler:
+    """Adam as `GradScaler` steps it."""
+
+    def __init__(self, adam: keras.optimizers.Optimizer) -> None:
+        self.adam, self.scaler = adam, tfmixed.GradScaler()
+        self.build, self.scale_loss = adam.build, self.scaler.scale
+
+    def apply(self, gradients: list, weights: list) -> None:
+        self.scaler.step(self.adam, zip(gradients, weights, strict=True))
+        self.scaler.update()
+
+
 VARIANTS = {
     "Keras Adam, unscaled": lambda adam: adam,
     "Keras LossScaleOptimizer": keras.optimizers.LossScaleOptimizer,
     "tfmixed": tfmixed.LossScaleOptimizer,
     "tfmixed, fuse=False": lambda adam: tfmixed.LossScaleOptimizer(adam, fuse=False),
+    **({} if BACKEND == "jax" else {"tfmixed.GradScaler": ByScaler}),  # it keeps its state in variables
 }
 
 

@@ -12,8 +12,9 @@ import tfmixed
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records"],
-    1: ["scaling", "branching", "calls"],
+    1: ["scaling", "branching", "seen"],
     2: [
+        "calls",
         "hardware",
         "plotting",
         "gradients",
@@ -42,9 +43,9 @@ FLOORS = {
         "runlog",
         "taps",
     ],
-    4: ["report", "optimizer", "hazards", "iteration", "snapshots", "probing"],
-    5: ["logcommands", "grad_scaler", "callbacks", "compat", "doctor", "comparison", "inspection", "findings"],
-    6: ["config", "bench", "auditing"],
+    4: ["report", "optimizer", "hazards", "turn", "snapshots", "probing"],
+    5: ["logcommands", "iteration", "callbacks", "compat", "doctor", "comparison", "inspection", "findings"],
+    6: ["grad_scaler", "config", "bench", "auditing"],
     7: ["islands"],
     8: ["cli"],
     9: ["__main__"],

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import pickle
+import weakref
 
 import keras
 import numpy as np
@@ -72,8 +76,22 @@ def test_pytorchs_numbers_and_its_questions():
     scaler = GradScaler()
     assert (scaler.get_scale(), scaler.get_growth_factor(), scaler.get_backoff_factor()) == (65536.0, 2.0, 0.5)
     assert (scaler.get_growth_interval(), scaler.is_enabled()) == (2000, True)
-    scaler = GradScaler(8.0, 4.0, 0.25, 1)
+    scaler = GradScaler(8.0, 4.0, 0.25, 1, device="cuda")
     assert run(scaler, "TF") == [32.0, 8.0]
+    scaler.set_growth_factor(2.0)
+    scaler.set_backoff_factor(0.5)
+    scaler.set_growth_interval(2)
+    assert run(scaler, "TTFT") == [8.0, 16.0, 8.0, 8.0]
+    assert int(scaler.attempted_steps) == 6
+    assert GradScaler(growth_interval=2000.0).rule == GradScaler().rule
+
+
+@pytest.mark.parametrize("make", [lambda: GradScaler(rule=8), lambda: GradScaler(enabled=False)])
+def test_numbers_that_a_rule_has_not_are_neither_got_nor_set(make):
+    """By name."""
+    for act in (lambda scaler: scaler.get_growth_factor(), lambda scaler: scaler.set_growth_interval(3)):
+        with pytest.raises(ValueError, match=r"rule must have a growth_\w+ to get or set, received ConstantScale"):
+            act(make())
 
 
 def test_a_step_that_is_checked_by_nobody():
@@ -101,6 +119,7 @@ def test_losses_are_scaled_in_float32_at_least():
     scaled = GradScaler().scale({"a": ops.cast(2.0, "float16"), "b": [ops.convert_to_tensor(1.0), 3.0]})
     assert keras.backend.standardize_dtype(scaled["a"].dtype) == "float32"
     assert [float(each) for each in keras.tree.flatten(scaled)] == [2.0**17, 2.0**16, 3 * 2.0**16]
+    assert list(map(float, GradScaler(8.0).scale(map(float, "12")))) == [8.0, 16.0]
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -185,6 +204,16 @@ def test_variables_that_hold_their_gradient_are_not_unscaled():
     np.testing.assert_array_equal(weight.numpy(), [7.0, 8.0])
 
 
+def test_variables_that_hold_their_gradient_need_a_built_optimizer_for_unscale():
+    """It cannot know them otherwise: said by name, and nothing is written."""
+    scaler, (optimizer, weight) = GradScaler(init_scale=8.0), pair()
+    weight.overwrite_with_gradient = True
+    grads = scaler.unscale(optimizer, [ops.convert_to_tensor([8.0, 8.0])])
+    with pytest.raises(RuntimeError, match=r"overwrites w, .* call `optimizer\.build\(variables\)` before"):
+        scaler.step(optimizer, zip(grads, [weight], strict=True))
+    np.testing.assert_array_equal(weight.numpy(), [1.0, 2.0])
+
+
 @needs_tensorflow
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_sparse_gradients_stay_sparse(by_hand):
@@ -232,11 +261,40 @@ def test_an_optimizer_may_get_other_variables_later():
     assert [event.variable for event in scaler.drain_events()] == ["a", "b", "c"]
 
 
+@needs_tensorflow
+def test_functions_that_were_compiled_before_an_optimizer_got_more_variables_go_on_counting():
+    """A run that is stuck names the variables of both."""
+    import tensorflow as tf
+
+    scaler, optimizer = (
+        GradScaler(rule=DynamicScale(initial_scale=1.0), max_consecutive_skips=4),
+        keras.optimizers.SGD(),
+    )
+    weights = [keras.Variable([1.0], name=name) for name in "ab"]
+    optimizer.build(weights)
+
+    def compiled(weight):
+        return tf.function(lambda: scaler.step(optimizer, [(tf.constant([np.nan]), weight)]))
+
+    steps = [compiled(weight) for weight in weights]
+    for number in (0, 1, 0, 0):
+        steps[number]()
+        scaler.update()
+    with pytest.raises(LossScaleExhausted, match=r"often: a \(3 times\), b \(1 times\)\."):
+        scaler.raise_if_exhausted()
+
+
 # Wrong orders.
 
 
 NOT_READY = "unscale must be called at most once and before step, received an optimizer"
-NO_STEP = "update must follow step, received no step since the last update"
+NOTHING = "update must follow unscale or step, received neither since the last update"
+
+LEFT = (
+    "step must be given gradients of this iteration, received an optimizer whose gradients were unscaled in an earlier "
+    "one, and no loss was scaled since"
+)
+FOREIGN = "must not be given gradients that were unscaled for another optimizer, by another scaler .*, received such"
 
 
 def unscale_twice(scaler, optimizer, _weight):
@@ -278,9 +336,37 @@ def update_twice(scaler, optimizer, weight):
     scaler.update()
 
 
-def update_after_unscale(scaler, optimizer, _weight):
-    scaler.unscale(optimizer, [scaled(scaler, 1.0, 1.0)])
-    scaler.update()
+def step_after_loading(scaler, optimizer, weight):
+    (grads,) = scaler.unscale(optimizer, [scaled(scaler, 1.0, np.inf)])
+    scaler.load_state_dict(scaler.state_dict())
+    scaler.step(optimizer, [(ops.clip(grads, -1.0, 1.0), weight)])
+
+
+def step_after_update(scaler, optimizer, weight):
+    (grads,) = scaler.unscale(optimizer, [scaled(scaler, 1.0, 1.0)])
+    scaler.update(4.0)
+    scaler.step(optimizer, [(ops.clip(grads, -1.0, 1.0), weight)])
+
+
+def step_with_gradients_of_an_earlier_iteration(scaler, optimizer, weight):
+    (grads,) = scaler.unscale(optimizer, [scaled(scaler, 1.0, 1.0)])
+    scaler.update(4.0)
+    scaler.scale(1.0)
+    scaler.step(optimizer, [(grads, weight)])
+
+
+def step_with_gradients_of_another_optimizer(scaler, optimizer, weight):
+    (grads,) = scaler.unscale(keras.optimizers.SGD(), [scaled(scaler, 1.0, 1.0)])
+    scaler.step(optimizer, [(grads, weight)])
+
+
+def step_with_gradients_of_another_scaler(scaler, optimizer, weight):
+    (grads,) = GradScaler(init_scale=8.0).unscale(optimizer, [scaled(scaler, 1.0, 1.0)])
+    scaler.step(optimizer, [(grads, weight)])
+
+
+def unscale_what_is_unscaled(scaler, optimizer, _weight):
+    scaler.unscale(optimizer, scaler.unscale(keras.optimizers.SGD(), [scaled(scaler, 1.0, 1.0)]))
 
 
 def step_with_what_is_still_scaled(scaler, optimizer, weight):
@@ -296,9 +382,14 @@ WRONG = {
     step_with_none: "step must be given a gradient, received 1 times None",
     step_with_nothing: "step must be given a gradient, received 0 times None",
     unscale_none: "unscale must be given a gradient, received 1 times None",
-    update_first: NO_STEP,
-    update_twice: NO_STEP,
-    update_after_unscale: NO_STEP,
+    update_first: NOTHING,
+    update_twice: NOTHING,
+    step_after_loading: LEFT,
+    step_after_update: LEFT,
+    step_with_gradients_of_an_earlier_iteration: f"step {FOREIGN}",
+    step_with_gradients_of_another_optimizer: f"step {FOREIGN}",
+    step_with_gradients_of_another_scaler: f"step {FOREIGN}",
+    unscale_what_is_unscaled: f"unscale {FOREIGN}",
     step_with_what_is_still_scaled: "step must be given what unscale returned, received .* that are still scaled",
 }
 
@@ -311,6 +402,36 @@ def test_a_wrong_order_says_the_right_one(act, message):
         act(scaler, *parts)
     scaler.update(8.0)  # whatever stands open
     assert run(scaler, "TF", parts) == [8.0, 4.0]
+
+
+@pytest.mark.parametrize("value", [1.0, np.inf])
+def test_an_optimizer_that_was_only_unscaled_counts(value):
+    """Whether or not another one steps, as in PyTorch; and it may go on in the next iteration without unscale."""
+    for steps in (False, True):
+        scaler, first, second = GradScaler(rule=RULE), pair("a"), pair("b")
+        scaler.unscale(first[0], [scaled(scaler, 3.0, value)])
+        if steps:
+            assert step(scaler, *second, 4.0, 0.0)
+        scaler.update()
+        bad = not np.isfinite(value)
+        assert (scaler.get_scale(), int(scaler.attempted_steps), int(scaler.skipped_steps)) == (4 if bad else 8, 1, bad)
+        assert scaler.drain_events() == ([ScaleChange(0, 8.0, 4.0, "overflow", None)] if bad else [])
+        if not bad:
+            assert float(scaler.gradient_norm) == pytest.approx((10 + 16 * steps) ** 0.5)
+        assert step(scaler, *first, 1.0, 1.0)
+        np.testing.assert_array_equal(first[1].numpy(), [0.0, 1.0])
+
+
+def test_nothing_is_kept_alive():
+    """Neither an optimizer, nor its variables, nor gradients."""
+    scaler, (optimizer, weight) = GradScaler(), pair()
+    grads = scaler.unscale(optimizer, [scaled(scaler, 1.0, 1.0)])
+    scaler.step(optimizer, zip(grads, [weight], strict=True))
+    scaler.update()
+    left = [weakref.ref(each) for each in (optimizer, weight, *grads)]
+    del optimizer, weight, grads
+    gc.collect()
+    assert [reference() for reference in left] == [None] * 3
 
 
 def test_the_same_gradients_may_come_again_in_another_iteration():
@@ -372,6 +493,21 @@ def test_a_restored_scaler_goes_on_as_if_nothing_had_happened(rule):
     assert int(restored.skipped_steps) == int(whole.skipped_steps) == 5
 
 
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda scaler: pickle.loads(pickle.dumps(scaler))])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_scaler_is_copied_and_pickled(again, enabled):
+    """Used or not, it goes on as the other does."""
+    scaler = GradScaler(64.0, growth_interval=2, enabled=enabled, max_consecutive_skips=7, event_capacity=3)
+    assert again(scaler).get_scale() == scaler.get_scale()
+    if enabled:
+        run(scaler, "TTF")
+    other = again(scaler)
+    assert (other.max_consecutive_skips, other.event_capacity, other.is_enabled()) == (7, 3, enabled)
+    assert other.state_dict() == scaler.state_dict()
+    if enabled:
+        assert run(other, "TFT") == run(scaler, "TFT")
+
+
 PYTORCHS = {"scale": 1024.0, "growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 5, "_growth_tracker": 3}
 
 
@@ -423,7 +559,7 @@ def test_loading_forgets_an_iteration_that_was_begun():
     saved = scaler.state_dict()
     step(scaler, *parts, 1.0, np.inf)
     scaler.load_state_dict(saved)
-    with pytest.raises(RuntimeError, match="update must follow step"):
+    with pytest.raises(RuntimeError, match="update must follow unscale or step"):
         scaler.update()
     assert run(scaler, "T", parts) == [8.0]
 
@@ -444,6 +580,33 @@ def test_a_scaler_that_is_not_enabled_passes_all_through():
     assert (scaler.get_scale(), scaler.is_enabled(), scaler.state_dict()) == (1.0, False, {})
     scaler.load_state_dict({"scale": 7.0})
     assert scaler.get_scale() == 1.0
+    assert GradScaler(init_scale=0.0, enabled=False).get_scale() == 1.0  # as in PyTorch, nothing is checked
+
+
+class LossScaleFreeSGD(keras.optimizers.SGD):
+    """Scales nothing, whatever its name."""
+
+
+def test_an_optimizer_is_not_refused_for_its_name():
+    """What counts is what it can do."""
+    assert step(GradScaler(), LossScaleFreeSGD(), pair()[1], 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda scaler: scaler.step("adam", []), "optimizer must be an optimizer, .* received 'adam'"),
+        (lambda scaler: scaler.step(keras.optimizers.SGD, []), "optimizer must be an optimizer, .* received <class"),
+        (lambda scaler: scaler.step(pair()[0], [ops.ones(2)]), "must hold pairs of a gradient and its variable"),
+        (lambda scaler: scaler.step(pair()[0], [(pair()[1], ops.ones(2))]), r"pass zip\(grads, variables\)"),
+        (lambda scaler: scaler.unscale(pair()[0], [(ops.ones(2), pair()[1])]), r"grads must hold tensors, .* received"),
+        (lambda scaler: scaler.unscale(pair()[0], [4.0]), r"grads must hold tensors, .* received 4\.0"),
+    ],
+)
+def test_what_is_no_gradient_or_optimizer_is_refused_by_name(act, message):
+    """Before anything is done."""
+    with pytest.raises(TypeError, match=message):
+        act(GradScaler())
 
 
 def scales_itself():
@@ -474,7 +637,8 @@ def test_optimizers_that_scale_by_themselves_are_refused(make, message):
     ("arguments", "message"),
     [
         ({"init_scale": 0.0}, r"init_scale must be .* above 0, received 0\.0"),
-        ({"init_scale": "cuda"}, "init_scale must be .* received 'cuda'"),
+        ({"init_scale": "cuda"}, "init_scale must be .* received 'cuda': .* by name and ignored, device='cuda'"),
+        ({"rule": "deepspeed"}, r"rule must be a rule, received 'deepspeed': pass tfmixed\.scaling\.like"),
         ({"growth_factor": 1.0}, "growth_factor must be .* above 1"),
         ({"backoff_factor": 1.0}, "backoff_factor must be .* below 1"),
         ({"growth_interval": 0}, "growth_interval must be a whole number, at least 1"),
@@ -544,7 +708,7 @@ def test_the_logger_logs_a_loop(tmp_path, capsys):
             logger.on_train_batch_end(batch, logs)
         logger.on_epoch_end(epoch, logs)
     logger.on_train_end()
-    assert records.read_log(path) == [
+    assert [each for each in records.read_log(path) if isinstance(each, ScaleChange)] == [
         ScaleChange(1, 8.0, 16.0, "growth", epoch=0),
         ScaleChange(2, 16.0, 8.0, "overflow", "w", epoch=0),
         ScaleChange(4, 8.0, 16.0, "growth", epoch=1),

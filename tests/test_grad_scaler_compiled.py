@@ -24,7 +24,7 @@ class Loop:
 
     def __init__(self, rule=RULE, optimizer=None, weight=None):
         self.scaler = GradScaler(rule=rule)
-        self.optimizer = optimizer or keras.optimizers.Adam(0.1)
+        self.optimizer, self.other = optimizer or keras.optimizers.Adam(0.1), keras.optimizers.SGD()
         self.weight = keras.Variable([1.0, 2.0], name="w") if weight is None else weight
 
     def scaled(self, bad):
@@ -180,13 +180,48 @@ def still_scaled(loop, bad):
     loop.step(grads)
 
 
+def step_after_update(loop, bad):
+    grads = loop.unscale(loop.scaled(bad))
+    loop.update()
+    loop.step(grads)
+    loop.update()
+
+
+def step_after_update_and_scale(loop, bad):
+    grads = loop.scaler.unscale(loop.optimizer, loop.scaled(bad))
+    loop.update()
+    loop.scaled(bad)
+    loop.step(grads)
+
+
+def update_twice(loop, bad):
+    loop.step(loop.scaled(bad))
+    loop.update()
+    loop.update()
+
+
+def unscale_twice_with_another_in_between(loop, bad):
+    loop.unscale(loop.scaled(bad))
+    loop.scaler.unscale(loop.other, loop.scaled(bad))
+    loop.unscale(loop.scaled(bad))
+
+
+def step_of_another_optimizer(loop, bad):
+    loop.step(loop.scaler.unscale(loop.other, loop.scaled(bad)))
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     {
         step_twice: "step must be called once",
         unscale_twice: "optimizer unscaled already",
+        unscale_twice_with_another_in_between: "optimizer unscaled already",
         unscale_after_step: "optimizer stepped already",
         still_scaled: "gradients that are still scaled",
+        step_after_update: "step must be given gradients of this iteration",
+        step_after_update_and_scale: "step must not be given gradients that were unscaled",
+        update_twice: "update must follow unscale or step",
+        step_of_another_optimizer: "step must not be given gradients that were unscaled for another optimizer",
     }.items(),
 )
 def test_a_wrong_order_within_a_compiled_function(act, message):
@@ -204,10 +239,61 @@ def test_a_wrong_order_of_compiled_functions_is_told_where_something_runs_eagerl
     with pytest.raises(RuntimeError, match="step must be called once"):
         loop.step(loop.scaled(tf.constant(False)))
     update()
-    with pytest.raises(RuntimeError, match="update must follow step"):
+    with pytest.raises(RuntimeError, match="update must follow unscale or step"):
         loop.update()
     update()  # compiled: nothing to tell with, and nothing happens
     assert (int(loop.scaler.attempted_steps), loop.scaler.state_dict()["_growth_tracker"]) == (1, 1)
+
+
+def test_two_compiled_steps_are_told_by_an_eager_update():
+    """And `update(new_scale)` goes on from there."""
+    loop = Loop()
+    step = tf.function(loop.step)
+    for _ in range(2):
+        step(loop.scaled(tf.constant(False)))
+    with pytest.raises(RuntimeError, match="step must be called once for each optimizer, received two compiled calls"):
+        loop.update()
+    loop.scaler.update(8.0)
+    step(loop.scaled(tf.constant(False)))
+    loop.update()
+
+
+def test_what_a_called_function_does_is_not_known():
+    """It may update: gradients that were unscaled before it are no wrong ones."""
+    loop, look = Loop(), tf.function(tf.linalg.global_norm)
+
+    @tf.function
+    def iteration(bad):
+        grads = loop.scaler.unscale(loop.optimizer, loop.scaled(bad))
+        look(grads)
+        return loop.step(grads)
+
+    for _ in range(2):
+        assert iteration(tf.constant(False))
+        loop.update()
+    np.testing.assert_allclose(loop.weight.numpy(), [0.8, 1.8], rtol=1e-4)
+
+
+def test_a_graph_for_a_session_is_refused():
+    """Nothing there would run what `step` and `update` write."""
+    for act in (lambda scaler: scaler.scale(1.0), lambda scaler: scaler.update(), lambda scaler: scaler.get_scale()):
+        with tf.Graph().as_default(), pytest.raises(NotImplementedError, match=r"tfmixed\.compat\.v1 serves such"):
+            act(GradScaler())
+
+
+def test_a_checkpoint_of_tensorflow_holds_it(tmp_path):
+    """As a list of variables."""
+    scales = []
+    for trace in ("TTTF", ""):
+        loop = Loop()
+        checkpoint = tf.train.Checkpoint(scaler=[each.value for each in loop.scaler.variables])
+        if trace:
+            loop.run(lambda bad, loop=loop: (loop.step(loop.scaled(bad)), loop.update())[0], trace)
+            path = checkpoint.save(tmp_path / "checkpoint")
+        else:
+            checkpoint.restore(path).assert_consumed()
+        scales.append((loop.scaler.state_dict(), loop.scaler.get_scale()))
+    assert scales[0] == scales[1]
 
 
 def test_only_the_step_after_unscale_takes_gradients_as_unscaled():
@@ -246,8 +332,10 @@ def test_another_rule_cannot_be_loaded_after_compiling():
     loop.scaler.load_state_dict(other)
     assert loop.scaler.get_scale() == 65536.0
     tf.function(loop.scaler.scale)(1.0)
-    with pytest.raises(RuntimeError, match="state_dict must have the rule that functions were compiled with"):
+    with pytest.raises(RuntimeError, match="state_dict must leave the rule that functions were compiled with"):
         loop.scaler.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match="growth_factor must leave the rule that functions were compiled with"):
+        loop.scaler.set_growth_factor(4.0)
     assert loop.scaler.get_scale() == 65536.0
 
 
@@ -367,8 +455,9 @@ def test_fit_with_a_train_step_of_ones_own(tmp_path, steps_per_execution):
     rule, trace = scaler.rule, "".join("F" if number == 5 else "T" for number in range(16))
     scales = [8.0, *scaling.simulate(rule, trace)]
     changes = [number for number in range(16) if scales[number] != scales[number + 1]]
-    assert [event.step for event in records.read_log(path)] == changes
-    assert records.read_log(path)[1].variable == model.dense.kernel.path
+    logged = [each for each in records.read_log(path) if isinstance(each, ScaleChange)]
+    assert [event.step for event in logged] == changes
+    assert logged[1].variable == model.dense.kernel.path
     assert (history["loss_scale"], history["skipped_steps"]) == ([scales[-1]], [1.0])
 
 

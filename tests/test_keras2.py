@@ -401,18 +401,141 @@ def test_with_a_scale_of_1_nothing_can_go_wrong(calls):
     assert loop(*calls, scale=1) == ([], 1024.0)
 
 
+def once(optimizer, weight, *calls):
+    """Makes the named calls for a loss of true gradient 1, and returns what was applied."""
+    before, grads = weight.numpy()[0], [ops.array([1.0])]
+    for call in calls:
+        if call in ("scale_loss", "get_scaled_loss"):
+            getattr(optimizer, call)(1.0)
+            grads = [each * 1024.0 for each in grads]
+        elif call == "by hand":
+            grads = [each * optimizer.loss_scale for each in grads]
+        elif call == "look":
+            optimizer.get_unscaled_gradients(iter(grads))
+        elif call == "clip":
+            grads = [ops.clip(each, -1e9, 1e9) for each in grads]
+        elif call == "apply":
+            optimizer.apply(grads, [weight])
+        else:
+            grads = optimizer.get_unscaled_gradients(grads)
+    return before - weight.numpy()[0]
+
+
+KERAS2, KERAS3 = ("get_scaled_loss", "get_unscaled_gradients", "apply"), ("scale_loss", "apply")
+not_on_jax = pytest.mark.skipif(BACKEND == "jax", reason="there all is compiled: Python sees the first step alone")
+
+
+@not_on_jax
+@pytest.mark.parametrize("before", [KERAS2, KERAS3, ("get_scaled_loss", "get_unscaled_gradients", "clip", "apply")])
+@pytest.mark.parametrize(
+    ("calls", "message", "applied"),
+    [
+        (("get_scaled_loss", "apply"), "get_unscaled_gradients was not", 1.0),
+        (("get_unscaled_gradients", "apply"), "a loss that was never scaled: the gradients come out", 2.0**-10),
+        (("apply",), "apply was given gradients of a loss that was never scaled", 2.0**-10),
+        ((*KERAS2[:2], *KERAS2[1:]), "given gradients that it had returned", 2.0**-10),
+    ],
+    ids=str,
+)
+def test_a_loop_that_was_right_once_is_watched_all_the_same(before, calls, message, applied):
+    """An iteration is judged by its own calls."""
+    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 1024), keras.Variable([0.0])
+    assert once(optimizer, weight, *before) == 1.0
+    with pytest.warns(UserWarning, match=message):
+        assert once(optimizer, weight, *calls) == pytest.approx(applied, rel=1e-3)
+    assert once(optimizer, weight, *before) == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("first", ["scale_loss", "get_scaled_loss"])
+def test_a_loss_that_is_scaled_twice_is_told(first):
+    """By what it is."""
+    optimizer = LossScaleOptimizer("sgd", 1024)
+    with pytest.warns(UserWarning, match="a loss was scaled that is scaled already"):
+        optimizer.get_scaled_loss({"loss": getattr(optimizer, first)(1.0)})
+
+
+@not_on_jax
+@pytest.mark.parametrize(
+    "calls",
+    [
+        ("scale_loss", "look", "apply"),
+        ("get_scaled_loss", "look", "apply"),
+        ("by hand", "get_unscaled_gradients", "apply"),
+        ("by hand", "apply"),
+        ("by hand", "get_unscaled_gradients", "clip", "apply"),
+    ],
+    ids=str,
+)
+def test_gradients_are_known_by_what_they_are(calls):
+    """Unscaled to look at them and applied raw, or scaled by hand: right each time, and nothing is said."""
+    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 1024), keras.Variable([0.0])
+    assert [once(optimizer, weight, *calls) for _ in range(3)] == [1.0] * 3
+
+
 @needs_tensorflow
-def test_a_loop_of_both_kinds_whose_calls_python_does_not_see_is_told():
-    """Compiled gradients of Keras 2's kind and an eager apply, with a step of `fit` in between."""
+@pytest.mark.parametrize("calls", [("scale_loss", "look", "apply"), KERAS2, KERAS3])
+def test_gradients_are_known_by_what_they_are_in_a_compiled_loop(calls):
+    """Symbolic ones too."""
+    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 1024), keras.Variable([0.0])
+    optimizer.build([weight])
+
+    @tf.function
+    def step():
+        grads = [tf.ones(1) * 1024.0]
+        getattr(optimizer, calls[0])(1.0)
+        unscaled = grads if calls[1] == "apply" else optimizer.get_unscaled_gradients(grads)
+        optimizer.apply(unscaled if calls[1] == "get_unscaled_gradients" else grads, [weight])
+
+    for _ in range(2):
+        step()
+    assert weight.numpy()[0] == -2.0
+
+
+@not_on_jax
+def test_gradients_that_are_applied_in_two_parts_belong_to_one_loss():
+    """Clipped or not, in both styles."""
+    optimizer, weights = LossScaleOptimizer(keras.optimizers.SGD(1.0), 1024), [keras.Variable([0.0]) for _ in "ab"]
+    optimizer.build(weights)
+    for calls in (("get_scaled_loss", "get_unscaled_gradients"), ("scale_loss",)) * 2:
+        grads = [ops.array([1024.0]), ops.array([1024.0])]
+        getattr(optimizer, calls[0])(1.0)
+        if len(calls) > 1:
+            grads = [ops.clip(each, -2.0, 2.0) for each in optimizer.get_unscaled_gradients(grads)]
+        for each, weight in zip(grads, weights, strict=True):
+            optimizer.apply([each], [weight])
+    np.testing.assert_array_equal([weight.numpy()[0] for weight in weights], [-4.0, -4.0])
+
+
+@needs_tensorflow
+def test_a_loop_that_never_scales_is_told_after_fit():
+    """The compiled step of fit has scaled for itself alone."""
     model = small_model()
     optimizer = LossScaleOptimizer("sgd", RULE)
     model.compile(optimizer, loss="mse")
-    step = keras2_step(model, optimizer, "backward")
     x, y = data()
-    step(tf.constant(x[0]), tf.constant(y[0]))
-    model.train_on_batch(x[0], y[0])
+    model.fit(x[0], y[0], verbose=0)
+    with tf.GradientTape() as tape:
+        loss = mse(model, x[0], y[0])
+    with pytest.warns(UserWarning, match="a loss that was never scaled"):
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+
+@needs_tensorflow
+def test_a_loop_of_both_kinds_whose_calls_python_does_not_see():
+    """Compiled gradients of Keras 2's kind: nothing is said with a step of `fit` in between, which knows its own."""
+    model, twin = small_model(), small_model()
+    optimizer, plain = LossScaleOptimizer("sgd", RULE), LossScaleOptimizer("sgd", RULE)
+    x, y = (tf.constant(each[0]) for each in data())
+    for one, each, parts in ((model, optimizer, "backward"), (twin, plain, "")):
+        one.compile(each, loss="mse")
+        step = keras2_step(one, each, parts)
+        step(x, y)
+        one.train_on_batch(x, y)
+        step(x, y)
+    for ours, theirs in zip(model.get_weights(), twin.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     with pytest.warns(UserWarning, match=r"cannot tell whether its gradients are scaled: .* takes them for scaled\."):
-        step(tf.constant(x[0]), tf.constant(y[0]))
+        keras3_step(model, optimizer)(x, y)
 
 
 @needs_tensorflow
@@ -478,6 +601,10 @@ def test_loss_scales_of_tensorflow_are_understood():
     dynamic = scales.DynamicLossScale(initial_loss_scale=8, increment_period=7, multiplier=4)
     expected = scaling.like("tf1", initial_scale=8.0, growth_interval=7, factor=4.0)
     assert wrap("sgd", dynamic).rule == expected
+    ours = mixed_precision.experimental
+    assert ours.FixedLossScale(64) == wrap("sgd", scales.FixedLossScale(64)).rule
+    assert ours.DynamicLossScale(8, 7, multiplier=4) == expected
+    assert ours.DynamicLossScale() == wrap("sgd", scales.DynamicLossScale()).rule
     with pytest.raises(ValueError, match=r"scale must be .* received 'fixed'"):
         wrap("sgd", "fixed")
 
@@ -485,6 +612,7 @@ def test_loss_scales_of_tensorflow_are_understood():
 @pytest.mark.parametrize("imported", ["tfmixed", "tfmixed.compat.keras2"])
 def test_an_experimental_optimizer_is_saved_as_a_plain_one(imported, tmp_path):
     """The file loads, here and in a process that has only the package; its optimizer is the package's own class."""
+    assert keras.saving.get_registered_object("tfmixed>LossScaleOptimizer") is LossScaleOptimizer
     model = small_model()
     model.compile(mixed_precision.experimental.LossScaleOptimizer("sgd", 64), loss="mse")
     model.save(tmp_path / "model.keras")

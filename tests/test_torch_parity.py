@@ -1,103 +1,170 @@
-"""Random traces against the real `torch.amp.GradScaler`. Needs torch: `make test-backends` has it."""
+"""`GradScaler` against PyTorch's own: random loops that were recorded from `torch.amp.GradScaler`, on every backend.
+
+Where torch is, it is asked again, on more of them: `TFMIXED_PARITY_LOOPS` says how many.
+
+    KERAS_BACKEND=torch python tests/test_torch_parity.py --record
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from backend import BACKEND
+from backend import BACKEND, tf
 from keras import ops
 
 from tfmixed import GradScaler
 
-torch = pytest.importorskip("torch")
+RECORDED = Path(__file__).parent / "grad_scaler_loops.json"
+LOOPS, MORE = 8, int(os.environ.get("TFMIXED_PARITY_LOOPS", "12"))
+ITERATIONS, OPTIMIZERS = 40, 3
+VALUES, ODDS = ("inf", "-inf", "nan", "1.0", "0.001", "0.0", "100.0"), [0.05, 0.05, 0.05, 0.3, 0.2, 0.05, 0.3]
+# What a loop may do with an optimizer in an iteration: step, unscale and step, only unscale.
+WAYS, WAY_ODDS = ("step", "clip", "look"), [0.45, 0.4, 0.15]
 
-TRACES = int(os.environ.get("TFMIXED_PARITY_TRACES", "12"))
-STEPS, OPTIMIZERS = 50, 3
-VALUES = np.array([np.inf, -np.inf, np.nan, 1.0, 1e-3, 0.0, 100.0], "float32")
 
+def random_loop(seed):
+    """Returns a loop to take: the scaler's arguments, and for each iteration what is done, and a scale set by hand.
 
-def numbers(random):
-    """Returns arguments that lead to many growths and backoffs; on JAX factors that float32 has."""
-    exact = BACKEND == "jax"
-    return {
+    With factors that float32 has, for JAX, where the seed is even.
+    """
+    random = np.random.default_rng(seed)
+    arguments = {
         "init_scale": float(2.0 ** random.integers(0, 17)),
-        "growth_factor": float(random.choice([2.0, 4.0, 1.5] if exact else [2.0, 1.7, 1.001])),
-        "backoff_factor": float(random.choice([0.5, 0.25] if exact else [0.5, 0.7, 0.999])),
+        "growth_factor": float(random.choice([2.0, 1.7, 1.001] if seed % 2 else [2.0, 4.0, 1.5])),
+        "backoff_factor": float(random.choice([0.5, 0.7, 0.999] if seed % 2 else [0.5, 0.25])),
         "growth_interval": int(random.integers(1, 6)),
     }
-
-
-def theirs(scaler, optimizer, weight, value, unscale):
-    """Takes a step of PyTorch's, and returns whether the weight moved."""
-    optimizer.zero_grad()
-    scaler.scale(weight.sum() * float(value)).backward()
-    if unscale:
-        scaler.unscale_(optimizer)
-        weight.grad.clamp_(-1.0, 1.0)
-    before = optimizer.steps
-    scaler.step(optimizer)
-    return optimizer.steps > before
-
-
-def ours(scaler, optimizer, weight, value, unscale):
-    """Takes the same step of ours."""
-    grads = [scaler.scale(ops.full((2,), float(value)))]
-    if unscale:
-        grads = [ops.clip(each, -1.0, 1.0) for each in scaler.unscale(optimizer, grads)]
-    return bool(scaler.step(optimizer, zip(grads, [weight], strict=True)))
-
-
-class Counting(torch.optim.SGD):
-    """Counts its steps: a gradient of 0 moves nothing."""
-
-    steps = 0
-
-    def step(self, closure=None):
-        self.steps += 1
-        return super().step(closure)
-
-
-@pytest.mark.parametrize("seed", range(TRACES))
-def test_every_step_is_that_of_pytorch(seed):
-    """Scale, growth tracker, decisions and weights, with one to three optimizers, unscale and update(new_scale)."""
-    random = np.random.default_rng(seed)
-    arguments = numbers(random)
-    mine, real = GradScaler(**arguments), torch.amp.GradScaler("cpu", **arguments)
-    weights = [torch.ones(2, requires_grad=True) for _ in range(OPTIMIZERS)]
-    their = [(Counting([weight], lr=0.25), weight) for weight in weights]
-    our = [(keras.optimizers.SGD(0.25), keras.Variable([1.0, 1.0])) for _ in range(OPTIMIZERS)]
-    odds = np.array([0.05, 0.05, 0.05, 0.3, 0.2, 0.05, 0.3])
-    for _ in range(STEPS):
-        chosen = np.flatnonzero(random.random(OPTIMIZERS) < 0.6)
-        for index in chosen if chosen.size else [0]:
-            value, unscale = random.choice(VALUES, p=odds), bool(random.random() < 0.5)
-            assert ours(mine, *our[index], value, unscale) == theirs(real, *their[index], value, unscale)
+    iterations = []
+    for _ in range(ITERATIONS):
+        chosen = np.flatnonzero(random.random(OPTIMIZERS) < 0.6).tolist() or [0]
+        acts = [[index, str(random.choice(WAYS, p=WAY_ODDS)), str(random.choice(VALUES, p=ODDS))] for index in chosen]
         new = float(2.0 ** random.integers(-3, 17)) if random.random() < 0.05 else None
-        mine.update(new)
-        real.update(new)
-        state = real.state_dict()
-        assert mine.get_scale() == state["scale"]
-        assert mine.state_dict()["_growth_tracker"] == state["_growth_tracker"]
-    for (_, weight), (_, tensor) in zip(our, their, strict=True):
-        np.testing.assert_allclose(ops.convert_to_numpy(weight), tensor.detach().numpy(), rtol=1e-4, atol=1e-4)
+        iterations.append({"acts": acts, "new_scale": new})
+    return {"arguments": arguments, "iterations": iterations}
+
+
+def asked_of_torch(loop):
+    """Takes a loop with `torch.amp.GradScaler`, and returns it with what came of it."""
+    import torch
+
+    class Counting(torch.optim.SGD):
+        """Counts its steps: a gradient of 0 moves nothing."""
+
+        steps = 0
+
+        def step(self, closure=None):
+            self.steps += 1
+            return super().step(closure)
+
+    scaler = torch.amp.GradScaler("cpu", **loop["arguments"])
+    weights = [torch.ones(2, requires_grad=True) for _ in range(OPTIMIZERS)]
+    optimizers = [Counting([weight], lr=0.25) for weight in weights]
+    results = []
+    for iteration in loop["iterations"]:
+        stepped = []
+        for index, way, value in iteration["acts"]:
+            optimizer, weight = optimizers[index], weights[index]
+            optimizer.zero_grad()
+            scaler.scale(weight.sum() * float(value)).backward()
+            if way != "step":
+                scaler.unscale_(optimizer)
+                weight.grad.clamp_(-1.0, 1.0)
+            before = optimizer.steps
+            if way != "look":
+                scaler.step(optimizer)
+            stepped.append(optimizer.steps > before)
+        scaler.update(iteration["new_scale"])
+        state = scaler.state_dict()
+        results.append({"stepped": stepped, "scale": state["scale"], "tracker": state["_growth_tracker"]})
+    return {**loop, "results": results, "weights": [weight.tolist() for weight in weights], "torch": torch.__version__}
+
+
+def check(recorded, compiled=False):
+    """Takes a loop with ours, and compares every scale, growth tracker, decision and all weights."""
+    scaler = GradScaler(**recorded["arguments"])
+    parts = [(keras.optimizers.SGD(0.25), keras.Variable([1.0, 1.0])) for _ in range(OPTIMIZERS)]
+    of_function = tf.function if compiled else lambda function: function
+
+    def act(way, optimizer, weight, value):
+        grads = [scaler.scale(ops.ones((2,)) * value)]
+        if way != "step":
+            grads = [ops.clip(each, -1.0, 1.0) for each in scaler.unscale(optimizer, grads)]
+        return way != "look" and scaler.step(optimizer, [(grads[0], weight)])
+
+    def part(way, index):
+        optimizer, weight = parts[index]
+        optimizer.build([weight])
+        return of_function(lambda value: act(way, optimizer, weight, value))
+
+    acts = {(way, index): part(way, index) for way in WAYS for index in range(OPTIMIZERS)}
+    update = of_function(scaler.update)
+    for iteration, wanted in zip(recorded["iterations"], recorded["results"], strict=True):
+        for (index, way, value), stepped in zip(iteration["acts"], wanted["stepped"], strict=True):
+            assert bool(acts[way, index](ops.convert_to_tensor(float(value), "float32"))) is stepped
+        new = iteration["new_scale"]
+        update() if new is None else scaler.update(new)
+        assert scaler.get_scale() == wanted["scale"]
+        assert scaler.state_dict()["_growth_tracker"] == wanted["tracker"]
+    for (_, weight), values in zip(parts, recorded["weights"], strict=True):
+        np.testing.assert_allclose(ops.convert_to_numpy(weight), values, rtol=1e-4, atol=1e-4)
+
+
+COMPILED = [False, True] if BACKEND == "tensorflow" else [False]
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+@pytest.mark.parametrize("number", range(0, LOOPS, 2 if BACKEND == "jax" else 1))
+def test_every_recorded_step_of_pytorchs_is_ours(number, compiled):
+    """With one to three optimizers an iteration, unscale with and without step, and update(new_scale)."""
+    check(json.loads(RECORDED.read_text())[number], compiled)
+
+
+def test_the_recorded_loops_hold_all_that_can_happen():
+    """Every way with a good and a bad value, and scales set by hand."""
+    recorded = json.loads(RECORDED.read_text())
+    iterations = [each for loop in recorded for each in loop["iterations"]]
+    acts = {(way, value in VALUES[:3]) for each in iterations for _, way, value in each["acts"]}
+    assert acts == {(way, bad) for way in WAYS for bad in (False, True)}
+    assert len(recorded) == LOOPS
+    assert any(each["new_scale"] for each in iterations)
+
+
+@pytest.mark.parametrize("seed", range(LOOPS, LOOPS + MORE))
+def test_every_step_of_pytorchs_is_ours(seed):
+    """On loops that were not recorded."""
+    pytest.importorskip("torch")
+    check(asked_of_torch(random_loop(2 * seed if BACKEND == "jax" else seed)))
+
+
+def test_what_is_recorded_is_what_pytorch_does():
+    """In the version that is here."""
+    pytest.importorskip("torch")
+    for seed, recorded in enumerate(json.loads(RECORDED.read_text())):
+        assert {**asked_of_torch(random_loop(seed)), "torch": recorded["torch"]} == recorded
 
 
 def test_states_go_both_ways():
     """What one saves the other loads, and both go on alike."""
+    torch = pytest.importorskip("torch")
     arguments = {"init_scale": 64.0, "growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 3}
     mine, real = GradScaler(**arguments), torch.amp.GradScaler("cpu", **arguments)
-    weight = torch.ones(2, requires_grad=True)
-    their, our = (Counting([weight], lr=0.25), weight), (keras.optimizers.SGD(0.25), keras.Variable([1.0, 1.0]))
+    their, our = torch.ones(2, requires_grad=True), keras.Variable([1.0, 1.0])
+    optimizers = torch.optim.SGD([their], lr=0.25), keras.optimizers.SGD(0.25)
 
     def both(values):
         for value in values:
-            ours(mine, *our, value, False)
-            theirs(real, *their, value, False)
-            mine.update()
+            optimizers[0].zero_grad()
+            real.scale(their.sum() * value).backward()
+            real.step(optimizers[0])
             real.update()
+            mine.step(optimizers[1], [(mine.scale(ops.full((2,), value)), our)])
+            mine.update()
             assert mine.get_scale() == real.get_scale()
 
     both([1.0, 1.0, 1.0, np.inf, 1.0, 1.0])
@@ -111,13 +178,20 @@ def test_states_go_both_ways():
 
 def test_where_pytorchs_scale_reaches_0_ours_does_not():
     """The day the first half fails, a sentence of the class docstring can go (pytorch#98828)."""
-    mine, real = GradScaler(init_scale=1.0), torch.amp.GradScaler("cpu", init_scale=1.0)
-    weight = torch.ones(2, requires_grad=True)
-    their, our = (Counting([weight], lr=0.25), weight), (keras.optimizers.SGD(0.25), keras.Variable([1.0, 1.0]))
+    pytest.importorskip("torch")
+    loop = {
+        "arguments": {"init_scale": 1.0},
+        "iterations": [{"acts": [[0, "step", "inf"]], "new_scale": None}] * 160,
+    }
+    assert asked_of_torch(loop)["results"][-1]["scale"] == 0.0
+    scaler, optimizer, weight = GradScaler(init_scale=1.0), keras.optimizers.SGD(0.25), keras.Variable([1.0, 1.0])
     for _ in range(160):
-        ours(mine, *our, np.inf, False)
-        theirs(real, *their, np.inf, False)
-        mine.update()
-        real.update()
-    assert real.get_scale() == 0.0
-    assert mine.get_scale() == 2.0**-126
+        scaler.step(optimizer, [(ops.full((2,), np.inf), weight)])
+        scaler.update()
+    assert scaler.get_scale() == 2.0**-126
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--record"]:
+        sys.exit(__doc__)
+    RECORDED.write_text(json.dumps([asked_of_torch(random_loop(seed)) for seed in range(LOOPS)]) + "\n")

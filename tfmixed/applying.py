@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,12 +11,15 @@ from tfmixed import gradients
 
 
 def check(optimizer: Any) -> None:
-    """Refuses optimizers that scale or unscale by themselves.
+    """Refuses what is no optimizer, and optimizers that scale or unscale by themselves.
 
     Raises:
-        ValueError: It is one.
+        TypeError: It has no `apply_gradients`.
+        ValueError: It scales by itself.
     """
-    if any("LossScale" in kind.__name__ for kind in type(optimizer).__mro__):
+    if isinstance(optimizer, type) or not callable(getattr(optimizer, "apply_gradients", None)):
+        raise TypeError(f"optimizer must be an optimizer, one with apply_gradients, received {optimizer!r}")
+    if _scales(optimizer):
         raise ValueError(
             f"optimizer must not scale the loss itself, received a {type(optimizer).__name__}: pass the one that it "
             "wraps. Under mixed_float16 `compile(..., auto_scale_loss=False)` keeps Keras from wrapping it"
@@ -24,6 +27,44 @@ def check(optimizer: Any) -> None:
     factor = getattr(optimizer, "loss_scale_factor", None)
     if factor is not None:
         raise ValueError(f"optimizer.loss_scale_factor must be None, received {factor}")
+
+
+def _scales(optimizer: Any) -> bool:
+    # Keras 3's; what Keras 2's and ours can do; TensorFlow 1's, which has no method for it, by its name there.
+    return (
+        isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        or hasattr(optimizer, "get_unscaled_gradients")
+        or any(kind.__name__ == "MixedPrecisionLossScaleOptimizer" for kind in type(optimizer).__mro__)
+    )
+
+
+def check_gradients(grads: Any) -> list[Any]:
+    """Returns gradients as a list.
+
+    Raises:
+        TypeError: One is neither a tensor nor `tf.IndexedSlices` nor None.
+    """
+    found = list(grads)
+    for each in found:
+        if not (each is None or gradients.is_sparse(each) or keras.ops.is_tensor(each)):
+            raise TypeError(f"grads must hold tensors, tf.IndexedSlices and None, received {each!r}")
+    return found
+
+
+def split(grads_and_vars: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    """Returns the gradients and the variables of pairs.
+
+    Raises:
+        TypeError: They are no such pairs.
+    """
+    pairs = list(grads_and_vars)
+    for each in pairs:
+        if not isinstance(each, tuple | list) or len(each) != 2 or not hasattr(each[1], "assign"):
+            raise TypeError(
+                f"grads_and_vars must hold pairs of a gradient and its variable, received {each!r}: pass "
+                "zip(grads, variables)"
+            )
+    return check_gradients(each for each, _ in pairs), [each for _, each in pairs]
 
 
 def build(optimizer: Any, variables: Sequence[Any]) -> None:
@@ -46,10 +87,15 @@ def written(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
     return [*variables, *(optimizer.variables if _is_keras(optimizer) else ())]
 
 
-def raw(optimizer: Any, count: int) -> list[bool]:
-    """Returns which of so many gradients are of variables that hold their gradients, as far as it is known."""
-    known = getattr(optimizer, "_trainable_variables", ())
-    return [gradients.holds_gradient(each) for each in known] if len(known) == count else [False] * count
+def known(optimizer: Any, count: int) -> list[Any] | None:
+    """Returns the variables of so many gradients, None where the optimizer was not built with as many."""
+    variables = getattr(optimizer, "_trainable_variables", ())
+    return list(variables) if len(variables) == count else None
+
+
+def raw(variables: Iterable[Any]) -> list[bool]:
+    """Returns which gradients are not scaled: those of variables that are overwritten with them."""
+    return [gradients.holds_gradient(each) for each in variables]
 
 
 def _is_keras(optimizer: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What the arguments of `LossScaleOptimizer` stand for: Keras's spellings, old and new, as rules."""
+"""What the arguments of `LossScaleOptimizer` and `GradScaler` stand for, in Keras's spelling and PyTorch's."""
 
 from __future__ import annotations
 
@@ -66,3 +66,30 @@ def inner_from(optimizer: Any) -> keras.optimizers.Optimizer:
     if not isinstance(inner, keras.optimizers.Optimizer):
         raise TypeError(f"inner_optimizer must be a keras.optimizers.Optimizer or its name, received {inner!r}")
     return inner
+
+
+def scaler_rule(rule: Any, numbers: dict[str, Any]) -> ScalingRule:
+    """Returns the rule that `GradScaler`'s arguments describe: a rule, or PyTorch's four numbers.
+
+    Raises:
+        ValueError: One is out of range, or both are given.
+    """
+    if rule is None:
+        return _torch_rule(**numbers)
+    if numbers != scaling.PEERS["torch"].defaults:
+        raise ValueError(f"rule and PyTorch's four numbers exclude each other, received {rule!r} and {numbers}")
+    if isinstance(rule, str) and rule in scaling.PEERS:
+        raise ValueError(f"rule must be a rule, received {rule!r}: pass tfmixed.scaling.like({rule!r})")
+    return scaling.get(rule)
+
+
+def _torch_rule(initial_scale: Any, growth_interval: Any, **factors: float) -> ScalingRule:
+    if isinstance(initial_scale, str):
+        raise ValueError(
+            f"init_scale must be a number, received {initial_scale!r}: PyTorch's device is taken by name and ignored, "
+            f"device={initial_scale!r}"
+        )
+    if isinstance(growth_interval, float) and growth_interval.is_integer():
+        growth_interval = int(growth_interval)
+    first = checks.scale("init_scale", initial_scale)
+    return scaling.like("torch", initial_scale=first, growth_interval=growth_interval, **factors)

@@ -89,6 +89,24 @@ def in_graph() -> bool:
     return not tf.executing_eagerly()
 
 
+def graph() -> Any:
+    """Returns the graph that TensorFlow is making, None if it is making none."""
+    if not in_graph():
+        return None
+    import tensorflow as tf
+
+    return tf.compat.v1.get_default_graph()
+
+
+def in_session_graph() -> bool:
+    """Returns whether TensorFlow is making a graph for a `Session`: what nobody fetches is not run there."""
+    if not in_graph():
+        return False
+    import tensorflow as tf
+
+    return not tf.compat.v1.executing_eagerly_outside_functions()
+
+
 def in_xla() -> bool:
     """Returns whether TensorFlow is tracing a function that XLA will compile as a whole (`jit_compile=True`)."""
     import tensorflow as tf

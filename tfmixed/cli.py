@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -66,12 +66,7 @@ def doctor(
         if measure:
             print("tfmixed: measuring, for some 10 seconds", file=sys.stderr)
         diagnosis = examine(load_model(model) if model is not None else None, measure)
-    if as_json:
-        print(diagnosis.to_json())
-    else:
-        from rich.console import Console
-
-        Console().print(diagnosis)
+    print(diagnosis.to_json()) if as_json else _print(diagnosis)
 
 
 @app.command()
@@ -96,22 +91,54 @@ def audit(
 
         if policy is not None:
             _set_policy(policy)
-        try:
+        with _user_code():
             found = tfmixed.audit(*load_step(model))
-        except NotImplementedError as error:
-            raise UsageError(f"{error}: set KERAS_BACKEND=tensorflow") from error
-        except UsageError:
-            raise
-        except Exception:  # the user's own code: 1 would say that it was read and found wanting
-            traceback.print_exc()
-            raise typer.Exit(2) from None
-    if as_json:
-        print(found.to_json())
-    else:
-        from rich.console import Console
-
-        Console().print(found)
+    print(found.to_json()) if as_json else _print(found)
     raise typer.Exit(found.fails(fail_on))
+
+
+@app.command()
+def ranges(
+    model: Annotated[
+        str, typer.Argument(help="module:function that returns a compiled model, inputs and targets (or model, data).")
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="How many batches.")] = 10,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples a batch, of arrays. Default: 32.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Dtype policy to make the model under, such as mixed_float16.")
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "float16", "bfloat16"],
+        typer.Option(help="float32: the true gradients. Half precision: those that come out in it."),
+    ] = "float32",
+    headroom: Annotated[float, typer.Option(min=1.0, help="How many times larger gradients may become.")] = 2.0,
+    save: Annotated[Path | None, typer.Option(help="Write the counts, as a line of JSON.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture, before and after scaling.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+) -> None:
+    """The magnitudes of a model's gradients, what float16 loses of them, and which loss scale to choose."""
+    with contextlib.redirect_stdout(sys.stderr):
+        _load_keras()
+        from tfmixed.models import load_step
+
+        _check_picture(png)
+        if policy is not None:
+            _set_policy(policy)
+        made, inputs, targets = load_step(model)
+        if not made.compiled or inputs is None:
+            raise UsageError(
+                f"model must be compiled and come with inputs and targets, received {model!r}: {_AS_RETURNED}"
+            )
+        data = inputs if targets is None else (inputs, targets)
+        with _user_code():
+            found = tfmixed.measure_gradients(made, data, steps, precision=precision, batch_size=batch)
+    print(json.dumps(found.as_dict(headroom), indent=2)) if as_json else _print(found)
+    if save is not None:
+        found.save(save)
+    if png is not None:
+        from tfmixed import plotting
+
+        plotting.save(found.plot(found.as_dict(headroom)["suggested_scale"] or 1.0), png)
 
 
 @app.command()
@@ -141,12 +168,7 @@ def bench(
         _check_picture(plot)
         cases = [*(networks or ()), *(model or ())] or benchmark.NETWORKS
         report = benchmark.run(cases, policy, batch=batch, rounds=rounds, seconds=seconds, memory=memory or None)
-    if as_json:
-        print(json.dumps(report.as_dict(), indent=2))
-    else:
-        from rich.console import Console
-
-        Console().print(report)
+    print(json.dumps(report.as_dict(), indent=2)) if as_json else _print(report)
     if plot is not None:
         from tfmixed import plotting
 
@@ -155,6 +177,26 @@ def bench(
 
 app.command()(logcommands.report)
 app.command()(logcommands.simulate)
+
+
+@contextlib.contextmanager
+def _user_code() -> Iterator[None]:
+    """Ends the command with 2 where the user's own code fails: 1 would say that it was read and found wanting."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise UsageError(str(error)) from error
+    except UsageError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        raise typer.Exit(2) from None
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console().print(renderable)
 
 
 def _set_policy(policy: str) -> None:

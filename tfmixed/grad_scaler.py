@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import keras
 from keras import ops
 
-from tfmixed import applying, distribute, gradients, scaling, snapshots
-from tfmixed.branching import as_it_is, in_graph, when
+from tfmixed import applying, arguments, distribute, gradients, scaling, snapshots
+from tfmixed.branching import as_it_is, in_graph, in_session_graph, when
 from tfmixed.gradients import Judge
-from tfmixed.iteration import Iteration, Turn
+from tfmixed.iteration import Iteration, Method
 from tfmixed.scaling import ScalingRule, checks
 from tfmixed.state import Observable, ScalingState
+from tfmixed.turn import Turn
 
-_TORCH = {"init_scale": 2.0**16, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+_TORCH = scaling.PEERS["torch"].defaults
 
 
 class GradScaler(Observable):
@@ -46,6 +48,7 @@ class GradScaler(Observable):
         growth_interval: Good iterations in a row that let the scale grow.
         enabled: False makes all methods pass through what they are given.
         rule: Instead of the four numbers: whatever `scaling.get` takes.
+        device: PyTorch's, taken by name and ignored.
         max_consecutive_skips: As in `LossScaleOptimizer`.
         event_capacity: As in `LossScaleOptimizer`.
 
@@ -53,7 +56,11 @@ class GradScaler(Observable):
         ValueError: An argument is out of range, or numbers and a rule are given.
 
     A wrong order of calls is a `RuntimeError`, as far as it can be known: eagerly always; while a function is compiled,
-    within that function. There an `update` that nothing preceded changes nothing.
+    within that function. There an `update` that nothing preceded changes nothing, and a second `step` of an optimizer
+    is told by the next `update` that runs eagerly. Optimizers and their variables are not kept alive.
+
+    It can be pickled and copied between two iterations, without its events. `tf.train.Checkpoint` takes the list of
+    `variable.value` for each of its `variables`.
 
     Example:
     >>> scaler, optimizer, weight = GradScaler(init_scale=8.0), keras.optimizers.SGD(1.0), keras.Variable(1.0)
@@ -67,23 +74,26 @@ class GradScaler(Observable):
 
     def __init__(
         self,
-        init_scale: float = _TORCH["init_scale"],
-        growth_factor: float = 2.0,
-        backoff_factor: float = 0.5,
-        growth_interval: int = 2000,
+        init_scale: float = _TORCH["initial_scale"],
+        growth_factor: float = _TORCH["growth_factor"],
+        backoff_factor: float = _TORCH["backoff_factor"],
+        growth_interval: int = _TORCH["growth_interval"],
         enabled: bool = True,
         rule: Any = None,
         *,
+        device: str | None = None,
         max_consecutive_skips: int | None = 100,
         event_capacity: int = 256,
     ) -> None:
-        numbers = dict(zip(_TORCH, (init_scale, growth_factor, backoff_factor, growth_interval), strict=True))
-        if rule is not None and numbers != _TORCH:
-            raise ValueError(f"rule and PyTorch's four numbers exclude each other, received {rule!r} and {numbers}")
+        del device
+        numbers = {
+            "initial_scale": init_scale,
+            "growth_factor": growth_factor,
+            "backoff_factor": backoff_factor,
+            "growth_interval": growth_interval,
+        }
         self._enabled = enabled
-        self.rule = _torch_rule(**numbers) if rule is None else scaling.get(rule)
-        if not enabled:
-            self.rule = scaling.ConstantScale(1.0)
+        self.rule = arguments.scaler_rule(rule, numbers) if enabled else scaling.ConstantScale(1.0)
         limit = max_consecutive_skips
         self.max_consecutive_skips = None if limit is None else checks.count("max_consecutive_skips", limit, 1)
         self.event_capacity = checks.count("event_capacity", event_capacity, 1)
@@ -93,11 +103,16 @@ class GradScaler(Observable):
         self._scaling: ScalingState | None = None
         self._is_compiled = False
         self.distribute_strategy: Any = None
-        self._turns: dict[int, Turn] = {}
+        self._turns: weakref.WeakKeyDictionary[Any, Turn] = weakref.WeakKeyDictionary()
         self._paths: list[str] = []
 
     def _state(self) -> ScalingState:
         # Made on first use: PyTorch's may be made before anything else, too.
+        if in_session_graph():
+            raise NotImplementedError(
+                "GradScaler must be called eagerly or in a tf.function, received a call in a graph for a Session, "
+                "which would not run what nobody fetches: tfmixed.compat.v1 serves such graphs"
+            )
         if self._scaling is None:
             self.distribute_strategy = distribute.current()
             self._iteration = Iteration(_add_variable)
@@ -105,19 +120,21 @@ class GradScaler(Observable):
         self._is_compiled |= in_graph()
         return self._scaling
 
-    def _turn(self, optimizer: Any, grads: Sequence[Any], method: Literal["unscale", "step"]) -> Turn:
-        """Returns the turn of an optimizer, if it may do this now."""
+    def _admit(self, optimizer: Any, grads: Sequence[Any], method: Method) -> Turn:
+        """Lets an optimizer do what is its turn, and raises if it is not."""
         applying.check(optimizer)
         distribute.check_supported(optimizer)
         self._state()
-        if id(optimizer) not in self._turns:
-            self._turns[id(optimizer)] = Turn(optimizer, _add_variable)
-        turn = self._turns[id(optimizer)]
+        if optimizer not in self._turns:
+            self._turns[optimizer] = Turn(_add_variable)
+        turn = self._turns[optimizer]
         self._iteration.check(turn, grads, method)
         return turn
 
     def get_scale(self) -> Any:
         """Returns the scale as a float; where it is not known, because a graph is being made, as a tensor."""
+        self._state()
+        self._iteration.note_scale()  # whoever asks may scale by hand
         return self.loss_scale if in_graph() else float(self.loss_scale)
 
     def is_enabled(self) -> bool:
@@ -125,138 +142,206 @@ class GradScaler(Observable):
         return self._enabled
 
     def get_growth_factor(self) -> float:
-        """Returns the factor of a growth, of a rule that has one; so do the next two."""
-        return float(cast("Any", self.rule).growth_factor)
+        """Returns the factor of a growth.
+
+        Raises:
+            ValueError: The rule has none, or the scaler is not enabled; so do the next five.
+        """
+        return float(self._of_rule("growth_factor"))
 
     def get_backoff_factor(self) -> float:
         """Returns the factor of a backoff."""
-        return float(cast("Any", self.rule).backoff_factor)
+        return float(self._of_rule("backoff_factor"))
 
     def get_growth_interval(self) -> int:
         """Returns how many good iterations in a row let the scale grow."""
-        return int(cast("Any", self.rule).growth_interval)
+        return int(self._of_rule("growth_interval"))
+
+    def set_growth_factor(self, new_factor: float) -> None:
+        """Sets the factor of a growth, before functions are compiled; so do the next two.
+
+        Raises:
+            RuntimeError: Functions were compiled with the rule as it was.
+        """
+        self._change("growth_factor", new_factor)
+
+    def set_backoff_factor(self, new_factor: float) -> None:
+        """Sets the factor of a backoff."""
+        self._change("backoff_factor", new_factor)
+
+    def set_growth_interval(self, new_interval: int) -> None:
+        """Sets how many good iterations in a row let the scale grow."""
+        self._change("growth_interval", new_interval)
+
+    def _of_rule(self, name: str) -> Any:
+        if not hasattr(self.rule, name):
+            raise ValueError(f"rule must have a {name} to get or set, received {self.rule}: see scaler.rule")
+        return getattr(self.rule, name)
+
+    def _change(self, name: str, value: Any) -> None:
+        if self._of_rule(name) != value:
+            self._take_rule(dataclasses.replace(cast("Any", self.rule), **{name: value}), name)
+            self._state().rule = self.rule
+
+    def _take_rule(self, rule: ScalingRule, argument: str) -> None:
+        if self._is_compiled and not snapshots.move_alike(rule, self.rule):
+            raise RuntimeError(
+                f"{argument} must leave the rule that functions were compiled with, {self.rule}, received {rule}: "
+                "set it before they are called"
+            )
+        self.rule = rule
 
     @as_it_is
     def scale(self, outputs: Any) -> Any:
         """Returns losses times the scale, in float32 at least: most scales are too large for float16.
 
         Args:
-            outputs: A tensor or a nested structure of them.
+            outputs: A tensor, a nested structure of them, or an iterator over these, for which one is returned.
         """
         if not self._enabled:
             return outputs
+        if isinstance(outputs, Iterator):
+            return map(self.scale, outputs)
         scale = self.loss_scale
+        self._iteration.note_scale()
         return keras.tree.map_structure(lambda output: ops.multiply(output, scale), outputs)
 
     @as_it_is
     def unscale(self, optimizer: Any, grads: Iterable[Any]) -> list[Any]:
         """Returns gradients divided by the scale, to clip or look at them before `step`.
 
-        Whether they are finite is remembered: no clip can hide an overflow.
+        Whether they are finite is remembered: no clip can hide an overflow, and `update` counts it without a `step`.
 
         Args:
-            optimizer: The one that they will be given to.
+            optimizer: The one that they will be given to. Where variables hold their gradients, as float8 layers' do,
+                it must be built with the variables of these gradients, in their order.
             grads: Tensors, `tf.IndexedSlices` and None.
 
         Raises:
             RuntimeError: In this iteration the optimizer's gradients were unscaled already, it has stepped already, or
-                there is no gradient.
+                there is no gradient, or one that is unscaled already.
             ValueError: The optimizer scales the loss itself.
+            TypeError: It is none, or one of `grads` is no gradient.
+            NotImplementedError: It is called in a graph for a `Session`.
         """
-        grads = list(grads)
+        grads = applying.check_gradients(grads)
         if not self._enabled:
             return grads
-        turn = self._turn(optimizer, grads, "unscale")
-        scale, raw = self.loss_scale, applying.raw(optimizer, len(grads))
+        turn, iteration, scale = self._admit(optimizer, grads, "unscale"), self._iteration, self.loss_scale
+        known, variables = iteration.known(), applying.known(optimizer, len(grads))
+        turn.is_blind = variables is None
+        raw = [False] * len(grads) if variables is None else applying.raw(variables)
         given = [(each, is_raw) for each, is_raw in zip(grads, raw, strict=True) if each is not None]
         judge = Judge.of_unknown(given, distribute.replicas(), self.rule.needs_amax)
 
         def decide(total: Any, _: Any) -> None:
             verdict = judge.verdict(total, scale)
-            turn.keep(verdict, self._iteration.mark(verdict.finite))
-            self._iteration.remember(turn, "unscaled")
+            iteration.add(turn.keep(verdict, iteration.mark(verdict.finite)))
+            iteration.note(turn, "unscaled", known)
 
         evidence = judge.evidence([each for each, _ in given], scale, range(len(given)), distribute.replica())
         distribute.decide_together(decide, evidence, grads)
-        turn.scaled = [weakref.ref(each) for each, is_raw in given if not is_raw]
-        return gradients.unscale_all(grads, raw, scale, self.rule.bounds[1])
+        unscaled = gradients.unscale_all(grads, raw, scale, self.rule.bounds[1])
+        turn.hand_out(grads, unscaled)
+        return unscaled
 
     @as_it_is
-    def step(self, optimizer: Any, grads_and_vars: Iterable[tuple[Any, Any]], **arguments: Any) -> Any:
+    def step(self, optimizer: Any, grads_and_vars: Iterable[tuple[Any, Any]], **options: Any) -> Any:
         """Steps the optimizer if all gradients are finite on all replicas, and returns whether it did.
 
         Args:
             optimizer: One of Keras, or one with `apply_gradients`, such as those of `tf.compat.v1.train`.
             grads_and_vars: Pairs. The gradients of the scaled losses, or what `unscale` returned, clipped or not.
-            **arguments: For `apply_gradients`, such as `global_step`.
+            **options: For `apply_gradients`, such as `global_step`.
 
         Returns:
             A boolean scalar tensor.
 
         Raises:
-            RuntimeError: It has stepped already in this iteration, there is no gradient, or gradients that were given
-                to `unscale` come back as they were.
+            RuntimeError: It has stepped already in this iteration; there is no gradient; gradients that were given to
+                `unscale` come back as they were; or they were unscaled for another optimizer, or before an `update`.
             ValueError: The optimizer scales the loss itself.
-            NotImplementedError: See `LossScaleOptimizer.apply`.
+            TypeError: It is none, or `grads_and_vars` holds other things.
+            NotImplementedError: It is called in a graph for a `Session`; or see `LossScaleOptimizer.apply`.
         """
-        pairs = list(grads_and_vars)
-        grads, variables = [each for each, _ in pairs], [each for _, each in pairs]
+        grads, variables = applying.split(grads_and_vars)
         if not self._enabled:
-            applying.apply(optimizer, grads, variables, arguments)
+            applying.apply(optimizer, grads, variables, options)
             return ops.convert_to_tensor(True)
-        turn, state, iteration = self._turn(optimizer, grads, "step"), self._state(), self._iteration
+        turn, iteration = self._admit(optimizer, grads, "step"), self._iteration
+        known = iteration.known()
+        turn.check_raw(variables)
         applying.build(optimizer, variables)
-        indices, is_row = turn.watch(variables, self._paths), state.read("consecutive_skips") > 0
+        indices = turn.watch(variables, self._paths)
         present = [index for index, each in zip(indices, grads, strict=True) if each is not None]
-        unscaled = turn.is_unscaled(iteration.mark())
-        scale = ops.where(unscaled, 1.0, self.loss_scale)
+        was_unscaled, is_row = turn.is_unscaled(iteration.mark()), self.consecutive_skips > 0
+        scale = ops.where(was_unscaled, 1.0, self.loss_scale)
         judge = Judge.of(optimizer, turn.trained, distribute.replicas(), self.rule.needs_amax)
-        raw = [gradients.holds_gradient(variable) for variable in variables]
 
         def decide(total: Any, on_each: Any) -> Any:
-            verdict = turn.complete(judge.verdict(total, scale), unscaled, present)
-
-            def apply_one(grads: Sequence[Any]) -> None:
-                unscaled = gradients.unscale_all(grads, raw, verdict.divisor, self.rule.bounds[1])
-                applying.apply(optimizer, unscaled, variables, arguments)
-
+            verdict = turn.complete(judge.verdict(total, scale), was_unscaled, present)
             finite = verdict.finite if self.rule.skip_nonfinite else ops.ones_like(verdict.finite)
-            when(finite, lambda: on_each(apply_one), variables=applying.written(optimizer, variables))
-            iteration.add(turn.step(verdict, iteration.mark(verdict.finite), is_row))
-            iteration.remember(turn, "stepped")
+            apply = self._application(optimizer, variables, verdict.divisor, options)
+            when(finite, lambda: on_each(apply), variables=applying.written(optimizer, variables))
+            mark = iteration.mark(verdict.finite)
+            repeats = turn.has_stepped(mark)
+            iteration.add(turn.step(verdict, mark, is_row), repeats)
+            iteration.note(turn, "stepped", known)
             return finite
 
-        evidence = judge.evidence(grads, scale, indices, distribute.replica())
-        return distribute.decide_together(decide, evidence, grads)
+        return distribute.decide_together(decide, judge.evidence(grads, scale, indices, distribute.replica()), grads)
+
+    def _application(
+        self, optimizer: Any, variables: Sequence[Any], divisor: Any, options: Mapping[str, Any]
+    ) -> Callable[[Sequence[Any]], None]:
+        """Returns what divides gradients and gives them to an optimizer."""
+        raw, largest = applying.raw(variables), self.rule.bounds[1]
+
+        def apply(grads: Sequence[Any]) -> None:
+            applying.apply(optimizer, gradients.unscale_all(grads, raw, divisor, largest), variables, options)
+
+        return apply
 
     @as_it_is
     def update(self, new_scale: Any = None) -> None:
-        """Ends the iteration: moves the scale as the rule says, once for all optimizers that have stepped.
+        """Ends the iteration: moves the scale as the rule says, once for all optimizers that unscaled or stepped.
 
         Args:
             new_scale: Instead of what the rule says: a number or a scalar tensor. It is logged as `"set"`.
 
         Raises:
-            RuntimeError: No optimizer has stepped, and no `new_scale` is given.
+            RuntimeError: No optimizer has unscaled or stepped, or one has stepped twice, and no `new_scale` is given.
             ValueError: The rule's bounds do not hold `new_scale`.
         """
         if not self._enabled:
             return
         self._state()
         if new_scale is None:
-            self._iteration.check_stepped()
+            self._iteration.check_update()
         distribute.once(lambda: self._close(new_scale), self.distribute_strategy)
 
     def _close(self, new_scale: Any) -> None:
         state, iteration = self._state(), self._iteration
+        known = iteration.known()
         if new_scale is not None:
             state.set_scale(new_scale, "new_scale")
-        when(iteration.read("steps") > 0, lambda: state.advance(iteration.outcome(), moves=new_scale is None))
-        iteration.close()
+        when(iteration.read("begun") > 0, lambda: state.advance(iteration.outcome(), moves=new_scale is None))
+        iteration.close(known)
 
     def _overflows(self) -> dict[str, int]:
         since = int(self._iteration.mark()) - int(self.consecutive_skips)
-        return {path: count for turn in self._turns.values() for path, count in turn.overflows(since).items()}
+        return {path: count for turn in list(self._turns.values()) for path, count in turn.overflows(since).items()}
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """What a checkpoint must hold of it: the rule's state and the counters."""
+        return snapshots.variables(self._state())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        limits = {name: getattr(self, name) for name in ("max_consecutive_skips", "event_capacity")}
+        rule = self.rule if self._enabled else None
+        saved = {} if self._scaling is None else self.state_dict()
+        return _restored, (type(self), {**limits, "enabled": self._enabled, "rule": rule}, saved)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what `load_state_dict` needs, as plain numbers, texts and dictionaries; empty if not enabled.
@@ -283,26 +368,25 @@ class GradScaler(Observable):
         if not self._enabled:
             return
         rule, values = snapshots.read(state_dict, self.rule)
-        if not snapshots.move_alike(rule, self.rule):
-            if self._is_compiled:
-                raise RuntimeError(
-                    f"state_dict must have the rule that functions were compiled with, {self.rule}, received {rule}: "
-                    "load it before they are called"
-                )
+        begins = not snapshots.move_alike(rule, self.rule)
+        self._take_rule(rule, "state_dict")
+        if begins:
             self._begin()
-        self.rule = rule
         state = self._state()
         state.rule = rule
 
         def write() -> None:
             state.assign(values)
-            self._iteration.close()
+            self._iteration.close(self._iteration.known())
 
         distribute.once(write, self.distribute_strategy)
 
 
-def _torch_rule(init_scale: float, **numbers: Any) -> ScalingRule:
-    return scaling.like("torch", initial_scale=checks.scale("init_scale", init_scale), **numbers)
+def _restored(kind: type[GradScaler], given: Mapping[str, Any], saved: Mapping[str, Any]) -> GradScaler:
+    scaler = kind(**given)
+    if saved:
+        scaler.load_state_dict(saved)
+    return scaler
 
 
 def _add_variable(shape: Any, initializer: Any, dtype: str, name: str) -> keras.Variable:

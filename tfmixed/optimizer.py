@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import keras
@@ -114,11 +114,15 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
     @property
     def loss_scale(self) -> Any:
         """The scale of the next step, a float32 scalar tensor. Assigning to it is logged as a change by hand."""
-        return self._state().read("dynamic_scale")
+        self._calls.loss_scale()
+        return self._scale()
 
     @loss_scale.setter
     def loss_scale(self, value: Any) -> None:
         self._state().set_scale(value)
+
+    def _scale(self) -> Any:
+        return self._state().read("dynamic_scale")
 
     @property
     def dynamic(self) -> bool:
@@ -143,8 +147,10 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
     @as_it_is
     def scale_loss(self, loss: Any) -> Any:
         """Returns `loss` times the scale, in float32 at least: most scales are too large for float16."""
-        self._calls.scale_loss()
-        return ops.multiply(loss, self.loss_scale)
+        self._calls.scale("scale_loss", [loss])
+        scaled = ops.multiply(loss, self._scale())
+        self._calls.scaled([scaled])
+        return scaled
 
     @as_it_is
     def get_scaled_loss(self, loss: Any) -> Any:
@@ -159,21 +165,24 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         >>> float(optimizer.get_scaled_loss(2.0)), float(optimizer.get_scaled_loss(lambda: 2.0)())
         (2048.0, 2048.0)
         """
-        self._calls.get_scaled_loss()
-        return keras.tree.map_structure(self._scaled, loss)
+        self._calls.scale("get_scaled_loss", keras.tree.flatten(loss))
+        scaled = keras.tree.map_structure(self._scaled, loss)
+        self._calls.scaled(keras.tree.flatten(scaled))
+        return scaled
 
     def _scaled(self, loss: Any) -> Any:
-        return (lambda: self._scaled(loss())) if callable(loss) else ops.multiply(loss, self.loss_scale)
+        return (lambda: self._scaled(loss())) if callable(loss) else ops.multiply(loss, self._scale())
 
     @as_it_is
     def get_unscaled_gradients(self, grads: Any) -> Any:
         """Returns `grads` divided by the scale, in float32 at least: the second half of a loop in the style of Keras 2.
 
-        From then on `apply` takes its gradients for unscaled, until `scale_loss` is called. What it skips and reports
-        is what it is given: clip by a norm in between, not by value, which would hide an overflow.
+        `apply` then takes its gradients for unscaled, clipped or not, unless they are the very ones that were given
+        here. What it skips and reports is what it is given: clip by a norm in between, not by value, which would hide
+        an overflow.
 
         Args:
-            grads: A list, or another nested structure, of tensors, `tf.IndexedSlices` and None.
+            grads: A list, or another nested structure, of tensors, `tf.IndexedSlices` and None; or an iterator.
 
         Example:
         >>> optimizer = LossScaleOptimizer("sgd", 1024)
@@ -182,13 +191,16 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         >>> float(gradient), missing
         (0.5, None)
         """
-        self._calls.get_unscaled_gradients()
-        scale, largest = self.loss_scale, self.rule.bounds[1]
-        return keras.tree.map_structure(lambda each: gradients.unscale(each, scale, largest), grads)
+        grads = list(grads) if isinstance(grads, Iterator) else grads
+        self._calls.get_unscaled_gradients(keras.tree.flatten(grads))
+        scale, largest = self._scale(), self.rule.bounds[1]
+        unscaled = keras.tree.map_structure(lambda each: gradients.unscale(each, scale, largest), grads)
+        self._calls.unscaled(keras.tree.flatten(unscaled))
+        return unscaled
 
-    def _scale_of_gradients(self) -> Any:
+    def _scale_of_gradients(self, grads: Sequence[Any], indices: Sequence[int]) -> Any:
         """Returns by what the gradients that are applied are still multiplied."""
-        return ops.ones((), "float32") if self._calls.apply() else self.loss_scale
+        return ops.ones((), "float32") if self._calls.apply(grads, indices) else self._scale()
 
     @as_it_is
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
@@ -224,7 +236,8 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
                 f"grads must hold one gradient a variable, received {len(grads)} for {len(variables)} variables"
             )
         distribute.check_supported(self.inner_optimizer)
-        judge, indices, scale = self._judge(), self._indices(variables), self._scale_of_gradients()
+        judge, indices = self._judge(), self._indices(variables)
+        scale = self._scale_of_gradients(grads, indices)
         update = self._update(grads, variables, indices)
 
         def decide(total: Any, on_each: Any) -> None:
@@ -278,7 +291,7 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         values, inner = optimizer_variables[: len(own)], optimizer_variables[len(own) :]
         with keras.StatelessScope(state_mapping=list(zip(own, values, strict=True))) as scope:
             judge, indices = self._judge(), self._indices(self._trainable_variables)
-            scale = self._scale_of_gradients()
+            scale = self._scale_of_gradients(grads, indices)
             verdict = judge.verdict(judge.evidence(grads, scale, indices), scale)
             self._state().advance(verdict)
         new_own = [scope.get_current_value(variable) for variable in own]

@@ -7,10 +7,11 @@ choose a scale with which the largest stays below 65,504.
 from __future__ import annotations
 
 import bisect
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -358,6 +359,24 @@ class GradientRanges:
         if not any(each.nonfinite for each in self.half) and any(each.nonzeros for each in self.half):
             yield self.suggest_constant_scale().explanation
         yield f"bfloat16: {self.verdict('bfloat16')}"
+
+    def as_dict(self, headroom: float = 2.0) -> dict[str, Any]:
+        """Returns the answers, and the counts that they come from, for JSON.
+
+        Args:
+            headroom: As in `suggest_constant_scale`.
+        """
+        known = not any(each.nonfinite for each in self.half) and any(each.nonzeros for each in self.half)
+        scale = self.suggest_constant_scale(headroom) if known else None
+        return {
+            "verdict": self.verdict(),
+            "verdict_bfloat16": self.verdict("bfloat16"),
+            "working_scales": self.working_scales() if known else None,
+            "suggested_scale": scale,
+            "losses_at_1": asdict(self.losses()),
+            "losses_at_suggested": None if scale is None else asdict(scale.after),
+            "measured": json.loads(records.to_line(self.record)),
+        }
 
     def __str__(self) -> str:
         console = Console(width=100)

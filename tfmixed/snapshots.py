@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
+import keras
 from keras import ops
 
 from tfmixed.scaling import ScalingRule, checks
@@ -14,6 +15,11 @@ from tfmixed.state import ScalingState
 _FACTORS = ("growth_factor", "backoff_factor", "growth_interval")
 _TRACKER = "_growth_tracker"
 _COUNTERS = ("attempted_steps", "skipped_steps", "consecutive_skips")
+
+
+def variables(state: ScalingState) -> list[keras.Variable]:
+    """Returns the variables that hold what `take` takes."""
+    return [state.variables[ScalingState.name_of(name)] for name in (*state.rule.start()._fields, *_COUNTERS)]
 
 
 def take(state: ScalingState) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from tfmixed import optimizer as current
 from tfmixed import policy as policies
 from tfmixed import scaling
 
-__all__ = ["LossScaleOptimizer", "Policy", "global_policy", "set_policy"]
+__all__ = ["DynamicLossScale", "FixedLossScale", "LossScaleOptimizer", "Policy", "global_policy", "set_policy"]
 
 global_policy = keras.config.dtype_policy
 
 
-# By the name of the plain class, which reads the file where this module was not imported.
+# Saved by the name of the plain class, which reads the file where this module was not imported.
 @keras.saving.register_keras_serializable("tfmixed", "LossScaleOptimizer")
 class LossScaleOptimizer(current.LossScaleOptimizer):
     """`tfmixed.LossScaleOptimizer` with the arguments of that time. A saved one is loaded as a plain one.
@@ -44,6 +44,43 @@ class LossScaleOptimizer(current.LossScaleOptimizer):
     ) -> current.LossScaleOptimizer:
         """Returns the plain optimizer of a configuration."""
         return current.LossScaleOptimizer.from_config(config, custom_objects)
+
+
+# And the name goes on meaning the plain class.
+keras.saving.register_keras_serializable("tfmixed")(current.LossScaleOptimizer)
+
+
+def FixedLossScale(loss_scale_value: float) -> scaling.ScalingRule:  # noqa: N802  # it was a class
+    """Returns the rule of a loss scale that never moves.
+
+    Raises:
+        ValueError: It is no scale.
+
+    Example:
+    >>> FixedLossScale(128).value
+    128.0
+    """
+    return scaling.ConstantScale(loss_scale_value)
+
+
+def DynamicLossScale(  # noqa: N802  # it was a class
+    initial_loss_scale: float = 2.0**15, increment_period: int = 2000, multiplier: float = 2.0
+) -> scaling.ScalingRule:
+    """Returns the rule of TensorFlow's dynamic loss scale.
+
+    Args:
+        initial_loss_scale: The first scale.
+        increment_period: Finite steps in a row that let it grow.
+        multiplier: Factor of a growth; an overflow divides by it.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+    >>> DynamicLossScale(increment_period=100).growth_interval
+    100
+    """
+    return scaling.like("tf1", initial_scale=initial_loss_scale, factor=multiplier, growth_interval=increment_period)
 
 
 def Policy(name: str, loss_scale: Any = "auto") -> keras.DTypePolicy:  # noqa: N802  # it was a class
@@ -94,10 +131,5 @@ def _rule(loss_scale: Any) -> scaling.ScalingRule:
     if "loss_scale_value" in config:
         return scaling.get(config["loss_scale_value"])
     if "increment_period" in config:
-        return scaling.like(
-            "tf1",
-            initial_scale=config["initial_loss_scale"],
-            factor=config["multiplier"],
-            growth_interval=config["increment_period"],
-        )
+        return DynamicLossScale(config["initial_loss_scale"], config["increment_period"], config["multiplier"])
     return scaling.get(loss_scale)

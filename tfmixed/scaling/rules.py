@@ -161,7 +161,8 @@ class DynamicScale(ScalingRule):
         backoff_factor: Factor of a backoff, below 1 and at least 2**-20.
         growth_interval: Finite steps in a row that let the scale grow.
         hysteresis: Overflows that it takes for a backoff. 1 backs off at each.
-        refill: When spent hysteresis comes back: at each `"growth"`, or at each `"finite"` step.
+        refill: When spent hysteresis comes back: at each `"growth"`, at each `"change"` of the scale, down as well as
+            up, or at each `"finite"` step.
         min_scale: Floor. None: float32's smallest normal; a backoff that would pass it does not happen.
         max_scale: Ceiling. None: float32's largest value; a growth that would pass it does not happen.
         growth_delay: Finite steps at the start and after an overflow that do not count towards a growth.
@@ -170,7 +171,8 @@ class DynamicScale(ScalingRule):
     Raises:
         ValueError: An argument is out of range; the message names it and the value.
 
-    Source: PyTorch's `GradScaler` (growth and backoff), Megatron-LM (hysteresis), fairseq (tolerance).
+    Source: PyTorch's `GradScaler` (growth and backoff), Megatron-LM (hysteresis), fairseq (tolerance), TensorFlow 1's
+    contrib (`"change"`).
 
     Example:
     >>> simulate(DynamicScale(initial_scale=8, growth_interval=2), "TTFT")
@@ -182,7 +184,7 @@ class DynamicScale(ScalingRule):
     backoff_factor: float = 0.5
     growth_interval: int = 2000
     hysteresis: int = 1
-    refill: Literal["growth", "finite"] = "growth"
+    refill: Literal["growth", "change", "finite"] = "growth"
     min_scale: float | None = 1.0
     max_scale: float | None = 2.0**24
     growth_delay: int = 0
@@ -196,8 +198,8 @@ class DynamicScale(ScalingRule):
             object.__setattr__(self, name, checks.number(name, getattr(self, name), **limits))
         for name, least in _COUNTS.items():
             object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
-        if self.refill not in ("growth", "finite"):
-            raise ValueError(f'refill must be "growth" or "finite", received {self.refill!r}')
+        if self.refill not in ("growth", "change", "finite"):
+            raise ValueError(f'refill must be "growth", "change" or "finite", received {self.refill!r}')
         checks.bounds(self.initial_scale, self.min_scale, self.max_scale)
 
     @property
@@ -221,12 +223,14 @@ class DynamicScale(ScalingRule):
         back_off = xp.logical_and(overflow, strikes_left <= 0)
         if self.tolerance:
             back_off = xp.logical_and(back_off, overflows / since_change >= self.tolerance)
+        changes = xp.logical_or(grow, back_off)
+        refills = {"growth": grow, "change": changes, "finite": finite}[self.refill]
         lower = xp.where(back_off, self._backed_off(state.scale, xp), state.scale)
         return DynamicState(
             scale=xp.where(grow, self._grown(state.scale, xp), lower),
             good_steps=xp.where(grow, 0, good_steps),
-            strikes_left=xp.where(finite if self.refill == "finite" else grow, self.hysteresis, strikes_left),
-            since_change=xp.where(xp.logical_or(grow, back_off), 0, since_change),
+            strikes_left=xp.where(refills, self.hysteresis, strikes_left),
+            since_change=xp.where(changes, 0, since_change),
             overflows=xp.where(back_off, 0, overflows),
         )
 
