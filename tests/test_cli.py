@@ -202,3 +202,78 @@ def test_what_raises_in_the_users_own_code_is_no_finding(tmp_path):
     run = tfmixed_command("audit", "net:broken", cwd=tmp_path)
     assert run.returncode == 2
     assert "nothing to see" in run.stderr
+
+
+NET = """
+import keras
+import numpy
+
+
+def compiled(scale=1.0):
+    hidden, head = keras.layers.Dense(8, name="hidden"), keras.layers.Dense(2, name="head")
+    model = keras.Sequential([keras.Input((4,)), hidden, head])
+    model.compile("sgd", loss=lambda y, x: scale * keras.ops.mean(keras.ops.square(y - x)))
+    x = numpy.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    return model, x, x[:, :2]
+
+
+def small():
+    return compiled(1e-6)
+
+
+def alone():
+    return compiled()[0]
+
+
+def broken():
+    model, x, y = compiled()
+    return model, x[:, :3], y
+"""
+
+
+def test_ranges_prints_saves_and_draws(tmp_path):
+    """The table with its verdicts, the counts as a line of a log, a picture."""
+    (tmp_path / "net.py").write_text(NET)
+    files = "--save", "counts.jsonl", "--png", "ranges.png"
+    run = tfmixed_command("ranges", "net:small", "--policy", "mixed_float16", *files, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "hidden (output)" in run.stdout
+    assert re.search(r"float16: any scale from 2\^\d+ to 2\^\d+ works", run.stdout)
+    assert len(tfmixed.ranges.GradientRanges.load(tmp_path / "counts.jsonl")) == 6
+    assert (tmp_path / "ranges.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranges_prints_json_alone(tmp_path):
+    """The answers and the counts that they come from."""
+    (tmp_path / "net.py").write_text(NET)
+    run = tfmixed_command("ranges", "net:compiled", "--json", "--steps", "1", "--headroom", "4", cwd=tmp_path)
+    found = json.loads(run.stdout)
+    assert found["verdict"] == "no scale is needed."
+    assert found["suggested_scale"] * 4 * max(each["largest"] for each in found["measured"]["ranges"]) < 65504
+    assert found["measured"]["batches"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["net:alone"], "model must be compiled and come with inputs and targets, received 'net:alone'"),
+        (["net:nothing"], "module 'net' has no attribute 'nothing'"),
+        (["net:compiled", "--png", "ranges.docx"], "path must end in one of"),
+        (["net:compiled", "--policy", "float17"], "float17"),
+    ],
+)
+def test_ranges_refuses_in_one_line(tmp_path, arguments, message):
+    """Exit code 2, and no traceback."""
+    (tmp_path / "net.py").write_text(NET)
+    run = tfmixed_command("ranges", *arguments, cwd=tmp_path)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_ranges_shows_what_the_users_own_code_raises(tmp_path):
+    """With its traceback, and exit code 2."""
+    (tmp_path / "net.py").write_text(NET)
+    run = tfmixed_command("ranges", "net:broken", cwd=tmp_path)
+    assert run.returncode == 2
+    assert "Traceback" in run.stderr

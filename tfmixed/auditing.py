@@ -49,7 +49,10 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     'sum over 12,544 terms: overflows above a mean of 5.2'
     """
     if keras.backend.backend() != "tensorflow":
-        raise NotImplementedError(f"audit reads TensorFlow's graphs. Received: backend {keras.backend.backend()!r}")
+        raise NotImplementedError(
+            f"audit reads TensorFlow's graphs, received the backend {keras.backend.backend()!r}: set "
+            "KERAS_BACKEND=tensorflow"
+        )
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"model must be a built Keras model, received {model!r:.80}: call it on data first")
     given = _tensors(inputs), _tensors(targets)

@@ -127,7 +127,8 @@ def ranges(
         made, inputs, targets = load_step(model)
         if not made.compiled or inputs is None:
             raise UsageError(
-                f"model must be compiled and come with inputs and targets, received {model!r}: {_AS_RETURNED}"
+                f"model must be compiled and come with inputs and targets, received {model!r}: let the function return "
+                "them as `model, inputs, targets`, or `model, dataset`"
             )
         data = inputs if targets is None else (inputs, targets)
         with _user_code():
