@@ -26,6 +26,7 @@ else:
         "porting",
         "readme",
         "report",
+        "report_docs",
         "restart",
     ]
     collect_ignore = [f"test_{name}.py" for name in only]

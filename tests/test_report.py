@@ -119,6 +119,7 @@ def test_a_bfloat16_model_is_judged_as_such():
     ("content", "problems"),
     [
         ("", ["The log holds no records"]),
+        (records.to_line(overflow(3, 0.0)) + "\n", ["Line 1 is no record", "The log holds no records"]),
         ('{"event": "run", "step": 0}\n', ["Line 1 is no record", "The log holds no records"]),
         (
             "\x00\xff\n" * 9,

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from tfmixed import records
 from tfmixed.errors import UsageError
+from tfmixed.formats import FLOAT32
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import EventsLost, Progress, RangesRecord, Record, RunRecord, ScaleChange
 from tfmixed.scaling import ScaleHistory
@@ -111,7 +112,7 @@ def read(path: str | Path, name: str | None = None) -> Run:
     found, broken = [], []
     for number, line in enumerate(lines, start=1):
         try:
-            found += [records.from_line(line)] if line.strip() else []
+            found += [_checked(records.from_line(line))] if line.strip() else []
         except ValueError:
             broken.append(number)
     return Run(str(path) if name is None else name, tuple(found), tuple(_problems(found, broken, torn)))
@@ -136,6 +137,14 @@ def find(path: Path) -> Path:
         raise UsageError(f"RUN must be a folder with a .jsonl file, and {str(path)!r} holds none")
     named = ", ".join(str(each) for each in found[:5]) + (", ..." if len(found) > 5 else "")
     raise UsageError(f"RUN must name one log, and {str(path)!r} holds {len(found)}: {named}")
+
+
+def _checked(record: Record) -> Record:
+    """Returns the record, if its scales are some: a damaged line can be JSON still."""
+    for name in ("loss_scale", "old_scale", "new_scale", "scale"):
+        if not 0 < getattr(record, name, 1.0) <= FLOAT32.max:
+            raise ValueError(f"{name} must be above 0 and a float32, received {record}")
+    return record
 
 
 def _problems(found: list[Record], broken: list[int], torn: str) -> list[str]:

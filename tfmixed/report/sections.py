@@ -115,13 +115,14 @@ def _lost(ranges: GradientRanges, scale: float, held: str, alike: bool) -> Table
     for each in ranges:
         lost = losses(each, scale, held)
         counts = (lost.zero, lost.subnormal, lost.overflow)
-        of = (each.kind,) if alike else (each.kind, each.dtype)
+        name = each.name if each.kind == "weight" else f"{each.name} ({each.kind})"
+        of = (name,) if alike else (name, each.dtype)
         told = (span(each), percent(share_of_zeros(each)), *(percent(lost.share(count)) for count in counts))
-        rows.append(((lost.share(lost.zero + lost.overflow), lost.share(lost.subnormal)), (each.name, *of, *told)))
+        rows.append(((lost.share(lost.zero + lost.overflow), lost.share(lost.subnormal)), (*of, *told)))
     rows.sort(key=lambda row: row[0], reverse=True)
     held_in = () if alike else ("held in",)
-    headings = ("gradient", "of", *held_in, "magnitudes", "zeros", "to 0", "subnormal", "overflow")
-    return Table(headings, [row for _, row in rows], left=2 + len(held_in))
+    headings = ("gradient of", *held_in, "magnitudes", "zeros", "to 0", "subnormal", "overflow")
+    return Table(headings, [row for _, row in rows], left=1 + len(held_in))
 
 
 def _facts(runs: Sequence[Run]) -> list[Section]:
