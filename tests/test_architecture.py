@@ -12,7 +12,7 @@ import tfmixed
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records"],
-    1: ["scaling", "branching", "seen"],
+    1: ["scaling", "branching", "seen", "rounding"],
     2: [
         "calls",
         "hardware",

@@ -13,7 +13,7 @@ import tfmixed
 from tfmixed import LossScaleOptimizer, measure_gradients
 from tfmixed.losses import SparseCategoricalCrossentropy
 from tfmixed.probing import Probe
-from tfmixed.ranges import losses
+from tfmixed.rounding import losses
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(24, 6)).astype("float32")
@@ -264,11 +264,11 @@ def test_half_precision_shows_what_is_lost():
     full = by_name(measure_gradients(model, data))["activation", "scaling"]
     for scale in (1.0, 2.0**10):
         half = by_name(measure_gradients(model, data, precision="float16", scale=scale))["activation", "scaling"]
-        lost = losses(full, scale)
+        lost = losses(full.octaves, scale)
         assert (half.zeros, half.nonfinite) == (lost.zero, 0)
-    assert losses(full).zero == 15
+    assert losses(full.octaves).zero == 15
     over = by_name(measure_gradients(model, data, precision="float16", scale=2.0**20))["activation", "scaling"]
-    assert over.nonfinite == losses(full, 2.0**20).overflow == 4
+    assert over.nonfinite == losses(full.octaves, 2.0**20).overflow == 4
 
 
 def test_a_mixed_model_is_measured_in_float32_too():

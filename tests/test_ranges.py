@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tfmixed import ranges, records
-from tfmixed.ranges import GradientRanges, Losses, largest_scale, losses, needed_scale
+from tfmixed import records
+from tfmixed.ranges import GradientRanges
 from tfmixed.records import GradientRange, RangesRecord
+from tfmixed.rounding import Losses, largest_scale, losses, needed_scale, percent
 
 POWERS = [2.0**power for power in range(-24, 56)]
 
@@ -70,7 +71,7 @@ EDGES = [
 def test_losses_are_what_numpy_rounds_at_each_power_of_two(scale):
     """Exact counts, at the very limits too."""
     values = [float(np.float32(edge) / np.float32(scale)) for edge in EDGES]
-    assert losses(counted(values), scale) == rounded(values, scale)
+    assert losses(counted(values).octaves, scale) == rounded(values, scale)
 
 
 @settings(max_examples=200, deadline=None)
@@ -80,20 +81,20 @@ def test_losses_are_what_numpy_rounds_at_each_power_of_two(scale):
 )
 def test_losses_are_what_numpy_rounds_whatever_the_values(values, scale):
     """Random magnitudes, random powers of two."""
-    assert losses(counted(values), scale) == rounded(values, scale)
+    assert losses(counted(values).octaves, scale) == rounded(values, scale)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(2.0**-120, 2.0**120, width=32), min_size=1, max_size=50))
 def test_bfloat16_loses_nothing_of_normal_numbers(values):
     """It has float32's exponents."""
-    assert losses(counted(values), 1.0, "bfloat16") == rounded(values, 1.0, "bfloat16") == Losses(len(values))
+    assert losses(counted(values).octaves, 1.0, "bfloat16") == rounded(values, 1.0, "bfloat16") == Losses(len(values))
 
 
 def test_a_scale_between_powers_cuts_an_octave_by_its_logarithm():
     """Sixteen values spread evenly over the octave of the limit: at 1.5 times the power, 0.585 of them are gone."""
     values = 2.0 ** (-25 + (np.arange(1000) + 0.5) / 1000)
-    found = losses(counted(values / 2), 1.5)
+    found = losses(counted(values / 2).octaves, 1.5)
     assert found.zero == pytest.approx(rounded(values / 2, 1.5).zero, abs=3)
 
 
@@ -259,4 +260,4 @@ def test_half_precision_is_laid_beside_float32():
 )
 def test_shares_never_round_to_all_or_nothing(share, text):
     """Only 0 is "0 %"."""
-    assert ranges.percent(share) == text
+    assert percent(share) == text

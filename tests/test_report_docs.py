@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "report.md"
 sys.path.insert(0, str(ROOT / "examples"))
-import planted  # noqa: E402
+import ranges  # noqa: E402
+
+from tfmixed.report import read  # noqa: E402
 
 
 @pytest.mark.filterwarnings("ignore:policy .* is slow here")
@@ -28,18 +30,17 @@ def test_the_snippets_print_what_they_say(tmp_path, monkeypatch):
         assert out.getvalue().splitlines() == said
 
 
-def test_the_example_draws_the_pictures_of_the_page(tmp_path, monkeypatch, capsys):
-    """And its log says what was planted: the head overflows, the embedding is lost."""
-    monkeypatch.setattr(sys, "argv", ["planted.py", "--run-dir", str(tmp_path)])
-    planted.main()
-    assert "tfmixed report" in capsys.readouterr().out
+def test_the_example_chooses_a_scale_and_reports_a_run(tmp_path, monkeypatch, capsys):
+    """The suggested scale works, one that is 2^6 too large does not, and the pictures are those of the page."""
+    monkeypatch.setattr(sys, "argv", ["ranges.py", "--epochs", "32", "--run-dir", str(tmp_path)])
+    ranges.main()
+    said = capsys.readouterr().out
+    assert re.search(r"An epoch with the constant scale 2\^\d+: 0 of 3 steps overflow", said)
+    assert re.search(r"An epoch with the constant scale 2\^\d+: 3 of 3 steps overflow", said)
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == set(re.findall(r"\]\((\w+\.png)\)", PAGE.read_text(encoding="utf-8")))
     assert all((ROOT / "docs" / name).exists() for name in drawn)
-    from tfmixed.report import read, words
-
     run = read(tmp_path)
-    assert set(run.guilty) == {"head/kernel"}
-    assert any(
-        "`embedding` needs 2^" in sentence and "put `head` in float32" in sentence for sentence in words.advice(run)
-    )
+    assert run.skipped > 0
+    assert run.guilty.keys() == {change.variable for change in run.history.overflows()}
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")

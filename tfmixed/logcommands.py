@@ -119,8 +119,8 @@ def _table(outcomes: dict[str, Outcome], trace: Trace) -> Table:
     from rich import box
     from rich.table import Table
 
-    from tfmixed.ranges import percent
     from tfmixed.records import short
+    from tfmixed.rounding import percent
 
     beyond = ("beyond\nthe log",) if trace.scales else ()
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{len(trace.finite):,} steps", title_justify="left")

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,107 +20,23 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 
 from tfmixed import records
-from tfmixed.formats import FORMATS, HALF, FloatFormat
 from tfmixed.records import GradientRange, RangesRecord, short
+from tfmixed.rounding import (
+    POWERS,
+    TOLERANCE,
+    Losses,
+    format_of,
+    held_in_half,
+    largest_scale,
+    losses,
+    needed_scale,
+    percent,
+    power_below,
+)
 from tfmixed.scaling import checks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# A convention, not a law: where no more of a tensor is flushed to 0, it trains as in float32.
-TOLERANCE = 0.01
-_POWERS = range(-126, 128)  # of two, that are a normal float32
-
-
-@dataclass(frozen=True)
-class Losses:
-    """What becomes of gradients in half precision: counts of values, by their magnitude after rounding.
-
-    Args:
-        nonzeros: How many there are, finite and other than 0.
-        zero: How many of them become 0 (underflow).
-        subnormal: How many become subnormal, and keep less than the format's precision.
-        overflow: How many become infinite.
-    """
-
-    nonzeros: int = 0
-    zero: int = 0
-    subnormal: int = 0
-    overflow: int = 0
-
-    def __add__(self, other: Losses) -> Losses:
-        return Losses(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def share(self, count: int) -> float:
-        """Returns a count relative to all values other than 0; 0 where there are none."""
-        return count / self.nonzeros if self.nonzeros else 0.0
-
-
-def losses(range_: GradientRange, scale: float = 1.0, precision: str = "float16") -> Losses:
-    """Returns what becomes of a gradient that is multiplied by `scale` and rounded to half precision.
-
-    In float16 the counts are exact for each power of two. Other scales, and bfloat16's limits, cut through an octave,
-    whose values are then taken to be spread evenly over the logarithm.
-
-    Args:
-        range_: The gradient.
-        scale: The loss scale.
-        precision: `"float16"` or `"bfloat16"`.
-    """
-    format_ = _format(precision)
-    least = format_.smallest_subnormal / 2  # itself a tie, which goes to 0
-    normal, infinite = format_.smallest_normal - least, _overflows_from(format_)
-    zero = _below(range_, least / scale, or_equal=True)
-    return Losses(
-        nonzeros=range_.nonzeros,
-        zero=zero,
-        subnormal=_below(range_, normal / scale) - zero,
-        overflow=range_.nonzeros - _below(range_, infinite / scale),
-    )
-
-
-def _format(precision: str) -> FloatFormat:
-    if precision not in HALF:
-        raise ValueError(f'precision must be "float16" or "bfloat16", received {precision!r}')
-    return FORMATS[precision]
-
-
-def _overflows_from(format_: FloatFormat) -> float:
-    """Returns the smallest magnitude that rounds to infinity: 65,520 for float16."""
-    return format_.max + 2.0 ** math.floor(math.log2(format_.max)) * format_.epsilon / 2
-
-
-def _below(range_: GradientRange, limit: float, or_equal: bool = False) -> int:
-    mantissa, exponent = math.frexp(limit)
-    octave, mantissa = exponent - 1, 2 * mantissa
-    whole = sum(sum(parts) for each, parts in range_.octaves.items() if each < octave)
-    parts = range_.octaves.get(octave, (0, 0, 0, 0))
-    known = {1.0: int(or_equal), 2 - 2.0**-10: 2, 2 - 2.0**-11: 3}
-    if mantissa in known:
-        return whole + sum(parts[: known[mantissa]])
-    return whole + round(sum(parts) * math.log2(mantissa))
-
-
-def needed_scale(range_: GradientRange, precision: str = "float16", tolerance: float = TOLERANCE) -> float:
-    """Returns the smallest power of two at which no more than `tolerance` of a gradient's values are flushed to 0."""
-
-    def serves(power: int) -> bool:
-        lost = losses(range_, 2.0**power, precision)
-        return lost.share(lost.zero) <= tolerance
-
-    return 2.0 ** min(_POWERS[0] + bisect.bisect_left(_POWERS, True, key=serves), _POWERS[-1])
-
-
-def largest_scale(range_: GradientRange, precision: str = "float16") -> float:
-    """Returns the largest power of two at which no value of a gradient overflows."""
-    infinite = _overflows_from(_format(precision))
-    return _power_below(infinite / range_.largest) if range_.largest else 2.0 ** _POWERS[-1]
-
-
-def _power_below(limit: float) -> float:
-    mantissa, exponent = math.frexp(limit)
-    power = exponent - 2 if mantissa == 0.5 else exponent - 1
-    return 2.0 ** min(max(power, _POWERS[0]), _POWERS[-1])
 
 
 class Suggestion(float):
@@ -189,7 +105,7 @@ class GradientRanges:
     @property
     def half(self) -> list[GradientRange]:
         """Those that are held in half precision when the model trains; all of them where none is."""
-        return [each for each in self if each.dtype in HALF] or list(self)
+        return held_in_half(self.record)
 
     def losses(self, scale: float = 1.0, precision: str = "float16", layer: str | None = None) -> Losses:
         """Returns what half precision loses at a scale: counts over all gradients held in it, or over those of a layer.
@@ -201,7 +117,7 @@ class GradientRanges:
         chosen = self.half if layer is None else [each for each in self if each.layer == layer]
         if not chosen and layer is not None:
             raise ValueError(f"layer must be one of {sorted({each.layer for each in self})}, received {layer!r}")
-        return sum((losses(each, scale, precision) for each in chosen), Losses())
+        return sum((losses(each.octaves, scale, precision) for each in chosen), Losses())
 
     def underflow(self, scale: float = 1.0, precision: str = "float16") -> float:
         """Returns the share, 0 to 1, of all values other than 0 that are flushed to 0 at a scale."""
@@ -223,7 +139,7 @@ class GradientRanges:
         overflow; the smallest is the first at which the same is lost.
         """
         high = self._high(self.half, precision)
-        powers = range(_POWERS[0], round(math.log2(high)) + 1)
+        powers = range(POWERS[0], round(math.log2(high)) + 1)
         least = self._lost(high, precision)
         found = bisect.bisect_left(powers, True, key=lambda power: self._lost(2.0**power, precision) <= least)
         return 2.0 ** powers[found], high
@@ -248,7 +164,7 @@ class GradientRanges:
         largest = max((each.largest for each in self.half), default=0.0)
         if not largest:
             raise ValueError("gradients must not all be 0 to choose a scale from them: measure on other batches")
-        scale = _power_below(_format(precision).max / (headroom * largest))
+        scale = power_below(format_of(precision).max / (headroom * largest))
         return Suggestion(scale, self.losses(1.0, precision), self.losses(scale, precision), precision)
 
     def verdict(self, precision: str = "float16", tolerance: float = TOLERANCE) -> str:
@@ -290,10 +206,10 @@ class GradientRanges:
         return f"{sentence}."
 
     def _low(self, chosen: Iterable[GradientRange], precision: str, tolerance: float) -> float:
-        return max((needed_scale(each, precision, tolerance) for each in chosen), default=2.0 ** _POWERS[0])
+        return max((needed_scale(each, precision, tolerance) for each in chosen), default=2.0 ** POWERS[0])
 
     def _high(self, chosen: Iterable[GradientRange], precision: str) -> float:
-        return min((largest_scale(each, precision) for each in chosen), default=2.0 ** _POWERS[-1])
+        return min((largest_scale(each, precision) for each in chosen), default=2.0 ** POWERS[-1])
 
     def _lost(self, scale: float, precision: str) -> tuple[int, int]:
         lost = self.losses(scale, precision)
@@ -396,7 +312,7 @@ class GradientRanges:
             if not any(each is one for one in half):
                 table.add_row(_label(each), span(each), percent(share_of_zeros(each)), "", "", "", each.dtype)
                 continue
-            lost = losses(each, 1.0, precision)
+            lost = losses(each.octaves, 1.0, precision)
             counts = (percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow))
             low, high = needed_scale(each, precision), largest_scale(each, precision)
             scales = f"{short(low)} .. {short(high)}" if each.nonzeros else "any"
@@ -424,15 +340,6 @@ def share_of_zeros(range_: GradientRange) -> float:
 def span(range_: GradientRange) -> str:
     """Returns the smallest and the largest magnitude other than 0, as powers of two below: `2^-31 .. 2^-4`."""
     return f"{_power(range_.smallest)} .. {_power(range_.largest)}" if range_.nonzeros else "all 0"
-
-
-def percent(share: float) -> str:
-    """Returns a share as people read it: neither 0 nor 100 % stands for what only comes near."""
-    if share in (0, 1):
-        return f"{share:.0%}".replace("%", " %")
-    if share < 0.0005:
-        return "< 0.1 %"
-    return f"{share:.1%}".replace("%", " %") if share < 0.9995 else "> 99.9 %"
 
 
 def _power(magnitude: float) -> str:

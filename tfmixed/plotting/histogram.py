@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from tfmixed.plotting import zones
 from tfmixed.plotting.themes import WIDE, Style, Theme, is_narrow, legend, sheet
 from tfmixed.records import GradientRange, RangesRecord, short
+from tfmixed.rounding import held_in_half, percent
 
 _REACH = (-80, 40)  # what lies beyond is drawn at the edge
 _KINDS = {"activation": "activation gradients", "weight": "weight gradients"}
@@ -50,15 +51,15 @@ def plot_ranges(
     ['weights: 100 % become 0', 'weights: nothing is lost']
     """
     with sheet(theme, width, 6.4 if is_narrow(width) else 5.6) as (figure, style):
-        drawn = zones.half(record)
+        drawn = held_in_half(record)
         for axes, factor in zip(figure.subplots(2, 1, sharex=True, sharey=True), (1.0, scale), strict=True):
             _panel(axes, drawn, factor, style)
             if beside is not None:
-                _outlines(axes, zones.half(beside), factor, style, f", {beside.precision}")
+                _outlines(axes, held_in_half(beside), factor, style, f", {beside.precision}")
             when = "before scaling" if factor == 1 else f"after scaling: loss scale {short(scale)}"
             told = [textwrap.fill(line, 52) if is_narrow(width) else line for line in (when, *_losses(drawn, factor))]
             axes.set_title("\n".join(told), loc="left", pad=18, fontsize=8.5)
-        _frame(axes, [drawn, zones.half(beside) if beside else []], scale)
+        _frame(axes, [drawn, held_in_half(beside) if beside else []], scale)
         for axes in figure.axes:
             zones.shade(axes, style, names=zones.SHORT if is_narrow(width) else zones.NAMES)
             axes.set_ylabel("share of values\nother than 0 (%)")
@@ -103,7 +104,7 @@ def _kept(octave: int) -> int:
 def _zeros(ranges: Iterable[GradientRange]) -> str:
     ranges = list(ranges)
     zeros = sum(each.zeros for each in ranges)
-    return f"{zones.percent(zeros / max(zeros + sum(each.nonzeros for each in ranges), 1))} are 0"
+    return f"{percent(zeros / max(zeros + sum(each.nonzeros for each in ranges), 1))} are 0"
 
 
 def _losses(drawn: list[GradientRange], scale: float) -> list[str]:
@@ -112,7 +113,7 @@ def _losses(drawn: list[GradientRange], scale: float) -> list[str]:
     for kind in _KINDS:
         of = [each for each in drawn if each.kind == kind and each.nonzeros]
         lost = zones.shares(zones.pooled(of), scale)
-        told = [f"{zones.percent(lost[zone])} {what}" for zone, what in words.items() if lost[zone]]
+        told = [f"{percent(lost[zone])} {what}" for zone, what in words.items() if lost[zone]]
         lines += [f"{kind}s: {', '.join(told) or 'nothing is lost'}"] if of else []
     return lines
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from tfmixed.plotting import zones
 from tfmixed.plotting.themes import WIDE, Style, Theme, count_steps, is_narrow, legend, sheet
 from tfmixed.records import RangesRecord
+from tfmixed.rounding import held_in_half
 from tfmixed.scaling import ScaleHistory
 
 _CROWD = 100
@@ -56,8 +57,8 @@ def plot_timeline(
 
 def _magnitudes(axes: Axes, records: Sequence[RangesRecord], style: Style) -> None:
     steps = [each.step or 0 for each in records]
-    octaves = [zones.pooled(zones.half(each)) for each in records]
-    largest = [max((each.largest for each in zones.half(record)), default=0.0) for record in records]
+    octaves = [zones.pooled(held_in_half(each)) for each in records]
+    largest = [max((each.largest for each in held_in_half(record)), default=0.0) for record in records]
     lines = {
         "largest": [math.log2(each) if each else math.nan for each in largest],
         "median": [_or_nan(zones.quantile(each, 0.5)) for each in octaves],

@@ -10,23 +10,15 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from tfmixed.formats import FORMATS, HALF
 from tfmixed.plotting.themes import Style
-from tfmixed.records import GradientRange, RangesRecord
+from tfmixed.records import GradientRange
+from tfmixed.rounding import Octaves, limits, losses
 
 ZONES = ("zero", "subnormal", "normal", "overflow")
 NAMES = {"zero": "becomes 0", "subnormal": "subnormal", "normal": "normal", "overflow": "overflow"}
 SHORT = {"zero": "0", "subnormal": "sub", "normal": "normal", "overflow": "inf"}
-FLOAT16 = FORMATS["float16"]
-_LEAST = FLOAT16.smallest_subnormal / 2  # itself rounded to 0
 # log2 of the largest that becomes 0, of the smallest that keeps its precision, and of the smallest that becomes inf.
-LIMITS = tuple(map(math.log2, (_LEAST, FLOAT16.smallest_normal - _LEAST, FLOAT16.max + 2.0**15 * FLOAT16.epsilon / 2)))
-Octaves = Mapping[int, tuple[int, int, int, int]]
-
-
-def half(record: RangesRecord) -> list[GradientRange]:
-    """Returns the gradients that are held in half precision when the model trains; all of them where none is."""
-    return [each for each in record.ranges if each.dtype in HALF] or list(record.ranges)
+LIMITS = tuple(map(math.log2, limits()))
 
 
 def pooled(ranges: Iterable[GradientRange]) -> dict[int, tuple[int, int, int, int]]:
@@ -41,20 +33,9 @@ def pooled(ranges: Iterable[GradientRange]) -> dict[int, tuple[int, int, int, in
 
 def shares(octaves: Octaves, scale: float) -> dict[str, float]:
     """Returns which share of a histogram's values falls into each zone of float16, once multiplied by `scale`."""
-    count = sum(map(sum, octaves.values()))
-    reached = [0.0, *(_below(octaves, index, scale) for index in range(3)), float(count)]
-    return {zone: (high - low) / max(count, 1) for zone, (low, high) in zip(ZONES, pairwise(reached), strict=True)}
-
-
-def _below(octaves: Octaves, index: int, scale: float) -> float:
-    """Returns how many values lie below one of the limits, that of 0 included: exactly, where the scale is 2^n."""
-    mantissa, exponent = math.frexp(scale)
-    if mantissa == 0.5:
-        octave = math.floor(LIMITS[index]) - (exponent - 1)
-        whole = sum(sum(each) for at, each in octaves.items() if at < octave)
-        return whole + sum(octaves.get(octave, ())[: index + 1])  # `GradientRange.octaves`: its parts end at the limits
-    limit = LIMITS[index] - math.log2(scale)
-    return sum(sum(each) * min(max(limit - at, 0.0), 1.0) for at, each in octaves.items())
+    lost = losses(octaves, scale)
+    counts = lost.zero, lost.subnormal, lost.nonzeros - lost.zero - lost.subnormal - lost.overflow, lost.overflow
+    return dict(zip(ZONES, map(lost.share, counts), strict=True))
 
 
 def quantile(octaves: Octaves, share: float) -> float | None:
@@ -66,13 +47,6 @@ def quantile(octaves: Octaves, share: float) -> float | None:
             return octave + left / count
         left -= count
     return None
-
-
-def percent(share: float) -> str:
-    """Returns a share as people read it: neither 0 nor 100 % stands for what only comes near."""
-    if share in (0, 1):
-        return f"{100 * share:.0f} %"
-    return "< 0.1 %" if share < 0.0005 else "> 99.9 %" if share >= 0.9995 else f"{100 * share:.1f} %"
 
 
 def shade(axes: Axes, style: Style, scale: float = 1.0, names: Mapping[str, str] = NAMES) -> None:

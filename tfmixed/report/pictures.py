@@ -35,7 +35,7 @@ def _ranges(run: Run, theme: Theme, width: float) -> Figure:
     return plotting.plot_ranges(_measured(run).record, run.measured_at, _in_half(run), theme=theme, width=width)
 
 
-def _layers(run: Run, theme: Theme, width: float) -> Figure:
+def _heat_map(run: Run, theme: Theme, width: float) -> Figure:
     return plotting.plot_layers(_measured(run).record, run.measured_at, theme=theme, width=width)
 
 
@@ -59,6 +59,6 @@ def _in_half(run: Run) -> RangesRecord | None:
 PICTURES = {
     "scale": Picture("The loss scale over the steps, with growths and overflows.", _scale),
     "ranges": Picture("Magnitudes of all gradients, before and after scaling, over the zones of float16.", _ranges),
-    "layers": Picture("Magnitudes of each layer's gradients, with the limits of float16.", _layers),
+    "layers": Picture("Magnitudes of each layer's gradients, with the limits of float16.", _heat_map),
     "timeline": Picture("Magnitudes of all gradients over the run, with the limits of float16.", _timeline),
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tfmixed.ranges import GradientRanges, losses, percent, share_of_zeros, span
+from tfmixed.ranges import GradientRanges, share_of_zeros, span
 from tfmixed.records import RangesRecord, RunRecord, short
 from tfmixed.report import words
 from tfmixed.report.runs import Run
+from tfmixed.rounding import losses, percent
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,16 @@ def _ranges(run: Run) -> Part:
 
 
 def _lost(ranges: GradientRanges, scale: float, held: str, alike: bool) -> Table:
-    rows = []
+    counted, rows = ranges.half, []
     for each in ranges:
-        lost = losses(each, scale, held)
-        counts = (lost.zero, lost.subnormal, lost.overflow)
+        counts, worst = ["", "", ""], (-1.0, 0.0)  # what is held in float32 loses nothing
+        if any(each is one for one in counted):
+            lost = losses(each.octaves, scale, held)
+            counts = [percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow)]
+            worst = lost.share(lost.zero + lost.overflow), lost.share(lost.subnormal)
         name = each.name if each.kind == "weight" else f"{each.name} ({each.kind})"
         of = (name,) if alike else (name, each.dtype)
-        told = (span(each), percent(share_of_zeros(each)), *(percent(lost.share(count)) for count in counts))
-        rows.append(((lost.share(lost.zero + lost.overflow), lost.share(lost.subnormal)), (*of, *told)))
+        rows.append((worst, (*of, span(each), percent(share_of_zeros(each)), *counts)))
     rows.sort(key=lambda row: row[0], reverse=True)
     held_in = () if alike else ("held in",)
     headings = ("gradient of", *held_in, "magnitudes", "zeros", "to 0", "subnormal", "overflow")

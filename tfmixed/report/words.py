@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from tfmixed.ranges import GradientRanges, percent
+from tfmixed.ranges import GradientRanges
 from tfmixed.records import Progress, short
 from tfmixed.report.runs import Run
+from tfmixed.rounding import percent
 
 _SETTLED = 0.02  # a growth each 50 steps: what a growth interval of 2000 never makes of a scale that found its place
 _DESCENT = 5  # skipped steps at the start that are worth a word

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tfmixed.records import Progress, Record
@@ -161,10 +161,10 @@ def parse(text: str) -> ScalingRule:
     if name not in _OWN:
         names = ", ".join([*_OWN, *PEERS])
         raise ValueError(f"rule must be a number or one of {names}, received {name!r}")
-    fields = list(_OWN[name].__dataclass_fields__)
-    if unknown := params.keys() - set(fields):
+    names = [each.name for each in fields(_OWN[name])]
+    if unknown := params.keys() - set(names):
         raise ValueError(
-            f"parameters of {name} must be among {', '.join(fields)}, received {', '.join(sorted(unknown))}"
+            f"parameters of {name} must be among {', '.join(names)}, received {', '.join(sorted(unknown))}"
         )
     if name == "constant" and "value" not in params:
         raise ValueError(f"constant must have a value, as in constant:value=1024, received {text!r}")
