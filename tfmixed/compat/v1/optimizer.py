@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -17,6 +19,8 @@ from tfmixed.gradients import Judge
 from tfmixed.state import Observable
 
 V1 = tf.compat.v1
+_SCOPE = "loss_scaling"
+_local = threading.local()
 
 
 class LossScaleOptimizer(Observable, V1.train.Optimizer):  # type: ignore[misc]  # TensorFlow ships no types
@@ -34,8 +38,7 @@ class LossScaleOptimizer(Observable, V1.train.Optimizer):  # type: ignore[misc] 
         max_consecutive_skips: As in `tfmixed.LossScaleOptimizer`; `LossScaleHook` asks.
 
     Raises:
-        ValueError: `loss_scale` is none of these.
-        TypeError: `opt` is none, or scales the loss itself.
+        ValueError: `loss_scale` is none of these, `opt` is no optimizer, or scales the loss itself.
         NotImplementedError: `opt` is a `SyncReplicasOptimizer`.
 
     Example:
@@ -96,17 +99,19 @@ class LossScaleOptimizer(Observable, V1.train.Optimizer):  # type: ignore[misc] 
         rewrite.check_policy()
         _check_strategy()
         state, scale = self._state(), self.loss_scale
-        pairs = list(self._optimizer.compute_gradients(_scaled(loss, scale), *arguments, **named))
+        with _at_work():
+            pairs = list(self._optimizer.compute_gradients(_scaled(loss, scale), *arguments, **named))
         present = [(each, variable) for each, variable in pairs if each is not None]
         if not present:
             return pairs
         grads, variables = zip(*present, strict=True)
         judge, indices = self._judge(variables), state.indices(variables)
-        evidence = judge.evidence(grads, scale, range(len(grads)))
-        seen = graphs.as_one(lambda evidence, scale: state.record(judge, evidence, scale, indices), evidence, scale)
         largest = self.rule.bounds[1]
-        with V1.control_dependencies([] if tf.executing_eagerly() else [seen]):
-            return [(_kept(gradients.unscale(each, scale, largest)), variable) for each, variable in pairs]
+        with V1.name_scope(_SCOPE):
+            evidence = judge.evidence(grads, scale, range(len(grads)))
+            seen = graphs.as_one(lambda evidence, scale: state.record(judge, evidence, scale, indices), evidence, scale)
+            with V1.control_dependencies([] if tf.executing_eagerly() else [seen]):
+                return [(_kept(gradients.unscale(each, scale, largest)), variable) for each, variable in pairs]
 
     @as_it_is
     def apply_gradients(
@@ -126,22 +131,21 @@ class LossScaleOptimizer(Observable, V1.train.Optimizer):  # type: ignore[misc] 
         """
         _check_strategy()
         pairs = list(grads_and_vars)
-        present = [(each, variable) for each, variable in pairs if each is not None]
+        present = [(_tensor(each), variable) for each, variable in pairs if each is not None]
         if not present:
             names = [gradients.path(variable) for _, variable in pairs]
             raise ValueError(f"grads_and_vars must hold at least one gradient, received none for {names}")
-        grads, variables = [tf.convert_to_tensor(each) if not gradients.is_sparse(each) else each for each, _ in present], [
-            variable for _, variable in present
-        ]
+        grads, variables = zip(*present, strict=True)
         _check_not_accumulated(grads)
         state, judge = self._state(), self._judge(variables)
         indices, before = state.indices(variables), _train_ops()
-        evidence = judge.evidence(grads, ops.ones((), "float32"), range(len(grads)))
-        finite, divisor = graphs.as_one(lambda evidence: state.conclude(judge, evidence, indices), evidence)
+        with V1.name_scope(_SCOPE):
+            evidence = judge.evidence(grads, ops.ones((), "float32"), range(len(grads)))
+            finite, divisor = graphs.as_one(lambda evidence: state.conclude(judge, evidence, indices), evidence)
         scope = tf.get_current_name_scope()
 
         def step() -> Any:
-            with graphs.variables_outside(scope):
+            with graphs.variables_outside(scope), _at_work():
                 # A divisor of 1 but where finite gradients would overflow in the arithmetic of the optimizer.
                 divided = [_like(gradients.unscale(each, divisor, 2.0), variable) for each, variable in present]
                 pairs = list(zip(divided, variables, strict=True))
@@ -176,9 +180,23 @@ class LossScaleOptimizer(Observable, V1.train.Optimizer):  # type: ignore[misc] 
         return getattr(self._optimizer, name)
 
 
+def is_at_work() -> bool:
+    """Returns whether a `LossScaleOptimizer` is calling the optimizer that it wraps, in this thread."""
+    return getattr(_local, "depth", 0) > 0
+
+
+@contextlib.contextmanager
+def _at_work() -> Iterator[None]:
+    _local.depth = getattr(_local, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _local.depth -= 1
+
+
 def _check(opt: Any) -> None:
     if not isinstance(opt, V1.train.Optimizer):
-        raise TypeError(f"opt must be an optimizer of tf.compat.v1.train, received {opt!r}")
+        raise ValueError(f"opt must be an optimizer of tf.compat.v1.train, received {opt!r}")
     if isinstance(opt, (LossScaleOptimizer, V1.mixed_precision.MixedPrecisionLossScaleOptimizer)):
         raise ValueError(f"opt must not scale the loss itself, received a {type(opt).__name__}: pass the one it wraps")
     if isinstance(opt, V1.train.SyncReplicasOptimizer):
@@ -213,6 +231,11 @@ def _scaled(loss: Any, scale: Any) -> Any:
     if callable(loss):
         return lambda: _scaled(loss(), scale)
     return tf.nest.map_structure(lambda each: ops.multiply(each, scale), loss)
+
+
+def _tensor(gradient: Any) -> Any:
+    # Accumulated gradients may come as the variables that hold them.
+    return gradient if gradients.is_sparse(gradient) else tf.convert_to_tensor(gradient)
 
 
 def _kept(gradient: Any) -> Any:

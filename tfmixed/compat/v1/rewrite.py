@@ -113,11 +113,18 @@ def release(holder: str) -> None:
 
 def _init(self: Any, target: str = "", graph: Any = None, config: Any = None) -> None:
     # TensorFlow hands its options to sessions without a configuration only.
+    _follow()
     created = flags.non_mixed_precision_session_created()
     config = _configured(config)
     _Switch.plain_init(self, target, graph, config=config)
     if config is not None and config.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 == _ON:
         flags.set_non_mixed_precision_session_created(created)
+
+
+def _follow() -> None:
+    """Switches off what TensorFlow's own `disable_mixed_precision_graph_rewrite` was called for."""
+    if _Switch.dtype is not None and not flags.is_mixed_precision_graph_rewrite_enabled():
+        disable()
 
 
 def _configured(config: Any) -> Any:
