@@ -24,8 +24,7 @@ def set_policy(policy: str | keras.DTypePolicy = "auto") -> keras.DTypePolicy:
             precision is slow on this machine, a warning says so, once.
 
     Raises:
-        ValueError: Keras knows no such policy, or it is one for mixed precision and `tfmixed.compat.v1` has switched the
-            graph rewrite on.
+        ValueError: Keras knows no such policy, or it is one for mixed precision and TensorFlow's graph rewrite is on.
 
     Example:
     >>> set_policy("float32").compute_dtype
@@ -75,7 +74,7 @@ def _refuse_beside_rewrite(policy: str | keras.DTypePolicy) -> None:
     if _known(policy).compute_dtype in HALF and flags and flags.is_mixed_precision_graph_rewrite_enabled():
         raise ValueError(
             "The graph rewrite and a Keras policy for mixed precision exclude each other, received both: "
-            f"enable_mixed_precision_graph_rewrite() was called first, the policy {_known(policy).name!r} was to be set "
+            f"enable_mixed_precision_graph_rewrite() was called first, set_policy({_known(policy).name!r}) "
             "second. Use one of them; the policy works eagerly too, the rewrite needs no change to the model."
         )
 

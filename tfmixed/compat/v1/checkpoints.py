@@ -106,7 +106,7 @@ def _matched(variables: Mapping[str, Any], saved: Mapping[str, Any], path: str |
         ours = _OURS.search(own)
         theirs = f"{_THEIRS.get(ours[2])}{ours[1]}" if ours else None
         name = own if own in saved else plain.get(own, theirs)
-        if name in saved:
+        if name is not None and name in saved:
             found[own] = name
     missing = sorted(name for name in variables.keys() - found.keys() if not _OURS.search(name))
     if missing:

@@ -126,7 +126,7 @@ def conversion_report(runner: Any, *arguments: Any, **named: Any) -> ConversionR
 def _of_session(session: Any, fetches: Any, feed_dict: Any = None) -> Iterable[Any]:
     metadata, options = V1.RunMetadata(), V1.RunOptions(output_partition_graphs=True)
     session.run(fetches, feed_dict, options=options, run_metadata=metadata)
-    return metadata.partition_graphs
+    return list(metadata.partition_graphs)
 
 
 def _of_function(function: Any, *arguments: Any, **named: Any) -> Iterable[Any]:

@@ -24,12 +24,12 @@ def enable_mixed_precision_graph_rewrite(opt: Any, loss_scale: Any = "dynamic", 
     Args:
         opt: An optimizer of `tf.compat.v1.train` or of a subclass, one of Keras 3, or a legacy one of tf_keras.
         loss_scale: As for `LossScaleOptimizer` of this package.
-        dtype: `"auto"`, `"float16"` (the CUDA pass, on GPUs of compute capability 7.0 or more) or `"bfloat16"` (oneDNN's
-            pass, on CPUs). `"auto"` takes what is fast here; where nothing is it warns, and nothing is converted.
+        dtype: `"float16"` (the CUDA pass, on GPUs of compute capability 7.0 or more), `"bfloat16"` (oneDNN's pass, on
+            CPUs), or `"auto"`: what is fast here; where nothing is it warns, and nothing is converted.
 
     Returns:
-        A `LossScaleOptimizer` of this package for an optimizer of TensorFlow 1, a `tfmixed.LossScaleOptimizer` for one of
-        Keras, one of tf_keras for a legacy one.
+        A `LossScaleOptimizer` of this package for an optimizer of TensorFlow 1, a `tfmixed.LossScaleOptimizer` for one
+        of Keras, one of tf_keras for a legacy one.
 
     Raises:
         ValueError: `opt` is none of these or scales the loss itself, `loss_scale` or `dtype` is none, or Keras has a

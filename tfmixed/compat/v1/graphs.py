@@ -1,4 +1,4 @@
-"""The state of loss scaling in TensorFlow 1's graphs: one set of variables for each graph, made where it is first used."""
+"""The state of loss scaling in TensorFlow 1's graphs: one set of variables for each graph, made on first use."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class GraphState(ScalingState):
 
     def indices(self, variables: Sequence[Any]) -> list[int]:
         """Returns the places of variables among all that were seen in this graph."""
-        names = [gradients.path(variable) for variable in variables]
+        names = [gradients.path(variable).removesuffix(":0") for variable in variables]
         self.paths += [name for name in dict.fromkeys(names) if name not in self.paths]
         return [self.paths.index(name) for name in names]
 

@@ -49,7 +49,7 @@ class Snapshot(Observable):
         return {} if culprit < 0 else {self._paths[culprit]: int(self._values["last_culprit_steps"])}
 
 
-class LossScaleHook(V1.train.SessionRunHook):  # type: ignore[misc]  # TensorFlow ships no types
+class LossScaleHook(tf.compat.v1.train.SessionRunHook):
     """Logs every change of the loss scale with its exact step, for `MonitoredTrainingSession` and others with hooks.
 
     The changes are written in the graph, in the step that makes them; this hook collects them, so that looking rarely
@@ -57,10 +57,10 @@ class LossScaleHook(V1.train.SessionRunHook):  # type: ignore[misc]  # TensorFlo
 
     Args:
         optimizer: What `enable_mixed_precision_graph_rewrite` returned.
-        path: File of JSON lines, the same as that of `LossScaleLogger`: `records.read_log` reads it, and a run that goes
-            on continues it. None writes none.
-        summary_dir: Where to write `loss_scale` at each change, and it with `skipped_steps` and `gradient_norm` whenever
-            it collects, for TensorBoard. None writes none.
+        path: File of JSON lines, the same as that of `LossScaleLogger`: `records.read_log` reads it, and a run that
+            goes on continues it. None writes none.
+        summary_dir: Where to write, for TensorBoard, `loss_scale` at each change, and it, `skipped_steps` and
+            `gradient_norm` whenever the hook collects. None writes none.
         every: Collect each so many runs of the session, and at its end.
         verbose: 1 prints one line a change. 0 prints nothing.
 

@@ -23,13 +23,13 @@ _SCOPE = "loss_scaling"
 _local = threading.local()
 
 
-class LossScaleOptimizer(Observable, V1.train.Optimizer):  # type: ignore[misc]  # TensorFlow ships no types
+class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
     """Wraps an optimizer of `tf.compat.v1.train`: scales the loss, and steps only if all gradients are finite.
 
     `compute_gradients` returns unscaled gradients and judges them, so that no clipping can hide an overflow;
-    `apply_gradients` judges what it is given too. A skipped step leaves weights, slots and `global_step` as they are. At
-    the top of a graph the scale is the tensor `tfmixed/loss_scale:0`. The variables, in the scope `tfmixed`, are made
-    in the graph of the model when they are first needed; slots have the names that they have without scaling.
+    `apply_gradients` judges what it is given too. A skipped step leaves weights, slots and `global_step` as they are.
+    At the top of a graph the scale is the tensor `tfmixed/loss_scale:0`. The variables, in the scope `tfmixed`, are
+    made in the graph of the model when they are first needed; slots have the names that they have without scaling.
 
     Args:
         opt: The optimizer to wrap, or one of a subclass of one's own.
@@ -205,7 +205,7 @@ def _check(opt: Any) -> None:
 
 _SYNC = (
     "{}: it hands gradients over through accumulators that drop whatever is older than global_step, and global_step "
-    "stands still in a skipped step, so that all workers would wait for ever. Use a tf.distribute strategy with a Keras "
+    "stands still in a skipped step, so that all workers would wait for ever. Use a tf.distribute strategy and a Keras "
     "optimizer, or SyncReplicasOptimizer without loss scaling (bfloat16 needs none)"
 )
 
