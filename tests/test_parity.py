@@ -23,7 +23,7 @@ RULES = {
 
 
 class ByOptimizer:
-    rtol = 0.0
+    atol = 0.0
 
     def __init__(self, rule, weights):
         self.scaler, self.weights = LossScaleOptimizer(keras.optimizers.Adam(0.1), rule), weights
@@ -34,7 +34,7 @@ class ByOptimizer:
 
 
 class ByScaler:
-    rtol = 0.0
+    atol = 0.0
 
     def __init__(self, rule, weights):
         self.scaler, self.weights = GradScaler(rule=rule), weights
@@ -55,7 +55,7 @@ class ByScalerUnscaling(ByScaler):
 
 
 class ByTensorFlow1:
-    rtol = 1e-5  # its Adam rounds otherwise
+    atol = 1e-4  # its Adam rounds otherwise
 
     def __init__(self, rule, weights):
         from tfmixed.compat.v1 import LossScaleOptimizer as Scaling
@@ -100,5 +100,5 @@ def test_all_adapters_take_the_same_steps(rule):
             if BACKEND != "jax" or not isinstance(rule, LogMaxScale):
                 assert other.scaler.drain_events() == events
             for ours, theirs in zip(other.weights, runs[0].weights, strict=True):
-                np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=other.rtol)
+                np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=0, atol=other.atol)
     assert wanted["skipped_steps"] == TRACE.count("F")
