@@ -90,7 +90,7 @@ def test_a_written_checkpoint_restores_with_a_plain_saver(tmp_path, kind):
         with V1.train.MonitoredTrainingSession(
             checkpoint_dir=str(tmp_path / "written"), save_checkpoint_secs=None, log_step_count_steps=None
         ) as session:
-            assert session.run("global_step:0") == 4
+            assert session.run(V1.train.get_global_step()) == 4
             np.testing.assert_allclose(session.run([loss, train], feed)[0], losses[0], rtol=1e-4)
 
 
@@ -111,7 +111,7 @@ def test_a_monitored_session_restores_through_its_scaffold(tmp_path):
     with tf.Graph().as_default():
         _, train, loss, feed = build("mixed")
         restore = checkpoints.restorer(path)
-        scaffold = V1.train.Scaffold(init_fn=lambda scaffold, session: restore(session))
+        scaffold = V1.train.Scaffold(init_fn=lambda _, session: restore(session))
         with V1.train.MonitoredTrainingSession(scaffold=scaffold) as session:
             np.testing.assert_allclose(session.run([loss, train], feed)[0], losses[0], rtol=1e-4)
 

@@ -42,7 +42,7 @@ def test_a_session_that_converts():
     assert report.refused["deny"]["SparseSoftmaxCrossEntropyWithLogits"] == 1
     assert min(report.casts) >= 2
     counted = {count.operation: count for count in report.counts if count.dtype == "bfloat16"}
-    assert (counted["MatMul"].list, counted["Relu"].list) == ("allow", "clear")
+    assert (counted["MatMul"].list, counted["MatMul"].nodes) == ("allow", 5)
     printed = str(report)
     assert f"casts added: {report.casts[0]} to it, {report.casts[1]} back" in printed
     assert "SparseSoftmaxCrossEntropyWithLogits" in printed
@@ -110,9 +110,9 @@ def test_anything_else_is_an_error():
 def test_the_lists_are_those_of_this_tensorflow(dtype):
     """None is empty, and no operation is on two: that would switch the pass off."""
     found = lists._lists(dtype)
-    assert min(map(len, found.values())) >= 8
+    assert min(map(len, found.values())) >= 7
     assert sum(map(len, found.values())) == len(frozenset().union(*found.values()))
-    assert [lists.list_of(name, dtype) for name in ("Conv2D", "Mul", "Sum", "Relu", "Fft")] == [
+    assert [lists.list_of(name, dtype) for name in ("Conv2D", "Mul", "Exp", "Reshape", "Fft")] == [
         "allow",
         "infer",
         "deny",
