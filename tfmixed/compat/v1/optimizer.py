@@ -234,8 +234,11 @@ def _scaled(loss: Any, scale: Any) -> Any:
 
 
 def _tensor(gradient: Any) -> Any:
-    # Accumulated gradients may come as the variables that hold them.
-    return gradient if gradients.is_sparse(gradient) else tf.convert_to_tensor(gradient)
+    # Accumulated gradients may come as the variables that hold them, and under TensorFlow 1's behavior as references.
+    if gradients.is_sparse(gradient):
+        return gradient
+    tensor = tf.convert_to_tensor(gradient)
+    return tensor if tensor.dtype == tensor.dtype.base_dtype else tf.identity(tensor)
 
 
 def _kept(gradient: Any) -> Any:
