@@ -70,3 +70,25 @@ def test_a_strategy_is_refused_with_what_to_use():
         weight, optimizer = tf.Variable(1.0), LossScaleOptimizer(V1.train.AdamOptimizer())
         with pytest.raises(NotImplementedError, match=r"GradScaler"):
             optimizer.minimize(lambda: weight * 1.0, var_list=[weight])
+
+
+def test_a_checkpoint_of_objects_holds_the_scale_and_the_slots(tmp_path):
+    """It restores into an optimizer that has not been used yet."""
+
+    def made():
+        weight, optimizer = tf.Variable([1.0]), LossScaleOptimizer(V1.train.MomentumOptimizer(1.0, 0.9), RULE)
+        return optimizer, weight, tf.train.Checkpoint(optimizer=optimizer, weight=weight)
+
+    def step(optimizer, weight, factor):
+        optimizer.minimize(lambda: tf.reduce_sum(weight * factor), var_list=[weight])
+
+    first, second = made(), made()
+    for factor in (1.0, np.inf):
+        step(*first[:2], factor)
+    second[2].restore(first[2].save(tmp_path / "checkpoint"))
+    for each in (first, second):
+        step(*each[:2], 1.0)
+    (optimizer, weight, _), (other, other_weight, _) = first, second
+    assert (float(other.loss_scale), int(other.attempted_steps), int(other.skipped_steps)) == (4.0, 3, 1)
+    np.testing.assert_array_equal(other_weight.numpy(), weight.numpy())
+    assert float(optimizer.loss_scale) == 4.0

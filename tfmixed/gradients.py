@@ -92,7 +92,7 @@ class Judge(NamedTuple):
         squares = not linear and getattr(optimizer, "clipvalue", None) is None
         by_norm = any(getattr(optimizer, name, None) is not None for name in ("clipnorm", "global_clipnorm"))
         return cls(
-            dtypes=tuple(map(_dtype, variables)),
+            dtypes=tuple(map(_dtype_of, variables)),
             elements=sum(map(_elements, variables)),
             raw=frozenset(index for index, variable in enumerate(variables) if holds_gradient(variable)),
             replicas=replicas,
@@ -235,7 +235,7 @@ def _is_double(values: Any) -> bool:
     return bool(keras.backend.standardize_dtype(values.dtype) == "float64")
 
 
-def _dtype(variable: Any) -> str:
+def _dtype_of(variable: Any) -> str:
     # TensorFlow 1's variables of old have a dtype of references.
     return str(keras.backend.standardize_dtype(getattr(variable.dtype, "base_dtype", variable.dtype)))
 

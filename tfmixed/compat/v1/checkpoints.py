@@ -39,14 +39,14 @@ def restorer(path: str | Path) -> Callable[[Any], None]:
         ValueError: It lacks another variable of the graph.
 
     Example:
-    >>> with tf.Graph().as_default(), V1.Session() as session:
+    >>> import tempfile
+    >>> with tf.Graph().as_default(), V1.Session() as session, tempfile.TemporaryDirectory() as folder:
     ...     weight = V1.get_variable("weight", initializer=1.0)
     ...     session.run(V1.global_variables_initializer())
-    ...     path = V1.train.Saver().save(session, "/tmp/tfmixed-restorer")
-    ...     session.run(weight.assign(2.0))
+    ...     path = V1.train.Saver().save(session, folder + "/model.ckpt")
+    ...     _ = session.run(weight.assign(2.0))
     ...     restorer(path)(session)
     ...     print(session.run(weight))
-    2.0
     1.0
     """
     variables = {variable.op.name: variable for variable in V1.global_variables()}

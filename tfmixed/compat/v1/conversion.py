@@ -153,7 +153,7 @@ def _report(nodes: list[Any]) -> ConversionReport:
     added = Counter(match[1] != "Fp32" for node in nodes if (match := _ADDED.search(node.name)))
     counted: Counter[tuple[str, str]] = Counter()
     for node in nodes:
-        dtype, operation = _dtype(node), _operation(node.op)
+        dtype, operation = _dtype_of(node), _operation(node.op)
         if dtype in _FLOATS and not _ADDED.search(node.name) and operation not in _BOOKKEEPING:
             counted[operation, dtype] += 1
     counts = [Count(*key, nodes, lists.list_of(key[0], half)) for key, nodes in counted.items()]
@@ -161,7 +161,7 @@ def _report(nodes: list[Any]) -> ConversionReport:
     return ConversionReport(rewrite.active(), tuple(counts), (added[True], added[False]))
 
 
-def _dtype(node: Any) -> str | None:
+def _dtype_of(node: Any) -> str | None:
     for name in ("T", "dtype"):
         if node.attr[name].type and not node.op.startswith(("_Arg", "_Retval", "_Send", "_Recv", "_HostSend")):
             return str(tf.as_dtype(node.attr[name].type).name)

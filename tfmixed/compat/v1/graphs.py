@@ -119,15 +119,15 @@ class Scalings:
     def __init__(self, rule: ScalingRule, mirror: Any = None) -> None:
         self.rule = rule
         self._mirror = mirror
-        self._eager: GraphState | None = None
+        self.eager: GraphState | None = None
         self._states: weakref.WeakKeyDictionary[Any, tuple[GraphState, Any]] = weakref.WeakKeyDictionary()
 
     def here(self) -> GraphState:
         """Returns the state in the present graph, and makes it if need be."""
         with tf.init_scope():
             if tf.executing_eagerly():
-                self._eager = self._eager or GraphState(self.rule, self._mirror_in(None))
-                return self._eager
+                self.eager = self.eager or GraphState(self.rule, self._mirror_in(None))
+                return self.eager
             graph = V1.get_default_graph()
             if graph not in self._states:
                 self._states[graph] = self._made_in(graph)

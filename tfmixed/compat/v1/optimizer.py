@@ -55,6 +55,7 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
         self._optimizer = opt
         self._scalings = scalings_of(loss_scale)
         self.max_consecutive_skips = max_consecutive_skips
+        self._is_tracked = False
         self._track_trackable(opt, "base_optimizer")
 
     @property
@@ -73,7 +74,12 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
         return self._scalings.scale()
 
     def _state(self) -> GraphState:
-        return self._scalings.here()
+        state = self._scalings.here()
+        if state is self._scalings.eager and not self._is_tracked:  # for tf.train.Checkpoint
+            self._is_tracked = True
+            for name, variable in state.variables.items():
+                self._track_trackable(variable.value, name)
+        return state
 
     @property
     def _paths(self) -> list[str]:  # type: ignore[override]
@@ -172,6 +178,11 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
     def variables(self) -> list[Any]:
         """Returns the variables of the wrapped optimizer, and those of the scaling in this graph."""
         return [*self._optimizer.variables(), *(each.value for each in self._state().variables.values())]
+
+    def __dir__(self) -> list[str]:
+        # tf.train.Checkpoint asks dir() who has slots (TensorFlow 2.21), and refuses those that two have: the wrapped
+        # optimizer, which it saves as `base_optimizer`, says so itself.
+        return [name for name in super().__dir__() if name != "get_slot_names"]
 
     def __getattr__(self, name: str) -> Any:
         # `_lr`, `make_session_run_hook` and whatever else scripts ask the optimizer for that they made.

@@ -209,7 +209,7 @@ def scalings_of(loss_scale: Any) -> Scalings:
         rule = experimental.rule_of(loss_scale)
     except ValueError as error:
         raise ValueError(f"loss_scale is not one that can be used: {error}") from None
-    return Scalings(rule, getattr(loss_scale, "_current_loss_scale", None))
+    return Scalings(rule, loss_scale._current_loss_scale if isinstance(loss_scale, theirs.DynamicLossScale) else None)
 
 
 def _single(factor: float) -> float:
