@@ -229,11 +229,11 @@ def test_wrapping_twice_is_refused():
 def test_legacy_optimizers_of_tf_keras_are_wrapped_by_its_own():
     """Constant scales, and those that double and halve."""
     tf_keras = pytest.importorskip("tf_keras")
-    sgd = tf_keras.optimizers.legacy.SGD(0.1)
-    fixed, dynamic = enable(sgd, loss_scale=64.0, dtype="bfloat16"), enable(sgd, dtype="bfloat16")
+    sgd = tf_keras.optimizers.legacy.SGD
+    fixed, dynamic = enable(sgd(), loss_scale=64.0, dtype="bfloat16"), enable(sgd(), dtype="bfloat16")
     assert (float(fixed.loss_scale), fixed.dynamic, dynamic.dynamic) == (64.0, False, True)
     weight = tf.Variable(1.0)
     fixed.minimize(lambda: fixed.get_scaled_loss(weight) / 64.0, [weight])
     assert np.isfinite(float(weight))
     with pytest.raises(ValueError, match="must double and halve"):
-        enable(sgd, loss_scale=tfmixed.DynamicScale(hysteresis=2), dtype="bfloat16")
+        enable(sgd(), loss_scale=tfmixed.DynamicScale(hysteresis=2), dtype="bfloat16")
