@@ -365,6 +365,36 @@ def test_an_unchanged_monitored_session_resumes(tmp_path):
     assert seen[3][1:] == [2, 2.0, 4]
 
 
+def test_a_final_graph_is_asked_all_the_same(graph):
+    """Questions make no operations any more."""
+    given, _, loss = quadratic()
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), RULE)
+    train = optimizer.minimize(loss)
+    with tf1.session() as session:
+        graph.finalize()
+        session.run(train, {given: [1.0, np.inf]})
+        names = ("loss_scale", "attempted_steps", "skipped_steps", "consecutive_skips")
+        assert session.run([getattr(optimizer, name) for name in names]) == [4.0, 1, 1, 1]
+
+
+def test_a_loop_within_the_graph_trains():
+    """Each turn reads the scale that the one before left."""
+    weight = V1.get_variable("w", initializer=[1.0, 2.0])
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(0.5), RULE)
+
+    def turn(number):
+        factor = tf.where(number < 2, np.float32(np.inf), 1.0)
+        train = optimizer.minimize(tf.reduce_sum(weight.read_value() * factor), var_list=[weight])
+        with V1.control_dependencies([train]):
+            return number + 1
+
+    loop = tf.while_loop(lambda number: number < 5, turn, [0])
+    with tf1.session() as session:
+        session.run(loop)
+        np.testing.assert_array_equal(session.run(weight), [-0.5, 0.5])
+        assert session.run([optimizer.loss_scale, optimizer.skipped_steps]) == [4.0, 2]
+
+
 OLD_BEHAVIOR = """
 import sys
 import numpy as np

@@ -43,10 +43,20 @@ class GraphState(ScalingState):
     """
 
     def __init__(self, rule: ScalingRule, mirror: Any = None) -> None:
+        self._known: dict[str, Any] = {}
         super().__init__(rule, EVENT_CAPACITY, _add_variable)
         self.make({**_PENDING, **_LAST}, _add_variable)
         self.paths: list[str] = []
         self._mirror = mirror
+        self._graph = None if tf.executing_eagerly() else V1.get_default_graph()
+        if self._graph is not None:
+            # A graph that is final takes no more operations, and is asked all the same.
+            self._known = {name: self.read(name) for name in self.variables}
+
+    def read(self, name: str) -> Any:
+        """Returns the present value of a variable: at the top of a graph always the same tensor."""
+        at_top = name in self._known and V1.get_default_graph() is self._graph and not _in_control_flow(self._graph)
+        return self._known[name] if at_top else super().read(name)
 
     def indices(self, variables: Sequence[Any]) -> list[int]:
         """Returns the places of variables among all that were seen in this graph."""
