@@ -28,6 +28,15 @@ else:
         "report",
         "report_docs",
         "restart",
+        "v1_callers",
+        "v1_checkpoints",
+        "v1_conversion",
+        "v1_eager",
+        "v1_float16",
+        "v1_hooks",
+        "v1_install",
+        "v1_optimizer",
+        "v1_rewrite",
     ]
     collect_ignore = [f"test_{name}.py" for name in only]
 

@@ -85,3 +85,14 @@ def test_workers_skip_together_in_a_loop(tmp_path):
     _, weights = multi_worker(tmp_path, "--loop", "--workers", "3")
     assert len(weights) == 3
     assert len(set(weights)) == 1
+
+
+def test_the_script_of_tensorflow_1_says_what_was_converted():
+    """Before and after, in a process of its own: the rewrite is a switch of the whole process."""
+    script = Path(__file__).parent.parent / "examples" / "tf1_graph_rewrite.py"
+    command = [sys.executable, str(script), "--width", "32", "--steps", "5"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert re.search(r"nodes in half precision; casts added: \d+ to it, \d+ back", run.stdout)
+    assert re.search(r"^after: +loss \d\.\d+, .* times as fast$", run.stdout, flags=re.MULTILINE)
+    assert len(script.read_text().splitlines()) < 80

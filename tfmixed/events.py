@@ -6,7 +6,7 @@ every step to see a change. Only draining reads the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -65,11 +65,22 @@ def drain(ring: Variables, paths: Sequence[str]) -> list[Change]:
         ring: As in `log`.
         paths: Paths of the trainable variables.
     """
-    count, drained = (int(ring[name].numpy()) for name in ("event_count", "events_drained"))
-    if count == drained:
+    if int(ring["event_count"].numpy()) == int(ring["events_drained"].numpy()):
         return []
-    names = ("event_steps", "event_causes", "event_scales")
-    steps, causes, scales = (ring[name].numpy().tolist() for name in names)
+    values = {name: ring[name].numpy() for name in start(1)}
+    ring["events_drained"].assign(values["event_count"])
+    return entries(values, paths)
+
+
+def entries(values: Mapping[str, Any], paths: Sequence[str]) -> list[Change]:
+    """Returns the entries that were not drained yet, oldest first.
+
+    Args:
+        values: What the variables that `start` describes hold, as numpy has it.
+        paths: Paths of the trainable variables.
+    """
+    count, drained = int(values["event_count"]), int(values["events_drained"])
+    steps, causes, scales = (values[name].tolist() for name in ("event_steps", "event_causes", "event_scales"))
     first = max(drained, count - len(steps))
     events: list[Change] = []
     for index in (number % len(steps) for number in range(first, count)):
@@ -78,7 +89,6 @@ def drain(ring: Variables, paths: Sequence[str]) -> list[Change]:
         events.append(ScaleChange(steps[index], old, new, _REASONS[reason], path))
     if first > drained:
         events.insert(0, EventsLost(first - drained, steps[first % len(steps)]))
-    ring["events_drained"].assign(count)
     return events
 
 

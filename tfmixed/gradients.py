@@ -92,8 +92,8 @@ class Judge(NamedTuple):
         squares = not linear and getattr(optimizer, "clipvalue", None) is None
         by_norm = any(getattr(optimizer, name, None) is not None for name in ("clipnorm", "global_clipnorm"))
         return cls(
-            dtypes=tuple(keras.backend.standardize_dtype(variable.dtype) for variable in variables),
-            elements=sum(math.prod(variable.shape) for variable in variables),
+            dtypes=tuple(map(_dtype_of, variables)),
+            elements=sum(map(_elements, variables)),
             raw=frozenset(index for index, variable in enumerate(variables) if holds_gradient(variable)),
             replicas=replicas,
             summands=replicas * (getattr(optimizer, "gradient_accumulation_steps", None) or 1),
@@ -233,6 +233,16 @@ def _values(gradient: Any) -> Any:
 
 def _is_double(values: Any) -> bool:
     return bool(keras.backend.standardize_dtype(values.dtype) == "float64")
+
+
+def _dtype_of(variable: Any) -> str:
+    # TensorFlow 1's variables of old have a dtype of references.
+    return str(keras.backend.standardize_dtype(getattr(variable.dtype, "base_dtype", variable.dtype)))
+
+
+def _elements(variable: Any) -> int:
+    # Under TensorFlow 1's behavior a dimension is an object.
+    return math.prod(variable.shape.as_list() if hasattr(variable.shape, "as_list") else variable.shape)
 
 
 def _largest(dtype: str) -> float:

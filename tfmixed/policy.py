@@ -24,7 +24,7 @@ def set_policy(policy: str | keras.DTypePolicy = "auto") -> keras.DTypePolicy:
             precision is slow on this machine, a warning says so, once.
 
     Raises:
-        ValueError: Keras knows no such policy.
+        ValueError: Keras knows no such policy, or it is one for mixed precision and TensorFlow's graph rewrite is on.
 
     Example:
     >>> set_policy("float32").compute_dtype
@@ -37,6 +37,7 @@ def set_policy(policy: str | keras.DTypePolicy = "auto") -> keras.DTypePolicy:
     else:
         policy = _known(policy)
         _warn_if_slow(policy)
+    _refuse_beside_rewrite(policy)
     keras.config.set_dtype_policy(policy)
     return keras.config.dtype_policy()
 
@@ -65,6 +66,17 @@ def _known(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
             'policy must be "auto", a name such as "mixed_float16", "mixed_bfloat16" or "float32", or a '
             f"keras.DTypePolicy, received {policy!r}"
         ) from error
+
+
+def _refuse_beside_rewrite(policy: str | keras.DTypePolicy) -> None:
+    # As TensorFlow's own Keras does, by the same flag; it is there as soon as TensorFlow is.
+    flags = sys.modules.get("tensorflow.python.training.experimental.mixed_precision_global_state")
+    if _known(policy).compute_dtype in HALF and flags and flags.is_mixed_precision_graph_rewrite_enabled():
+        raise ValueError(
+            "The graph rewrite and a Keras policy for mixed precision exclude each other, received both: "
+            f"enable_mixed_precision_graph_rewrite() was called first, set_policy({_known(policy).name!r}) "
+            "second. Use one of them; the policy works eagerly too, the rewrite needs no change to the model."
+        )
 
 
 def _warn_if_slow(policy: keras.DTypePolicy) -> None:

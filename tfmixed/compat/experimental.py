@@ -36,7 +36,7 @@ class LossScaleOptimizer(current.LossScaleOptimizer):
     """
 
     def __init__(self, optimizer: keras.optimizers.Optimizer | str, loss_scale: Any = "dynamic") -> None:
-        super().__init__(optimizer, _rule(loss_scale))
+        super().__init__(optimizer, rule_of(loss_scale))
 
     @classmethod
     def from_config(
@@ -103,7 +103,7 @@ def Policy(name: str, loss_scale: Any = "auto") -> keras.DTypePolicy:  # noqa: N
     policy = keras.DTypePolicy(name)
     compiled = "dynamic" if name == "mixed_float16" else None
     policy.loss_scale = compiled if loss_scale == "auto" else loss_scale
-    if _rule(policy.loss_scale) != _rule(compiled):
+    if rule_of(policy.loss_scale) != rule_of(compiled):
         warnings.warn(
             f"Policy({name!r}, loss_scale={loss_scale!r}): compile() does not take the loss scale from a policy any "
             "more. Pass it an optimizer that has it: experimental.LossScaleOptimizer(optimizer, policy.loss_scale).",
@@ -125,7 +125,7 @@ def set_policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
     return policies.set_policy(Policy(policy) if isinstance(policy, str) else policy)
 
 
-def _rule(loss_scale: Any) -> scaling.ScalingRule:
+def rule_of(loss_scale: Any) -> scaling.ScalingRule:
     """Returns the rule of a loss scale; those of TensorFlow are known by their configurations."""
     config: dict[str, Any] = getattr(loss_scale, "get_config", dict)()
     if "loss_scale_value" in config:

@@ -159,8 +159,7 @@ def parse(text: str) -> ScalingRule:
     if name in PEERS:
         return like(name, **params)
     if name not in _OWN:
-        names = ", ".join([*_OWN, *PEERS])
-        raise ValueError(f"rule must be a number or one of {names}, received {name!r}")
+        raise ValueError(f"rule must be a number or one of {', '.join([*_OWN, *PEERS])}, received {name!r}")
     names = [each.name for each in fields(_OWN[name])]
     if unknown := params.keys() - set(names):
         raise ValueError(

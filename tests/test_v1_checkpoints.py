@@ -1,0 +1,167 @@
+"""Checkpoints of float32 runs, of mixed ones and of TensorFlow's own wrapper: each in each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf1
+from tf1 import V1, X, Y
+
+from tfmixed.compat.v1 import LossScaleOptimizer, checkpoints
+from tfmixed.scaling import DynamicScale
+
+RULE = DynamicScale(initial_scale=64.0, growth_interval=3)
+
+
+def theirs(opt):
+    return V1.mixed_precision.MixedPrecisionLossScaleOptimizer(opt, V1.mixed_precision.DynamicLossScale(64.0, 3))
+
+
+RUNS = {"float32": lambda opt: opt, "mixed": lambda opt: LossScaleOptimizer(opt, RULE), "theirs": theirs}
+
+
+def build(kind):
+    x, y, loss = tf1.network()
+    opt = RUNS[kind](V1.train.AdamOptimizer(0.05))
+    train = opt.minimize(loss, V1.train.get_or_create_global_step())
+    return opt, train, loss, {x: X, y: Y}
+
+
+def saved(kind, folder, steps=4):
+    """Trains and saves; returns the path, and the losses of the next steps."""
+    with tf.Graph().as_default():
+        _, train, loss, feed = build(kind)
+        with tf1.session() as session:
+            for _ in range(steps):
+                session.run(train, feed)
+            path = V1.train.Saver().save(session, str(folder / kind / "model.ckpt"), global_step=steps)
+            return path, [session.run([loss, train], feed)[0] for _ in range(3)]
+
+
+def continued(kind, restore, *fetches):
+    """Returns the losses of a run of another kind that goes on from a checkpoint, and what is fetched at its start."""
+    with tf.Graph().as_default():
+        opt, train, loss, feed = build(kind)
+        restore = restore()
+        with tf1.session() as session:
+            restore(session)
+            seen = session.run([getattr(opt, name) for name in fetches])
+            return [session.run([loss, train], feed)[0] for _ in range(3)], seen
+
+
+def by_saver(path):
+    return lambda: lambda session: V1.train.Saver().restore(session, path)
+
+
+def by_restorer(path):
+    return lambda: checkpoints.restorer(path)
+
+
+def test_a_mixed_checkpoint_restores_into_a_float32_run(tmp_path):
+    """With a plain `Saver`: the names are those of float32."""
+    path, losses = saved("mixed", tmp_path)
+    np.testing.assert_allclose(continued("float32", by_saver(path))[0], losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["float32", "mixed", "theirs"])
+def test_each_checkpoint_restores_into_a_mixed_run(tmp_path, kind):
+    """What the checkpoint lacks starts afresh; TensorFlow's own scale and count of good steps go on."""
+    path, losses = saved(kind, tmp_path)
+    again, (scale, attempted) = continued("mixed", by_restorer(path), "loss_scale", "attempted_steps")
+    np.testing.assert_allclose(again, losses, rtol=1e-4)
+    assert scale == (64.0 if kind == "float32" else 128.0)
+    assert attempted == (4 if kind == "mixed" else 0)
+
+
+@pytest.mark.parametrize("kind", ["float32", "theirs"])
+def test_a_written_checkpoint_restores_with_a_plain_saver(tmp_path, kind):
+    """Also in an unchanged monitored session, which looks for nothing but the file."""
+    path, losses = saved(kind, tmp_path)
+    target = str(tmp_path / "written" / "model.ckpt-4")
+    added = checkpoints.to_mixed(path, target, RULE)
+    assert "tfmixed/attempted_steps" in added
+    again, (scale,) = continued("mixed", by_saver(target), "loss_scale")
+    np.testing.assert_allclose(again, losses, rtol=1e-4)
+    assert scale == (64.0 if kind == "float32" else 128.0)
+    V1.train.update_checkpoint_state(str(tmp_path / "written"), target)
+    with tf.Graph().as_default():
+        _, train, loss, feed = build("mixed")
+        with V1.train.MonitoredTrainingSession(
+            checkpoint_dir=str(tmp_path / "written"), save_checkpoint_secs=None, log_step_count_steps=None
+        ) as session:
+            assert session.run(V1.train.get_global_step()) == 4
+            np.testing.assert_allclose(session.run([loss, train], feed)[0], losses[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "theirs"])
+def test_a_checkpoint_is_made_float32_again(tmp_path, kind):
+    """Nothing is left of the scaling."""
+    path, losses = saved(kind, tmp_path)
+    target = str(tmp_path / "plain" / "model.ckpt")
+    assert checkpoints.to_float32(path, target)
+    names = {name for name, _ in tf.train.list_variables(target)}
+    assert not any("tfmixed" in name or "loss_scale" in name for name in names)
+    np.testing.assert_allclose(continued("float32", by_saver(target))[0], losses, rtol=1e-4)
+
+
+def test_a_monitored_session_restores_through_its_scaffold(tmp_path):
+    """Where the graph is final before the session is made."""
+    path, losses = saved("float32", tmp_path)
+    with tf.Graph().as_default():
+        _, train, loss, feed = build("mixed")
+        restore = checkpoints.restorer(path)
+        scaffold = V1.train.Scaffold(init_fn=lambda _, session: restore(session))
+        with V1.train.MonitoredTrainingSession(scaffold=scaffold) as session:
+            np.testing.assert_allclose(session.run([loss, train], feed)[0], losses[0], rtol=1e-4)
+
+
+def test_what_a_checkpoint_lacks_is_named(tmp_path):
+    """It is of another model."""
+    path, _ = saved("float32", tmp_path)
+    with tf.Graph().as_default():
+        V1.get_variable("other", initializer=1.0)
+        with pytest.raises(ValueError, match="path must be a checkpoint that has other, received"):
+            checkpoints.restorer(path)
+
+
+UNDER_V1 = """
+import sys
+from pathlib import Path
+import numpy as np
+import tensorflow as tf
+tf.compat.v1.disable_v2_behavior()
+import test_v1_checkpoints as tests
+from tfmixed.compat.v1 import checkpoints
+
+folder = Path(sys.argv[1])
+path, losses = tests.saved("theirs", folder)
+names = {name for name, _ in tf.train.list_variables(path)}
+assert any(name.endswith("/beta1_power") for name in names), names
+np.testing.assert_allclose(tests.continued("mixed", tests.by_restorer(path))[0], losses, rtol=1e-4)
+checkpoints.to_mixed(path, folder / "written", 64.0)
+checkpoints.to_float32(path, folder / "plain")
+np.testing.assert_allclose(tests.continued("float32", tests.by_saver(str(folder / "plain")))[0], losses, rtol=1e-4)
+path, losses = tests.saved("float32", folder)
+np.testing.assert_allclose(tests.continued("mixed", tests.by_restorer(path))[0], losses, rtol=1e-4)
+path, losses = tests.saved("mixed", folder)
+np.testing.assert_allclose(tests.continued("float32", tests.by_saver(path))[0], losses, rtol=1e-4)
+"""
+
+
+def test_the_same_under_the_behavior_of_tensorflow_1(tmp_path):
+    """There TensorFlow's own wrapper gives the variables of Adam the name of its branch."""
+    tf1.script(UNDER_V1, tmp_path)
+
+
+def test_the_command_of_the_page(tmp_path):
+    """Both ways."""
+    path, losses = saved("float32", tmp_path)
+    code = (
+        "import runpy, sys; sys.argv[0] = 'x'; runpy.run_module('tfmixed.compat.v1.checkpoints', run_name='__main__')"
+    )
+    mixed, plain = tmp_path / "mixed.ckpt", tmp_path / "plain.ckpt"
+    assert "tfmixed/dynamic_scale" in tf1.script(code, "to-mixed", path, mixed, "--loss-scale", "dynamic")
+    assert "tfmixed/dynamic_scale" in tf1.script(code, "to-float32", mixed, plain)
+    np.testing.assert_allclose(continued("mixed", by_saver(str(mixed)))[0], losses, rtol=1e-4)
+    np.testing.assert_allclose(continued("float32", by_saver(str(plain)))[0], losses, rtol=1e-4)

@@ -1,0 +1,128 @@
+"""What `conversion_report` says of graphs that were and were not converted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf1
+from tf1 import V1, X, Y
+
+import tfmixed.compat.v1 as shim
+from tfmixed import hardware
+from tfmixed.compat.v1 import conversion_report, lists, rewrite
+
+fast = pytest.mark.skipif(hardware.describe().policy != "mixed_bfloat16", reason="a CPU that is fast in bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def _switched_off_again():
+    yield
+    if rewrite.is_enabled():
+        shim.disable_mixed_precision_graph_rewrite()
+
+
+def training(opt):
+    x, y, loss = tf1.network()
+    return opt.minimize(loss), {x: X, y: Y}
+
+
+@fast
+def test_a_session_that_converts():
+    """Nodes by operation and type, the casts, and what was refused by which list."""
+    opt = shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
+    with tf.Graph().as_default():
+        train, feed = training(opt)
+        with tf1.session(V1.ConfigProto()) as session:
+            session.run(train, feed)
+            report = conversion_report(session, train, feed)
+    assert report.dtype == "bfloat16"
+    assert report.converted["MatMul"] == 5
+    assert "MatMul" not in report.refused.get("allow", {})
+    assert report.refused["deny"]["SparseSoftmaxCrossEntropyWithLogits"] == 1
+    assert min(report.casts) >= 2
+    counted = {count.operation: count for count in report.counts if count.dtype == "bfloat16"}
+    assert (counted["MatMul"].list, counted["MatMul"].nodes) == ("allow", 5)
+    printed = str(report)
+    assert f"casts added: {report.casts[0]} to it, {report.casts[1]} back" in printed
+    assert "SparseSoftmaxCrossEntropyWithLogits" in printed
+
+
+def test_a_session_that_converts_nothing():
+    """All is float32, and no cast was added."""
+    with tf.Graph().as_default():
+        train, feed = training(V1.train.AdamOptimizer())
+        with tf1.session() as session:
+            report = conversion_report(session, train, feed)
+    assert (report.dtype, report.converted, report.casts) == (None, {}, (0, 0))
+    assert report.refused["allow"] == {"MatMul": 5}
+
+
+@fast
+def test_a_function_is_reported_as_often_as_one_asks():
+    """TensorFlow shows a graph once for each set of options; options are as before afterwards."""
+    shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
+    weight = tf.Variable(tf.ones((32, 32)))
+    function = tf.function(lambda x: tf.reduce_sum(tf.nn.relu(x @ weight) @ weight))
+    before = tf.config.optimizer.get_experimental_options()
+    function(tf.ones((4, 32)))
+    reports = [conversion_report(function, tf.ones((4, 32))) for _ in range(3)]
+    assert [report.converted["MatMul"] for report in reports] == [2, 2, 2]
+    assert reports[0] == reports[2]
+    assert tf.config.optimizer.get_experimental_options() == before
+
+
+@fast
+def test_what_is_fetched_is_not_converted():
+    """It is a product in float32, though its list allows it."""
+    shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
+    with tf.Graph().as_default():
+        x = V1.placeholder(tf.float32, (16, 16))
+        product = tf.nn.relu(x @ x) @ x
+        with V1.Session() as session:
+            report = conversion_report(session, product, {x: np.ones((16, 16))})
+    assert report.converted["MatMul"] == 1
+    assert report.refused["allow"] == {"MatMul": 1}
+
+
+@fast
+def test_fused_kernels_go_by_the_name_of_their_operation():
+    """A convolution with bias and ReLU is one kernel of oneDNN."""
+    shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
+    kernel, bias = tf.Variable(tf.ones((3, 3, 8, 8))), tf.Variable(tf.ones(8))
+
+    @tf.function
+    def function(x):
+        for _ in range(2):
+            x = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, kernel, 1, "SAME"), bias))
+        return tf.reduce_sum(x)
+
+    assert conversion_report(function, tf.ones((2, 8, 8, 8))).converted["Conv2D"] == 2
+
+
+def test_anything_else_is_an_error():
+    """With what it was."""
+    with pytest.raises(TypeError, match=r"runner must be a session or a tf\.function, received <function"):
+        conversion_report(lambda: None)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_lists_are_those_of_this_tensorflow(dtype):
+    """None is empty, and no operation is on two: that would switch the pass off."""
+    found = lists._lists(dtype)
+    assert min(map(len, found.values())) >= 7
+    assert sum(map(len, found.values())) == len(frozenset().union(*found.values()))
+    assert [lists.list_of(name, dtype) for name in ("Conv2D", "Mul", "Exp", "Reshape", "Fft")] == [
+        "allow",
+        "infer",
+        "deny",
+        "clear",
+        "none",
+    ]
+
+
+def test_the_lists_follow_the_environment(monkeypatch):
+    """Under the old names too."""
+    monkeypatch.setenv("TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_INFERLIST_REMOVE", "Mul,Add")
+    monkeypatch.setenv("TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_BLACKLIST_ADD", "Mul")
+    assert [lists.list_of(name, "float16") for name in ("Mul", "Add", "AddV2")] == ["deny", "none", "infer"]

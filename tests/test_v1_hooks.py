@@ -1,0 +1,132 @@
+"""`LossScaleHook`: the log of a session, and its summaries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tf1 import V1
+
+from tfmixed import records
+from tfmixed.compat.v1 import LossScaleHook, LossScaleOptimizer
+from tfmixed.errors import LossScaleExhausted
+from tfmixed.records import Progress, RunRecord, ScaleChange
+from tfmixed.scaling import DynamicScale
+
+RULE = DynamicScale(initial_scale=8.0, growth_interval=2, min_scale=2.0)
+
+
+def run(trace, folder=None, checkpoints=None, rule=RULE, **arguments):
+    """Trains in a monitored session, and returns the scale that a tensor of it had in each step."""
+    with tf.Graph().as_default():
+        given = V1.placeholder(tf.float32, [2])
+        weight = V1.get_variable("w", initializer=tf.constant([1.0, 2.0]))
+        limit = arguments.pop("max_consecutive_skips", 100)
+        optimizer = LossScaleOptimizer(V1.train.AdamOptimizer(), rule, max_consecutive_skips=limit)
+        train = optimizer.minimize(tf.reduce_sum(weight * given), V1.train.get_or_create_global_step())
+        path = None if folder is None else Path(folder) / "loss_scale.jsonl"
+        hook = LossScaleHook(optimizer, path, **arguments)
+        with V1.train.MonitoredTrainingSession(
+            checkpoint_dir=checkpoints and str(checkpoints), hooks=[hook], log_step_count_steps=None
+        ) as session:
+            feeds = [{given: [1.0, 1.0 if letter == "T" else np.inf]} for letter in trace]
+            return [float(session.run([train, "tfmixed/loss_scale:0"], feed)[1]) for feed in feeds]
+
+
+def log(folder):
+    return records.read_log(folder / "loss_scale.jsonl")
+
+
+CHANGES = [
+    ScaleChange(1, 8.0, 16.0, "growth"),
+    ScaleChange(2, 16.0, 8.0, "overflow", "w"),
+    ScaleChange(3, 8.0, 4.0, "overflow", "w"),
+]
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_each_change_is_logged_with_its_step(tmp_path, capsys, every):
+    """However rarely the hook looks; and printed as the callback prints it."""
+    assert run("TTFFT", tmp_path, every=every) == [8.0, 8.0, 16.0, 8.0, 4.0]
+    first, *changes, last = log(tmp_path)
+    assert isinstance(first, RunRecord)
+    assert (first.step, first.loss_scale, first.optimizer) == (0, 8.0, "AdamOptimizer")
+    assert changes == CHANGES
+    assert last == Progress(4, None, 4.0, 2, pytest.approx(2**0.5))
+    assert capsys.readouterr().out.splitlines() == [str(change) for change in CHANGES]
+
+
+def test_a_run_that_goes_on_continues_the_log(tmp_path, capsys):
+    """And one that starts afresh replaces it."""
+    for trace in ("TTF", "FT"):
+        run(trace, tmp_path, checkpoints=tmp_path / "checkpoints", verbose=0)
+    steps = [(each.event, each.step) for each in log(tmp_path)]
+    changes = [("scale_change", step) for step in (1, 2, 3)]
+    assert steps == [("run", 0), *changes[:2], ("progress", 2), ("run", 3), changes[2], ("progress", 4)]
+    run("T", tmp_path, verbose=0)
+    assert [each.event for each in log(tmp_path)] == ["run", "progress"]
+    assert capsys.readouterr().out == ""
+
+
+def test_the_summaries_have_the_scale_at_the_step_of_each_change(tmp_path):
+    """And all three numbers whenever the hook looks."""
+    run("TTFFT", summary_dir=tmp_path, every=5, verbose=0)
+    (file,) = tmp_path.glob("events*")
+    seen = {
+        (value.tag, event.step): value.simple_value
+        for event in V1.train.summary_iterator(str(file))
+        for value in event.summary.value
+    }
+    assert {step: scale for (tag, step), scale in seen.items() if tag == "loss_scale"} == {1: 16, 2: 8, 3: 4, 5: 4}
+    assert (seen["skipped_steps", 5], seen["gradient_norm", 5]) == (2, pytest.approx(2**0.5))
+
+
+def test_a_run_that_is_stuck_ends_with_advice(tmp_path):
+    """The log is written up to there."""
+    with pytest.raises(LossScaleExhausted, match=r"All 4 steps since step 1 .* w \(4 times\)"):
+        run("TFFFFFF", tmp_path, every=5, max_consecutive_skips=3, verbose=0)
+    assert [each.step for each in log(tmp_path) if isinstance(each, ScaleChange)] == [1, 2]
+
+
+def test_more_changes_than_the_ring_holds_are_counted(tmp_path, monkeypatch):
+    """Those that are lost."""
+    monkeypatch.setattr("tfmixed.compat.v1.graphs.EVENT_CAPACITY", 2)
+    run("FFFF", tmp_path, rule=DynamicScale(initial_scale=2.0**10), verbose=0)
+    lost, *changes = log(tmp_path)[1:-1]
+    assert (lost.event, lost.count, lost.before_step) == ("events_lost", 2, 2)
+    assert [change.step for change in changes] == [2, 3]
+
+
+@pytest.mark.parametrize("arguments", [{"every": 0}, {"verbose": -1}])
+def test_arguments_out_of_range(arguments):
+    """By name."""
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        LossScaleHook(LossScaleOptimizer(V1.train.AdamOptimizer()), **arguments)
+
+
+def test_another_optimizer_is_refused():
+    """It has no scale."""
+    with pytest.raises(TypeError, match="optimizer must be a tfmixed"):
+        LossScaleHook(V1.train.AdamOptimizer())
+
+
+def test_a_hook_of_ones_own_fetches_the_scale_by_name():
+    """As scripts do."""
+
+    class Own(V1.train.SessionRunHook):
+        def before_run(self, run_context):
+            return V1.train.SessionRunArgs("tfmixed/loss_scale:0")
+
+        def after_run(self, run_context, run_values):
+            seen.append(run_values.results)
+
+    seen = []
+    with tf.Graph().as_default():
+        weight = V1.get_variable("w", initializer=1.0)
+        train = LossScaleOptimizer(V1.train.AdamOptimizer(), RULE).minimize(weight * np.inf)
+        with V1.train.MonitoredTrainingSession(hooks=[Own()]) as session:
+            for _ in range(3):
+                session.run(train)
+    assert seen == [8.0, 4.0, 2.0]

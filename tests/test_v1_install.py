@@ -1,0 +1,345 @@
+"""`install` and the table of legacy spellings in docs/tf1.md: a test for each row."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf1
+from tf1 import V1, X, Y
+
+import tfmixed
+import tfmixed.compat.v1 as shim
+from tfmixed import hardware
+from tfmixed.compat.v1 import conversion_report, rewrite
+from tfmixed.scaling import ConstantScale
+
+PAGE = Path(__file__).parent.parent / "docs" / "tf1.md"
+converts = hardware.describe().policy == "mixed_bfloat16"
+CLASSIC = (
+    "opt = tf.train.AdamOptimizer(0.05)\nopt = tf.train.experimental.enable_mixed_precision_graph_rewrite(opt)",
+    "opt = tf.train.AdamOptimizer(0.05)\nopt = tf.compat.v1.mixed_precision.enable_mixed_precision_graph_rewrite(opt)",
+)
+# Warnings where this machine converts nothing are tested elsewhere.
+pytestmark = pytest.mark.filterwarnings("ignore:the graph rewrite converts nothing here")
+
+
+@pytest.fixture
+def installed():
+    shim.install()
+    yield
+    shim.uninstall()
+    if rewrite.is_enabled():
+        rewrite.disable()
+
+
+def train(opt, config=None):
+    """Trains in a session; returns first and last loss, and how many products ran in half precision."""
+    x, y, loss = tf1.network()
+    step = V1.train.get_or_create_global_step()
+    train = opt.minimize(loss, global_step=step)
+    with tf1.session(config) as session:
+        feed = {x: X, y: Y}
+        losses = [session.run([loss, train], feed)[0] for _ in range(20)]
+        assert session.run(step) == 20
+        return losses[0], losses[-1], conversion_report(session, train, feed).converted.get("MatMul", 0)
+
+
+def check_trained(opt, config=None):
+    with tf.Graph().as_default():
+        first, last, products = train(opt, config)
+    assert last < 0.8 * first
+    assert (products > 0) == converts
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("package", [tf, V1, shim], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("kind", ["session", "monitored", "function"])
+def test_the_classic_two_lines_train(package, kind):
+    """Literally, under each import: in a session, in a monitored one, in a function."""
+    names = {"tf": package}
+    exec(CLASSIC[0], names)
+    opt = names["opt"]
+    assert isinstance(opt, shim.LossScaleOptimizer)
+    if kind == "session":
+        check_trained(opt, V1.ConfigProto())
+    elif kind == "monitored":
+        with tf.Graph().as_default():
+            x, y, loss = tf1.network()
+            step = opt.minimize(loss, global_step=V1.train.get_or_create_global_step())
+            with V1.train.MonitoredTrainingSession() as session:
+                losses = [session.run([loss, step], {x: X, y: Y})[0] for _ in range(20)]
+                assert ("MatMul" in conversion_report(session, step, {x: X, y: Y}).converted) == converts
+        assert losses[-1] < 0.8 * losses[0]
+    else:
+        kernels = [tf.Variable(keras.initializers.GlorotUniform(1)(shape)) for shape in ((8, 16), (16, 3))]
+
+        def loss():
+            logits = tf.nn.relu(tf.constant(X) @ kernels[0]) @ kernels[1]
+            return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(Y, logits))
+
+        @tf.function
+        def function():
+            opt.minimize(loss, var_list=kernels)
+
+        before = float(loss())
+        for _ in range(20):
+            function()
+        assert float(loss()) < 0.8 * before
+        assert ("MatMul" in conversion_report(function).converted) == converts
+
+
+# One function for each row of the table.
+
+
+def experimental_enable():
+    names = {"tf": tf}
+    exec(CLASSIC[0], names)
+    check_trained(names["opt"])
+
+
+def v1_enable(module):
+    opt = module.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer(0.05), 64)
+    assert isinstance(opt, shim.LossScaleOptimizer)
+    assert opt.rule == ConstantScale(64)
+    check_trained(opt, V1.ConfigProto())
+
+
+def disable(module):
+    module.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
+    module.disable_mixed_precision_graph_rewrite()
+    with tf.Graph().as_default():
+        assert train(V1.train.AdamOptimizer(), V1.ConfigProto())[2] == 0
+    assert not rewrite.is_enabled()
+
+
+def optimizers():
+    for name in (name for name in dir(V1.train) if not name.startswith("_")):
+        assert hasattr(tf.train, name)
+    assert tf.train.AdamOptimizer is V1.train.AdamOptimizer
+
+
+def follows(scale, second):
+    with tf.Graph().as_default():
+        scale = scale()
+        opt = tf.train.experimental.MixedPrecisionLossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), scale)
+        weight = V1.get_variable("w", initializer=1.0)
+        train = opt.minimize(weight * np.inf)
+        told = tf.identity(scale())
+        with tf1.session() as session:
+            session.run(train)
+            assert session.run([weight, told, opt.skipped_steps]) == [1.0, second, 1]
+
+
+def manager(make, trace, scales):
+    given = make()
+    opt = tf.contrib.mixed_precision.LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), given)
+    assert tfmixed.scaling.simulate(opt.rule, trace) == scales
+    assert float(given.get_loss_scale()) == opt.rule.start().scale
+
+
+def contrib_import():
+    module = importlib.import_module("tensorflow.contrib.mixed_precision")
+    assert module.FixedLossScaleManager is shim.FixedLossScaleManager
+
+
+def contrib_optimizer():
+    fixed = tf.contrib.mixed_precision.FixedLossScaleManager(64)
+    opt = tf.contrib.mixed_precision.LossScaleOptimizer(V1.train.AdamOptimizer(0.05), fixed)
+    with tf.Graph().as_default():
+        first, last, _ = train(opt)
+    assert last < 0.8 * first
+
+
+def policy():
+    policy = tf.keras.mixed_precision.experimental.Policy("mixed_float16")
+    assert (policy.compute_dtype, policy.loss_scale) == ("float16", "dynamic")
+
+
+def set_policy():
+    tf.keras.mixed_precision.experimental.set_policy("float64")
+    assert keras.config.dtype_policy().name == "float64"
+    keras.config.set_dtype_policy("float32")
+    shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer(), dtype="bfloat16")
+    with pytest.raises(ValueError, match="called first"):
+        tf.keras.mixed_precision.experimental.set_policy("mixed_bfloat16")
+
+
+def keras_optimizer():
+    opt = tf.keras.mixed_precision.experimental.LossScaleOptimizer(tf.keras.optimizers.SGD(), "dynamic")
+    assert isinstance(opt, tfmixed.LossScaleOptimizer)
+
+
+def direct():
+    config = V1.ConfigProto()
+    config.graph_options.rewrite_options.auto_mixed_precision = 1
+    check_trained(V1.train.AdamOptimizer(0.05), config)
+    with tf.Graph().as_default():
+        assert train(V1.train.AdamOptimizer(0.05), V1.ConfigProto())[2] == 0
+
+
+def environment(variable, rewrites, scales):
+    def check():
+        shim.uninstall()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(variable, "1")
+            shim.install()
+        with tf.Graph().as_default():
+            first, last, products = train(V1.train.AdamOptimizer(0.05), V1.ConfigProto())
+            scaled = any(variable.name.startswith("tfmixed/") for variable in V1.global_variables())
+        assert last < 0.8 * first
+        assert (products > 0, scaled) == (rewrites and converts, scales)
+
+    return check
+
+
+ROWS = {
+    "tf.train.AdamOptimizer()": optimizers,
+    "tf.train.experimental.enable_mixed_precision_graph_rewrite(opt)": experimental_enable,
+    "tf.train.experimental.disable_mixed_precision_graph_rewrite()": lambda: disable(tf.train.experimental),
+    "tf.train.experimental.MixedPrecisionLossScaleOptimizer(opt, scale)": lambda: follows(
+        lambda: shim.FixedLossScale(4.0), 4.0
+    ),
+    "tf.train.experimental.FixedLossScale(128)": lambda: follows(
+        lambda: tf.train.experimental.FixedLossScale(128), 128.0
+    ),
+    "tf.train.experimental.DynamicLossScale()": lambda: follows(tf.train.experimental.DynamicLossScale, 2.0**14),
+    "tf.mixed_precision.experimental.FixedLossScale(128)": lambda: follows(
+        lambda: tf.mixed_precision.experimental.FixedLossScale(128), 128.0
+    ),
+    "tf.mixed_precision.experimental.DynamicLossScale()": lambda: follows(
+        tf.mixed_precision.experimental.DynamicLossScale, 2.0**14
+    ),
+    "tf.compat.v1.train.experimental.enable_mixed_precision_graph_rewrite(opt)": lambda: v1_enable(
+        V1.train.experimental
+    ),
+    "tf.compat.v1.mixed_precision.enable_mixed_precision_graph_rewrite(opt)": lambda: v1_enable(V1.mixed_precision),
+    "tf.compat.v1.mixed_precision.disable_mixed_precision_graph_rewrite()": lambda: disable(V1.mixed_precision),
+    "tf.compat.v1.mixed_precision.DynamicLossScale()": lambda: follows(V1.mixed_precision.DynamicLossScale, 2.0**14),
+    "tf.contrib.mixed_precision.LossScaleOptimizer(opt, manager)": contrib_optimizer,
+    "tf.contrib.mixed_precision.FixedLossScaleManager(5000)": lambda: manager(
+        lambda: tf.contrib.mixed_precision.FixedLossScaleManager(5000), "TF", [5000.0, 5000.0]
+    ),
+    "tf.contrib.mixed_precision.ExponentialUpdateLossScaleManager(2**15, 1000)": lambda: manager(
+        lambda: tf.contrib.mixed_precision.ExponentialUpdateLossScaleManager(2.0, 2, 2, 4, 0.25),
+        "TTFTFFFF",
+        [2.0, 8.0, 8.0, 8.0, 2.0, 2.0, 1.0, 1.0],
+    ),
+    "from tensorflow.contrib.mixed_precision import FixedLossScaleManager": contrib_import,
+    'tf.keras.mixed_precision.experimental.Policy("mixed_float16")': policy,
+    'tf.keras.mixed_precision.experimental.set_policy("mixed_float16")': set_policy,
+    'tf.keras.mixed_precision.experimental.LossScaleOptimizer(opt, "dynamic")': keras_optimizer,
+    "config.graph_options.rewrite_options.auto_mixed_precision = 1": direct,
+    "TF_ENABLE_AUTO_MIXED_PRECISION=1": environment("TF_ENABLE_AUTO_MIXED_PRECISION", True, True),
+    "TF_ENABLE_AUTO_MIXED_PRECISION_GRAPH_REWRITE=1": environment(
+        "TF_ENABLE_AUTO_MIXED_PRECISION_GRAPH_REWRITE", True, False
+    ),
+    "TF_ENABLE_AUTO_MIXED_PRECISION_LOSS_SCALING=1": environment(
+        "TF_ENABLE_AUTO_MIXED_PRECISION_LOSS_SCALING", False, True
+    ),
+}
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("check", ROWS.values(), ids=ROWS)
+def test_each_row_of_the_table_is_so(check):
+    """In the order of the page."""
+    check()
+
+
+def test_the_table_has_just_these_rows():
+    """A new spelling needs a test."""
+    section = PAGE.read_text().split("## Every legacy spelling")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(.*?)`", section, flags=re.MULTILINE) == list(ROWS)
+
+
+def everything():
+    """Returns what could be touched: names, modules, methods, the registry."""
+    from tensorflow.python.client.session import BaseSession
+    from tensorflow.python.training.experimental import mixed_precision
+
+    places = [tf, tf.train, tf.train.experimental, V1, V1.train, V1.train.experimental, V1.mixed_precision]
+    places += [tf.keras.mixed_precision, V1.keras.mixed_precision]
+    return (
+        [{name: id(value) for name, value in vars(place).items()} for place in places],
+        {name: id(module) for name, module in sys.modules.items() if name.startswith("tensorflow.contrib")},
+        [V1.train.Optimizer.compute_gradients, V1.train.Optimizer.apply_gradients, BaseSession.__init__],
+        dict(mixed_precision._REGISTERED_WRAPPER_OPTIMIZER_CLS),
+    )
+
+
+def test_installing_touches_nothing_that_exists_and_is_undone_exactly(monkeypatch):
+    """Twice each, with the environment variable that does most."""
+    shim.install()
+    shim.uninstall()
+    before = everything()
+    monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION", "1")
+    shim.install()
+    shim.install()
+    for old, new in zip(before[0], everything()[0], strict=True):
+        assert old.items() <= new.items()
+    shim.uninstall()
+    shim.uninstall()
+    assert everything() == before
+    assert not rewrite.is_enabled()
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_somebody_else_put_there_stays(monkeypatch):
+    """Before and after."""
+    shim.uninstall()
+    monkeypatch.setattr(tf, "contrib", "theirs", raising=False)
+    shim.install()
+    assert tf.contrib == "theirs"
+    shim.uninstall()
+    assert tf.contrib == "theirs"
+
+
+class OwnApply(V1.train.GradientDescentOptimizer):
+    def apply_gradients(self, grads_and_vars, global_step=None, name=None):
+        return super().apply_gradients(grads_and_vars, global_step, name)
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_variable_scales_nobody_who_scales_or_applies_by_himself(monkeypatch):
+    """A wrapped optimizer scales once; one with a step of its own is named in a warning, and trains."""
+    shim.uninstall()
+    monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION_LOSS_SCALING", "1")
+    shim.install()
+    with tf.Graph().as_default():
+        weight = V1.get_variable("w", initializer=1.0)
+        opt = shim.LossScaleOptimizer(V1.train.GradientDescentOptimizer(0.5), 64)
+        once = opt.minimize(weight * 1.0)
+        with pytest.warns(UserWarning, match="OwnApply has its own apply_gradients, so its loss is not scaled"):
+            own = OwnApply(0.25).minimize(weight * 1.0)
+        assert {variable.name.split("/")[0] for variable in V1.global_variables()} == {"w:0", "tfmixed"}
+        with tf1.session() as session:
+            session.run(once)
+            session.run(own)
+            assert session.run(weight) == 0.25
+
+
+def test_the_import_falls_through_to_tensorflow_1():
+    """Names of the shim first; what neither has is an error that says so."""
+    assert shim.placeholder is V1.placeholder
+    assert shim.train.AdamOptimizer is V1.train.AdamOptimizer
+    assert shim.mixed_precision.DynamicLossScale is shim.DynamicLossScale
+    assert {"install", "placeholder", "train"} <= set(dir(shim))
+    assert {"experimental", "AdamOptimizer"} <= set(dir(shim.train))
+    with pytest.raises(AttributeError, match=r"neither .* nor tensorflow.compat.v1 has an attribute 'nonsense'"):
+        _ = shim.nonsense
+
+
+def test_it_is_imported_by_nobody_but_who_asks():
+    """Neither by the package nor by the other names of older versions."""
+    code = "import sys, tfmixed; tfmixed.compat.keras2; print('tfmixed.compat.v1' in sys.modules);"
+    assert tf1.script(code + "tfmixed.compat.v1.install(); print('tfmixed.compat.v1' in sys.modules)").split() == [
+        "False",
+        "True",
+    ]

@@ -1,0 +1,433 @@
+"""The optimizer of `tfmixed.compat.v1`: its rules, its checks, its variables, in graphs and functions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf1
+from tf1 import V1
+
+from tfmixed import scaling
+from tfmixed.compat.v1 import DynamicLossScale, FixedLossScale, LossScaleOptimizer
+from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
+
+TRACE = "TTTFTTFFTTTT"
+RULE = DynamicScale(initial_scale=8.0, growth_interval=2, min_scale=2.0)
+
+
+@pytest.fixture(autouse=True)
+def graph():
+    with tf.Graph().as_default() as made:
+        yield made
+
+
+def quadratic(start=(1.0, 2.0), name="w"):
+    """Returns a placeholder for gradients, their variable, and a loss that has them."""
+    given = V1.placeholder(tf.float32, [len(start)], name + "_gradient")
+    weight = V1.get_variable(name, initializer=tf.constant(start))
+    return given, weight, tf.reduce_sum(weight * given)
+
+
+def steps(session, train, given, trace, *fetches):
+    """Takes a step a letter, and returns what is fetched after each."""
+    seen = []
+    for letter in trace:
+        session.run(train, {given: [1.0, 1.0 if letter == "T" else np.inf]})
+        seen.append(session.run(fetches))
+    return seen
+
+
+@pytest.mark.parametrize("rule", [RULE, 128.0, LogMaxScale(max_scale=2.0**20), scaling.like("deepspeed")], ids=str)
+def test_every_rule_moves_as_simulate_says(rule):
+    """Scale, counters, weights and global_step after each step; a constant scale skips and counts too."""
+    given, weight, loss = quadratic()
+    step = V1.train.get_or_create_global_step()
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), rule)
+    train = optimizer.minimize(loss, global_step=step)
+    with tf1.session() as session:
+        seen = steps(session, train, given, TRACE, optimizer._state().read("dynamic_scale"), weight, step)
+        counters = session.run([optimizer.attempted_steps, optimizer.skipped_steps, optimizer.consecutive_skips])
+    scales, weights, numbers = zip(*seen, strict=True)
+    np.testing.assert_allclose(scales, scaling.simulate(rule, TRACE, [1.0] * len(TRACE)), rtol=1e-5)
+    taken = np.cumsum([letter == "T" for letter in TRACE])
+    np.testing.assert_array_equal(numbers, taken)
+    np.testing.assert_array_equal(np.array(weights)[:, 0], 1.0 - taken)
+    assert counters == [12, 3, 0]
+
+
+@pytest.mark.parametrize(("letter", "bound"), [("F", 0.0), ("T", np.inf)])
+def test_the_scale_reaches_neither_0_nor_inf(letter, bound):
+    """However long it goes one way."""
+    given, _, loss = quadratic()
+    optimizer = LossScaleOptimizer(V1.train.AdamOptimizer(), scaling.like("torch", growth_interval=1))
+    train = optimizer.minimize(loss)
+    with tf1.session() as session:
+        scales = [each for (each,) in steps(session, train, given, letter * 200, optimizer.loss_scale)]
+        assert np.isfinite(session.run(V1.trainable_variables())).all()
+    assert bound not in scales
+    assert np.isfinite(scales).all()
+
+
+CLIPS = {
+    "by value": lambda gradient: tf.clip_by_value(gradient, -1.0, 1.0),
+    "zeros": lambda gradient: tf.where(tf.math.is_finite(gradient), gradient, 0.0),
+    "none": lambda gradient: gradient,
+}
+
+
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
+def test_no_clipping_hides_an_overflow(clip):
+    """The check stands before what a script does to its gradients; the norm that is told is that before, too."""
+    given, weight, loss = quadratic()
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), RULE)
+    pairs = [(clip(gradient), variable) for gradient, variable in optimizer.compute_gradients(loss)]
+    train = optimizer.apply_gradients(pairs)
+    with tf1.session() as session:
+        session.run(train, {given: [1.0, np.inf]})
+        np.testing.assert_array_equal(session.run(weight), [1.0, 2.0])
+        assert session.run([optimizer.loss_scale, optimizer.skipped_steps]) == [4.0, 1]
+        session.run(train, {given: [3.0, 4.0]})
+        assert session.run(optimizer.gradient_norm) == pytest.approx(5.0)
+
+
+def test_what_a_script_does_to_gradients_is_checked_too():
+    """A NaN that comes in between skips the step."""
+    given, weight, loss = quadratic()
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), RULE)
+    pairs = [(gradient / tf.zeros_like(gradient), variable) for gradient, variable in optimizer.compute_gradients(loss)]
+    train = optimizer.apply_gradients(pairs)
+    with tf1.session() as session:
+        session.run(train, {given: [1.0, 1.0]})
+        np.testing.assert_array_equal(session.run(weight), [1.0, 2.0])
+
+
+def test_an_overflow_is_remembered_over_runs_of_the_session():
+    """Gradients that are computed in one run and applied in another, clipped in between."""
+    given, weight, loss = quadratic()
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), RULE)
+    ((gradient, _),) = optimizer.compute_gradients(loss)
+    kept = V1.get_variable("kept", initializer=tf.zeros(2), trainable=False)
+    add = kept.assign_add(tf.clip_by_value(gradient, -1.0, 1.0))
+    train = optimizer.apply_gradients([(kept, weight)])
+    with tf1.session() as session:
+        for numbers in ([1.0, np.inf], [1.0, 1.0]):
+            session.run(add, {given: numbers})
+        session.run(train)
+        np.testing.assert_array_equal(session.run(weight), [1.0, 2.0])
+        session.run(add, {given: [1.0, 1.0]})
+        session.run(train)
+        assert session.run(optimizer.skipped_steps) == 1
+
+
+def test_finite_gradients_beyond_float32s_square_are_applied():
+    """Adam would make inf of their squares: they are made smaller, as by the other optimizers."""
+    given, weight, loss = quadratic()
+    optimizer = LossScaleOptimizer(V1.train.AdamOptimizer(0.5), 1.0)
+    train = optimizer.minimize(loss)
+    with tf1.session() as session:
+        session.run(train, {given: [1e30, 1e30]})
+        np.testing.assert_allclose(session.run(weight), [0.5, 1.5], rtol=1e-4)
+
+
+def test_sparse_gradients_stay_sparse():
+    """Only the rows that were looked up move, under an optimizer whose sparse update is lazy."""
+    table = V1.get_variable("table", initializer=tf.ones((6, 2)))
+    rows = V1.placeholder(tf.int32, [None])
+    optimizer = LossScaleOptimizer(V1.train.MomentumOptimizer(1.0, 0.9), RULE)
+    pairs = optimizer.compute_gradients(tf.reduce_sum(tf.gather(table, rows)))
+    assert isinstance(pairs[0][0], tf.IndexedSlices)
+    train = optimizer.apply_gradients(pairs)
+    with tf1.session() as session:
+        session.run(train, {rows: [1, 1, 4]})
+        np.testing.assert_array_equal(session.run(table)[:, 0], [1, -1, 1, 1, 0, 1])
+
+
+def test_towers_take_one_decision():
+    """One that overflows makes the step skipped for all, also where clipping follows."""
+    given = [V1.placeholder(tf.float32, [2]) for _ in range(2)]
+    weight = V1.get_variable("w", initializer=tf.constant([1.0, 2.0]))
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), RULE)
+    towers = []
+    for number, each in enumerate(given):
+        with V1.name_scope(f"tower_{number}"):
+            towers.append(optimizer.compute_gradients(tf.reduce_sum(weight * each)))
+    mean = tf.add_n([tf.clip_by_value(tower[0][0], -1.0, 1.0) for tower in towers]) / 2.0
+    train = optimizer.apply_gradients([(mean, weight)])
+    with tf1.session() as session:
+        for bad, skipped in ((None, 0), (0, 1), (1, 2)):
+            feed = {each: [1.0, np.inf if number == bad else 1.0] for number, each in enumerate(given)}
+            session.run(train, feed)
+            assert session.run(optimizer.skipped_steps) == skipped
+        np.testing.assert_array_equal(session.run(weight), [0.0, 1.0])
+
+
+def test_questions_to_the_wrapped_optimizer_are_answered():
+    """Slots, their names, the learning rate, whatever else it has."""
+    _, weight, loss = quadratic()
+    inner = V1.train.AdamOptimizer(0.25)
+    optimizer = LossScaleOptimizer(inner)
+    optimizer.minimize(loss)
+    assert optimizer.get_slot_names() == ["m", "v"]
+    assert optimizer.get_slot(weight, "m") is inner.get_slot(weight, "m") is not None
+    assert (optimizer._lr, optimizer.get_name()) == (0.25, "Adam")
+    assert {variable.name for variable in inner.variables()} < {variable.name for variable in optimizer.variables()}
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = optimizer.nonsense
+
+
+def test_sync_replicas_is_refused_with_the_reason():
+    """Inside and outside: it would hang at the first skipped step."""
+    _, _, loss = quadratic()
+    inner, step = V1.train.GradientDescentOptimizer(1.0), V1.train.get_or_create_global_step()
+    synchronous = V1.train.SyncReplicasOptimizer(LossScaleOptimizer(inner), 1)
+    with pytest.raises(NotImplementedError, match="wait for ever"):
+        synchronous.minimize(loss, global_step=step)
+    synchronous = V1.train.SyncReplicasOptimizer(inner, 1)
+    with pytest.raises(NotImplementedError, match="wait for ever"):
+        LossScaleOptimizer(synchronous)
+
+
+@pytest.mark.parametrize("wrapped", [object(), tf.keras.optimizers.SGD(), LossScaleOptimizer(V1.train.AdamOptimizer())])
+def test_what_is_no_optimizer_of_tensorflow_1_is_refused(wrapped):
+    """Or scales by itself."""
+    with pytest.raises(ValueError, match="opt must"):
+        LossScaleOptimizer(wrapped)
+
+
+class OwnScale(V1.mixed_precision.LossScale):
+    def __call__(self):
+        return tf.constant(1.0)
+
+    def update(self, grads):
+        return tf.no_op(), True
+
+    def get_config(self):
+        return {}
+
+
+@pytest.mark.parametrize("loss_scale", [None, "static", -1, OwnScale()])
+def test_what_is_no_loss_scale_is_refused(loss_scale):
+    """With the name of the argument."""
+    with pytest.raises(ValueError, match="loss_scale"):
+        LossScaleOptimizer(V1.train.AdamOptimizer(), loss_scale)
+
+
+def test_no_gradient_at_all_is_an_error():
+    """As in TensorFlow."""
+    weight = V1.get_variable("w", initializer=1.0)
+    with pytest.raises(ValueError, match="at least one gradient"):
+        LossScaleOptimizer(V1.train.AdamOptimizer()).apply_gradients([(None, weight)])
+
+
+LOSS_SCALES = {
+    "number": (64, ConstantScale(64)),
+    "dynamic": ("dynamic", DynamicScale()),
+    "rule": (RULE, RULE),
+    "fixed": (FixedLossScale(64), ConstantScale(64)),
+    "ours": (DynamicLossScale(64, 3, 4), scaling.like("tf1", initial_scale=64.0, growth_interval=3, factor=4.0)),
+}
+
+
+@pytest.mark.parametrize(("loss_scale", "rule"), LOSS_SCALES.values(), ids=LOSS_SCALES)
+def test_whatever_stands_for_a_loss_scale_is_one(loss_scale, rule):
+    """As a rule."""
+    optimizer = LossScaleOptimizer(V1.train.AdamOptimizer(), loss_scale)
+    assert optimizer.rule == rule
+
+
+@pytest.mark.parametrize("kind", ["FixedLossScale", "DynamicLossScale"])
+@pytest.mark.parametrize("package", [V1.mixed_precision, V1.train.experimental], ids=lambda each: each.__name__)
+def test_tensorflows_loss_scales_are_taken_and_follow(package, kind):
+    """A script reads the scale by calling the object that it made."""
+    given, _, loss = quadratic()
+    theirs = getattr(package, kind)(8.0)
+    optimizer = LossScaleOptimizer(V1.train.AdamOptimizer(), theirs)
+    train, scale = optimizer.minimize(loss), tf.identity(theirs())
+    with tf1.session() as session:
+        seen = steps(session, train, given, "TFF", scale, optimizer.loss_scale)
+    assert seen == ([(8.0, 8.0), (4.0, 4.0), (2.0, 2.0)] if kind == "DynamicLossScale" else [(8.0, 8.0)] * 3)
+
+
+def test_a_loss_scale_of_ours_is_read_by_calling_it():
+    """Before it is given to an optimizer, and after; two optimizers that are given it share it."""
+    given, _, loss = quadratic()
+    scale = DynamicLossScale(8.0)
+    before = tf.identity(scale(), name="loss_scale")
+    first, second = (LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), scale) for _ in range(2))
+    train = first.minimize(loss)
+    with tf1.session() as session:
+        seen = steps(session, train, given, "F", "loss_scale:0", before, first.loss_scale, second.loss_scale)
+    assert seen == [(4.0, 4.0, 4.0, 4.0)]
+
+
+def test_the_scale_is_a_tensor_with_a_name():
+    """Which holds the scale of the step that it is fetched with."""
+    given, _, loss = quadratic()
+    train = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), RULE).minimize(loss)
+    with tf1.session() as session:
+        seen = [session.run([train, "tfmixed/loss_scale:0"], {given: [1.0, np.inf]})[1] for _ in range(3)]
+    assert seen == [8.0, 4.0, 2.0]
+
+
+def test_one_optimizer_serves_several_graphs():
+    """Each has variables of its own, made when they are first needed."""
+    optimizer = LossScaleOptimizer(V1.train.AdamOptimizer(), RULE)
+    assert V1.global_variables() == []
+    for letters in ("F", "FF"):
+        with tf.Graph().as_default():
+            given, _, loss = quadratic()
+            train = optimizer.minimize(loss)
+            with tf1.session() as session:
+                steps(session, train, given, letters)
+                assert session.run(optimizer.skipped_steps) == len(letters)
+
+
+def test_a_loss_in_float16_is_scaled_in_float32():
+    """2**15 times 4 is no inf."""
+    weight = V1.get_variable("w", initializer=tf.constant(4.0))
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0))
+    train = optimizer.minimize(tf.cast(weight, tf.float16))
+    with tf1.session() as session:
+        session.run(train)
+        assert session.run([weight, optimizer.skipped_steps]) == [3.0, 0]
+
+
+def test_variables_of_half_precision_and_double():
+    """Each gets gradients of its own dtype."""
+    kinds = [tf.float16, tf.float32, tf.float64]
+    weights = [V1.get_variable(kind.name, initializer=tf.constant(2.0, kind)) for kind in kinds]
+    loss = tf.add_n([tf.cast(weight, tf.float32) for weight in weights])
+    train = LossScaleOptimizer(V1.train.MomentumOptimizer(1.0, 0.9), 128).minimize(loss)
+    with tf1.session() as session:
+        session.run(train)
+        assert session.run(weights) == [1.0, 1.0, 1.0]
+
+
+INNER = {
+    "GradientDescent": V1.train.GradientDescentOptimizer(0.1),
+    "Momentum": V1.train.MomentumOptimizer(0.1, 0.9),
+    "Adam": V1.train.AdamOptimizer(0.1),
+    "Adagrad": V1.train.AdagradOptimizer(0.1),
+    "AdagradDA": V1.train.AdagradDAOptimizer,
+    "Adadelta": V1.train.AdadeltaOptimizer(1.0),
+    "RMSProp": V1.train.RMSPropOptimizer(0.1, centered=True),
+    "Ftrl": V1.train.FtrlOptimizer(0.1),
+    "ProximalGradientDescent": V1.train.ProximalGradientDescentOptimizer(0.1),
+    "ProximalAdagrad": V1.train.ProximalAdagradOptimizer(0.1),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_every_optimizer_of_tensorflow_1_does_what_it_does_without(name):
+    """Weights, names of variables and those of a float32 run are the same."""
+    runs = []
+    for wrap in (lambda opt: opt, lambda opt: LossScaleOptimizer(opt, 1024)):
+        with tf.Graph().as_default():
+            given, weight, loss = quadratic()
+            step = V1.train.get_or_create_global_step()
+            inner = INNER[name]
+            optimizer = wrap(inner(0.1, step) if callable(inner) else inner)
+            with V1.name_scope("training"):
+                train = optimizer.minimize(loss, global_step=step)
+            names = {variable.name for variable in V1.global_variables() if not variable.name.startswith("tfmixed")}
+            with tf1.session() as session:
+                runs.append((names, steps(session, train, given, "TTT", weight)))
+            assert [operation.name for operation in V1.get_collection(V1.GraphKeys.TRAIN_OP)] == [
+                f"training/{train_name(train)}"
+            ]
+    assert runs[0][0] == runs[1][0]
+    np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-5)
+
+
+def train_name(train):
+    return train.name.split("/")[-1]
+
+
+def test_an_unchanged_monitored_session_resumes(tmp_path):
+    """Weights, scale and counters come back from its own checkpoints."""
+    seen = []
+    for _ in range(2):
+        with tf.Graph().as_default():
+            given, weight, loss = quadratic()
+            step = V1.train.get_or_create_global_step()
+            optimizer = LossScaleOptimizer(V1.train.AdamOptimizer(), RULE)
+            train = optimizer.minimize(loss, global_step=step)
+            fetches = [weight, step, optimizer.loss_scale, optimizer.attempted_steps]
+            with V1.train.MonitoredTrainingSession(checkpoint_dir=str(tmp_path), log_step_count_steps=None) as session:
+                seen.append(session.run(fetches))
+                for letter in "TF":
+                    session.run(train, {given: [1.0, 1.0 if letter == "T" else np.inf]})
+                seen.append(session.run(fetches))
+    assert seen[0][1:] == [0, 8.0, 0]
+    for before, after in zip(seen[1], seen[2], strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert seen[3][1:] == [2, 2.0, 4]
+
+
+def test_a_final_graph_is_asked_all_the_same(graph):
+    """Questions make no operations any more."""
+    given, _, loss = quadratic()
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), RULE)
+    train = optimizer.minimize(loss)
+    with tf1.session() as session:
+        graph.finalize()
+        session.run(train, {given: [1.0, np.inf]})
+        names = ("loss_scale", "attempted_steps", "skipped_steps", "consecutive_skips")
+        assert session.run([getattr(optimizer, name) for name in names]) == [4.0, 1, 1, 1]
+
+
+def test_a_loop_within_the_graph_trains():
+    """Each turn reads the scale that the one before left."""
+    weight = V1.get_variable("w", initializer=[1.0, 2.0])
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(0.5), RULE)
+
+    def turn(number):
+        factor = tf.where(number < 2, np.float32(np.inf), 1.0)
+        train = optimizer.minimize(tf.reduce_sum(weight.read_value() * factor), var_list=[weight])
+        with V1.control_dependencies([train]):
+            return number + 1
+
+    loop = tf.while_loop(lambda number: number < 5, turn, [0])
+    with tf1.session() as session:
+        session.run(loop)
+        np.testing.assert_array_equal(session.run(weight), [-0.5, 0.5])
+        assert session.run([optimizer.loss_scale, optimizer.skipped_steps]) == [4.0, 2]
+
+
+OLD_BEHAVIOR = """
+import sys
+import numpy as np
+import tensorflow as tf
+V1 = tf.compat.v1
+getattr(V1, sys.argv[1])()
+import tf1
+from tfmixed.compat.v1 import LossScaleOptimizer
+
+names, losses = [], []
+for wrap in (lambda opt: opt, LossScaleOptimizer):
+    with tf.Graph().as_default():
+        x, y, loss = tf1.network()
+        step = V1.train.get_or_create_global_step()
+        optimizer = wrap(V1.train.AdamOptimizer(0.05))
+        with V1.name_scope("training"):
+            train = optimizer.minimize(loss, global_step=step)
+        names.append({variable.name for variable in V1.global_variables() if "tfmixed" not in variable.name})
+        with tf1.session() as session:
+            for _ in range(30):
+                session.run(train, {x: tf1.X, y: tf1.Y})
+            losses.append(session.run(loss, {x: tf1.X, y: tf1.Y}))
+            if wrap is LossScaleOptimizer:
+                session.run(train, {x: tf1.X * np.inf, y: tf1.Y})
+                print(session.run([step, optimizer.skipped_steps, optimizer.loss_scale]))
+assert names[0] == names[1], names
+np.testing.assert_allclose(*losses, rtol=1e-4)
+"""
+
+
+@pytest.mark.parametrize("switch", ["disable_v2_behavior", "disable_eager_execution"])
+def test_under_the_behavior_of_tensorflow_1(switch):
+    """References for variables, its own conditionals: the same training, and the names of a float32 run."""
+    numbers = tf1.script(OLD_BEHAVIOR, switch)
+    assert "30" in numbers
+    assert "16384.0" in numbers

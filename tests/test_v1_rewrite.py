@@ -1,0 +1,239 @@
+"""The switch of the graph rewrite: what it reaches, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf1
+from tensorflow.python.training.experimental import mixed_precision_global_state
+from tf1 import V1, X, Y
+
+import tfmixed
+import tfmixed.compat.v1 as shim
+from tfmixed import hardware
+from tfmixed.compat.v1 import conversion_report, rewrite
+
+fast = pytest.mark.skipif(hardware.describe().policy != "mixed_bfloat16", reason="a CPU that is fast in bfloat16")
+OFF, ON = 2, 1  # of RewriterConfig.Toggle
+
+
+@pytest.fixture(autouse=True)
+def _switched_off_again():
+    yield
+    if rewrite.is_enabled():
+        shim.disable_mixed_precision_graph_rewrite()
+    assert tf.config.optimizer.get_experimental_options().get("auto_mixed_precision_onednn_bfloat16") in (None, False)
+    assert not mixed_precision_global_state.is_mixed_precision_graph_rewrite_enabled()
+
+
+def enable(opt=None, **arguments):
+    return shim.enable_mixed_precision_graph_rewrite(opt or V1.train.AdamOptimizer(0.05), **arguments)
+
+
+def configured(toggle=0):
+    config = V1.ConfigProto()
+    config.graph_options.rewrite_options.auto_mixed_precision = toggle
+    return config
+
+
+def converted(config=None):
+    """Returns what a session converts of the products of a small network, fetched with a training step."""
+    with tf.Graph().as_default():
+        x, y, loss = tf1.network()
+        train = V1.train.GradientDescentOptimizer(0.1).minimize(loss)
+        with tf1.session(config) as session:
+            return conversion_report(session, train, {x: X, y: Y}).converted.get("MatMul", 0)
+
+
+@fast
+def test_it_reaches_sessions_with_and_without_a_configuration(capsys):
+    """And says what it converts to, and why; a configuration that has it off is left alone."""
+    assert converted() == 0
+    enable()
+    assert "graph rewrite to bfloat16: this CPU multiplies bfloat16" in capsys.readouterr().err
+    assert [converted(each) for each in (None, V1.ConfigProto(), configured(ON), configured(OFF))] == [5, 5, 5, 0]
+    shim.disable_mixed_precision_graph_rewrite()
+    assert [converted(each) for each in (None, V1.ConfigProto())] == [0, 0]
+
+
+@fast
+def test_the_configuration_of_a_script_stays_as_it_is():
+    """It is copied; what else it says is heard."""
+    enable()
+    config = V1.ConfigProto(allow_soft_placement=True)
+    with V1.Session(config=config) as session:
+        assert session._config.allow_soft_placement
+        assert session._config.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 == ON
+    assert config == V1.ConfigProto(allow_soft_placement=True)
+
+
+@fast
+def test_it_reaches_monitored_sessions():
+    """They make their session by themselves."""
+    enable()
+    with tf.Graph().as_default():
+        x, y, loss = tf1.network()
+        train = V1.train.GradientDescentOptimizer(0.1).minimize(loss)
+        with V1.train.MonitoredTrainingSession(config=V1.ConfigProto()) as session:
+            assert conversion_report(session, train, {x: X, y: Y}).converted["MatMul"] == 5
+
+
+@fast
+def test_it_reaches_functions_that_were_traced_before():
+    """And lets go of them."""
+    weight = tf.Variable(tf.ones((32, 32)))
+    product = tf.function(lambda x: tf.reduce_sum(tf.nn.relu(x @ weight) @ weight))
+    product(tf.ones((16, 32)))
+    seen = []
+    for switch in (enable, shim.disable_mixed_precision_graph_rewrite):
+        switch()
+        seen.append(conversion_report(product, tf.ones((16, 32))).converted)
+    assert [each.get("MatMul", 0) for each in seen] == [2, 0]
+
+
+def test_open_sessions_are_told_of():
+    """Closed ones are not."""
+    with V1.Session(graph=tf.Graph()), pytest.warns(UserWarning, match="1 open now stay as they are"):
+        enable()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Lets the machine be another one."""
+
+    def become(*devices):
+        monkeypatch.setattr(hardware, "describe", lambda: hardware.Hardware(devices))
+
+    return become
+
+
+def test_a_machine_that_is_fast_in_nothing_goes_on_in_float32(machine):
+    """With a warning that says why; the loss is scaled all the same."""
+    machine(hardware.cpu(frozenset(), "old"))
+    with pytest.warns(UserWarning, match=r"converts nothing here: this CPU has no bfloat16 arithmetic.*float32"):
+        optimizer = enable(loss_scale=64)
+    assert (rewrite.active(), float(optimizer.loss_scale), converted()) == (None, 64.0, 0)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 0), "float16"), ((9, 0), "float16"), ((6, 1), None)])
+def test_on_a_gpu_it_is_float16_from_7_0_on(machine, capability, dtype):
+    """Volta and newer."""
+    machine(hardware.cpu(frozenset(), "old"), hardware.gpu("GPU", capability))
+    if dtype is None:
+        with pytest.warns(UserWarning, match=r"converts nothing here: compute capability 6\.1 has no tensor cores"):
+            enable()
+    else:
+        enable()
+    assert rewrite.active() == dtype
+    if dtype:
+        assert tf.config.optimizer.get_experimental_options()["auto_mixed_precision"]
+        with V1.Session(graph=tf.Graph(), config=V1.ConfigProto()) as session:
+            assert session._config.graph_options.rewrite_options.auto_mixed_precision == ON
+
+
+def test_a_dtype_that_converts_nothing_here_is_said(machine):
+    """float16 without a GPU, bfloat16 where the CPU has none."""
+    machine(hardware.cpu(frozenset({"avx512_bf16"}), "new"))
+    with pytest.warns(UserWarning, match=r'float16 converts on GPUs of compute capability 7\.0.*Use dtype="auto"'):
+        enable(dtype="float16")
+    shim.disable_mixed_precision_graph_rewrite()
+    machine(hardware.cpu(frozenset(), "old"))
+    with pytest.warns(UserWarning, match="to bfloat16 is not fast here"):
+        enable(dtype="bfloat16")
+
+
+def test_another_dtype_is_an_error():
+    """With those that there are."""
+    with pytest.raises(ValueError, match=r'dtype must be "auto", "float16" or "bfloat16", received \'half\''):
+        enable(dtype="half")
+
+
+@pytest.mark.filterwarnings("ignore:policy 'mixed_.*' is slow here")
+def test_a_policy_and_the_rewrite_exclude_each_other():
+    """The message says which came first."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    with pytest.raises(ValueError, match=r"policy 'mixed_bfloat16' was set first, enable_.*\(\) was called second"):
+        enable()
+    keras.config.set_dtype_policy("float32")
+    optimizer = enable(dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"enable_.*\(\) was called first, set_policy\('mixed_bfloat16'\) second"):
+        tfmixed.set_policy("mixed_bfloat16")
+    assert tfmixed.set_policy("float64").name == "float64"
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    with tf.Graph().as_default(), pytest.raises(ValueError, match=r"called first, the Keras policy .* was set second"):
+        optimizer.minimize(V1.get_variable("w", initializer=1.0))
+
+
+def test_switching_off_twice_is_said():
+    """As in TensorFlow."""
+    enable(dtype="bfloat16")
+    shim.disable_mixed_precision_graph_rewrite()
+    with pytest.warns(UserWarning, match="switched off already"):
+        shim.disable_mixed_precision_graph_rewrite()
+
+
+def test_options_that_were_set_before_come_back():
+    """Also after it is enabled twice."""
+    before = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options({"auto_mixed_precision": True})
+    enable(dtype="bfloat16")
+    enable(dtype="bfloat16")
+    shim.disable_mixed_precision_graph_rewrite()
+    assert tf.config.optimizer.get_experimental_options()["auto_mixed_precision"]
+    tf.config.optimizer.set_experimental_options({"auto_mixed_precision": before.get("auto_mixed_precision", False)})
+
+
+# The optimizers that it takes.
+
+
+@fast
+def test_a_keras_model_trains_under_the_rewrite_and_stays_float32_in_code():
+    """With `fit`; dtype of layers and outputs are those without."""
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(32, "relu"), keras.layers.Dense(3)])
+    optimizer = enable(keras.optimizers.Adam(0.01), loss_scale=256.0)
+    assert isinstance(optimizer, tfmixed.LossScaleOptimizer)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    losses = model.fit(X, Y, batch_size=16, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert {layer.compute_dtype for layer in model.layers} == {"float32"}
+    step = tf.function(lambda x: tf.nn.softmax(model(x, training=True)))
+    assert conversion_report(step, tf.constant(X)).converted["MatMul"] >= 1
+    assert int(optimizer.attempted_steps) == 12
+
+
+REFUSED = {
+    "nothing": None,
+    "a name": "adam",
+    "wrapped by ours": tfmixed.LossScaleOptimizer("sgd"),
+    "wrapped by Keras": keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
+}
+
+
+@pytest.mark.parametrize("opt", REFUSED.values(), ids=REFUSED)
+def test_what_is_no_optimizer_is_refused_and_nothing_is_switched_on(opt):
+    """Or scales the loss already."""
+    with pytest.raises(ValueError, match=r"opt must|must not scale"):
+        shim.enable_mixed_precision_graph_rewrite(opt)
+    assert not rewrite.is_enabled()
+
+
+def test_wrapping_twice_is_refused():
+    """As in TensorFlow."""
+    once = enable(dtype="bfloat16")
+    with pytest.raises(ValueError, match="opt must not scale the loss itself"):
+        enable(once)
+
+
+def test_legacy_optimizers_of_tf_keras_are_wrapped_by_its_own():
+    """Constant scales, and those that double and halve."""
+    tf_keras = pytest.importorskip("tf_keras")
+    sgd = tf_keras.optimizers.legacy.SGD
+    fixed, dynamic = enable(sgd(), loss_scale=64.0, dtype="bfloat16"), enable(sgd(), dtype="bfloat16")
+    assert (float(fixed.loss_scale), fixed.dynamic, dynamic.dynamic) == (64.0, False, True)
+    weight = tf.Variable(1.0)
+    fixed.minimize(lambda: fixed.get_scaled_loss(weight) / 64.0, [weight])
+    assert np.isfinite(float(weight))
+    with pytest.raises(ValueError, match="must double and halve"):
+        enable(sgd(), loss_scale=tfmixed.DynamicScale(hysteresis=2), dtype="bfloat16")

@@ -1,0 +1,49 @@
+"""A small network as TensorFlow 1 writes it, for the tests of `tfmixed.compat.v1`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+V1 = tf.compat.v1
+TESTS = Path(__file__).parent
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(64, 8)).astype("float32")
+Y = np.argmax(X @ RANDOM.normal(size=(8, 3)), axis=1).astype("int32")
+
+
+def network(width=16, factor=1.0):
+    """Returns inputs and loss; `factor` multiplies what comes in, so that `inf` makes a step overflow."""
+    x, y = V1.placeholder(tf.float32, [None, 8], "x"), V1.placeholder(tf.int32, [None], "y")
+    hidden = tf.nn.relu(dense(x * factor, width, "hidden"))
+    logits = dense(hidden, 3, "logits")
+    return x, y, V1.losses.sparse_softmax_cross_entropy(y, logits)
+
+
+def dense(x, units, name):
+    with V1.variable_scope(name):
+        kernel = V1.get_variable("kernel", [int(x.shape[-1]), units], initializer=V1.glorot_uniform_initializer(seed=1))
+        return tf.matmul(x, kernel) + V1.get_variable("bias", [units], initializer=V1.zeros_initializer())
+
+
+@contextlib.contextmanager
+def session(config=None):
+    with V1.Session(config=config) as opened:
+        opened.run(V1.global_variables_initializer())
+        yield opened
+
+
+def script(code, *arguments, environment=None, timeout=180):
+    """Runs Python code in a process of its own, and returns what it prints; a failure is one of the test."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    environment = {**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {})}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout

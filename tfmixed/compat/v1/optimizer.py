@@ -1,0 +1,289 @@
+"""The optimizer for TensorFlow 1's graphs that scales losses and skips steps that are not finite."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+from keras import ops
+
+from tfmixed import gradients
+from tfmixed.branching import as_it_is
+from tfmixed.compat.v1 import graphs, rewrite
+from tfmixed.compat.v1.graphs import GraphState
+from tfmixed.compat.v1.scales import scalings_of
+from tfmixed.gradients import Judge
+from tfmixed.state import Observable
+
+V1 = tf.compat.v1
+_SCOPE = "loss_scaling"
+_local = threading.local()
+
+
+class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
+    """Wraps an optimizer of `tf.compat.v1.train`: scales the loss, and steps only if all gradients are finite.
+
+    `compute_gradients` returns unscaled gradients and judges them, so that no clipping can hide an overflow;
+    `apply_gradients` judges what it is given too. A skipped step leaves weights, slots and `global_step` as they are.
+    At the top of a graph the scale is the tensor `tfmixed/loss_scale:0`. The variables, in the scope `tfmixed`, are
+    made in the graph of the model when they are first needed; slots have the names that they have without scaling.
+
+    Args:
+        opt: The optimizer to wrap, or one of a subclass of one's own.
+        loss_scale: `"dynamic"`, a number, a rule of `tfmixed.scaling`, or a loss scale: one of this package, of
+            `tf.compat.v1`, or a manager of `tf.contrib.mixed_precision`.
+        max_consecutive_skips: As in `tfmixed.LossScaleOptimizer`; `LossScaleHook` asks.
+
+    Raises:
+        ValueError: `loss_scale` is none of these, `opt` is no optimizer, or scales the loss itself.
+        NotImplementedError: `opt` is a `SyncReplicasOptimizer`.
+
+    Example:
+    >>> optimizer = LossScaleOptimizer(tf.compat.v1.train.GradientDescentOptimizer(0.5), 128)
+    >>> weight = tf.Variable(4.0)
+    >>> _ = optimizer.minimize(lambda: weight**2 / 2, var_list=[weight])
+    >>> float(weight), float(optimizer.loss_scale)
+    (2.0, 128.0)
+    """
+
+    def __init__(self, opt: Any, loss_scale: Any = "dynamic", *, max_consecutive_skips: int | None = 100) -> None:
+        _check(opt)
+        super().__init__(opt._use_locking, opt.get_name())
+        self._optimizer = opt
+        self._scalings = scalings_of(loss_scale)
+        self.max_consecutive_skips = max_consecutive_skips
+        self._is_tracked = False
+        self._track_trackable(opt, "base_optimizer")
+
+    @property
+    def rule(self) -> Any:  # type: ignore[override]  # the base declares an attribute
+        """How the scale moves."""
+        return self._scalings.rule
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """The wrapped optimizer."""
+        return self._optimizer
+
+    @property
+    def loss_scale(self) -> Any:
+        """The scale of the present step, a float32 scalar tensor."""
+        return self._scalings.scale()
+
+    def _state(self) -> GraphState:
+        state = self._scalings.here()
+        if state is self._scalings.eager and not self._is_tracked:  # for tf.train.Checkpoint
+            self._is_tracked = True
+            for name, variable in state.variables.items():
+                self._track_trackable(variable.value, name)
+        return state
+
+    @property
+    def _paths(self) -> list[str]:  # type: ignore[override]
+        return self._state().paths
+
+    def _overflows(self) -> dict[str, int]:
+        state = self._state()
+        culprit = int(state.read("last_culprit"))
+        return {} if culprit < 0 else {state.paths[culprit]: int(state.read("last_culprit_steps"))}
+
+    @as_it_is
+    def compute_gradients(self, loss: Any, *arguments: Any, **named: Any) -> list[tuple[Any, Any]]:
+        """Returns the gradients of `loss`, computed with the scale and divided by it, and their variables.
+
+        Args:
+            loss: A tensor, or where there is no graph a function that returns one.
+            *arguments: As for the wrapped optimizer.
+            **named: The same.
+
+        Raises:
+            ValueError: A Keras policy for mixed precision was set after the graph rewrite was switched on.
+        """
+        rewrite.check_policy()
+        _check_strategy()
+        state, scale = self._state(), self.loss_scale
+        with _at_work():
+            pairs = list(self._optimizer.compute_gradients(_scaled(loss, scale), *arguments, **named))
+        present = [(each, variable) for each, variable in pairs if each is not None]
+        if not present:
+            return pairs
+        grads, variables = zip(*present, strict=True)
+        judge, indices = self._judge(variables), state.indices(variables)
+        largest = self.rule.bounds[1]
+        with V1.name_scope(_SCOPE):
+            evidence = judge.evidence(grads, scale, range(len(grads)))
+            seen = graphs.as_one(lambda evidence, scale: state.record(judge, evidence, scale, indices), evidence, scale)
+            with V1.control_dependencies([] if tf.executing_eagerly() else [seen]):
+                return [(_kept(gradients.unscale(each, scale, largest)), variable) for each, variable in pairs]
+
+    @as_it_is
+    def apply_gradients(
+        self, grads_and_vars: Iterable[tuple[Any, Any]], global_step: Any = None, name: str | None = None, **named: Any
+    ) -> Any:
+        """Returns the operation that takes the step, or skips it, and moves the scale.
+
+        Args:
+            grads_and_vars: What `compute_gradients` returned, changed at will.
+            global_step: A variable that counts the steps that are not skipped.
+            name: Of the operation; None takes the wrapped optimizer's.
+            **named: For the wrapped optimizer, if it takes more.
+
+        Raises:
+            ValueError: There is no gradient.
+            NotImplementedError: They come from a `SyncReplicasOptimizer`, or under a `tf.distribute` strategy.
+        """
+        _check_strategy()
+        pairs = list(grads_and_vars)
+        present = [(_tensor(each), variable) for each, variable in pairs if each is not None]
+        if not present:
+            names = [gradients.path(variable) for _, variable in pairs]
+            raise ValueError(f"grads_and_vars must hold at least one gradient, received none for {names}")
+        grads, variables = zip(*present, strict=True)
+        _check_not_accumulated(grads)
+        state, judge = self._state(), self._judge(variables)
+        indices, before = state.indices(variables), _train_ops()
+        with V1.name_scope(_SCOPE):
+            evidence = judge.evidence(grads, ops.ones((), "float32"), range(len(grads)))
+            finite, divisor = graphs.as_one(lambda evidence: state.conclude(judge, evidence, indices), evidence)
+        scope = tf.get_current_name_scope()
+
+        def step() -> Any:
+            with graphs.variables_outside(scope), _at_work():
+                # A divisor of 1 but where finite gradients would overflow in the arithmetic of the optimizer.
+                divided = [_like(gradients.unscale(each, divisor, 2.0), variable) for each, variable in present]
+                pairs = list(zip(divided, variables, strict=True))
+                return _done(self._optimizer.apply_gradients(pairs, global_step=global_step, name=name, **named))
+
+        stepped = tf.cond(finite, step, _nothing)
+        if tf.executing_eagerly():
+            return None
+        operation = tf.group(stepped, name=name or self.get_name())
+        _set_train_ops([*before, operation])
+        return operation
+
+    def _judge(self, variables: Sequence[Any]) -> Judge:
+        return Judge.of(self._optimizer, variables, 1, self.rule.needs_amax)
+
+    def get_slot(self, var: Any, name: str) -> Any:
+        """Returns a slot of the wrapped optimizer, or None."""
+        return self._optimizer.get_slot(var, name)
+
+    def get_slot_names(self) -> list[str]:
+        """Returns the names of the wrapped optimizer's slots."""
+        return list(self._optimizer.get_slot_names())
+
+    def variables(self) -> list[Any]:
+        """Returns the variables of the wrapped optimizer, and those of the scaling in this graph."""
+        return [*self._optimizer.variables(), *(each.value for each in self._state().variables.values())]
+
+    def __dir__(self) -> list[str]:
+        # tf.train.Checkpoint asks dir() who has slots (TensorFlow 2.21), and refuses those that two have: the wrapped
+        # optimizer, which it saves as `base_optimizer`, says so itself.
+        return [name for name in super().__dir__() if name != "get_slot_names"]
+
+    def __getattr__(self, name: str) -> Any:
+        # `_lr`, `make_session_run_hook` and whatever else scripts ask the optimizer for that they made.
+        if name.startswith("__") or name == "_optimizer":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._optimizer, name)
+
+
+def is_at_work() -> bool:
+    """Returns whether a `LossScaleOptimizer` is calling the optimizer that it wraps, in this thread."""
+    return getattr(_local, "depth", 0) > 0
+
+
+@contextlib.contextmanager
+def _at_work() -> Iterator[None]:
+    _local.depth = getattr(_local, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _local.depth -= 1
+
+
+def _check(opt: Any) -> None:
+    if not isinstance(opt, V1.train.Optimizer):
+        raise ValueError(f"opt must be an optimizer of tf.compat.v1.train, received {opt!r}")
+    if isinstance(opt, (LossScaleOptimizer, V1.mixed_precision.MixedPrecisionLossScaleOptimizer)):
+        raise ValueError(f"opt must not scale the loss itself, received a {type(opt).__name__}: pass the one it wraps")
+    if isinstance(opt, V1.train.SyncReplicasOptimizer):
+        raise NotImplementedError(_SYNC.format("opt must not be a SyncReplicasOptimizer"))
+
+
+_SYNC = (
+    "{}: it hands gradients over through accumulators that drop whatever is older than global_step, and global_step "
+    "stands still in a skipped step, so that all workers would wait for ever. Use a tf.distribute strategy and a Keras "
+    "optimizer, or SyncReplicasOptimizer without loss scaling (bfloat16 needs none)"
+)
+
+
+def _check_not_accumulated(grads: Sequence[Any]) -> None:
+    if tf.executing_eagerly():
+        return
+    kinds = {(each.values if gradients.is_sparse(each) else each).op.type for each in grads}
+    if any("AccumulatorTakeGradient" in kind for kind in kinds):
+        raise NotImplementedError(_SYNC.format("SyncReplicasOptimizer must not wrap a LossScaleOptimizer"))
+
+
+def _check_strategy() -> None:
+    if tf.distribute.has_strategy():
+        raise NotImplementedError(
+            "an optimizer of tf.compat.v1.train is not scaled under a tf.distribute strategy. Use a Keras optimizer in "
+            "tfmixed.LossScaleOptimizer, or tfmixed.GradScaler around this one"
+        )
+
+
+def _scaled(loss: Any, scale: Any) -> Any:
+    """Returns losses times the scale, in float32 at least: most scales are too large for float16."""
+    if callable(loss):
+        return lambda: _scaled(loss(), scale)
+    return tf.nest.map_structure(lambda each: ops.multiply(each, scale), loss)
+
+
+def _tensor(gradient: Any) -> Any:
+    # Accumulated gradients may come as the variables that hold them, and under TensorFlow 1's behavior as references.
+    if gradients.is_sparse(gradient):
+        return gradient
+    tensor = tf.convert_to_tensor(gradient)
+    return tensor if tensor.dtype == tensor.dtype.base_dtype else tf.identity(tensor)
+
+
+def _kept(gradient: Any) -> Any:
+    """Returns the gradient as an operation of its own, which waits for what the graph is told to wait for."""
+    if gradient is None or tf.executing_eagerly():
+        return gradient
+    if gradients.is_sparse(gradient):
+        return tf.IndexedSlices(tf.identity(gradient.values), gradient.indices, gradient.dense_shape)
+    return tf.identity(gradient)
+
+
+def _like(gradient: Any, variable: Any) -> Any:
+    """Returns the gradient in the dtype of its variable, which TensorFlow 1's kernels insist on."""
+    dtype = variable.dtype.base_dtype
+    if gradients.is_sparse(gradient):
+        return tf.IndexedSlices(tf.cast(gradient.values, dtype), gradient.indices, gradient.dense_shape)
+    return tf.cast(gradient, dtype)
+
+
+def _done(step: Any) -> Any:
+    if tf.executing_eagerly():
+        return None
+    with V1.control_dependencies([step]):
+        return tf.no_op()
+
+
+def _nothing() -> Any:
+    return None if tf.executing_eagerly() else tf.no_op()
+
+
+def _train_ops() -> list[Any]:
+    return list(V1.get_collection(V1.GraphKeys.TRAIN_OP))
+
+
+def _set_train_ops(operations: Sequence[Any]) -> None:
+    # The wrapped optimizer's own stands in a branch, where nobody can run it.
+    V1.get_collection_ref(V1.GraphKeys.TRAIN_OP)[:] = operations

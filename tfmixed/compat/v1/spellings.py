@@ -1,0 +1,85 @@
+"""Where the names of mixed precision stood in TensorFlow 1 and 2.0 to 2.3, and what stands there now."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import tensorflow as tf
+
+from tfmixed.compat import experimental
+from tfmixed.compat.v1 import enabling, scales
+from tfmixed.compat.v1.optimizer import LossScaleOptimizer
+
+LOSS_SCALES = {
+    "LossScale": scales.LossScale,
+    "FixedLossScale": scales.FixedLossScale,
+    "DynamicLossScale": scales.DynamicLossScale,
+}
+REWRITE = {
+    "enable_mixed_precision_graph_rewrite": enabling.enable_mixed_precision_graph_rewrite,
+    "disable_mixed_precision_graph_rewrite": enabling.disable_mixed_precision_graph_rewrite,
+    "MixedPrecisionLossScaleOptimizer": LossScaleOptimizer,
+}
+MANAGERS = {
+    "LossScaleManager": scales.LossScaleManager,
+    "FixedLossScaleManager": scales.FixedLossScaleManager,
+    "ExponentialUpdateLossScaleManager": scales.ExponentialUpdateLossScaleManager,
+    "LossScaleOptimizer": LossScaleOptimizer,
+}
+
+
+class Overlay(ModuleType):
+    """A module with names of its own in front of those of another.
+
+    Args:
+        name: As which it goes.
+        own: Its own names.
+        base: The other module, or None.
+    """
+
+    def __init__(self, name: str, own: dict[str, Any], base: Any = None) -> None:
+        super().__init__(name)
+        self.__dict__.update(own)
+        self._base = base
+
+    def __getattr__(self, name: str) -> Any:
+        # Keras's tools and pickle look for `__wrapped__` and the like everywhere.
+        if self._base is None or name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return getattr(self._base, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*self.__dict__, *dir(self._base)})
+
+
+@functools.cache
+def overlaid(name: str) -> Overlay:
+    """Returns what `tfmixed.compat.v1` has under the name of a module of `tf.compat.v1`."""
+    return {"train": _train, "mixed_precision": _mixed_precision, "contrib": contrib, "keras": _keras}[name]()
+
+
+def contrib() -> Overlay:
+    """Returns a `tf.contrib` that holds `mixed_precision` alone."""
+    managers = Overlay("tensorflow.contrib.mixed_precision", MANAGERS)
+    return Overlay("tensorflow.contrib", {"mixed_precision": managers})
+
+
+def _train() -> Overlay:
+    base = tf.compat.v1.train
+    own = Overlay("tfmixed.compat.v1.train.experimental", {**REWRITE, **LOSS_SCALES}, base.experimental)
+    return Overlay("tfmixed.compat.v1.train", {"experimental": own}, base)
+
+
+def _mixed_precision() -> Overlay:
+    base = tf.compat.v1.mixed_precision
+    own = Overlay("tfmixed.compat.v1.mixed_precision.experimental", LOSS_SCALES, base.experimental)
+    return Overlay("tfmixed.compat.v1.mixed_precision", {**REWRITE, **LOSS_SCALES, "experimental": own}, base)
+
+
+def _keras() -> Overlay:
+    base = tf.compat.v1.keras
+    name = "tfmixed.compat.v1.keras"
+    own = Overlay(f"{name}.mixed_precision", {"experimental": experimental}, getattr(base, "mixed_precision", None))
+    return Overlay(name, {"mixed_precision": own}, base)
