@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tfmixed
+from tfmixed import cli
 from tfmixed.cli import app
 
 HEAVY = {"tensorflow", "keras", "numpy", "matplotlib", "jax", "torch"}
@@ -20,6 +21,27 @@ def tfmixed_command(*arguments, cwd=None, **environment):
     command = [sys.executable, "-m", "tfmixed", *arguments]
     options = {"capture_output": True, "text": True, "timeout": 180, "check": False, "cwd": cwd}
     return subprocess.run(command, env={**os.environ, **environment}, **options)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """The same in this process, in an empty folder: a tenth of the time, for what needs no process of its own."""
+
+    def run(*arguments):
+        with monkeypatch.context() as patched:
+            patched.chdir(tmp_path)
+            patched.setattr(sys, "argv", ["tfmixed", *arguments])
+            patched.setattr(sys, "path", [*sys.path])
+            patched.delitem(sys.modules, "net", raising=False)
+            code = 0
+            try:
+                cli.main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+        sys.modules.pop("net", None)
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
 
 
 def test_help_loads_no_framework():
@@ -69,9 +91,9 @@ def test_doctor_prints_json_alone(tmp_path):
         assert any("TF_ENABLE_ONEDNN_OPTS" in warning for warning in read["warnings"])
 
 
-def test_what_the_user_can_mend_is_one_line(tmp_path):
+def test_what_the_user_can_mend_is_one_line(command):
     """On standard error, with exit code 2 and no traceback."""
-    run = tfmixed_command("doctor", "--model", "nowhere:build", cwd=tmp_path)
+    run = command("doctor", "--model", "nowhere:build")
     assert run.returncode == 2
     assert run.stdout == ""
     assert run.stderr.splitlines()[-1].startswith("tfmixed: model must be ")
@@ -121,9 +143,9 @@ def test_bench_prints_json_and_draws(tmp_path):
         (["mlp", "--policy", "int8"], "policy must be one of auto, .*received 'int8'"),
     ],
 )
-def test_bench_refuses_before_it_measures(arguments, message):
+def test_bench_refuses_before_it_measures(command, arguments, message):
     """One line, and exit code 2."""
-    run = tfmixed_command("bench", *arguments)
+    run = command("bench", *arguments)
     assert (run.returncode, run.stdout) == (2, "")
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("tfmixed: ")]
     assert re.search(message, line)
@@ -159,12 +181,14 @@ def step():
         ([], 0),
     ],
 )
-def test_audit_tells_by_its_exit_code(tmp_path, arguments, code):
+@pytest.mark.filterwarnings("ignore:policy .* is slow here")
+def test_audit_tells_by_its_exit_code(command, tmp_path, arguments, code):
     """For CI: 1 where there are findings as grave as asked for."""
     (tmp_path / "net.py").write_text(NETS)
-    run = tfmixed_command("audit", "net:build", *arguments, cwd=tmp_path)
+    run = command("audit", "net:build", *arguments)
     assert run.returncode == code, run.stderr
     assert "Traceback" not in run.stderr
+    assert "a word of its own" in run.stderr
     assert "a word of its own" not in run.stdout
     assert ("softmax" in run.stdout) if arguments else ("Nothing computes in half precision" in run.stdout)
 
@@ -180,17 +204,17 @@ def test_audit_runs_inputs_and_prints_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
+    ("arguments", "message"),
     [
-        (["nowhere:build"], {}, "there is no module 'nowhere'"),
-        (["net:build", "--policy", "half"], {}, "policy must be .* received 'half'"),
-        (["missing.keras"], {}, "there is no such file"),
+        (["nowhere:build"], "there is no module 'nowhere'"),
+        (["net:build", "--policy", "half"], "policy must be .* received 'half'"),
+        (["missing.keras"], "there is no such file"),
     ],
 )
-def test_audit_refuses_in_one_line(tmp_path, arguments, environment, message):
+def test_audit_refuses_in_one_line(command, tmp_path, arguments, message):
     """Exit code 2, which no finding gives."""
     (tmp_path / "net.py").write_text(NETS)
-    run = tfmixed_command("audit", *arguments, cwd=tmp_path, **environment)
+    run = command("audit", *arguments)
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
     assert re.search(message, run.stderr.splitlines()[-1])
@@ -243,10 +267,10 @@ def test_ranges_prints_saves_and_draws(tmp_path):
     assert (tmp_path / "ranges.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ranges_prints_json_alone(tmp_path):
+def test_ranges_prints_json_alone(command, tmp_path):
     """The answers and the counts that they come from."""
     (tmp_path / "net.py").write_text(NET)
-    run = tfmixed_command("ranges", "net:compiled", "--json", "--steps", "1", "--headroom", "4", cwd=tmp_path)
+    run = command("ranges", "net:compiled", "--json", "--steps", "1", "--headroom", "4")
     found = json.loads(run.stdout)
     assert found["verdict"] == "no scale is needed."
     assert found["suggested_scale"] * 4 * max(each["largest"] for each in found["measured"]["ranges"]) < 65504
@@ -262,18 +286,18 @@ def test_ranges_prints_json_alone(tmp_path):
         (["net:compiled", "--policy", "float17"], "float17"),
     ],
 )
-def test_ranges_refuses_in_one_line(tmp_path, arguments, message):
+def test_ranges_refuses_in_one_line(command, tmp_path, arguments, message):
     """Exit code 2, and no traceback."""
     (tmp_path / "net.py").write_text(NET)
-    run = tfmixed_command("ranges", *arguments, cwd=tmp_path)
+    run = command("ranges", *arguments)
     assert run.returncode == 2
     assert message in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_ranges_shows_what_the_users_own_code_raises(tmp_path):
+def test_ranges_shows_what_the_users_own_code_raises(command, tmp_path):
     """With its traceback, and exit code 2."""
     (tmp_path / "net.py").write_text(NET)
-    run = tfmixed_command("ranges", "net:broken", cwd=tmp_path)
+    run = command("ranges", "net:broken")
     assert run.returncode == 2
     assert "Traceback" in run.stderr
