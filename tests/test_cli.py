@@ -284,6 +284,8 @@ def test_ranges_prints_json_alone(command, tmp_path):
         (["net:nothing"], "module 'net' has no attribute 'nothing'"),
         (["net:compiled", "--png", "ranges.docx"], "path must end in one of"),
         (["net:compiled", "--policy", "float17"], "float17"),
+        (["net:compiled", "--save", "."], "--save must be a file that can be written, received '.'"),
+        (["net:compiled", "--save", "/proc/nowhere/x.json"], "--save must be a file that can be written"),
     ],
 )
 def test_ranges_refuses_in_one_line(command, tmp_path, arguments, message):

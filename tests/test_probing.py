@@ -49,6 +49,14 @@ def planted(gradient):
     return model
 
 
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return X[8 * index : 8 * index + 8], Y[8 * index : 8 * index + 8]
+
+
 EXPONENTS = np.arange(-80, 40)
 
 
@@ -214,14 +222,6 @@ def test_random_states_of_python_and_numpy_stay():
     assert after == (random.random(), np.random.random())
 
 
-class Batches(keras.utils.PyDataset):
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, index):
-        return X[8 * index : 8 * index + 8], Y[8 * index : 8 * index + 8]
-
-
 def loader():
     import torch
 
@@ -333,6 +333,74 @@ class Adversaries(keras.Model):
 
 
 @needs_tensorflow
+@pytest.mark.parametrize("held", ["list", "dict"])
+def test_optimizers_in_lists_and_dictionaries_take_no_step_either(held):
+    """They are found wherever the model holds them."""
+    model = Adversaries()
+    model.compile(LossScaleOptimizer("sgd", 4.0))
+    second = model.second
+    del model.second
+    model.others = [second] if held == "list" else {"second": second}
+    type(model).second = property(lambda _: second)
+    try:
+        before = model.judge.get_weights()
+        found = measure_gradients(model, (X, Y), steps=1)
+    finally:
+        del type(model).second
+    assert sum(each.kind == "weight" for each in found) == 4
+    np.testing.assert_array_equal(model.judge.get_weights()[0], before[0])
+
+
+@needs_tensorflow
+def test_an_optimizer_that_is_nowhere_is_told():
+    """The model's step went to one that only the code knows."""
+
+    class Hidden(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, data):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(self(data[0]))
+            HIDDEN.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+            return {"loss": loss}
+
+    HIDDEN = keras.optimizers.SGD()  # noqa: N806
+    model = Hidden()
+    model.compile("sgd", loss="mse", run_eagerly=True)
+    with pytest.raises(ValueError, match="model must hold the optimizers that its train_step uses"):
+        measure_gradients(model, (X, Y), steps=1)
+
+
+def test_layers_come_in_the_order_of_the_data():
+    """What is inside a model right where it stands."""
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="i1"), layers.Dense(4, name="i2")], name="inner")
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4, name="first"), inner, layers.Dense(2, name="last")])
+    model.compile("sgd", loss="mse")
+    found = measure_gradients(model, (X, Y), steps=1)
+    assert list(dict.fromkeys(each.layer for each in found)) == ["first", "inner/i1", "inner/i2", "last"]
+
+
+class Shuffling(Batches):
+    ends = 0
+
+    def on_epoch_end(self):
+        self.ends += 1
+
+
+def test_a_users_epoch_does_not_end():
+    """A PyDataset that shuffles there stays as it was."""
+    data = Shuffling()
+    measure_gradients(linear(), data, steps=1)
+    assert data.ends == 0
+    assert "on_epoch_end" not in vars(data)
+
+
+@needs_tensorflow
 def test_a_train_step_of_ones_own_is_measured():
     """Both optimizers' gradients, unscaled; neither takes a step."""
     model = Adversaries()
@@ -415,6 +483,9 @@ def test_a_model_with_a_grad_scaler_is_refused():
             "model must be .* compiled .*model.compile",
         ),
         (lambda: measure_gradients("model", (X, Y)), "model must be a keras.Model .*received 'model'"),
+        (lambda: measure_gradients(linear(), None), "data must be what `fit` takes.*received None"),
+        (lambda: measure_gradients(linear(), []), "data must be what `fit` takes"),
+        (lambda: measure_gradients(linear(), (X, Y), batch_size=0), "batch_size must be .*received 0"),
         (lambda: measure_gradients(linear(), (X, Y), steps=0), "steps must be a whole number, at least 1.*received 0"),
         (lambda: measure_gradients(linear(), (X, Y), precision="half"), "precision must be one of .*received 'half'"),
         (lambda: measure_gradients(linear(), (X, Y), scale=-1), "scale must be .*received -1"),

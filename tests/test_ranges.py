@@ -138,6 +138,25 @@ def test_the_fewer_layers_are_put_aside():
     assert "put `stem` in float32, and" in planted(stem=[2.0**-45], head1=[8.0], head2=[8.0]).verdict()
 
 
+def test_no_more_layers_are_put_aside_than_must_be():
+    """One needs much, one allows little, and what lies between suits most; all that go are named."""
+    between = {f"c{index}": [2.0**-37] * 99 + [2.0**-3] for index in range(5)}
+    found = planted(a=[2.0**-44], b=[2.0**3], **between)
+    assert "put `a`, `b` in float32, and any scale from 2^13 to 2^18 works." in found.verdict()
+
+
+def test_a_single_scale_is_told_as_one():
+    """From and to are the same."""
+    assert planted(a=[2.0**-30], b=[2.0**9]).verdict() == "the scale 2^6 works."
+
+
+def test_names_are_printed_as_they_are():
+    """Brackets are no markup."""
+    found = planted(**{"d[bold]": [2.0**-45], "e": [8.0]})
+    assert "d[bold]/kernel" in printed(found)
+    assert "`d[bold]/kernel` needs" in printed(found)
+
+
 def test_a_layer_that_needs_more_than_float16_has_goes_by_itself():
     """Its own values are 2^60 apart."""
     verdict = planted(wild=[2.0**-50, 2.0**10], tame=[2.0**-26] * 3).verdict()

@@ -122,6 +122,8 @@ def ranges(
         from tfmixed.models import load_step
 
         _check_picture(png)
+        for option, path in (("--save", save), ("--png", png)):
+            _check_place(option, path)
         if policy is not None:
             _set_policy(policy)
         made, inputs, targets = load_step(model)
@@ -133,7 +135,7 @@ def ranges(
         data = inputs if targets is None else (inputs, targets)
         with _user_code():
             found = tfmixed.measure_gradients(made, data, steps, precision=precision, batch_size=batch)
-    print(json.dumps(found.as_dict(headroom), indent=2)) if as_json else _print(found)
+    print(json.dumps(found.as_dict(headroom), indent=2)) if as_json else _print(found.explained(headroom))
     if save is not None:
         found.save(save)
     if png is not None:
@@ -219,6 +221,18 @@ def _check_picture(path: Path | None) -> None:
         raise UsageError(f"plot needs matplotlib ({error}): pip install 'tfmixed[plot]'") from error
     except ValueError as error:
         raise UsageError(f"plot: {error}") from error
+
+
+def _check_place(option: str, path: Path | None) -> None:
+    """Refuses a file that could not be written, and makes its folder."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} must be a file that can be written, received {str(path)!r}: {error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{option} must be a file that can be written, received {str(path)!r}")
 
 
 def _load_keras() -> None:

@@ -73,13 +73,22 @@ def measure_gradients(
 
 
 def _batches(data: Any, batch_size: int | None) -> Iterator[Any]:
-    adapter = get_data_adapter(*(data if isinstance(data, tuple) else (data,)), batch_size=batch_size)
+    parts = data if isinstance(data, tuple) else (data,)
+    if not 1 <= len(parts) <= 3 or parts[0] is None or (isinstance(parts[0], (list, tuple, dict)) and not parts[0]):
+        raise ValueError(
+            f"data must be what `fit` takes, as (x, y, sample_weight) or a dataset, received {data!r:.200}"
+        )
+    if batch_size is not None:
+        checks.count("batch_size", batch_size, 1)
+    adapter = get_data_adapter(*parts, batch_size=batch_size)
     iterators = {"tensorflow": "get_tf_dataset", "jax": "get_jax_iterator", "torch": "get_torch_dataloader"}
-    adapter.on_epoch_begin()
-    try:
+    with contextlib.ExitStack() as stack:
+        if isinstance(data, keras.utils.PyDataset):  # no epoch of a user's begins or ends, where data may be shuffled
+            for name in ("on_epoch_begin", "on_epoch_end"):
+                _put(stack, data, name, lambda: None)
+        adapter.on_epoch_begin()
+        stack.callback(adapter.on_epoch_end)  # ends the workers of a PyDataset
         yield from getattr(adapter, iterators[keras.backend.backend()])()
-    finally:
-        adapter.on_epoch_end()  # ends the workers of a PyDataset
 
 
 def checked_precision(precision: Precision) -> Precision:
@@ -108,7 +117,7 @@ class Probe:
                 "model must be a keras.Model that is compiled with an optimizer and a loss, received "
                 f"{model!r:.100}: call model.compile first"
             )
-        if any(isinstance(each, Observable) and not _is_optimizer(each) for each in vars(model).values()):
+        if any(isinstance(each, Observable) and not _is_optimizer(each) for each in _leaves(vars(model).values())):
             raise NotImplementedError(
                 f"model must not hold a GradScaler to be measured, received {model!r:.100}: its train_step would take "
                 "the scaler a step on. Measure a model of the same layers that is compiled with a LossScaleOptimizer"
@@ -137,6 +146,11 @@ class Probe:
                 self._step = self._compiled()
             with self._in_precision(), self._tapped():
                 self._step(batch, state)
+        if not self._weights and self.model.trainable_variables:
+            raise ValueError(
+                f"model must hold the optimizers that its train_step uses, received {self.model!r:.100}, of which none "
+                "was given a gradient: a step may have been taken. Make the optimizer an attribute of the model"
+            )
         self.batches += 1
 
     def record(self, step: int | None = None, epoch: int | None = None) -> RangesRecord:
@@ -146,7 +160,8 @@ class Probe:
             step: The attempted step of a run before which it was measured.
             epoch: Its epoch.
         """
-        ranges = [each for layer, path in self._paths.items() for each in self._ranges(layer, path)]
+        layers = [self.model, *inplace.descendants(self.model)]  # what is inside a layer right behind it
+        ranges = [each for layer in layers for each in self._ranges(layer, self._paths[layer])]
         record = RangesRecord(step, epoch, self.precision, self.scale, self.batches, str(self.model.name), ranges)
         for tally in self._tallies():
             tally.clear()
@@ -203,10 +218,8 @@ class Probe:
     @contextlib.contextmanager
     def _untaken(self) -> Iterator[None]:
         """Has optimizers hand the gradients over, and do nothing else; metrics are not asked for."""
-        found = [self.model.optimizer, *vars(self.model).values()]
-        optimizers = {id(each): each for each in found if _is_optimizer(each)}
         with contextlib.ExitStack() as stack:
-            for optimizer in optimizers.values():
+            for optimizer in _optimizers(self.model):
                 for name, function in self._instead_of(optimizer).items():
                     if hasattr(optimizer, name):
                         _put(stack, optimizer, name, function)
@@ -260,6 +273,23 @@ def _jax_step(model: keras.Model) -> Callable[..., Any]:
         jax.effects_barrier()
 
     return run
+
+
+def _optimizers(model: keras.Model) -> list[Any]:
+    """Returns the optimizers that a model and its layers hold, in lists and dictionaries too, each once."""
+    held = [each for layer in model._flatten_layers() for each in vars(layer).values()]
+    found = [each for each in _leaves([model.optimizer, *held]) if _is_optimizer(each)]
+    return list({id(each): each for each in found}.values())
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    for each in values:
+        if isinstance(each, (list, tuple, set)):
+            yield from _leaves(each)
+        elif isinstance(each, dict):
+            yield from _leaves(each.values())
+        else:
+            yield each
 
 
 def _is_optimizer(each: Any) -> bool:

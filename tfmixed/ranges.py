@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, Group
 from rich.table import Column, Table
+from rich.text import Text
 
 from tfmixed import records
 from tfmixed.records import GradientRange, RangesRecord, short
@@ -129,6 +130,7 @@ class GradientRanges:
 
         A scale works where no value overflows, and of no gradient more than `tolerance`, a share, is flushed to 0.
         """
+        tolerance = checks.number("tolerance", tolerance, least=0.0, most=1.0)
         low, high = self._low(self.half, precision, tolerance), self._high(self.half, precision)
         return (low, high) if low <= high else None
 
@@ -177,7 +179,7 @@ class GradientRanges:
         if low <= 1 <= high:
             return f"no scale is needed{self._why(precision)}."
         if low <= high:
-            return f"any scale from {short(low)} to {short(high)} works."
+            return f"{_between(low, high)} works."
         return self._conflict(precision, tolerance, low, high)
 
     def _why(self, precision: str) -> str:
@@ -192,9 +194,12 @@ class GradientRanges:
         """Returns which layers keep a scale from working for all, and the fewest that float32 would free it from."""
         neediest = max(self.half, key=lambda each: needed_scale(each, precision, tolerance))
         largest = min(self.half, key=lambda each: largest_scale(each, precision))
-        large = {each.layer for each in self.half if largest_scale(each, precision) < low}
-        small = {each.layer for each in self.half if needed_scale(each, precision, tolerance) > high}
-        aside = large if len(large) <= len(small) else small
+        spans = [(each, needed_scale(each, precision, tolerance), largest_scale(each, precision)) for each in self.half]
+        # Of the scales that suit one of them, the one that suits most layers; of several the highest.
+        aside = min(
+            ({each.layer for each, least, most in spans if not least <= scale <= most} for scale in _candidates(spans)),
+            key=len,
+        )
         rest = [each for each in self.half if each.layer not in aside]
         sentence = (
             f"no single scale works: `{neediest.name}` needs {short(low)} at least, `{largest.name}` overflows above "
@@ -202,7 +207,7 @@ class GradientRanges:
         )
         if any(each.nonzeros for each in rest):
             low, high = self._low(rest, precision, tolerance), self._high(rest, precision)
-            sentence += f", and any scale from {short(low)} to {short(high)} works"
+            sentence += f", and {_between(low, high)} works"
         return f"{sentence}."
 
     def _low(self, chosen: Iterable[GradientRange], precision: str, tolerance: float) -> float:
@@ -232,7 +237,7 @@ class GradientRanges:
         for each in self:
             half = theirs[each.name, each.kind]
             counts = (percent(share_of_zeros(each)), percent(share_of_zeros(half)), f"{half.nonfinite:,}")
-            table.add_row(_label(each), span(each), span(half), *counts)
+            table.add_row(Text(_label(each)), span(each), span(half), *counts)
         return table
 
     def plot(self, scale: float | None = None) -> Figure:
@@ -268,13 +273,25 @@ class GradientRanges:
             raise ValueError(f"path must be a file of GradientRanges.save or a log with ranges, received {str(path)!r}")
         return cls(found[-1])
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.table()
-        yield f"{len(self)} gradients of {self.record.model}, {self.record.batches} batches in {self.record.precision}"
-        yield f"float16: {self.verdict()}"
-        if not any(each.nonfinite for each in self.half) and any(each.nonzeros for each in self.half):
-            yield self.suggest_constant_scale().explanation
-        yield f"bfloat16: {self.verdict('bfloat16')}"
+    def __rich__(self) -> Group:
+        return self.explained()
+
+    def explained(self, headroom: float = 2.0) -> Group:
+        """Returns the table and what follows from it, for rich to print.
+
+        Args:
+            headroom: As in `suggest_constant_scale`.
+        """
+        record = self.record
+        told = [f"{len(self)} gradients of {record.model}, {record.batches} batches in {record.precision}"]
+        told.append(f"float16: {self.verdict()}")
+        if self._known():
+            told.append(self.suggest_constant_scale(headroom).explanation)
+        told.append(f"bfloat16: {self.verdict('bfloat16')}")
+        return Group(self.table(), *map(Text, told))
+
+    def _known(self) -> bool:
+        return not any(each.nonfinite for each in self.half) and any(each.nonzeros for each in self.half)
 
     def as_dict(self, headroom: float = 2.0) -> dict[str, Any]:
         """Returns the answers, and the counts that they come from, for JSON.
@@ -282,12 +299,11 @@ class GradientRanges:
         Args:
             headroom: As in `suggest_constant_scale`.
         """
-        known = not any(each.nonfinite for each in self.half) and any(each.nonzeros for each in self.half)
-        scale = self.suggest_constant_scale(headroom) if known else None
+        scale = self.suggest_constant_scale(headroom) if self._known() else None
         return {
             "verdict": self.verdict(),
             "verdict_bfloat16": self.verdict("bfloat16"),
-            "working_scales": self.working_scales() if known else None,
+            "working_scales": self.working_scales() if scale is not None else None,
             "suggested_scale": scale,
             "losses_at_1": asdict(self.losses()),
             "losses_at_suggested": None if scale is None else asdict(scale.after),
@@ -310,13 +326,13 @@ class GradientRanges:
         half = self.half
         for each in self:
             if not any(each is one for one in half):
-                table.add_row(_label(each), span(each), percent(share_of_zeros(each)), "", "", "", each.dtype)
+                table.add_row(Text(_label(each)), span(each), percent(share_of_zeros(each)), "", "", "", each.dtype)
                 continue
             lost = losses(each.octaves, 1.0, precision)
             counts = (percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow))
             low, high = needed_scale(each, precision), largest_scale(each, precision)
             scales = f"{short(low)} .. {short(high)}" if each.nonzeros else "any"
-            table.add_row(_label(each), span(each), percent(share_of_zeros(each)), *counts, scales)
+            table.add_row(Text(_label(each)), span(each), percent(share_of_zeros(each)), *counts, scales)
         return table
 
 
@@ -347,6 +363,12 @@ def _power(magnitude: float) -> str:
 
 
 def _names(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(f"`{name}`" for name in names[:4]) + more
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _between(low: float, high: float) -> str:
+    return f"any scale from {short(low)} to {short(high)}" if low < high else f"the scale {short(low)}"
+
+
+def _candidates(spans: Iterable[tuple[GradientRange, float, float]]) -> list[float]:
+    return sorted({scale for _, *both in spans for scale in both}, reverse=True)

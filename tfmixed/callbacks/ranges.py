@@ -6,7 +6,6 @@ import importlib.util
 import itertools
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ class GradientRanges(keras.callbacks.Callback):
             one log. Snapshots of a run that is repeated are replaced. None writes no file.
         every: Attempted steps from one snapshot to the next; the first is that of the first step.
         precision: As in `measure_gradients`.
-        tensorboard: Log directory for TensorBoard: of each gradient a histogram of log2 of its magnitudes, and over all
-            of them scalars: the largest, the smallest, the share that float16 flushes to 0 without a scale, and the
-            largest scale without an overflow. Needs TensorFlow and the package tensorboard.
+        tensorboard: Log directory for TensorBoard, where a run `gradients` appears beside the others: of each gradient
+            a histogram of log2 of its magnitudes, and over all of them scalars: the largest, the smallest, the share
+            that float16 flushes to 0 without a scale, and the largest scale without an overflow. Needs TensorFlow and
+            the package tensorboard.
         verbose: 1 prints what each snapshot says. 0 prints nothing.
 
     `last` is the last snapshot, a `tfmixed.ranges.GradientRanges`; None before the first.
@@ -62,7 +62,8 @@ class GradientRanges(keras.callbacks.Callback):
         self.tensorboard = checked_tensorboard(tensorboard)
         self.verbose = checks.count("verbose", verbose, 0)
         self.last: ranges.GradientRanges | None = None
-        self._trained: Any = None
+        self._execution: _Execution | None = None
+        self._writer: Any = None
         self._probe: Probe | None = None
         self._epoch = 0
         self._step = 0
@@ -76,12 +77,10 @@ class GradientRanges(keras.callbacks.Callback):
                 "GradientRanges measures in one process, received a model on several workers: measure_gradients(model, "
                 "data) on one of them before or after `fit` tells the same"
             )
-        # Not `self.model` later on: on JAX that takes the variables away from the step that is about to use them.
-        self._trained = model
         self._probe = Probe(model, self.precision)
         self._begun = False
-        # An earlier fit that was interrupted had no chance to take its own away.
-        model.train_function = self._measuring(getattr(model.train_function, "measured", model.train_function))
+        self._execution = _Execution.of(model)
+        self._execution.watchers.append(self)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._epoch = epoch
@@ -95,44 +94,116 @@ class GradientRanges(keras.callbacks.Callback):
                 runlog.continue_at(self.path, self._step, (RangesRecord,))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self.model.train_function = getattr(self.model.train_function, "measured", self.model.train_function)
+        if self._execution is not None:
+            self._execution.forget(self)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
-    def _measuring(self, train_function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns Keras's function of one execution, with a look at its first batch when that is due."""
+    @property
+    def due(self) -> bool:
+        """Whether the batch that comes next is to be measured."""
+        return self._step >= self._due
 
-        def measured(*arguments: Any) -> Any:
-            *state, batches = arguments  # JAX hands the variables over too
-            if self._step < self._due:
-                self._step += self._trained.steps_per_execution
-                return train_function(*state, batches)
-            taken = list(itertools.islice(batches, self._trained.steps_per_execution))
-            if taken:
-                self._measure(taken[0], *state)
-                self._due = self._step + self.every
-            self._step += len(taken)
-            return train_function(*state, _as_before(taken) if taken else batches)
-
-        measured.measured = train_function  # type: ignore[attr-defined]
-        return measured
-
-    def _measure(self, batch: Any, state: Any = None) -> None:
+    def watch(self, batch: Any, state: Any) -> None:
+        """Measures a batch that is about to be trained on."""
         assert self._probe is not None
-        if keras.backend.backend() == "tensorflow":
-            batch = self._trained.distribute_strategy.experimental_local_results(batch)[0]
         self._probe.measure(batch, state)
+        self._due = self._step + self.every
         record = self._probe.record(self._step, self._epoch)
         self.last = ranges.GradientRanges(record)
         if self.path is not None:
             runlog.append(self.path, [record])
         if self.tensorboard is not None:
-            _write(self.tensorboard, self.last)
+            self._write(self.last)
         if self.verbose:
             print(f"step {self._step}: {self.last.verdict()}")
 
+    def advance(self, steps: int) -> None:
+        """Counts the steps of an execution."""
+        self._step += steps
 
-def _as_before(batches: list[Any]) -> Any:
-    # Keras's trainers take lists, but for JAX's, which asks for the next one.
-    return iter(batches) if keras.backend.backend() == "jax" else batches
+    def _write(self, snapshot: ranges.GradientRanges) -> None:
+        import tensorflow
+        from tensorboard.plugins.histogram import metadata  # type: ignore[import-untyped]
+
+        if self._writer is None:
+            # A folder of its own: TensorBoard reads but the newest file of a folder while it grows.
+            folder = Path(os.fspath(self.tensorboard)) / "gradients"  # type: ignore[arg-type]
+            self._writer = tensorflow.summary.create_file_writer(str(folder))
+        kind = metadata.create_summary_metadata(display_name=None, description="log2 of the magnitudes other than 0")
+        with self._writer.as_default(snapshot.record.step):
+            for each in snapshot:
+                tensorflow.summary.write(f"gradients/{each.kind}/{each.name}", _buckets(each), metadata=kind)
+            for name, value in _scalars(snapshot).items():
+                tensorflow.summary.scalar(f"gradients/{name}", value)
+        self._writer.flush()
+
+
+class _Execution:
+    """Keras's function of one execution, of a step or several, with those who watch the batches that go in.
+
+    Args:
+        model: What is trained. Not asked of a callback later on: on JAX that takes the variables away from the step
+            that is about to use them.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self.model, self.function = model, model.train_function
+        self.watchers: list[GradientRanges] = []
+        # Each `fit` calls this first: then a watcher of an earlier one that was interrupted is gone.
+        vars(model)["make_train_function"] = self._made_anew
+        model.train_function = self
+
+    @classmethod
+    def of(cls, model: keras.Model) -> _Execution:
+        """Returns the one that stands in for the model's function now; others may be watching already."""
+        return model.train_function if isinstance(model.train_function, cls) else cls(model)
+
+    def forget(self, watcher: GradientRanges) -> None:
+        """Ends the watching of one; the last one gives the model its own function back."""
+        if watcher in self.watchers:
+            self.watchers.remove(watcher)
+        if not self.watchers and self.model.train_function is self:
+            vars(self.model).pop("make_train_function", None)
+            self.model.train_function = self.function
+
+    def _made_anew(self, force: bool = False) -> Any:
+        self.watchers.clear()
+        vars(self.model).pop("make_train_function", None)
+        self.model.train_function = self.function
+        return self.model.make_train_function(force)
+
+    def __call__(self, *arguments: Any) -> Any:
+        *state, batches = arguments  # JAX hands the variables over too
+        each = self.model.steps_per_execution
+        steps = each if isinstance(each, int) else 1  # "auto": as many as Keras likes
+        due = [watcher for watcher in self.watchers if watcher.due]
+        taken = list(itertools.islice(batches, steps)) if due else []
+        for watcher in due if taken else ():
+            watcher.watch(self._local(taken[0]), state[0] if state else None)
+        for watcher in self.watchers:
+            watcher.advance(len(taken) if due else steps)
+        return self.function(*state, _as_before(taken, batches) if taken else batches)
+
+    def _local(self, batch: Any) -> Any:
+        if keras.backend.backend() != "tensorflow":
+            return batch
+        return self.model.distribute_strategy.experimental_local_results(batch)[0]
+
+
+def _as_before(taken: list[Any], batches: Any) -> Any:
+    """Returns the batches that were taken as the trainer takes them, so that it traces nothing anew."""
+    if keras.backend.backend() == "jax":
+        return iter(taken)
+    if keras.backend.backend() == "torch":
+        return taken
+    import tensorflow
+
+    if not isinstance(batches, tensorflow.data.Iterator):
+        return taken  # of several replicas
+    # Shapes that are not known stay unknown: with others TensorFlow takes other kernels, and rounds otherwise.
+    return iter(tensorflow.data.Dataset.from_generator(lambda: taken, output_signature=batches.element_spec))
 
 
 def checked_tensorboard(tensorboard: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
@@ -147,21 +218,6 @@ def checked_tensorboard(tensorboard: str | os.PathLike[str] | None) -> str | os.
             f"Received: tensorboard={os.fspath(tensorboard)!r}"
         )
     return tensorboard
-
-
-def _write(folder: str | os.PathLike[str], snapshot: ranges.GradientRanges) -> None:
-    import tensorflow
-    from tensorboard.plugins.histogram import metadata  # type: ignore[import-untyped]
-
-    step = snapshot.record.step
-    kind = metadata.create_summary_metadata(display_name=None, description="log2 of the magnitudes other than 0")
-    writer = tensorflow.summary.create_file_writer(os.fspath(folder), filename_suffix=".ranges")
-    with writer.as_default(step):
-        for each in snapshot:
-            tensorflow.summary.write(f"gradients/{each.kind}/{each.name}", _buckets(each), metadata=kind)
-        for name, value in _scalars(snapshot).items():
-            tensorflow.summary.scalar(f"gradients/{name}", value)
-    writer.close()
 
 
 def _buckets(range_: GradientRange) -> Any:
