@@ -131,6 +131,8 @@ def test_what_a_trace_cannot_answer_is_refused():
         replay(LogMaxScale(), Trace.of_letters("TF"))
     with pytest.raises(ValueError, match="trace must be a log with at least one step"):
         Trace.of_log([RUN])
+    with pytest.raises(ValueError, match="trace must be a log of at most 100,000,000 steps, received one of"):
+        Trace.of_log([RUN, Progress(2**53, 0, 8.0, 0)])
 
 
 def test_a_history_is_a_line_from_the_first_step_to_the_last():

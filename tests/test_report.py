@@ -149,6 +149,30 @@ def test_a_log_reports_all_that_is_whole(tmp_path):
     assert "412 steps, 3 skipped" in text(Report([run]))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ('"largest": 9.5367431640625e-07', '"largest": Infinity'),
+        ('"smallest": 9.5', '"smallest": -9.5'),
+        ("411", "1" * 30),
+    ],
+)
+def test_a_damaged_number_costs_its_line_alone(tmp_path, damage):
+    """Whatever it stands for, the line is named and the rest is reported."""
+    path = write(tmp_path / "log.jsonl", CALM)
+    path.write_text(path.read_text().replace(*damage, 1))
+    run = read(path)
+    assert re.match(r"Line [56] is no record", run.problems[0])
+    assert len(run.log) == 5
+    assert "What happened" in text(Report([run]))
+
+
+def test_half_a_character_in_a_name_can_be_shown(tmp_path):
+    """JSON can spell it, and UTF-8 cannot."""
+    Report([read(write(tmp_path / "log.jsonl", (begin(), overflow(3, name="\ud800"))))]).save_page(tmp_path / "a.html")
+    assert "<code>?</code>" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
 def test_each_length_of_a_cut_log_gives_a_report(tmp_path):
     """Wherever the run was killed."""
     whole = write(tmp_path / "log.jsonl", CALM).read_bytes()
