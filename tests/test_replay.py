@@ -154,3 +154,12 @@ def test_a_history_without_a_first_line_begins_with_its_records():
     """As a log whose begin is lost does."""
     history = ScaleHistory.of([ScaleChange(4, 8.0, 4.0, "overflow"), Progress(6, 0, 4.0, 1)])
     assert (history.first, history.scale_of_each_step()) == (4, [8.0, 4.0, 4.0])
+
+
+def test_a_step_can_change_the_scale_twice():
+    """Set by hand before a step that overflows; a change that is logged twice counts once."""
+    by_hand, lowered = ScaleChange(4, 8.0, 64.0, "set"), ScaleChange(4, 64.0, 32.0, "overflow")
+    history = ScaleHistory.of([RUN, by_hand, lowered, by_hand, lowered, Progress(6, 0, 32.0, 1)])
+    assert history.changes == (by_hand, lowered)
+    assert history.points()[1] == [8.0, 64.0, 32.0, 32.0]
+    assert history.scale_of_each_step() == [8.0] * 4 + [64.0] + [32.0] * 2

@@ -9,7 +9,7 @@ from itertools import chain
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tfmixed.plotting.themes import WIDE, Style, Theme, count_steps, is_narrow, legend, sheet, shorten
+from tfmixed.plotting.themes import WIDE, Style, Theme, count_steps, is_narrow, legend, powers_of_two, sheet, shorten
 from tfmixed.records import ScaleChange
 from tfmixed.scaling import ScaleHistory
 
@@ -25,7 +25,7 @@ def plot_scale(
     theme: Theme = "light",
     width: float = WIDE,
 ) -> Figure:
-    """Draws the loss scale over the steps, with growths, and with overflows marked at the scale that overflowed.
+    """Draws the loss scale over the steps, each growth and overflow marked at its step and the scale of that step.
 
     The overflows of a single run are coloured by the first variable whose gradient was not finite: the most frequent
     ones, and the others in grey.
@@ -90,7 +90,7 @@ def plot_simulations(
             axes.step(*points, where="post", color=color, linewidth=1.8, label="loss scale")
             axes.plot(steps, at, "X", markersize=_size(steps, 7), color=style.ink, label="skipped step", alpha=0.8)
             axes.set_title(f"{shorten(label, 30 if is_narrow(width) else 70)}: {len(steps):,} skipped", loc="left")
-            axes.set_yscale("log", base=2)
+            powers_of_two(axes)
             axes.grid(alpha=0.3)
             axes.margins(y=0.2)
         legend(panels[0], width)
@@ -101,7 +101,7 @@ def plot_simulations(
 
 
 def _frame(axes: Axes, title: str, width: float) -> None:
-    axes.set_yscale("log", base=2)
+    powers_of_two(axes)
     axes.set(title=title, ylabel="loss scale (factor on the loss)")
     count_steps(axes, is_narrow(width))
     axes.grid(alpha=0.3)
@@ -149,7 +149,8 @@ def _mark_overflows(axes: Axes, guilty: Mapping[str, list[ScaleChange]], style: 
 def _mark_growths(axes: Axes, history: ScaleHistory, color: str) -> None:
     growths = history.because("growth")
     if growths:
-        steps, scales = [change.step + 1 for change in growths], [change.new_scale for change in growths]
+        # At the scale that it left: a growth that overflows at once has the mark of the overflow at the new one.
+        steps, scales = [change.step for change in growths], [change.old_scale for change in growths]
         axes.plot(steps, scales, "^", markersize=_size(growths, 5), color=color, label="growth", zorder=3)
 
 
