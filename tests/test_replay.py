@@ -109,6 +109,7 @@ def test_rules_are_written_as_people_write_them(text, rule):
         ("constant", "constant must have a value, as in constant:value=1024"),
         ("-5", "value must be a finite float32 number above 0"),
         ("", "rule must be a number or one of"),
+        ("-8^0.5", "rule must be a number or one of"),
         ("True", "rule must be a number or one of"),
     ],
 )

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tfmixed import records
+from tfmixed import logcommands, records
 from tfmixed.errors import UsageError
 from tfmixed.records import EventsLost, GradientRange, Progress, RangesRecord, RunRecord, ScaleChange
 from tfmixed.report import Report, Run, page, read, words
@@ -366,6 +366,22 @@ def test_what_the_user_can_mend_is_one_line(tmp_path, arguments, message):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["log.jsonl", "words.txt"]
     run, _ = command("report", "log.jsonl", without=["matplotlib"], cwd=tmp_path)
     assert run.returncode == 0
+
+
+def test_a_report_is_printed_and_written_or_only_printed(tmp_path, capsys):
+    """Where one of its files cannot be written, neither is."""
+    log = write(tmp_path / "log.jsonl", CALM)
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(UsageError, match=r"--png must be a path that can be written, received .*a.png"):
+        logcommands.report(log, None, tmp_path / "a.html", tmp_path / "a.png")
+    assert "412 steps, 3 skipped (0.7 %)." in capsys.readouterr().out
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.png", "log.jsonl"]
+
+
+def test_a_typo_in_a_long_trace_is_named():
+    """Not three thousand letters, and not what a file system says of them."""
+    with pytest.raises(UsageError, match=r"received 'T{40}\.\.\. \(3,001 letters\)', which holds 'X'"):
+        logcommands.simulate(["dynamic"], "T" * 3000 + "X")
 
 
 def test_simulate_lays_rules_side_by_side(tmp_path):

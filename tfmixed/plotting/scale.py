@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -49,7 +50,7 @@ def plot_scale(
         colors = style.lines(len(histories)) if len(histories) > 1 else [style.faint]
         for color, (label, history) in zip(colors, histories.items(), strict=True):
             axes.step(*history.points(), where="post", color=color, label=label, linewidth=_size(history.changes, 2.0))
-            _mark_growths(axes, history, color)
+            _mark_growths(axes, history, style, color)
             _mark_gaps(axes, history, style)
             guilty = _by_variable(history.overflows()) if len(histories) == 1 else {"": history.overflows()}
             _mark_overflows(axes, guilty, style, color, 22 if is_narrow(width) else 34)
@@ -146,12 +147,13 @@ def _mark_overflows(axes: Axes, guilty: Mapping[str, list[ScaleChange]], style: 
         )
 
 
-def _mark_growths(axes: Axes, history: ScaleHistory, color: str) -> None:
+def _mark_growths(axes: Axes, history: ScaleHistory, style: Style, color: str) -> None:
     growths = history.because("growth")
     if growths:
         # At the scale that it left: a growth that overflows at once has the mark of the overflow at the new one.
         steps, scales = [change.step for change in growths], [change.old_scale for change in growths]
-        axes.plot(steps, scales, "^", markersize=_size(growths, 5), color=color, label="growth", zorder=3)
+        edge: dict[str, Any] = {"markeredgecolor": style.paper, "markeredgewidth": 0.6}
+        axes.plot(steps, scales, "^", markersize=_size(growths, 8), color=color, label="growth", zorder=3, **edge)
 
 
 def _mark_gaps(axes: Axes, history: ScaleHistory, style: Style) -> None:

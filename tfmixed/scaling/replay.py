@@ -187,8 +187,8 @@ def _value(text: str) -> Any:
         return {"True": True, "False": False, "None": None}[text]
     base, power, exponent = text.replace("^", "**").partition("**")
     try:
-        return float(base) ** float(exponent) if power else int(text)
-    except (ValueError, OverflowError, ZeroDivisionError):
+        return math.pow(float(base), float(exponent)) if power else int(text)
+    except (ValueError, OverflowError):  # no numbers, or no real one: -8^0.5
         pass
     try:
         return float(text)
