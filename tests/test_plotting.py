@@ -55,6 +55,35 @@ def test_a_growth_that_overflows_at_once_is_seen():
     assert (growth, overflow) == ([[4, 8]], [[5, 16]])
 
 
+def test_thousands_of_changes_are_thinned_out():
+    """Drawn are the lowest and highest scale and few marks; the counts are those of all, and the title says so."""
+    pairs = [
+        (ScaleChange(3 * i, 8.0, 4.0, "overflow", "a"), ScaleChange(3 * i + 1, 4.0, 8.0, "growth")) for i in range(9000)
+    ]
+    figure = plotting.plot_scale({"run": ScaleHistory(8.0, 27000, tuple(each for pair in pairs for each in pair))})
+    (axes,) = figure.axes
+    assert [line.get_label() for line in axes.get_lines()] == ["growth", "overflow: a (9,000)"]
+    assert all(len(line.get_xdata()) == 80 for line in axes.get_lines())
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert set(heights) == {4.0, 8.0}
+    assert "of each kind one mark in 338 steps" in axes.get_title()
+    assert len(plotting.svg(figure)) < 200_000
+
+
+def test_a_long_name_keeps_both_ends():
+    """The layer in front and the variable behind."""
+    assert plotting.themes.shorten("encoder/block_1/attention/kernel", 15) == "encoder…/kernel"
+    assert plotting.themes.shorten("kernel", 6) == "kernel"
+
+
+def test_limits_are_seen_on_dark_cells():
+    """Each line has one of the other colour behind it."""
+    *_, weights, _ = plotting.plot_layers(snapshot(4)).axes
+    style = plotting.themes.STYLES["light"]
+    drawn = [(line.get_color(), line.get_linewidth()) for line in weights.get_lines()][1:]
+    assert drawn == [(style.paper, 3.0), (style.ink, 1.0)] * 3
+
+
 def test_overflows_are_coloured_by_variable_and_rare_ones_are_grey():
     """Each of the four most frequent has a colour and a marker of its own."""
     names = [name for count, name in enumerate("gfedcba", start=1) for _ in range(count)]

@@ -123,5 +123,6 @@ def is_narrow(width: float) -> bool:
 
 
 def shorten(name: str, length: int) -> str:
-    """Returns a name that is no longer than that: its end tells layers apart."""
-    return name if len(name) <= length else f"…{name[1 - length :]}"
+    """Returns a name that is no longer than that, cut in its middle: its two ends tell layers apart."""
+    front = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:front]}…{name[front + 1 - length :]}"
