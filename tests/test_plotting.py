@@ -43,8 +43,45 @@ def test_the_picture_of_several_runs_holds_the_data():
     assert lines["dynamic"] == [[0, 8], [3, 4], [6, 8], [10, 8]]
     assert lines["constant"] == [[0, 2], [10, 2]]
     assert lines["overflow: step skipped"] == [[2, 8]]
-    assert lines["growth"] == [[6, 8]]
+    assert lines["growth"] == [[5, 4]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("attempted step", "loss scale (factor on the loss)")
+
+
+def test_a_growth_that_overflows_at_once_is_seen():
+    """Its mark stands apart from that of the overflow."""
+    changes = (ScaleChange(4, 8.0, 16.0, "growth"), ScaleChange(5, 16.0, 8.0, "overflow", "a"))
+    (axes,) = plotting.plot_scale({"run": ScaleHistory(8.0, 10, changes)}).axes
+    _, growth, overflow = (line.get_xydata().tolist() for line in axes.get_lines())
+    assert (growth, overflow) == ([[4, 8]], [[5, 16]])
+
+
+def test_thousands_of_changes_are_thinned_out():
+    """Drawn are the lowest and highest scale and few marks; the counts are those of all, and the title says so."""
+    pairs = [
+        (ScaleChange(3 * i, 8.0, 4.0, "overflow", "a"), ScaleChange(3 * i + 1, 4.0, 8.0, "growth")) for i in range(9000)
+    ]
+    figure = plotting.plot_scale({"run": ScaleHistory(8.0, 27000, tuple(each for pair in pairs for each in pair))})
+    (axes,) = figure.axes
+    assert [line.get_label() for line in axes.get_lines()] == ["growth", "overflow: a (9,000)"]
+    assert all(len(line.get_xdata()) == 80 for line in axes.get_lines())
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert set(heights) == {4.0, 8.0}
+    assert "of each kind one mark in 338 steps" in axes.get_title()
+    assert len(plotting.svg(figure)) < 200_000
+
+
+def test_a_long_name_keeps_both_ends():
+    """The layer in front and the variable behind."""
+    assert plotting.themes.shorten("encoder/block_1/attention/kernel", 15) == "encoder…/kernel"
+    assert plotting.themes.shorten("kernel", 6) == "kernel"
+
+
+def test_limits_are_seen_on_dark_cells():
+    """Each line has one of the other colour behind it."""
+    *_, weights, _ = plotting.plot_layers(snapshot(4)).axes
+    style = plotting.themes.STYLES["light"]
+    drawn = [(line.get_color(), line.get_linewidth()) for line in weights.get_lines()][1:]
+    assert drawn == [(style.paper, 3.0), (style.ink, 1.0)] * 3
 
 
 def test_overflows_are_coloured_by_variable_and_rare_ones_are_grey():
@@ -161,6 +198,19 @@ def test_each_picture_has_a_dark_theme(name):
     for axes in figure.axes:
         for text in [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.title]:
             assert text.get_color() == plotting.themes.STYLES["dark"].ink
+
+
+def test_a_name_is_no_formula():
+    """Two `$` in it stand for themselves."""
+    name = r"o$\a$"
+    changes = (ScaleChange(2, 8.0, 4.0, "overflow", name),)
+    figures = [
+        plotting.plot_scale({name: ScaleHistory(8.0, 9, changes)}, name),
+        plotting.plot_layers(RangesRecord(0, 0, "float32", 1.0, 1, "m", [gradient(name)])),
+        plotting.plot_simulations({name: [8.0]}, {name: [0]}, name),
+    ]
+    assert all("<svg" in plotting.svg(figure) for figure in figures)
+    assert "2³" in [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
 
 
 def test_another_theme_is_refused():

@@ -52,6 +52,61 @@ def test_a_line_that_to_line_could_not_have_written_is_refused(change):
         records.from_line(line)
 
 
+RANGE = {"zeros": 1, "nonfinite": 0, "largest": 4.0, "smallest": 1.0, "octaves": {"0": [1, 0, 0, 1], "2": [1, 0, 0, 0]}}
+
+
+def ranges_line(**change):
+    of = {"name": "a", "kind": "weight", "layer": "a", "dtype": "float16", **RANGE, **change}
+    whole = {"event": "gradient_ranges", "step": 3, "epoch": 0, "precision": "float32", "scale": 1.0, "batches": 1}
+    return json.dumps({**whole, "model": "m", "ranges": [of]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"largest": float("inf")},
+        {"largest": float("nan")},
+        {"smallest": -1.0},
+        {"smallest": -1},
+        {"smallest": 0.0},
+        {"largest": 0.5},
+        {"largest": 1e300},
+        {"zeros": -1},
+        {"zeros": 10**30},
+        {"octaves": {"400": [1, 0, 0, 0]}},
+        {"octaves": {"0": [1, 0, 0, 10**30]}},
+    ],
+    ids=str,
+)
+def test_ranges_that_nothing_could_have_measured_are_refused(change):
+    """Magnitudes are finite, above 0 and in order; counts are counts."""
+    assert records.from_line(ranges_line()).ranges[0].nonzeros == 3
+    with pytest.raises(ValueError, match="line must be a record of a tfmixed log, received"):
+        records.from_line(ranges_line(**change))
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": 10**30}, {"step": -1}, {"old_scale": float("inf")}, {"new_scale": -1}], ids=str
+)
+def test_numbers_out_of_range_are_refused(change):
+    """A step that no run reaches, a scale that is none."""
+    line = json.dumps({**json.loads(records.to_line(OVERFLOW)), **change})
+    with pytest.raises(ValueError, match="line must be a record of a tfmixed log, received"):
+        records.from_line(line)
+
+
+def test_half_a_character_is_replaced_on_reading():
+    """JSON can spell half of a surrogate pair, which nothing can show; whole pairs stay."""
+    line = records.to_line(ScaleChange(1, 2.0, 1.0, "overflow", "\ud800 \U0001f600"))
+    assert records.from_line(line).variable == "? \U0001f600"
+
+
+def test_a_loss_can_be_negative():
+    """As the likelihood of a density is."""
+    progress = records.Progress(1, 0, 8.0, 0, 1.0, -3.5)
+    assert records.from_line(records.to_line(progress)) == progress
+
+
 def test_a_torn_last_line_is_left_out(tmp_path):
     """A process killed while it wrote costs the last line at most; a broken line elsewhere is an error."""
     path = tmp_path / "log.jsonl"

@@ -109,6 +109,7 @@ def test_rules_are_written_as_people_write_them(text, rule):
         ("constant", "constant must have a value, as in constant:value=1024"),
         ("-5", "value must be a finite float32 number above 0"),
         ("", "rule must be a number or one of"),
+        ("-8^0.5", "rule must be a number or one of"),
         ("True", "rule must be a number or one of"),
     ],
 )
@@ -131,6 +132,8 @@ def test_what_a_trace_cannot_answer_is_refused():
         replay(LogMaxScale(), Trace.of_letters("TF"))
     with pytest.raises(ValueError, match="trace must be a log with at least one step"):
         Trace.of_log([RUN])
+    with pytest.raises(ValueError, match="trace must be a log of at most 100,000,000 steps, received one of"):
+        Trace.of_log([RUN, Progress(2**53, 0, 8.0, 0)])
 
 
 def test_a_history_is_a_line_from_the_first_step_to_the_last():
@@ -152,3 +155,12 @@ def test_a_history_without_a_first_line_begins_with_its_records():
     """As a log whose begin is lost does."""
     history = ScaleHistory.of([ScaleChange(4, 8.0, 4.0, "overflow"), Progress(6, 0, 4.0, 1)])
     assert (history.first, history.scale_of_each_step()) == (4, [8.0, 4.0, 4.0])
+
+
+def test_a_step_can_change_the_scale_twice():
+    """Set by hand before a step that overflows; a change that is logged twice counts once."""
+    by_hand, lowered = ScaleChange(4, 8.0, 64.0, "set"), ScaleChange(4, 64.0, 32.0, "overflow")
+    history = ScaleHistory.of([RUN, by_hand, lowered, by_hand, lowered, Progress(6, 0, 32.0, 1)])
+    assert history.changes == (by_hand, lowered)
+    assert history.points()[1] == [8.0, 64.0, 32.0, 32.0]
+    assert history.scale_of_each_step() == [8.0] * 4 + [64.0] + [32.0] * 2

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tfmixed import records
+from tfmixed import logcommands, records
 from tfmixed.errors import UsageError
 from tfmixed.records import EventsLost, GradientRange, Progress, RangesRecord, RunRecord, ScaleChange
 from tfmixed.report import Report, Run, page, read, words
@@ -147,6 +147,30 @@ def test_a_log_reports_all_that_is_whole(tmp_path):
     assert run.log == CALM
     assert [problem[:27] for problem in run.problems] == ["Line 3 is no record that th", "The last line is not whole:"]
     assert "412 steps, 3 skipped" in text(Report([run]))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ('"largest": 9.5367431640625e-07', '"largest": Infinity'),
+        ('"smallest": 9.5', '"smallest": -9.5'),
+        ("411", "1" * 30),
+    ],
+)
+def test_a_damaged_number_costs_its_line_alone(tmp_path, damage):
+    """Whatever it stands for, the line is named and the rest is reported."""
+    path = write(tmp_path / "log.jsonl", CALM)
+    path.write_text(path.read_text().replace(*damage, 1))
+    run = read(path)
+    assert re.match(r"Line [56] is no record", run.problems[0])
+    assert len(run.log) == 5
+    assert "What happened" in text(Report([run]))
+
+
+def test_half_a_character_in_a_name_can_be_shown(tmp_path):
+    """JSON can spell it, and UTF-8 cannot."""
+    Report([read(write(tmp_path / "log.jsonl", (begin(), overflow(3, name="\ud800"))))]).save_page(tmp_path / "a.html")
+    assert "<code>?</code>" in (tmp_path / "a.html").read_text(encoding="utf-8")
 
 
 def test_each_length_of_a_cut_log_gives_a_report(tmp_path):
@@ -342,6 +366,22 @@ def test_what_the_user_can_mend_is_one_line(tmp_path, arguments, message):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["log.jsonl", "words.txt"]
     run, _ = command("report", "log.jsonl", without=["matplotlib"], cwd=tmp_path)
     assert run.returncode == 0
+
+
+def test_a_report_is_printed_and_written_or_only_printed(tmp_path, capsys):
+    """Where one of its files cannot be written, neither is."""
+    log = write(tmp_path / "log.jsonl", CALM)
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(UsageError, match=r"--png must be a path that can be written, received .*a.png"):
+        logcommands.report(log, None, tmp_path / "a.html", tmp_path / "a.png")
+    assert "412 steps, 3 skipped (0.7 %)." in capsys.readouterr().out
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.png", "log.jsonl"]
+
+
+def test_a_typo_in_a_long_trace_is_named():
+    """Not three thousand letters, and not what a file system says of them."""
+    with pytest.raises(UsageError, match=r"received 'T{40}\.\.\. \(3,001 letters\)', which holds 'X'"):
+        logcommands.simulate(["dynamic"], "T" * 3000 + "X")
 
 
 def test_simulate_lays_rules_side_by_side(tmp_path):

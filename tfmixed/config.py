@@ -23,7 +23,7 @@ from typing import Any
 import keras
 import tomli_w
 
-from tfmixed import hardware, policy, scaling
+from tfmixed import hardware, policy, scaling, whole
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import ConfigError
 from tfmixed.optimizer import LossScaleOptimizer
@@ -118,9 +118,7 @@ class Config:
             values = asdict(self.scaling)  # type: ignore[call-overload]  # every rule is a dataclass
             tables["scaling"] = {"rule": names[type(self.scaling)], **_without_null(values, _NONE)}
         tables["log"] = _without_null(asdict(self.log), None)
-        partial = Path(f"{os.fspath(path)}.partial")
-        partial.write_text(tomli_w.dumps(tables), encoding="utf-8")
-        os.replace(partial, path)
+        whole.write_text(path, tomli_w.dumps(tables))
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tfmixed import whole
 from tfmixed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,14 +32,16 @@ def report(
     for path, suffix in ((html, ".html"), (png, ".png")):
         _check(path, suffix)
     made = Report([read(path) for path in (run, run_b) if path is not None])
+    from rich.console import Console
+
+    Console().print(made)
+    for path, suffix in ((html, ".html"), (png, ".png")):
+        _prepare(path, suffix)
     with _mendable():
         if html is not None:
             made.save_page(html)
         if png is not None:
             made.save_picture(png)
-    from rich.console import Console
-
-    Console().print(made)
 
 
 def simulate(
@@ -88,6 +92,16 @@ def _check(path: Path | None, suffix: str) -> None:
         raise UsageError(f"--{suffix[1:]} needs matplotlib ({error}): pip install 'tfmixed[plot]'") from error
 
 
+def _prepare(path: Path | None, suffix: str) -> None:
+    """Refuses a file that cannot be written, before any is."""
+    try:
+        if path is not None:
+            whole.prepare(path)
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"--{suffix[1:]} must be a path that can be written, received {str(path)!r}: {why}") from error
+
+
 @contextlib.contextmanager
 def _mendable() -> Iterator[None]:
     try:
@@ -106,8 +120,12 @@ def _trace(source: str) -> Trace:
     if not set("".join(source.split())) - {"T", "F"}:
         return Trace.of_letters(source)
     path = Path(source)
-    if not path.exists():
-        raise UsageError(f"trace must be a log, a file of T and F, or such letters, received {source!r}")
+    if not os.path.exists(path):  # False for what no path can be, where Path.exists raises
+        short = source if len(source) <= 60 else f"{source[:40]}... ({len(source):,} letters)"
+        wrong = next(letter for letter in source if letter not in "TF" and not letter.isspace())
+        raise UsageError(
+            f"trace must be a log, a file of T and F, or such letters, received {short!r}, which holds {wrong!r}"
+        )
     if path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
         if "{" not in text[:1000]:

@@ -20,7 +20,7 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from tfmixed import records
+from tfmixed import records, whole
 from tfmixed.records import GradientRange, RangesRecord, short
 from tfmixed.rounding import (
     POWERS,
@@ -255,11 +255,7 @@ class GradientRanges:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one line of JSON, as in the log of a run. The file appears whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".partial-{target.name}")
-        partial.write_text(records.to_line(self.record) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        whole.write_text(path, records.to_line(self.record) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GradientRanges:

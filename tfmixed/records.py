@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -186,6 +187,9 @@ class RangesRecord:
 Change = ScaleChange | EventsLost
 Record = RunRecord | ScaleChange | EventsLost | Progress | RangesRecord
 _KINDS: dict[str, type[Record]] = {kind.event: kind for kind in get_args(Record)}
+_MOST = 2**53  # the largest number up to which JSON, pictures and float64 count exactly
+_REACH = range(-127, 128)  # the exponents of float32
+_SIGNED = "loss"  # the only number that can be below 0
 
 
 def to_line(record: Record) -> str:
@@ -197,25 +201,41 @@ def from_line(line: str) -> Record:
     """Returns the record of one line.
 
     Raises:
-        ValueError: The line is no JSON object, or not one that `to_line` could have written.
+        ValueError: The line is no JSON object, or not one that `to_line` could have written: steps and counts are
+            whole numbers from 0 to 2^53, magnitudes are finite and not negative.
     """
     try:
-        values = json.loads(line)
+        values = _values(line)
         record: Record = _made(_KINDS[values.pop("event")], values)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"line must be a record of a tfmixed log, received: {line[:200]!r}") from error
     return record
 
 
+def _values(line: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(line)
+    if "\\ud" in line.lower():  # perhaps half of a pair, which JSON can spell and no page or terminal can show
+        values = json.loads(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
+    return values
+
+
+_hints = functools.cache(get_type_hints)
+
+
 def _made(kind: Any, values: dict[str, Any]) -> Any:
-    hints = get_type_hints(kind)
-    return kind(**{each.name: _read(values[each.name], hints[each.name]) for each in fields(kind)})
+    read = {name: _read(values[name], wanted) for name, wanted in _hints(kind).items() if name != "event"}
+    if any(type(each) in (int, float) and each < 0 for name, each in read.items() if name != _SIGNED):
+        raise ValueError("a count, magnitude or scale is below 0")
+    made = kind(**read)
+    if isinstance(made, GradientRange) and made.nonzeros and not 0 < made.smallest <= made.largest < 2.0**128:
+        raise ValueError("the magnitudes of a gradient are no float32, or contradict one another")
+    return made
 
 
 def _read(value: Any, wanted: Any) -> Any:
     """Returns the value that JSON had for a field of this type."""
     if wanted == dict[int, tuple[int, int, int, int]]:
-        return {int(exponent): _octave(parts) for exponent, parts in value.items()}
+        return {_exponent(text): _octave(parts) for text, parts in value.items()}
     origin, of = get_origin(wanted), get_args(wanted)
     if origin is list:
         return [_made(of[0], each) if is_dataclass(of[0]) else _read(each, of[0]) for each in _checked(value, (list,))]
@@ -223,7 +243,13 @@ def _read(value: Any, wanted: Any) -> Any:
         return {name: _read(each, of[1]) for name, each in _checked(value, (dict,)).items()}
     if origin is Literal and value not in of:
         raise ValueError("a field has another value")
-    return value if wanted is Any or origin is Literal else _checked(value, of or (wanted,))
+    return value if origin is Literal else _checked(value, (type(value),) if wanted is Any else of or (wanted,))
+
+
+def _exponent(text: str) -> int:
+    if (exponent := int(text)) not in _REACH:
+        raise ValueError("an octave is none of float32")
+    return exponent
 
 
 def _octave(parts: Any) -> tuple[int, ...]:
@@ -233,9 +259,12 @@ def _octave(parts: Any) -> tuple[int, ...]:
 
 
 def _checked(value: Any, kinds: tuple[Any, ...]) -> Any:
-    if type(value) in kinds or (float in kinds and type(value) is int):
-        return value
-    raise ValueError("a field has another type")
+    kind = type(value)
+    if kind not in kinds and not (float in kinds and kind is int):
+        raise ValueError("a field has another type")
+    if (kind is int and abs(value) > _MOST) or (kind is float and not math.isfinite(value)):
+        raise ValueError("a number is too large, or none")
+    return value
 
 
 def short(scale: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
@@ -15,7 +14,7 @@ from typing import Any
 import keras
 
 import tfmixed
-from tfmixed import hardware, records
+from tfmixed import hardware, records, whole
 from tfmixed.records import Change, EventsLost, Record, RunRecord, ScaleChange
 
 
@@ -35,7 +34,6 @@ def continue_at(path: Path, step: int, kinds: tuple[type[Record], ...], changes:
     Raises:
         ValueError: The file is no log.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         old = [each for each in (records.read_log(path) if path.exists() else ()) if not _goes(each, step, kinds)]
     except ValueError as error:
@@ -46,9 +44,7 @@ def continue_at(path: Path, step: int, kinds: tuple[type[Record], ...], changes:
     agreed = len(list(takewhile(lambda pair: dataclasses.replace(pair[0], epoch=None) == pair[1], pairs)))
     gone = {id(each) for each in overlap[agreed:]} if changes else set()
     kept = [each for each in old if id(each) not in gone]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(records.to_line(each) + "\n" for each in kept), encoding="utf-8")
-    os.replace(partial, path)
+    whole.write_text(path, "".join(records.to_line(each) + "\n" for each in kept))
     return list(changes[agreed:])
 
 

@@ -14,6 +14,8 @@ from matplotlib import image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from tfmixed import whole
+
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the picture in the format of the path's suffix; it appears whole or not at all.
@@ -23,7 +25,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """
     format_, picture = format_of(path), io.BytesIO()
     figure.savefig(picture, format=format_)
-    _write(path, picture)
+    whole.write_bytes(path, picture.getvalue())
 
 
 def save_sheet(rows: Sequence[Sequence[Figure]], path: str | os.PathLike[str]) -> None:
@@ -37,7 +39,7 @@ def save_sheet(rows: Sequence[Sequence[Figure]], path: str | os.PathLike[str]) -
     sheets = [_beside([_pixels(figure) for figure in row]) for row in rows]
     width, picture = max(sheet.shape[1] for sheet in sheets), io.BytesIO()
     image.imsave(picture, numpy.concatenate([_padded(sheet, width, 1) for sheet in sheets]), format="png")
-    _write(path, picture)
+    whole.write_bytes(path, picture.getvalue())
 
 
 def svg(figure: Figure) -> str:
@@ -58,14 +60,6 @@ def format_of(path: str | os.PathLike[str]) -> str:
     if format_ not in known:
         raise ValueError(f"path must end in one of {', '.join(f'.{name}' for name in known)}, received {str(path)!r}")
     return format_
-
-
-def _write(path: str | os.PathLike[str], picture: io.BytesIO) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial-{target.name}")
-    partial.write_bytes(picture.getvalue())
-    os.replace(partial, target)
 
 
 def _pixels(figure: Figure) -> Any:

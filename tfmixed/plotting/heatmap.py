@@ -104,6 +104,8 @@ def _paint(axes: Axes, rows: list[list[GradientRange]], span: tuple[int, int], s
 def _lines(axes: Axes, scale: float, style: Style) -> None:
     edges = [axes.get_xlim()[0] + 2 + _NONE, *(limit - math.log2(scale) for limit in zones.LIMITS), axes.get_xlim()[1]]
     for limit in edges[1:-1]:
+        # Cells have all shades from paper to ink: a line of ink within one of paper is seen on each.
+        axes.axvline(limit, color=style.paper, linewidth=3, alpha=0.85)
         axes.axvline(limit, color=style.ink, linewidth=1, linestyle=(0, (4, 2)))
     for name, (left, right) in zip(("→ 0", "sub", "normal", "→ inf"), pairwise(edges), strict=True):
         place: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 7, "transform": axes.get_xaxis_transform()}

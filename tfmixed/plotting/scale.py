@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
+import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tfmixed.plotting.themes import WIDE, Style, Theme, count_steps, is_narrow, legend, sheet, shorten
+from tfmixed.plotting.themes import WIDE, Style, Theme, count_steps, is_narrow, legend, powers_of_two, sheet, shorten
 from tfmixed.records import ScaleChange
 from tfmixed.scaling import ScaleHistory
 
 _MARKERS = "Xsov*"
 _CROWD = 100
+_MOST = 1000  # changes that are drawn one by one
+_BINS = 80  # stretches of steps in which more than those are drawn: far enough apart for a mark each
 _NAMED = 4  # guilty variables with a colour of their own
 
 
@@ -25,10 +30,13 @@ def plot_scale(
     theme: Theme = "light",
     width: float = WIDE,
 ) -> Figure:
-    """Draws the loss scale over the steps, with growths, and with overflows marked at the scale that overflowed.
+    """Draws the loss scale over the steps, each growth and overflow marked at its step and the scale of that step.
 
     The overflows of a single run are coloured by the first variable whose gradient was not finite: the most frequent
     ones, and the others in grey.
+
+    More than 1,000 changes are drawn as the lowest and the highest scale of stretches of steps, with one mark of each
+    kind in a stretch; the title says so.
 
     Args:
         histories: One line each, by its label.
@@ -48,12 +56,14 @@ def plot_scale(
         axes = figure.subplots()
         colors = style.lines(len(histories)) if len(histories) > 1 else [style.faint]
         for color, (label, history) in zip(colors, histories.items(), strict=True):
-            axes.step(*history.points(), where="post", color=color, label=label, linewidth=_size(history.changes, 2.0))
-            _mark_growths(axes, history, color)
+            span = _span(history)
+            _line(axes, history, span, color, label)
+            _mark_growths(axes, _thinned(history.because("growth"), span), style, color)
             _mark_gaps(axes, history, style)
             guilty = _by_variable(history.overflows()) if len(histories) == 1 else {"": history.overflows()}
-            _mark_overflows(axes, guilty, style, color, 22 if is_narrow(width) else 34)
-        _frame(axes, title, width)
+            _mark_overflows(axes, guilty, span, style, color, 22 if is_narrow(width) else 34)
+        spans = [*map(_span, histories.values())]
+        _frame(axes, f"{title}\nof each kind one mark in {max(spans):,} steps" if max(spans) > 1 else title, width)
     return figure
 
 
@@ -90,7 +100,7 @@ def plot_simulations(
             axes.step(*points, where="post", color=color, linewidth=1.8, label="loss scale")
             axes.plot(steps, at, "X", markersize=_size(steps, 7), color=style.ink, label="skipped step", alpha=0.8)
             axes.set_title(f"{shorten(label, 30 if is_narrow(width) else 70)}: {len(steps):,} skipped", loc="left")
-            axes.set_yscale("log", base=2)
+            powers_of_two(axes)
             axes.grid(alpha=0.3)
             axes.margins(y=0.2)
         legend(panels[0], width)
@@ -101,7 +111,7 @@ def plot_simulations(
 
 
 def _frame(axes: Axes, title: str, width: float) -> None:
-    axes.set_yscale("log", base=2)
+    powers_of_two(axes)
     axes.set(title=title, ylabel="loss scale (factor on the loss)")
     count_steps(axes, is_narrow(width))
     axes.grid(alpha=0.3)
@@ -112,6 +122,30 @@ def _frame(axes: Axes, title: str, width: float) -> None:
 def _size(drawn: Sequence[object], usual: float) -> float:
     """Returns a size of marks and lines at which many do not become one block."""
     return usual if len(drawn) <= _CROWD else usual / 2
+
+
+def _span(history: ScaleHistory) -> int:
+    """Returns the number of steps that are drawn as one: 1, or what makes many changes few enough to tell apart."""
+    if len(history.changes) <= _MOST:
+        return 1
+    return math.ceil((history.steps - history.first) / _BINS)
+
+
+def _line(axes: Axes, history: ScaleHistory, span: int, color: str, label: str) -> None:
+    steps, scales = history.points()
+    if span == 1:
+        axes.step(steps, scales, where="post", color=color, label=label, linewidth=_size(history.changes, 2.0))
+        return
+    edges = numpy.arange(steps[0], steps[-1], span)
+    # Each bin begins with the scale that holds at its first step.
+    begins = numpy.searchsorted(steps, edges, side="right") - 1
+    low, high = (reach.reduceat(numpy.asarray(scales), begins) for reach in (numpy.minimum, numpy.maximum))
+    axes.fill_between(edges, low, high, step="post", color=color, alpha=0.35, label=f"{label}, lowest to highest")
+
+
+def _thinned(changes: Sequence[ScaleChange], span: int) -> list[ScaleChange]:
+    """Returns the last change in each stretch of so many steps."""
+    return list(changes) if span == 1 else list({change.step // span: change for change in changes}.values())
 
 
 def _by_variable(overflows: Sequence[ScaleChange]) -> dict[str, list[ScaleChange]]:
@@ -125,32 +159,36 @@ def _by_variable(overflows: Sequence[ScaleChange]) -> dict[str, list[ScaleChange
     return groups
 
 
-def _mark_overflows(axes: Axes, guilty: Mapping[str, list[ScaleChange]], style: Style, edge: str, longest: int) -> None:
+def _mark_overflows(
+    axes: Axes, guilty: Mapping[str, list[ScaleChange]], span: int, style: Style, edge: str, longest: int
+) -> None:
     colors, size = [*style.colors, style.faint], _size([*chain.from_iterable(guilty.values())], 8)
     for index, (name, changes) in enumerate(guilty.items()):
         if not changes:
             continue
+        drawn = _thinned(changes, span)
         others = name not in {change.variable or "unknown" for change in changes}
         color = style.ink if not name else style.faint if others else colors[index]
         axes.plot(
-            [change.step for change in changes],
-            [change.old_scale for change in changes],
+            [change.step for change in drawn],
+            [change.old_scale for change in drawn],
             linestyle="none",
             marker="." if others and name else _MARKERS[index],
             markersize=size,
             markerfacecolor=color,
             markeredgecolor=edge if not name else style.paper,
             markeredgewidth=0.6,
-            label=f"overflow: {shorten(name, longest)} ({len(changes)})" if name else "overflow: step skipped",
+            label=f"overflow: {shorten(name, longest)} ({len(changes):,})" if name else "overflow: step skipped",
             zorder=4,
         )
 
 
-def _mark_growths(axes: Axes, history: ScaleHistory, color: str) -> None:
-    growths = history.because("growth")
+def _mark_growths(axes: Axes, growths: Sequence[ScaleChange], style: Style, color: str) -> None:
     if growths:
-        steps, scales = [change.step + 1 for change in growths], [change.new_scale for change in growths]
-        axes.plot(steps, scales, "^", markersize=_size(growths, 5), color=color, label="growth", zorder=3)
+        # At the scale that it left: a growth that overflows at once has the mark of the overflow at the new one.
+        steps, scales = [change.step for change in growths], [change.old_scale for change in growths]
+        edge: dict[str, Any] = {"markeredgecolor": style.paper, "markeredgewidth": 0.6}
+        axes.plot(steps, scales, "^", markersize=_size(growths, 8), color=color, label="growth", zorder=3, **edge)
 
 
 def _mark_gaps(axes: Axes, history: ScaleHistory, style: Style) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 Theme = Literal["light", "dark"]
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 WIDE, NARROW = 8.0, 4.2  # inches: a page, and a phone, on which the same letters stay legible
 
 
@@ -87,7 +89,8 @@ def _settings(style: Style) -> dict[Any, Any]:
     faint = ("axes.edgecolor", "grid.color", "legend.edgecolor")
     sizes = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8}
     colors = {style.ink: inks, style.paper: papers, style.faint: faint}
-    return sizes | {name: color for color, names in colors.items() for name in names}
+    # A `$` in a name begins no formula.
+    return sizes | {"text.parse_math": False} | {name: color for color, names in colors.items() for name in names}
 
 
 def legend(axes: Axes, width: float) -> None:
@@ -108,11 +111,18 @@ def count_steps(axes: Axes, narrow: bool) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
+def powers_of_two(axes: Axes) -> None:
+    """Makes the y axis logarithmic, with labels such as 2¹⁵: letters, since formulas are off."""
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"2{str(round(math.log2(value))).translate(_RAISED)}")
+
+
 def is_narrow(width: float) -> bool:
     """Whether a figure of that width, in inches, is for a phone."""
     return width < 6
 
 
 def shorten(name: str, length: int) -> str:
-    """Returns a name that is no longer than that: its end tells layers apart."""
-    return name if len(name) <= length else f"…{name[1 - length :]}"
+    """Returns a name that is no longer than that, cut in its middle: its two ends tell layers apart."""
+    front = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:front]}…{name[front + 1 - length :]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from rich import box
@@ -14,6 +13,7 @@ from rich.rule import Rule
 from rich.table import Table as Grid
 from rich.text import Text
 
+from tfmixed import whole
 from tfmixed.report.runs import Run, read
 from tfmixed.report.sections import Part, Section, Table, picture_keys, sections
 
@@ -51,11 +51,7 @@ class Report:
         """
         from tfmixed.report import page
 
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".partial-{target.name}")
-        partial.write_text(page.render(self.runs), encoding="utf-8")
-        os.replace(partial, target)
+        whole.write_text(path, page.render(self.runs))
 
     def save_picture(self, path: str | os.PathLike[str]) -> None:
         """Writes its pictures as one PNG, runs side by side.

@@ -158,4 +158,4 @@ def _side_by_side(runs: Sequence[Run], facts: Callable[[RunRecord], dict[str, st
     rows = [(name, *(each.get(name, "-") for each in known)) for name in names]
     differs = ("",) if len(runs) > 1 else ()
     marked = [(*row, *("differs" * (len({*row[1:]}) > 1) for _ in differs)) for row in rows]
-    return Part([], Table(("", *(run.name for run in runs), *differs), marked, left=9))
+    return Part([], Table(("", *(run.name for run in runs), *differs), marked, left=2 + len(runs)))

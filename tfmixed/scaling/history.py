@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tfmixed.records import EventsLost, Progress, Record, RunRecord, ScaleChange
+from tfmixed.records import Change, EventsLost, Progress, Record, RunRecord, ScaleChange
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ScaleHistory:
             log: What `records.read_log` returns. A log without a first line begins where its records do.
         """
         told = sorted(_said(log), key=lambda each: each[0])
-        changes = {(each.event, each.step): each for each in log if isinstance(each, (ScaleChange, EventsLost))}
+        changes = {_key(each): each for each in log if isinstance(each, (ScaleChange, EventsLost))}
         ordered = tuple(sorted(changes.values(), key=lambda each: each.step))
         last = max((_step_after(each) for each in log), default=0)
         return cls(told[0][1] if told else 1.0, last, ordered, told[0][0] if told else 0)
@@ -46,11 +46,14 @@ class ScaleHistory:
     def points(self) -> tuple[list[int], list[float]]:
         """Returns steps, and the scale from each step on; the last step twice, so that a line reaches the end."""
         steps, scales = [self.first], [self.initial_scale]
-        for change in self._scale_changes():
+        changes = self._scale_changes()
+        following = [*(change.step for change in changes[1:]), None]
+        for change, after in zip(changes, following, strict=False):
             if change.old_scale != scales[-1]:  # what led there is lost
                 steps.append(change.step)
                 scales.append(change.old_scale)
-            steps.append(change.step + 1)
+            # Of two changes at a step, the first one was made by hand, before the step.
+            steps.append(change.step if after == change.step else change.step + 1)
             scales.append(change.new_scale)
         return [*steps, max(self.steps, steps[-1], self.first + 1)], [*scales, scales[-1]]
 
@@ -89,6 +92,12 @@ class ScaleHistory:
 
     def _scale_changes(self) -> list[ScaleChange]:
         return [change for change in self.changes if isinstance(change, ScaleChange)]
+
+
+def _key(change: Change) -> tuple[object, ...]:
+    """Returns what is the same where a change was logged twice."""
+    told = (change.reason, change.old_scale, change.new_scale) if isinstance(change, ScaleChange) else ()
+    return change.event, change.step, *told
 
 
 def _said(log: Iterable[Record]) -> Iterator[tuple[int, float]]:

@@ -17,6 +17,7 @@ from tfmixed.scaling.logmax import LogMaxScale
 from tfmixed.scaling.peers import PEERS, like
 from tfmixed.scaling.rules import ConstantScale, DynamicScale, ScalingRule
 
+_MOST_STEPS = 10**8  # that are held in memory, one by one
 _OWN: dict[str, Any] = {"dynamic": DynamicScale, "constant": ConstantScale, "logmax": LogMaxScale}
 
 
@@ -53,9 +54,11 @@ class Trace:
         """Returns what a log knows of its steps.
 
         Raises:
-            ValueError: It knows of no step.
+            ValueError: It knows of no step, or of more than 100 million.
         """
         history = ScaleHistory.of(log)
+        if (steps := history.steps - history.first) > _MOST_STEPS:
+            raise ValueError(f"trace must be a log of at most {_MOST_STEPS:,} steps, received one of {steps:,}")
         scales, overflows = history.scale_of_each_step(), {change.step for change in history.overflows()}
         if not scales:
             raise ValueError("trace must be a log with at least one step, and this one holds none")
@@ -184,8 +187,8 @@ def _value(text: str) -> Any:
         return {"True": True, "False": False, "None": None}[text]
     base, power, exponent = text.replace("^", "**").partition("**")
     try:
-        return float(base) ** float(exponent) if power else int(text)
-    except (ValueError, OverflowError, ZeroDivisionError):
+        return math.pow(float(base), float(exponent)) if power else int(text)
+    except (ValueError, OverflowError):  # no numbers, or no real one: -8^0.5
         pass
     try:
         return float(text)
