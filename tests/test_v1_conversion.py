@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf1
+from tensorflow.python.eager import context
 from tf1 import V1, X, Y
 
 import tfmixed.compat.v1 as shim
@@ -56,6 +57,18 @@ def test_a_session_that_converts_nothing():
             report = conversion_report(session, train, feed)
     assert (report.dtype, report.converted, report.casts) == (None, {}, (0, 0))
     assert report.refused["allow"] == {"MatMul": 5}
+
+
+@fast
+def test_what_ran_before_is_not_reported():
+    """TensorFlow keeps graphs that it was asked to show and that nobody fetched."""
+    shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
+    weight = tf.Variable(tf.ones((32, 32)))
+    context.enable_run_metadata()
+    tf.function(lambda x: x @ weight @ weight @ weight @ weight)(tf.ones((4, 32)))
+    context.disable_run_metadata()
+    report = conversion_report(tf.function(lambda x: x @ weight), tf.ones((4, 32)))
+    assert report.converted["MatMul"] == 1
 
 
 @fast

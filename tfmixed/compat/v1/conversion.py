@@ -133,6 +133,7 @@ def _of_function(function: Any, *arguments: Any, **named: Any) -> Iterable[Any]:
     before = tf.config.optimizer.get_experimental_options().get("min_graph_nodes", 0)
     tf.config.optimizer.set_experimental_options({"min_graph_nodes": next(_fresh)})
     context.enable_run_metadata()
+    context.export_run_metadata()  # what ran before, of which TensorFlow may have graphs still
     try:
         function(*arguments, **named)
         metadata = context.export_run_metadata()
