@@ -15,7 +15,7 @@ from rich.console import Console
 from tfmixed import logcommands, records
 from tfmixed.errors import UsageError
 from tfmixed.records import EventsLost, GradientRange, Progress, RangesRecord, RunRecord, ScaleChange
-from tfmixed.report import Report, Run, page, read, words
+from tfmixed.report import Report, Run, page, pictures, read, words
 
 DYNAMIC = {"rule": "DynamicScale", "initial_scale": 2.0**15, "growth_interval": 2000, "min_scale": 1.0}
 EVIL = "<script>alert(1)</script>&`[bold]x[/bold]"
@@ -69,7 +69,8 @@ def test_what_happened_is_told_in_words():
     assert told[3].startswith(
         "In the last snapshot (step 400) float16 flushes 2.9 % of all gradient values other than 0"
     )
-    assert "at the scale used, 2^12; any scale from 2^13 to 2^35 works." in told[3]
+    assert told[3].endswith("at the scale used, 2^12.")
+    assert told[4:] == ["Any scale from 2^13 to 2^35 works."]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,25 @@ def test_what_to_change_is_told_in_words(log, wanted):
     assert any(re.search(wanted, sentence) for sentence in words.advice(Run("mine", log))), words.advice(Run("a", log))
 
 
+def test_a_verdict_is_told_once():
+    """What to change is no part of what happened, and an overflow has a sentence of its own."""
+    run = Run("mine", (begin(), snapshot(gradient("a", 12), gradient("b", -60)), Progress(9, 0, 2.0**15, 0)))
+    assert any("no single scale works" in sentence for sentence in words.advice(run))
+    assert words.happened(run)[-1] == "At that scale 50.0 % of them overflow."
+
+
+@pytest.mark.parametrize(
+    ("exponent", "wanted"),
+    [(-20, "start there, `initial_scale=2^9`"), (10, "start lower, `initial_scale=2^5`"), (-60, None)],
+)
+def test_advice_on_the_start_agrees_with_the_ranges(exponent, wanted):
+    """A scale that works for them too, or none."""
+    skipped = [overflow(step, 2.0 ** (15 - step)) for step in range(6)]
+    run = Run("mine", (begin(), *skipped, snapshot(gradient("a", exponent)), Progress(999, 0, 2.0**9, 6)))
+    starts = [sentence for sentence in words.advice(run) if "on the way down" in sentence]
+    assert [wanted in sentence for sentence in starts] == ([] if wanted is None else [True])
+
+
 def test_a_run_without_trouble_needs_no_change():
     """And says so."""
     calm = Run("mine", (begin(), snapshot(gradient("a", -20)), Progress(999, 0, 2.0**15, 0)))
@@ -112,7 +132,7 @@ def test_skipped_steps_after_the_last_progress_are_counted():
 def test_a_bfloat16_model_is_judged_as_such():
     """float16's limits are none of its concern."""
     run = Run("mine", (begin(), snapshot(gradient("a", -60, dtype="bfloat16")), Progress(99, 0, 1.0, 0)))
-    assert "bfloat16 flushes 0 % of all" in words.happened(run)[-1]
+    assert "bfloat16 flushes 0 % of all" in words.happened(run)[-2]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +273,15 @@ def test_the_page_holds_each_picture_for_each_reader(pages):
     assert source.count("<picture>") == 4
     assert source.count("(max-width: 600px) and (prefers-color-scheme: dark)") == 4
     assert source.count('alt="') == 4
+
+
+def test_histograms_side_by_side_have_the_same_axis():
+    """That of small gradients makes room for those of the other run."""
+    small, large = (Run("r", (begin(), snapshot(gradient("a", at)), Progress(9, 0, 8.0, 0))) for at in (-70, 20))
+    draw = pictures.PICTURES["ranges"].draw
+    beside = [draw(run, "light", 6.2, [small, large]).axes[0].get_xlim() for run in (small, large)]
+    assert beside[0] == beside[1] == (-71, 37)
+    assert draw(small, "light", 6.2, [small]).axes[0].get_xlim()[1] == 20
 
 
 def test_the_pictures_come_as_one_png(tmp_path):

@@ -253,9 +253,9 @@ def _exponent(text: str) -> int:
 
 
 def _octave(parts: Any) -> tuple[int, ...]:
-    if len(parts) != 4 or min(parts) < 0:
+    if len(parts) != 4 or not all(type(part) is int and 0 <= part <= _MOST for part in parts):
         raise ValueError("an octave has four counts")
-    return tuple(_checked(part, (int,)) for part in parts)
+    return tuple(parts)
 
 
 def _checked(value: Any, kinds: tuple[Any, ...]) -> Any:

@@ -24,6 +24,7 @@ def plot_ranges(
     scale: float,
     beside: RangesRecord | None = None,
     *,
+    span: tuple[float, float] | None = None,
     theme: Theme = "light",
     width: float = WIDE,
 ) -> Figure:
@@ -36,6 +37,7 @@ def plot_ranges(
         record: What was measured.
         scale: The loss scale of the lower panel.
         beside: The same gradients in another precision, drawn as broken lines.
+        span: The least that the x axis shows, as `span` returns it for another record: for pictures side by side.
         theme: `"light"` or `"dark"`.
         width: Inches; below 6 it is laid out for a phone.
 
@@ -59,7 +61,9 @@ def plot_ranges(
             when = "before scaling" if factor == 1 else f"after scaling: loss scale {short(scale)}"
             told = [textwrap.fill(line, 52) if is_narrow(width) else line for line in (when, *_losses(drawn, factor))]
             axes.set_title("\n".join(told), loc="left", pad=18, fontsize=8.5)
-        _frame(axes, [drawn, held_in_half(beside) if beside else []], scale)
+        spans = [_span(drawn, scale), _span(held_in_half(beside) if beside else [], scale), *([span] if span else [])]
+        axes.set_xlim(min(low for low, _ in spans), max(high for _, high in spans))
+        axes.set_ylim(bottom=0)
         for axes in figure.axes:
             zones.shade(axes, style, names=zones.SHORT if is_narrow(width) else zones.NAMES)
             axes.set_ylabel("share of values\nother than 0 (%)")
@@ -118,9 +122,11 @@ def _losses(drawn: list[GradientRange], scale: float) -> list[str]:
     return lines
 
 
-def _frame(axes: Axes, drawn: list[list[GradientRange]], scale: float) -> None:
-    """Shows all values before and after scaling, and all the limits of float16."""
-    octaves = [_kept(octave) for each in drawn for octave in zones.pooled(each)]
-    ends = [octave + shift for octave in octaves for shift in (0, math.log2(scale))]
-    axes.set_xlim(min([-30.0, *(end - 1 for end in ends)]), max([20.0, *(end + 2 for end in ends)]))
-    axes.set_ylim(bottom=0)
+def span(record: RangesRecord, scale: float) -> tuple[float, float]:
+    """Returns what the x axis of `plot_ranges` shows: all values before and after scaling, and float16's limits."""
+    return _span(held_in_half(record), scale)
+
+
+def _span(drawn: list[GradientRange], scale: float) -> tuple[float, float]:
+    ends = [_kept(octave) + shift for octave in zones.pooled(drawn) for shift in (0, math.log2(scale))]
+    return min([-30.0, *(end - 1 for end in ends)]), max([20.0, *(end + 2 for end in ends)])

@@ -139,8 +139,10 @@ def _line(axes: Axes, history: ScaleHistory, span: int, color: str, label: str) 
     edges = numpy.arange(steps[0], steps[-1], span)
     # Each bin begins with the scale that holds at its first step.
     begins = numpy.searchsorted(steps, edges, side="right") - 1
-    low, high = (reach.reduceat(numpy.asarray(scales), begins) for reach in (numpy.minimum, numpy.maximum))
-    axes.fill_between(edges, low, high, step="post", color=color, alpha=0.35, label=f"{label}, lowest to highest")
+    low, high = (extreme.reduceat(numpy.asarray(scales), begins) for extreme in (numpy.minimum, numpy.maximum))
+    reach = numpy.append(low, low[-1]), numpy.append(high, high[-1])
+    look: dict[str, Any] = {"step": "post", "color": color, "alpha": 0.35}
+    axes.fill_between([*edges, steps[-1]], *reach, label=f"{label}, lowest to highest", **look)
 
 
 def _thinned(changes: Sequence[ScaleChange], span: int) -> list[ScaleChange]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -23,12 +23,12 @@ LIMITS = tuple(map(math.log2, limits()))
 
 def pooled(ranges: Iterable[GradientRange]) -> dict[int, tuple[int, int, int, int]]:
     """Returns the octaves of all of them together."""
-    parts: Counter[tuple[int, int]] = Counter()
+    found: defaultdict[int, list[tuple[int, int, int, int]]] = defaultdict(list)
     for each in ranges:
         for octave, counts in each.octaves.items():
-            parts.update({(octave, part): count for part, count in enumerate(counts)})
-    octaves = sorted({octave for octave, _ in parts})
-    return {each: (parts[each, 0], parts[each, 1], parts[each, 2], parts[each, 3]) for each in octaves}
+            found[octave].append(counts)
+    sums = {octave: [*map(sum, zip(*found[octave], strict=True))] for octave in sorted(found)}
+    return {octave: (each[0], each[1], each[2], each[3]) for octave, each in sums.items()}
 
 
 def shares(octaves: Octaves, scale: float) -> dict[str, float]:

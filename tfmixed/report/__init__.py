@@ -66,7 +66,7 @@ class Report:
 
         keys = [picture_keys(run) for run in self.runs]
         rows = [
-            [each.draw(run, "light", WIDE) for run, own in zip(self.runs, keys, strict=True) if key in own]
+            [each.draw(run, "light", WIDE, self.runs) for run, own in zip(self.runs, keys, strict=True) if key in own]
             for key, each in PICTURES.items()
         ]
         plotting.save_sheet([row for row in rows if row], path)

@@ -39,18 +39,18 @@ def render(runs: Sequence[Run]) -> str:
 def _sections(runs: Sequence[Run]) -> Iterator[Element]:
     width = WIDE if len(runs) == 1 else _BESIDE
     for section in sections(runs):
-        several = len(section.parts) > 1
-        parts = [_part(part, run, width, several) for run, part in zip(runs, section.parts, strict=False)]
+        of = runs if len(section.parts) > 1 else runs[:1]  # facts have one part for all runs
+        parts = [_part(part, run, width, of) for run, part in zip(of, section.parts, strict=True)]
         yield _node("section", _node("h2", section.title), _node("div", *parts, **{"class": "parts"}))
 
 
-def _part(part: Part, run: Run, width: float, named: bool) -> Element:
+def _part(part: Part, run: Run, width: float, runs: Sequence[Run]) -> Element:
     sentences = [_node("li", *_words(sentence)) for sentence in part.sentences]
     return _node(
         "div",
-        *([_node("h3", run.name)] if named else []),
+        *([_node("h3", run.name)] if len(runs) > 1 else []),
         *([_node("ul", *sentences)] if sentences else []),
-        *(_figure(run, key, width) for key in part.pictures),
+        *(_figure(run, key, width, runs) for key in part.pictures),
         *([_table(part.table)] if part.table else []),
     )
 
@@ -73,11 +73,11 @@ def _table(table: Table) -> Element:
     )
 
 
-def _figure(run: Run, key: str, width: float) -> Element:
+def _figure(run: Run, key: str, width: float, runs: Sequence[Run]) -> Element:
     picture, dark, narrow = PICTURES[key], "(prefers-color-scheme: dark)", "(max-width: 600px)"
 
     def source(theme: plotting.Theme, inches: float) -> str:
-        drawn = plotting.svg(picture.draw(run, theme, inches))
+        drawn = plotting.svg(picture.draw(run, theme, inches, runs))
         return "data:image/svg+xml;base64," + base64.b64encode(drawn.encode()).decode()
 
     return _node(

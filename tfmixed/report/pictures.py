@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
 from tfmixed import plotting
 from tfmixed.plotting import Theme
+from tfmixed.plotting.histogram import span
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import RangesRecord
 from tfmixed.report.runs import Run
@@ -20,26 +21,29 @@ class Picture:
 
     Args:
         caption: What it shows, for those who do not see it too.
-        draw: Draws it in a theme, so many inches wide.
+        draw: Draws it in a theme, so many inches wide, to stand beside the same picture of other runs.
     """
 
     caption: str
-    draw: Callable[[Run, Theme, float], Figure]
+    draw: Callable[[Run, Theme, float, Sequence[Run]], Figure]
 
 
-def _scale(run: Run, theme: Theme, width: float) -> Figure:
+def _scale(run: Run, theme: Theme, width: float, _: Sequence[Run]) -> Figure:
     return plotting.plot_scale({"loss scale": run.history}, theme=theme, width=width)
 
 
-def _ranges(run: Run, theme: Theme, width: float) -> Figure:
-    return plotting.plot_ranges(_measured(run).record, run.measured_at, _in_half(run), theme=theme, width=width)
+def _ranges(run: Run, theme: Theme, width: float, runs: Sequence[Run]) -> Figure:
+    spans = [span(each.ranges.record, each.measured_at) for each in runs if each.ranges is not None]
+    reach = min(low for low, _ in spans), max(high for _, high in spans)
+    of, at = _measured(run).record, run.measured_at
+    return plotting.plot_ranges(of, at, _in_half(run), span=reach, theme=theme, width=width)
 
 
-def _heat_map(run: Run, theme: Theme, width: float) -> Figure:
+def _heat_map(run: Run, theme: Theme, width: float, _: Sequence[Run]) -> Figure:
     return plotting.plot_layers(_measured(run).record, run.measured_at, theme=theme, width=width)
 
 
-def _timeline(run: Run, theme: Theme, width: float) -> Figure:
+def _timeline(run: Run, theme: Theme, width: float, _: Sequence[Run]) -> Figure:
     own = [each for each in run.all(RangesRecord) if each.precision == _measured(run).record.precision]
     return plotting.plot_timeline(own, run.history, theme=theme, width=width)
 

@@ -67,11 +67,15 @@ def _lost(run: Run) -> Iterator[str]:
     of, scale, held = run.ranges, run.measured_at, precision(run.ranges)
     lost = of.losses(scale, held)
     when = "" if of.record.step is None else f" (step {of.record.step:,})"
-    over = f" and {percent(lost.share(lost.overflow))} overflow" if lost.overflow else ""
     yield (
         f"In the last snapshot{when} {held} flushes {percent(lost.share(lost.zero))} of all gradient values other than "
-        f"0 to 0 at the scale used, {short(scale)}{over}; {of.verdict(held)}"
+        f"0 to 0 at the scale used, {short(scale)}."
     )
+    if lost.overflow:
+        yield f"At that scale {percent(lost.share(lost.overflow))} of them overflow."
+    verdict = of.verdict(held)
+    if verdict not in "".join(_scale(run)):  # what is to be changed stands there
+        yield verdict[0].upper() + verdict[1:]
 
 
 def _exhausted(run: Run) -> Iterator[str]:
@@ -101,8 +105,26 @@ def _start(run: Run) -> Iterator[str]:
     overflows = run.history.overflows()
     row = [change for index, change in enumerate(overflows) if change.step == run.history.first + index]
     if len(row) >= _DESCENT:
-        low = short(row[-1].new_scale)
-        yield f"The first {len(row)} steps were skipped on the way down to {low}: start there, `initial_scale={low}`."
+        low, start = row[-1].new_scale, _agreed(run, row[-1].new_scale)
+        if start is not None:
+            where = "there" if start == low else "lower"
+            told = f"The first {len(row)} steps were skipped on the way down to {short(low)}"
+            yield f"{told}: start {where}, `initial_scale={short(start)}`."
+
+
+def _agreed(run: Run, scale: float) -> float | None:
+    """Returns a scale to start from, lower where the last ranges ask for that; None where they need a higher one."""
+    works = _working(run)
+    if run.ranges is None:
+        return scale
+    return None if works is None or scale < works[0] else min(scale, works[1])
+
+
+def _working(run: Run) -> tuple[float, float] | None:
+    """Returns the smallest and largest power of two that work for the last ranges; None where there are none."""
+    if run.ranges is None or any(each.nonfinite for each in run.ranges.half):
+        return None
+    return run.ranges.working_scales(precision(run.ranges))
 
 
 def _restless(run: Run) -> Iterator[str]:
@@ -125,8 +147,8 @@ def _scale(run: Run) -> Iterator[str]:
     if run.ranges is None or not any(each.nonzeros for each in run.ranges.half):
         return
     of, scale, held = run.ranges, run.measured_at, precision(run.ranges)
-    works = of.working_scales(held)
-    if any(each.nonfinite for each in of.half) or works is None:
+    works = _working(run)
+    if works is None:
         yield f"{held}: {of.verdict(held)}"
     elif scale > works[1]:
         yield f"The scale used, {short(scale)}, is too high for the last snapshot: at most {short(works[1])} works."
