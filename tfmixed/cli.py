@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import tfmixed
-from tfmixed import logcommands
+from tfmixed import logcommands, whole
 from tfmixed.errors import ConfigError, UsageError
 
 _GREETING = re.compile(rb"I0000 .* oneDNN custom operations are on|WARNING: All log messages before absl")
@@ -141,7 +141,7 @@ def ranges(
     if png is not None:
         from tfmixed import plotting
 
-        plotting.save(found.plot(found.as_dict(headroom)["suggested_scale"] or 1.0), png)
+        plotting.save(found.plot(found.suggested(headroom) or 1.0), png)
 
 
 @app.command()
@@ -228,11 +228,9 @@ def _check_place(option: str, path: Path | None) -> None:
     if path is None:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        whole.prepare(path)
     except OSError as error:
         raise UsageError(f"{option} must be a file that can be written, received {str(path)!r}: {error}") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{option} must be a file that can be written, received {str(path)!r}")
 
 
 def _load_keras() -> None:

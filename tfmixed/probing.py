@@ -125,7 +125,6 @@ class Probe:
         self.model, self.precision, self.scale = model, checked_precision(precision), checks.scale("scale", scale)
         self.batches = 0
         self._paths: dict[Any, str] = {}
-        self._dtypes: dict[Any, str] = {}
         self._outputs: dict[Any, taps.Tally] = {}
         self._weights: dict[int, tuple[Any, taps.Tally]] = {}  # by the identity of the variable
         self._step: Callable[..., Any] | None = None
@@ -142,7 +141,6 @@ class Probe:
             if self._step is None:
                 self.model._symbolic_build(data_batch=batch)
                 self._paths = inplace.paths(self.model)
-                self._dtypes = {layer: _given(layer) for layer in self._paths}
                 self._step = self._compiled()
             with self._in_precision(), self._tapped():
                 self._step(batch, state)
@@ -174,7 +172,7 @@ class Probe:
 
     def _ranges(self, layer: Any, path: str) -> Iterator[GradientRange]:
         if layer in self._outputs and self._outputs[layer].counts.any():
-            yield self._outputs[layer].range(path, "activation", path, self._dtypes[layer])
+            yield self._outputs[layer].range(path, "activation", path, _given(layer))
         for variable in getattr(layer, "_trainable_variables", ()):
             if id(variable) in self._weights:
                 _, tally = self._weights[id(variable)]

@@ -192,9 +192,9 @@ class GradientRanges:
 
     def _conflict(self, precision: str, tolerance: float, low: float, high: float) -> str:
         """Returns which layers keep a scale from working for all, and the fewest that float32 would free it from."""
-        neediest = max(self.half, key=lambda each: needed_scale(each, precision, tolerance))
-        largest = min(self.half, key=lambda each: largest_scale(each, precision))
         spans = [(each, needed_scale(each, precision, tolerance), largest_scale(each, precision)) for each in self.half]
+        neediest, *_ = max(spans, key=lambda span: span[1])
+        largest, *_ = min(spans, key=lambda span: span[2])
         # Of the scales that suit one of them, the one that suits most layers; of several the highest.
         aside = min(
             ({each.layer for each, least, most in spans if not least <= scale <= most} for scale in _candidates(spans)),
@@ -281,13 +281,15 @@ class GradientRanges:
         record = self.record
         told = [f"{len(self)} gradients of {record.model}, {record.batches} batches in {record.precision}"]
         told.append(f"float16: {self.verdict()}")
-        if self._known():
-            told.append(self.suggest_constant_scale(headroom).explanation)
+        if (scale := self.suggested(headroom)) is not None:
+            told.append(scale.explanation)
         told.append(f"bfloat16: {self.verdict('bfloat16')}")
         return Group(self.table(), *map(Text, told))
 
-    def _known(self) -> bool:
-        return not any(each.nonfinite for each in self.half) and any(each.nonzeros for each in self.half)
+    def suggested(self, headroom: float = 2.0) -> Suggestion | None:
+        """Returns what `suggest_constant_scale` does; None where gradients are not finite, or all 0."""
+        known = not any(each.nonfinite for each in self.half) and any(each.nonzeros for each in self.half)
+        return self.suggest_constant_scale(headroom) if known else None
 
     def as_dict(self, headroom: float = 2.0) -> dict[str, Any]:
         """Returns the answers, and the counts that they come from, for JSON.
@@ -295,7 +297,7 @@ class GradientRanges:
         Args:
             headroom: As in `suggest_constant_scale`.
         """
-        scale = self.suggest_constant_scale(headroom) if self._known() else None
+        scale = self.suggested(headroom)
         return {
             "verdict": self.verdict(),
             "verdict_bfloat16": self.verdict("bfloat16"),
