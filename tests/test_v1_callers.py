@@ -81,7 +81,8 @@ def bert(loss, opt, accumulate=1):
     if accumulate == 1:
         train = opt.apply_gradients(list(zip(clipped, weights, strict=True)))
         counted = tf.cond(finite, lambda: step + 1, lambda: tf.identity(step))
-        return tf.group(train, step.assign(counted))
+        with V1.control_dependencies([train, counted]):  # the learning rate reads the step: before, not while, it moves
+            return tf.group(train, step.assign(counted))
     micro = V1.get_variable("local_step", initializer=np.int32(1), trainable=False)
     all_finite = V1.get_variable("batch_finite", initializer=True, trainable=False)
     sums = [
@@ -101,7 +102,7 @@ def bert(loss, opt, accumulate=1):
     with V1.control_dependencies(added):
         train = tf.cond(ends, lambda: opt.apply_gradients(list(zip(added, weights, strict=True))), lambda: tf.no_op())
     counted = tf.cond(tf.logical_and(ends, remembered), lambda: step + 1, lambda: tf.identity(step))
-    with V1.control_dependencies([counted, ends]):
+    with V1.control_dependencies([train, counted, ends]):
         return tf.group(train, step.assign(counted), micro.assign_add(1))
 
 
