@@ -101,7 +101,6 @@ def test_every_public_name_exists():
 @pytest.mark.parametrize(
     "imports",
     [
-        "import tfmixed, keras",
         "import keras, tfmixed",
         "import tfmixed, importlib.util; importlib.util.find_spec('keras'); import keras",  # as others look for it
     ],
