@@ -11,7 +11,7 @@ import tfmixed
 
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
-    0: ["errors", "formats", "records", "whole"],
+    0: ["errors", "formats", "records", "whole", "printed"],
     1: ["scaling", "branching", "seen", "rounding"],
     2: [
         "calls",

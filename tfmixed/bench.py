@@ -23,7 +23,7 @@ from rich.console import Console, Group
 from rich.progress import Progress
 from rich.table import Table
 
-from tfmixed import hardware, networks
+from tfmixed import hardware, networks, printed
 from tfmixed import memory as memory_of
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import UsageError
@@ -156,10 +156,7 @@ class Report:
         yield "-" if row.batch_in_memory is None else f"{row.batch_in_memory:,}"
 
     def __str__(self) -> str:
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return printed.text(self, 120)
 
 
 def run(

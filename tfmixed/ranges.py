@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from tfmixed import records, whole
+from tfmixed import printed, records, whole
 from tfmixed.records import GradientRange, RangesRecord, short
 from tfmixed.rounding import (
     POWERS,
@@ -309,10 +309,7 @@ class GradientRanges:
         }
 
     def __str__(self) -> str:
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return printed.text(self)
 
     def table(self, precision: str = "float16") -> Table:
         """Returns a table of each gradient: its magnitudes, what is lost at scale 1, and which scales suit it alone.
