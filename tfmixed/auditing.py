@@ -14,7 +14,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from tfmixed import comparison, hardware, hazards, inplace, inspection, tracing
+from tfmixed import comparison, hardware, hazards, inplace, inspection, temporary, tracing
 from tfmixed.comparison import Difference
 from tfmixed.findings import Audit, Finding
 from tfmixed.hazards import SEVERITIES, Context, Hazard
@@ -162,7 +162,7 @@ def _tensors(structure: Any) -> Any:
 
 def _of_graph(step: Step, half: Trace, context: Context) -> Iterator[_Found]:
     """Yields what single operations and constants of a traced step say."""
-    with tracing.in_float32(step.model):
+    with temporary.in_float32(inplace.paths(step.model)):
         full = step.trace(backward=False)  # of which the constants alone are looked at
     yield from _of_operations(half, context)
     yield from inspection.constants(half, full, context)

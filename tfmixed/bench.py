@@ -23,7 +23,7 @@ from rich.console import Console, Group
 from rich.progress import Progress
 from rich.table import Table
 
-from tfmixed import hardware, networks, printed
+from tfmixed import hardware, networks, printed, temporary
 from tfmixed import memory as memory_of
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import UsageError
@@ -236,13 +236,9 @@ class Case:
 
     def made(self, variant: str) -> networks.Case:
         """Returns the model, compiled as the variant says, inputs and targets."""
-        before = keras.config.dtype_policy()
-        keras.config.set_dtype_policy("float32" if variant == "float32" else self.policy)
         keras.utils.set_random_seed(0)
-        try:
+        with temporary.global_policy("float32" if variant == "float32" else self.policy):
             made = self._function()
-        finally:
-            keras.config.set_dtype_policy(before)
         if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], keras.Model) and made[0].compiled):
             raise UsageError(
                 f"{self.spec} must return a compiled keras.Model, inputs and targets, received {type(made).__name__}: "

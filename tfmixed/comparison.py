@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import keras
 from keras import tree
 
+from tfmixed import temporary
 from tfmixed.bounds import MOVES
 from tfmixed.formats import HALF
-from tfmixed.tracing import Step, ancestors, in_float32, layer_of, restored, scoped
+from tfmixed.tracing import Step, ancestors, layer_of, scoped
 
 
 class Values(NamedTuple):
@@ -94,9 +95,9 @@ def differences(step: Step) -> Iterator[Difference]:
     is left out, and what depends on another that parted, or on random numbers, since half precision draws others.
     """
     with scoped(step.model) as layers, _quiet(layers):
-        with restored(step.model):
+        with temporary.restored(step.model):
             half, half_gradients = _run(step, layers)
-        with restored(step.model), in_float32(step.model):
+        with temporary.restored(step.model), temporary.in_float32(layers):
             full, full_gradients = _run(step, layers)
     found = dict(_differences(half, full))
     tainted: set[str] = set()
@@ -185,14 +186,11 @@ def _values(summary: Any) -> Values:
 @contextlib.contextmanager
 def _quiet(layers: Sequence[keras.Operation]) -> Iterator[None]:
     """Lets layers that draw random numbers, which half precision draws otherwise, run as in inference."""
-    calls = {layer: layer.call for layer in layers if _draws(layer)}
-    for layer, call in calls.items():
-        vars(layer)["call"] = functools.partial(_in_inference, call)
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            if _draws(layer):
+                temporary.put(stack, layer, "call", functools.partial(_in_inference, layer.call))
         yield
-    finally:
-        for layer, call in calls.items():
-            vars(layer)["call"] = call
 
 
 def _in_inference(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ import keras
 from keras import ops, tree
 from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
 
+from tfmixed import temporary
 from tfmixed.formats import HALF
 
 _ENTRY = "in_float32"
@@ -75,7 +76,7 @@ class Forced(keras.Operation):
         config = dict(config)
         change = dict(config.pop(_ENTRY))
         of, inside = change.pop("of"), change.pop("inside")
-        with _policy_scope(config.get("dtype")):
+        with temporary.global_policy(config.get("dtype")):
             if cls is Forced:
                 layer = keras.saving.deserialize_keras_object({**of, "config": config}, custom_objects)
             else:  # asked for by its own class, which need not be registered
@@ -90,7 +91,7 @@ class Forced(keras.Operation):
         return layer
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        with _policy_scope(self.dtype_policy):
+        with temporary.global_policy(self.dtype_policy):
             super().build_from_config(config)
         _repeat(self)
 
@@ -278,18 +279,6 @@ def _repeat(layer: Forced) -> None:
         put(found, **{key: value for key, value in change.items() if key != "policy"})
     _set(layer, "_later", {})
     retype(layer)
-
-
-@contextlib.contextmanager
-def _policy_scope(policy: Any) -> Iterator[None]:
-    """Has the policy of a layer for those that are made inside it."""
-    before = keras.config.dtype_policy()
-    if policy is not None:
-        keras.config.set_dtype_policy(keras.dtype_policies.get(policy))
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
 
 
 def descendants(layer: Any) -> list[Any]:

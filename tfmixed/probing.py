@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import keras
-import numpy
 from keras import ops, tree
 from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
 from keras.src.trainers.data_adapters import get_data_adapter
 
-from tfmixed import gradients, inplace, taps, tracing
+from tfmixed import gradients, inplace, taps, temporary
 from tfmixed.formats import HALF
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import GradientRange, RangesRecord
@@ -58,13 +56,13 @@ def measure_gradients(
     Example:
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="dense")])
     >>> model.compile("sgd", loss="mse")
-    >>> ranges = measure_gradients(model, (numpy.ones((64, 4)), numpy.zeros((64, 1))), steps=2)
+    >>> ranges = measure_gradients(model, (ops.ones((64, 4)), ops.zeros((64, 1))), steps=2)
     >>> [(each.layer, each.kind) for each in ranges]
     [('dense', 'activation'), ('dense', 'weight'), ('dense', 'weight')]
     """
     checks.count("steps", steps, 1)
     probe = Probe(model, precision, scale)
-    with _random_states():  # PyTorch's loaders draw from them
+    with temporary.random_states():  # PyTorch's loaders draw from them
         for batch in itertools.islice(_batches(data, batch_size), steps):
             probe.measure(batch)
     if not probe.batches:
@@ -85,7 +83,7 @@ def _batches(data: Any, batch_size: int | None) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         if isinstance(data, keras.utils.PyDataset):  # no epoch of a user's begins or ends, where data may be shuffled
             for name in ("on_epoch_begin", "on_epoch_end"):
-                _put(stack, data, name, lambda: None)
+                temporary.put(stack, data, name, lambda: None)
         adapter.on_epoch_begin()
         stack.callback(adapter.on_epoch_end)  # ends the workers of a PyDataset
         yield from getattr(adapter, iterators[keras.backend.backend()])()
@@ -137,7 +135,7 @@ class Probe:
             state: On JAX within `fit`, the values of all variables, which the trainer then holds.
         """
         batch = _without_optionals(batch)
-        with _random_states(), tracing.restored(self.model), self._untaken():
+        with temporary.random_states(), temporary.restored(self.model), self._untaken():
             if self._step is None:
                 self.model._symbolic_build(data_batch=batch)
                 self._paths = inplace.paths(self.model)
@@ -193,12 +191,12 @@ class Probe:
     @contextlib.contextmanager
     def _in_precision(self) -> Iterator[None]:
         if self.precision == "float32":
-            with tracing.in_float32(self.model):
+            with temporary.in_float32(self._paths):
                 yield
             return
         layers = [layer for layer in self._paths if isinstance(layer, keras.layers.Layer)]
         half = [layer for layer in layers if layer.compute_dtype in HALF]
-        with tracing.with_policy(half or layers, f"mixed_{self.precision}"):
+        with temporary.with_policy(half or layers, f"mixed_{self.precision}"):
             yield
 
     @contextlib.contextmanager
@@ -210,7 +208,7 @@ class Probe:
         with contextlib.ExitStack() as stack:
             for layer in layers:
                 tally = self._outputs.setdefault(layer, taps.Tally())
-                _put(stack, layer, "call", _tapping(layer.call, tally, self.scale))
+                temporary.put(stack, layer, "call", _tapping(layer.call, tally, self.scale))
             yield
 
     @contextlib.contextmanager
@@ -220,8 +218,8 @@ class Probe:
             for optimizer in _optimizers(self.model):
                 for name, function in self._instead_of(optimizer).items():
                     if hasattr(optimizer, name):
-                        _put(stack, optimizer, name, function)
-            _put(stack, self.model, "compute_metrics", lambda *_, **__: {})
+                        temporary.put(stack, optimizer, name, function)
+            temporary.put(stack, self.model, "compute_metrics", lambda *_, **__: {})
             yield
 
     def _instead_of(self, optimizer: Any) -> dict[str, Callable[..., Any]]:
@@ -324,32 +322,6 @@ def _given(layer: Any) -> str:
     return str(declared or getattr(layer, "compute_dtype", "float32"))
 
 
-def _put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Gives an object an attribute of its own until the stack is left; Keras and PyTorch do not notice."""
-    before = {name: vars(owner)[name]} if name in vars(owner) else {}
-    stack.callback(vars(owner).update, before)
-    stack.callback(vars(owner).pop, name)
-    vars(owner)[name] = value
-
-
 def _without_optionals(batch: Any) -> Any:
     # What TensorFlow's datasets have for None; Keras's trainer does the same.
     return tree.map_structure(lambda leaf: None if type(leaf).__name__ == "_OptionalImpl" else leaf, batch)
-
-
-@contextlib.contextmanager
-def _random_states() -> Iterator[None]:
-    """Gives back the states that a user's layers may draw from."""
-    states: list[tuple[Callable[..., None], Any]] = [
-        (random.setstate, random.getstate()),
-        (numpy.random.set_state, numpy.random.get_state()),
-    ]
-    if keras.backend.backend() == "torch":
-        import torch
-
-        states.append((torch.set_rng_state, torch.get_rng_state()))
-    try:
-        yield
-    finally:
-        for restore, state in states:
-            restore(state)

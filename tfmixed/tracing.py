@@ -13,9 +13,8 @@ from typing import Any
 import keras
 import numpy
 from keras import ops, tree
-from keras.src.backend.common import global_state
 
-from tfmixed import inplace
+from tfmixed import inplace, temporary
 
 # A name scope for each layer's call. Keras's own scopes do not tell layers of like names apart.
 _SCOPE = "tfmixed.call."
@@ -200,67 +199,13 @@ def _single(structure: Any) -> Any:
 
 
 @contextlib.contextmanager
-def in_float32(model: keras.Model) -> Iterator[None]:
-    """Makes all layers compute in float32 and give it, and gives them back what they had."""
-    layers = list(inplace.paths(model))
-    before, float32 = keras.config.dtype_policy(), keras.dtype_policies.get("float32")
-    with with_policy(layers, "float32"), contextlib.ExitStack() as stack:
-        stack.callback(keras.config.set_dtype_policy, before)
-        keras.config.set_dtype_policy(float32)
-        for each in layers:
-            for name in ("output_dtype", "_gives"):  # what our own layers cast to
-                if (old := vars(each).get(name)) is not None:
-                    _replace(stack, each, name, old, "float32")
-        yield
-
-
-@contextlib.contextmanager
-def with_policy(layers: Sequence[keras.Operation], policy: str) -> Iterator[None]:
-    """Gives layers, operations left out, another dtype policy for a while."""
-    with contextlib.ExitStack() as stack:
-        for each in layers:
-            if isinstance(each, keras.layers.Layer):  # not `dtype_policy`, which would write into a DTypePolicyMap
-                _replace(stack, each, "_dtype_policy", each._dtype_policy, keras.dtype_policies.get(policy))
-        yield
-
-
-def _replace(stack: contextlib.ExitStack, owner: Any, name: str, old: Any, new: Any) -> None:
-    stack.callback(object.__setattr__, owner, name, old)
-    object.__setattr__(owner, name, new)
-
-
-@contextlib.contextmanager
-def restored(model: keras.Model) -> Iterator[None]:
-    """Gives back what a step changes even where no optimizer acts: statistics, metrics, states of random generators."""
-    backend, variables = keras.backend.backend(), []
-    if backend != "jax":  # there a step is a function of them, and `fit` may hold the values
-        variables = [*model.variables, *model.metrics_variables]
-    if variables and (generator := global_state.get_global_attribute("global_seed_generator")) is not None:
-        variables.append(generator.state)
-    values = [ops.copy(variable.value) for variable in variables]
-    try:
-        yield
-    finally:
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
-        if backend == "torch":
-            model.zero_grad()
-
-
-@contextlib.contextmanager
 def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
     """Gives each layer's call a name scope that tells its number in the list that it yields."""
     layers = list(inplace.paths(model))
-    before = [vars(layer).get("call") for layer in layers]
-    for number, layer in enumerate(layers):
-        vars(layer)["call"] = _in_scope(f"{_SCOPE}{number}", layer.call)
-    try:
+    with contextlib.ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            temporary.put(stack, layer, "call", _in_scope(f"{_SCOPE}{number}", layer.call))
         yield layers
-    finally:
-        for layer, call in zip(layers, before, strict=True):
-            del vars(layer)["call"]
-            if call is not None:
-                vars(layer)["call"] = call
 
 
 @contextlib.contextmanager
