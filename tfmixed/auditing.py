@@ -14,7 +14,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from tfmixed import comparison, hardware, hazards, inplace, inspection, temporary, tracing
+from tfmixed import comparison, hardware, hazards, inspection, structure, temporary, tracing
 from tfmixed.comparison import Difference
 from tfmixed.findings import Audit, Finding
 from tfmixed.hazards import SEVERITIES, Context, Hazard
@@ -66,7 +66,7 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     dtypes = [layer.compute_dtype for layer in model._flatten_layers(include_self=False, recursive=True)]
     counts = {dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))}
     return Audit(
-        model.name, counts, tuple(_merged(found, inplace.paths(model))), inputs is not None, step.targets is not None
+        model.name, counts, tuple(_merged(found, structure.paths(model))), inputs is not None, step.targets is not None
     )
 
 
@@ -162,7 +162,7 @@ def _tensors(structure: Any) -> Any:
 
 def _of_graph(step: Step, half: Trace, context: Context) -> Iterator[_Found]:
     """Yields what single operations and constants of a traced step say."""
-    with temporary.in_float32(inplace.paths(step.model)):
+    with temporary.in_float32(structure.paths(step.model)):
         full = step.trace(backward=False)  # of which the constants alone are looked at
     yield from _of_operations(half, context)
     yield from inspection.constants(half, full, context)

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from tfmixed import auditing, inplace, sensitive
+from tfmixed import auditing, inplace, sensitive, structure
 from tfmixed.formats import HALF
 
 _ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
@@ -109,11 +109,11 @@ class _Changes:
 
     def __init__(self, model: keras.layers.Layer) -> None:
         self.model = model
-        self.inside = inplace.descendants(model)
+        self.inside = structure.descendants(model)
         self.parents: dict[Any, list[Any]] = {layer: [] for layer in [model, *self.inside]}
-        self.paths = inplace.paths(model)
+        self.paths = structure.paths(model)
         for parent in self.parents:
-            for child in inplace.children(parent):
+            for child in structure.children(parent):
                 self.parents[child].append(parent)
         self.wanted: dict[Any, dict[str, Any]] = {}
         self.reports: dict[Any, tuple[str, list[Any]]] = {}
@@ -162,8 +162,8 @@ class _Changes:
 
     def own_code(self, layer: Any) -> None:
         """Forces what a layer's own `call` computes; of Keras's layers with weights, only the activation."""
-        names, sublayers = inplace.activations_of(layer), inplace.children(layer)
-        if inplace.graph_of(layer) is not None or not sensitive.is_half(layer):
+        names, sublayers = structure.activations_of(layer), structure.children(layer)
+        if structure.graph_of(layer) is not None or not sensitive.is_half(layer):
             return
         if sensitive.is_keras(layer) and sublayers:  # A wrapper, or attention: its own code is only a frame.
             for child in sublayers:
@@ -179,15 +179,15 @@ class _Changes:
 
     def whole(self, layer: Any) -> None:
         """Forces a layer and all that is in it."""
-        members = [layer, *inplace.descendants(layer)]
+        members = [layer, *structure.descendants(layer)]
         for one in members:
-            if inplace.graph_of(one) is None and sensitive.is_half(one):
+            if structure.graph_of(one) is None and sensitive.is_half(one):
                 self.want(one, computes="float32")
                 self.report(layer, "", members)
 
     def output(self, layer: Any) -> None:
         """Makes what a layer gives float32, since the model returns it."""
-        if (graph := inplace.graph_of(layer)) is not None:
+        if (graph := structure.graph_of(layer)) is not None:
             for tensor in graph.outputs:
                 self.output(tensor._keras_history[0])
         elif isinstance(layer, keras.layers.InputLayer) or not sensitive.half_given(layer):
@@ -238,10 +238,10 @@ class _Changes:
             return True
         if isinstance(parent, keras.layers.TimeDistributed) or self._is_output(layer, parent):
             return self.gives_wide(parent)
-        return inplace.graph_of(parent) is not None
+        return structure.graph_of(parent) is not None
 
     def _is_output(self, layer: Any, parent: Any) -> bool:
-        graph = inplace.graph_of(parent)
+        graph = structure.graph_of(parent)
         return graph is not None and any(layer is tensor._keras_history[0] for tensor in graph.outputs)
 
     def make(self) -> list[str]:
@@ -275,7 +275,7 @@ class _Changes:
 
     def _loses(self, layer: Any, parent: Any) -> bool:
         # Within a `tf.function`, what a tensor was before its cast to half is lost on the way out.
-        decorated = hasattr(inplace.class_of(parent).call, "python_function")
+        decorated = hasattr(structure.class_of(parent).call, "python_function")
         return not sensitive.is_keras(parent) and (decorated or layer in self.risky)
 
     def _back(self, layer: Any) -> str | None:

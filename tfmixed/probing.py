@@ -13,7 +13,7 @@ from keras import ops, tree
 from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
 from keras.src.trainers.data_adapters import get_data_adapter
 
-from tfmixed import gradients, inplace, taps, temporary
+from tfmixed import gradients, structure, taps, temporary
 from tfmixed.formats import HALF
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import GradientRange, RangesRecord
@@ -138,7 +138,7 @@ class Probe:
         with temporary.random_states(), temporary.restored(self.model), self._untaken():
             if self._step is None:
                 self.model._symbolic_build(data_batch=batch)
-                self._paths = inplace.paths(self.model)
+                self._paths = structure.paths(self.model)
                 self._step = self._compiled()
             with self._in_precision(), self._tapped():
                 self._step(batch, state)
@@ -156,7 +156,7 @@ class Probe:
             step: The attempted step of a run before which it was measured.
             epoch: Its epoch.
         """
-        layers = [self.model, *inplace.descendants(self.model)]  # what is inside a layer right behind it
+        layers = [self.model, *structure.descendants(self.model)]  # what is inside a layer right behind it
         ranges = [each for layer in layers for each in self._ranges(layer, self._paths[layer])]
         record = RangesRecord(step, epoch, self.precision, self.scale, self.batches, str(self.model.name), ranges)
         for tally in self._tallies():
@@ -203,7 +203,7 @@ class Probe:
     def _tapped(self) -> Iterator[None]:
         """Has the layers' outputs counted on the way back."""
         layers = [
-            layer for layer in self._paths if isinstance(layer, keras.layers.Layer) and not inplace.graph_of(layer)
+            layer for layer in self._paths if isinstance(layer, keras.layers.Layer) and not structure.graph_of(layer)
         ]
         with contextlib.ExitStack() as stack:
             for layer in layers:

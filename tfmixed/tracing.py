@@ -14,7 +14,7 @@ import keras
 import numpy
 from keras import ops, tree
 
-from tfmixed import inplace, temporary
+from tfmixed import structure, temporary
 
 # A name scope for each layer's call. Keras's own scopes do not tell layers of like names apart.
 _SCOPE = "tfmixed.call."
@@ -201,7 +201,7 @@ def _single(structure: Any) -> Any:
 @contextlib.contextmanager
 def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
     """Gives each layer's call a name scope that tells its number in the list that it yields."""
-    layers = list(inplace.paths(model))
+    layers = list(structure.paths(model))
     with contextlib.ExitStack() as stack:
         for number, layer in enumerate(layers):
             temporary.put(stack, layer, "call", _in_scope(f"{_SCOPE}{number}", layer.call))
