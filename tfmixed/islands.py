@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
@@ -80,24 +80,6 @@ def _force_once(model: keras.layers.Layer, layers: Any, inputs: Any) -> list[str
         else:
             for layer in _matching(plan, selector):
                 plan.whole(layer)
-    return plan.make()
-
-
-def force_own_code(model: keras.layers.Layer, layers: Iterable[keras.Operation]) -> list[str]:
-    """Makes the code of some layers and operations of a built model compute in float32, and not their sublayers'.
-
-    What an audit of the model's graph found: the user's own layers, operations of functional graphs, Keras's layers.
-
-    Args:
-        model: As in `force_float32`.
-        layers: Layers and operations inside the model, or the model itself.
-
-    Returns:
-        As `force_float32` does.
-    """
-    plan = Plan(model)
-    for layer in layers:
-        plan.own_code(layer)
     return plan.make()
 
 
