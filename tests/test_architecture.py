@@ -24,7 +24,6 @@ FLOORS = {
         "switches",
         "networks",
         "memory",
-        "bounds",
         "inplace",
     ],
     3: [
@@ -38,18 +37,15 @@ FLOORS = {
         "fused",
         "measuring",
         "widths",
-        "tracing",
         "sensitive",
         "runlog",
         "taps",
     ],
-    4: ["report", "optimizer", "hazards", "turn", "snapshots", "probing"],
-    5: ["logcommands", "iteration", "callbacks", "compat", "doctor", "comparison", "inspection", "findings"],
-    6: ["grad_scaler", "config", "bench", "auditing"],
-    7: ["plan"],
-    8: ["islands"],
-    9: ["cli"],
-    10: ["__main__"],
+    4: ["report", "optimizer", "turn", "snapshots", "probing", "auditing"],
+    5: ["logcommands", "iteration", "callbacks", "compat", "doctor", "plan"],
+    6: ["grad_scaler", "config", "bench", "islands"],
+    7: ["cli"],
+    8: ["__main__"],
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -13,9 +13,9 @@ import keras
 from keras import tree
 
 from tfmixed import temporary
-from tfmixed.bounds import MOVES
+from tfmixed.auditing.bounds import MOVES
+from tfmixed.auditing.tracing import Step, ancestors, layer_of, scoped
 from tfmixed.formats import HALF
-from tfmixed.tracing import Step, ancestors, layer_of, scoped
 
 
 class Values(NamedTuple):

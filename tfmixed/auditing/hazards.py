@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tfmixed import bounds
-from tfmixed.bounds import Bounds, Terms
+from tfmixed.auditing import bounds
+from tfmixed.auditing.bounds import Bounds, Terms
+from tfmixed.auditing.tracing import Node, Trace
 from tfmixed.formats import FORMATS, HALF
-from tfmixed.tracing import Node, Trace
 
 Severity = Literal["severe", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")

@@ -14,13 +14,14 @@ from typing import Any
 import keras
 from keras import tree
 
-from tfmixed import comparison, hardware, hazards, inspection, structure, temporary, tracing
-from tfmixed.comparison import Difference
-from tfmixed.findings import Audit, Finding
-from tfmixed.hazards import SEVERITIES, Context, Hazard
-from tfmixed.tracing import Node, Step, Trace
+from tfmixed import hardware, structure, temporary
+from tfmixed.auditing import comparison, hazards, inspection, tracing
+from tfmixed.auditing.comparison import Difference
+from tfmixed.auditing.findings import Audit, Finding
+from tfmixed.auditing.hazards import SEVERITIES, Context, Hazard
+from tfmixed.auditing.tracing import Node, Step, Trace
 
-_OURS = f"{Path(__file__).parent}{os.sep}"
+_OURS = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:

@@ -11,10 +11,11 @@ import keras
 import ml_dtypes
 import numpy
 
-from tfmixed import bounds, widths
+from tfmixed import widths
+from tfmixed.auditing import bounds
+from tfmixed.auditing.hazards import Context, Hazard
+from tfmixed.auditing.tracing import Node, Trace
 from tfmixed.formats import FORMATS, HALF
-from tfmixed.hazards import Context, Hazard
-from tfmixed.tracing import Node, Trace
 
 # NVIDIA's guide: tensor cores take float16 and bfloat16 in multiples of 8.
 _MULTIPLE = 8

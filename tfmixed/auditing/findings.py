@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tfmixed import printed
+from tfmixed.auditing.hazards import SEVERITIES, Severity
 from tfmixed.formats import HALF
-from tfmixed.hazards import SEVERITIES, Severity
 
 _COLORS = {"severe": "bold red", "warning": "yellow", "note": "dim"}
 _MEANINGS = {
