@@ -13,7 +13,7 @@ import keras
 from keras import tree
 
 from tfmixed import temporary
-from tfmixed.auditing.bounds import MOVES
+from tfmixed.auditing.origins import MOVES
 from tfmixed.auditing.tracing import Step, ancestors, layer_of, scoped
 from tfmixed.formats import HALF
 

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy
 
 from tfmixed import widths
-from tfmixed.auditing import bounds
-from tfmixed.auditing.hazards import Context, Hazard
+from tfmixed.auditing import origins
+from tfmixed.auditing.hazards import Context, Hazard, bits
 from tfmixed.auditing.tracing import Node, Trace
 from tfmixed.formats import FORMATS, HALF
 
@@ -40,7 +40,7 @@ def constants(half: Trace, full: Trace, context: Context) -> Found:
             users = list(context.users(node.op))
             cast = [each.outputs[0].dtype.name for each in users if each.type == "Cast"]
             dtype = next((each for each in [node.op.outputs[0].dtype.name, *cast] if each in HALF), None)
-            before, after = (bounds.value(each) for each in (originals[node.name], node.op.outputs[0]))
+            before, after = (origins.value(each) for each in (originals[node.name], node.op.outputs[0]))
             hazard = _constant(before, after, dtype, {each.type for each in users}) if dtype else None
             if hazard:
                 yield node, node.layer, hazard
@@ -74,11 +74,11 @@ def casts(trace: Trace, context: Context) -> Found:
         given = op.inputs[0].op
         integers = op.inputs[0] if given.type != "Cast" else given.inputs[0]
         exact = 2 / FORMATS[dtype].epsilon
-        if id(bounds.source(op.inputs[0])) in targets:
-            risk = f"targets are cast to {dtype}: rounded to {round(1 + math.log2(exact)) - 1} bits"
+        if id(origins.source(op.inputs[0])) in targets:
+            risk = f"targets are cast to {dtype}: rounded to {bits(dtype)} bits"
             yield node, node.layer, Hazard("cast", dtype, "warning", risk, "cast the predictions to float32 instead")
         elif integers.dtype.name in _INTEGERS and context.bounds(integers).magnitude > exact:
-            made = [each.type for each in bounds.sources(integers, frozenset(["AddV2", "Mul", "Pack", "Prod"]))]
+            made = [each.type for each in origins.sources(integers, frozenset(["AddV2", "Mul", "Pack", "Prod"]))]
             if "Shape" in made:
                 continue  # a size, mostly a small one
             ids = "Placeholder" in made

@@ -15,7 +15,7 @@ import keras
 from keras import tree
 
 from tfmixed import hardware, structure, temporary
-from tfmixed.auditing import comparison, hazards, inspection, tracing
+from tfmixed.auditing import comparison, functions, inspection, rules, tracing
 from tfmixed.auditing.comparison import Difference
 from tfmixed.auditing.findings import Audit, Finding
 from tfmixed.auditing.hazards import SEVERITIES, Context, Hazard
@@ -113,7 +113,7 @@ def unsafe(model: keras.Model, inputs: Any) -> list[keras.Operation]:
     # The logarithm of a half-precision softmax or sigmoid is mended where that is computed.
     owner = {id(node.op): node.layer for node in half.nodes}
     for node in half.nodes:
-        made = hazards.probabilities(node.op)
+        made = functions.probabilities(node.op)
         if made is not None and node.layer in layers:
             layers.append(owner.get(id(made[0])))
     return list({id(layer): layer for layer in layers if layer is not None}.values())
@@ -172,7 +172,7 @@ def _of_graph(step: Step, half: Trace, context: Context) -> Iterator[_Found]:
 def _of_operations(trace: Trace, context: Context) -> Iterator[_Found]:
     owner = {id(node.op): node.layer for node in trace.nodes}
     for node in trace.nodes:
-        if (hazard := hazards.find(node, context)) is not None:
+        if (hazard := rules.find(node, context)) is not None:
             # Inputs are cast on the way into a layer, before its own call.
             takers = [owner.get(id(user)) for user in context.users(node.op)] if node.op.type == "Cast" else []
             yield node, next((taker for taker in takers if taker is not None), node.layer), hazard
