@@ -7,75 +7,16 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 from keras import tree
 
 from tfmixed import temporary
+from tfmixed.auditing.differences import Difference, Values
 from tfmixed.auditing.origins import MOVES
 from tfmixed.auditing.tracing import Step, ancestors, layer_of, scoped
 from tfmixed.formats import HALF
-
-
-class Values(NamedTuple):
-    """What is known of the values of one tensor.
-
-    Args:
-        bad: How many are infinite or NaN.
-        zeros: How many are 0.
-        largest: The largest magnitude of the finite ones.
-        mean: Their mean magnitude.
-        size: How many there are.
-    """
-
-    bad: int
-    zeros: int
-    largest: float
-    mean: float
-    size: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One tensor that came out otherwise in half precision though all that it was computed from had not.
-
-    Args:
-        layer: In whose call it was computed.
-        op: The type of its `tf.Operation`; for the gradient of a variable, that one's path.
-        dtype: The half-precision format.
-        half: Its values in half precision.
-        full: Those in float32.
-        backward: Is it a gradient?
-    """
-
-    layer: keras.Operation | None
-    op: str
-    dtype: str
-    half: Values
-    full: Values
-    backward: bool = False
-
-    @property
-    def overflowed(self) -> int:
-        """Values that are infinite or NaN, and finite in float32."""
-        return max(0, self.half.bad - self.full.bad)
-
-    @property
-    def vanished(self) -> float:
-        """The share of values other than 0 that became 0."""
-        nonzero = self.full.size - self.full.zeros
-        return max(0, self.half.zeros - self.full.zeros) / nonzero if nonzero else 0.0
-
-    @property
-    def deviation(self) -> float:
-        """How far the mean magnitude is off, relative to float32's."""
-        return abs(self.half.mean / self.full.mean - 1) if self.full.mean else 0.0
-
-    @property
-    def parted(self) -> bool:
-        """Whether it is wrong, and not merely rounded."""
-        return self.overflowed > 0 or self.vanished > 0.05 or self.deviation > 0.02
 
 
 @dataclass(frozen=True)

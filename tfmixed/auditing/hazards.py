@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import keras
+
 from tfmixed.auditing.bounds import Bounds
 from tfmixed.auditing.origins import MOVES
-from tfmixed.auditing.tracing import Trace
+from tfmixed.auditing.tracing import Node, Trace
 from tfmixed.formats import FORMATS
 
 Severity = Literal["severe", "warning", "note"]
@@ -79,5 +81,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
+# Where it stands, in whose call, and what it is.
+Found = tuple[Node | None, keras.Operation | None, Hazard]
 # What a rule takes: the operation, the half-precision format that it runs in, and what surrounds it.
 Rule = Callable[[Any, str, Context], Hazard | None]

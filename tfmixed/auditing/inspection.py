@@ -13,7 +13,7 @@ import numpy
 
 from tfmixed import widths
 from tfmixed.auditing import origins
-from tfmixed.auditing.hazards import Context, Hazard, bits
+from tfmixed.auditing.hazards import Context, Found, Hazard, bits
 from tfmixed.auditing.tracing import Node, Trace
 from tfmixed.formats import FORMATS, HALF
 
@@ -29,10 +29,8 @@ _AT_THE_END = frozenset(["BiasAdd", "AddV2", "Add", "Softmax", "LogSoftmax", "Si
 _CLIPS = frozenset(["Minimum", "Maximum", "ClipByValue"])
 _COMPARISONS = frozenset(["Greater", "Less", "GreaterEqual", "LessEqual", "Equal", "NotEqual", "Cast"])
 
-Found = Iterator[tuple[Node | None, keras.Operation | None, Hazard]]
 
-
-def constants(half: Trace, full: Trace, context: Context) -> Found:
+def constants(half: Trace, full: Trace, context: Context) -> Iterator[Found]:
     """Yields constants that half precision turned into 0 or infinity, by the same constants of the float32 trace."""
     originals = {node.name: node.op.outputs[0] for node in full.nodes if node.op.type == "Const"}
     for node in half.nodes:
@@ -64,7 +62,7 @@ def _constant(before: Any, after: Any, dtype: str, users: set[str]) -> Hazard | 
     return None
 
 
-def casts(trace: Trace, context: Context) -> Found:
+def casts(trace: Trace, context: Context) -> Iterator[Found]:
     """Yields integers and targets that are cast to half precision."""
     targets = {id(tensor.op) for tensor in trace.targets}
     for node in trace.nodes:
@@ -87,7 +85,7 @@ def casts(trace: Trace, context: Context) -> Found:
             yield node, node.layer, Hazard("cast", dtype, "severe" if ids else "warning", risk, advice)
 
 
-def outputs(trace: Trace) -> Found:
+def outputs(trace: Trace) -> Iterator[Found]:
     """Yields outputs of the model that are in half precision."""
     nodes = {id(node.op): node for node in trace.nodes}
     for tensor in {id(each.op): each for each in trace.outputs}.values():
@@ -99,7 +97,7 @@ def outputs(trace: Trace) -> Found:
             yield node, node.layer if node else None, Hazard("output", dtype, "warning", risk, advice)
 
 
-def variables(model: keras.Model) -> Found:
+def variables(model: keras.Model) -> Iterator[Found]:
     """Yields layers whose variables are in half precision."""
     for layer in model._flatten_layers(include_self=True, recursive=True):
         own = {id(variable): variable for variable in layer._trainable_variables}.values()
@@ -111,7 +109,7 @@ def variables(model: keras.Model) -> Found:
                 yield None, layer, Hazard("variables", dtype, "severe", risk, f"use the policy 'mixed_{dtype}'")
 
 
-def speed(model: keras.Model, trace: Trace, context: Context) -> Found:
+def speed(model: keras.Model, trace: Trace, context: Context) -> Iterator[Found]:
     """Yields layers with a share of the multiplications that half precision or its hardware does not speed up."""
     work: Counter[int] = Counter()
     slow: dict[int, tuple[Node, int]] = {}
