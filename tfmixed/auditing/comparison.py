@@ -27,6 +27,11 @@ class _Tensor:
     inputs: tuple[str, ...]
     values: Values | None  # None: not floating, or only moved
 
+    @classmethod
+    def of(cls, op: Any, layers: Sequence[keras.Operation], values: Values | None) -> _Tensor:
+        dtype = op.outputs[0].dtype.name if op.outputs else ""
+        return cls(op.type, dtype, layer_of(op.name, layers), tuple(tensor.op.name for tensor in op.inputs), values)
+
 
 def differences(step: Step) -> Iterator[Difference]:
     """Runs a step in the model's own precision and in float32, and yields where the two part.
@@ -88,16 +93,7 @@ def _run(step: Step, layers: Sequence[keras.Operation]) -> tuple[dict[str, _Tens
 
     forward, backward = tf.function(run, autograph=False)(step.inputs, step.targets)
     values = {op.name: _values(summary) for op, summary in zip(counted, forward, strict=True)}
-    tensors = {
-        op.name: _Tensor(
-            op.type,
-            op.outputs[0].dtype.name if op.outputs else "",
-            layer_of(op.name, layers),
-            tuple(tensor.op.name for tensor in op.inputs),
-            values.get(op.name),
-        )
-        for op in ops
-    }
+    tensors = {op.name: _Tensor.of(op, layers, values.get(op.name)) for op in ops}
     return tensors, {path: _values(summary) for path, summary in zip(paths, backward, strict=True)}
 
 

@@ -111,32 +111,36 @@ def variables(model: keras.Model) -> Iterator[Found]:
 
 def speed(model: keras.Model, trace: Trace, context: Context) -> Iterator[Found]:
     """Yields layers with a share of the multiplications that half precision or its hardware does not speed up."""
-    work: Counter[int] = Counter()
-    slow: dict[int, tuple[Node, int]] = {}
-    layers: dict[int, keras.Operation] = {}
-    for node in trace.nodes:
-        if node.op.type in _PRODUCTS and not node.backward and node.layer is not None:
-            number = _multiplications(node.op)
-            work[id(node.layer)] += number
-            layers[id(node.layer)] = node.layer
-            if node.op.inputs[0].dtype.name == "float32" and not _is_last(node.op, context):
-                slow[id(node.layer)] = (node, number)
-    total = sum(work.values())
-    if not any(node.op.type in _PRODUCTS and node.op.inputs[0].dtype.name in HALF for node in trace.nodes):
+    products = [node for node in trace.nodes if node.op.type in _PRODUCTS]
+    if not any(node.op.inputs[0].dtype.name in HALF for node in products):
         return
-    for node, number in slow.values():
+    forward = [node for node in products if not node.backward and node.layer is not None]
+    work: Counter[Any] = Counter()
+    for node in forward:
+        work[node.layer] += _multiplications(node.op)
+    yield from _in_float32(forward, work.total(), context)
+    yield from _padded(model, work)
+
+
+def _in_float32(products: list[Node], total: int, context: Context) -> Iterator[Found]:
+    slow = [node for node in products if node.op.inputs[0].dtype.name == "float32" and not _is_last(node.op, context)]
+    for node in {node.layer: node for node in slow}.values():
+        number = _multiplications(node.op)
         if number > _SHARE * total:
             risk = f"computes in float32: {number / total:.0%} of the model's multiplications"
             yield node, node.layer, Hazard("matrix product", "float32", "note", risk, "give it the model's policy")
+
+
+def _padded(model: keras.Model, work: Counter[Any]) -> Iterator[Found]:
     odd: dict[str, list[str]] = {}
     for width in widths.odd_widths(model, _MULTIPLE):
         if width.name != "inputs":
             odd.setdefault(width.layer, []).append(f"{width.name} {width.width} (use {width.better})")
-    for key, layer in layers.items():
-        if (found := odd.get(getattr(layer, "path", ""))) and work[key] > _SHARE * total:
-            dtype = layer.compute_dtype
+    for layer, number in work.items():
+        if (found := odd.get(getattr(layer, "path", ""))) and number > _SHARE * work.total():
             risk = f"no multiple of {_MULTIPLE}: {', '.join(found)}; matrix units pad with zeros"
-            yield None, layer, Hazard("width", dtype, "note", risk, "choose a multiple where the data allows it")
+            advice = "choose a multiple where the data allows it"
+            yield None, layer, Hazard("width", layer.compute_dtype, "note", risk, advice)
 
 
 def _multiplications(op: Any) -> int:
