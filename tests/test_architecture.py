@@ -12,7 +12,7 @@ import tfmixed
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records", "whole", "printed"],
-    1: ["scaling", "branching", "seen", "rounding", "temporary", "structure"],
+    1: ["scaling", "branching", "seen", "rounding", "temporary", "structure", "workers"],
     2: [
         "calls",
         "hardware",
