@@ -12,7 +12,7 @@ import tfmixed
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records", "whole", "printed"],
-    1: ["scaling", "branching", "seen", "rounding", "temporary", "structure", "workers"],
+    1: ["scaling", "branching", "seen", "rounding", "temporary", "structure", "workers", "variables"],
     2: [
         "calls",
         "hardware",
