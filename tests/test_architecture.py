@@ -12,12 +12,12 @@ import tfmixed
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
     0: ["errors", "formats", "records", "whole", "printed"],
-    1: ["scaling", "branching", "seen", "rounding", "temporary", "structure", "workers", "variables"],
+    1: ["scaling", "branching", "seen", "rounding", "temporary", "structure", "workers", "variables", "gradients"],
     2: [
         "calls",
         "hardware",
         "plotting",
-        "gradients",
+        "verdicts",
         "events",
         "distribute",
         "models",

@@ -14,9 +14,9 @@ from tfmixed import arguments, distribute, gradients
 from tfmixed.branching import as_it_is, when
 from tfmixed.calls import Calls
 from tfmixed.fused import Fuser, Fusion
-from tfmixed.gradients import Judge
 from tfmixed.scaling import ConstantScale, checks
 from tfmixed.state import Observable, ScalingState
+from tfmixed.verdicts import Judge
 
 # Left out of a saved configuration, so that Keras's own class can read the rest of it.
 _MAX_CONSECUTIVE_SKIPS = 100

@@ -11,10 +11,10 @@ from keras import ops
 from tfmixed import events
 from tfmixed.branching import in_graph, rarely
 from tfmixed.errors import LossScaleExhausted
-from tfmixed.gradients import Verdict
 from tfmixed.records import Change
 from tfmixed.scaling import ScalingRule, checks
 from tfmixed.variables import AddVariable, Variables
+from tfmixed.verdicts import Verdict
 
 # The names that Keras's own LossScaleOptimizer gives to what both have.
 _KERAS_NAMES = {"scale": "dynamic_scale", "good_steps": "step_counter"}

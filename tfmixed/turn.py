@@ -10,10 +10,10 @@ from keras import ops
 
 from tfmixed import gradients
 from tfmixed.events import NO_VARIABLE
-from tfmixed.gradients import Verdict
 from tfmixed.seen import Seen
 from tfmixed.state import Outcome
 from tfmixed.variables import AddVariable, Variables
+from tfmixed.verdicts import Verdict
 
 Stage = Literal["ready", "unscaled", "stepped", "left"]
 
