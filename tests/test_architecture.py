@@ -41,11 +41,12 @@ FLOORS = {
         "runlog",
         "taps",
     ],
-    4: ["report", "optimizer", "turn", "snapshots", "probing", "auditing"],
-    5: ["logcommands", "iteration", "callbacks", "compat", "doctor", "plan"],
-    6: ["grad_scaler", "config", "bench", "islands"],
-    7: ["cli"],
-    8: ["__main__"],
+    4: ["report", "optimizer", "turn", "snapshots", "steps", "auditing"],
+    5: ["logcommands", "iteration", "compat", "doctor", "plan", "probing"],
+    6: ["grad_scaler", "islands", "callbacks"],
+    7: ["config", "bench"],
+    8: ["cli"],
+    9: ["__main__"],
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
