@@ -45,7 +45,7 @@ MODULES = [
     "plotting.timeline",
     "policy",
     "probing",
-    "ranges",
+    "ranges.answers",
     "report",
     "scaling",
     "scaling.history",
