@@ -22,8 +22,6 @@ FLOORS = {
         "distribute",
         "models",
         "switches",
-        "networks",
-        "memory",
         "inplace",
     ],
     3: [
