@@ -23,6 +23,7 @@ FLOORS = {
         "models",
         "switches",
         "inplace",
+        "inner",
     ],
     3: [
         "ranges",

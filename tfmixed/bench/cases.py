@@ -44,7 +44,6 @@ class Case:
 
     def __init__(self, spec: str, policy: str, batch: int) -> None:
         self.spec, self.policy, self.batch = spec, policy, checks.count("batch", batch, 1)
-        self.name = spec
         if spec not in networks.BATCHES and ":" not in spec:
             raise UsageError(
                 f"networks must be among {', '.join(networks.BATCHES)}, or model=module:function, received {spec!r}"
@@ -91,7 +90,7 @@ class Case:
                 tick()
         done = 1 + _FEWEST_STEPS + rounds * steps
         return [
-            Row(self.name, variant, self.batch, tuple(times[variant]), firsts[variant], done, losses[variant])
+            Row(self.spec, variant, self.batch, tuple(times[variant]), firsts[variant], done, losses[variant])
             for variant in VARIANTS
         ]
 
@@ -125,7 +124,7 @@ class Case:
         command = [sys.executable, "-c", code, self.spec, self.policy, str(batch), variant]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            print(f"memory of {self.name} at batch {batch} not measured: {result.stderr[-500:]}", file=sys.stderr)
+            print(f"memory of {self.spec} at batch {batch} not measured: {result.stderr[-500:]}", file=sys.stderr)
             return None
         return int(result.stdout.split()[-1])
 

@@ -65,7 +65,7 @@ def _rows(cases: Sequence[Case], rounds: int, seconds: float, limit: float) -> I
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for case in cases:
             turns = len(VARIANTS) * (1 + rounds + (1 if limit else 0))
-            tick = functools.partial(progress.advance, progress.add_task(case.name, total=turns))
+            tick = functools.partial(progress.advance, progress.add_task(case.spec, total=turns))
             for row in case.timed(rounds, seconds, tick):
                 yield case.with_memory(row, limit, tick) if limit else row
 
