@@ -61,17 +61,24 @@ def simulate(
         recorded = _trace(trace)
         outcomes = {text: replay(parse(text), recorded) for text in rule}
         if png is not None:
-            from tfmixed import plotting
-
-            scales = {text: outcome.scales for text, outcome in outcomes.items()}
-            skipped = {text: outcome.skipped for text, outcome in outcomes.items()}
-            plotting.save(plotting.plot_simulations(scales, skipped), png)
+            _draw(outcomes, png)
     if as_json:
         rules = [{"name": text, **outcome.as_dict()} for text, outcome in outcomes.items()]
-        print(
-            json.dumps({"steps": len(recorded.finite), "unlisted_skips": recorded.unlisted, "rules": rules}, indent=2)
-        )
-        return
+        told = {"steps": len(recorded.finite), "unlisted_skips": recorded.unlisted, "rules": rules}
+        print(json.dumps(told, indent=2))
+    else:
+        _print(outcomes, recorded)
+
+
+def _draw(outcomes: dict[str, Outcome], png: Path) -> None:
+    from tfmixed import plotting
+
+    scales = {text: outcome.scales for text, outcome in outcomes.items()}
+    skipped = {text: outcome.skipped for text, outcome in outcomes.items()}
+    plotting.save(plotting.plot_simulations(scales, skipped), png)
+
+
+def _print(outcomes: dict[str, Outcome], recorded: Trace) -> None:
     from rich.console import Console
 
     console = Console()

@@ -14,6 +14,7 @@ from tfmixed.plotting.themes import Style
 from tfmixed.records import GradientRange
 from tfmixed.rounding import Octaves, limits, losses
 
+KINDS = {"activation": "activation gradients", "weight": "weight gradients"}
 ZONES = ("zero", "subnormal", "normal", "overflow")
 NAMES = {"zero": "becomes 0", "subnormal": "subnormal", "normal": "normal", "overflow": "overflow"}
 SHORT = {"zero": "0", "subnormal": "sub", "normal": "normal", "overflow": "inf"}
