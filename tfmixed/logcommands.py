@@ -36,7 +36,7 @@ def report(
 
     Console().print(made)
     for path, suffix in ((html, ".html"), (png, ".png")):
-        _prepare(path, suffix)
+        prepare(f"--{suffix[1:]}", path)
     with _mendable():
         if html is not None:
             made.save_page(html)
@@ -99,14 +99,14 @@ def _check(path: Path | None, suffix: str) -> None:
         raise UsageError(f"--{suffix[1:]} needs matplotlib ({error}): pip install 'tfmixed[plot]'") from error
 
 
-def _prepare(path: Path | None, suffix: str) -> None:
-    """Refuses a file that cannot be written, before any is."""
+def prepare(option: str, path: Path | None) -> None:
+    """Refuses a file that could not be written, before any is, and makes its folder."""
     try:
         if path is not None:
             whole.prepare(path)
     except OSError as error:
         why = error.strerror or error
-        raise UsageError(f"--{suffix[1:]} must be a path that can be written, received {str(path)!r}: {why}") from error
+        raise UsageError(f"{option} must be a file that can be written, received {str(path)!r}: {why}") from error
 
 
 @contextlib.contextmanager
