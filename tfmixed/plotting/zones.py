@@ -50,10 +50,10 @@ def quantile(octaves: Octaves, share: float) -> float | None:
     return None
 
 
-def shade(axes: Axes, style: Style, scale: float = 1.0, names: Mapping[str, str] = NAMES) -> None:
+def shade(axes: Axes, style: Style, names: Mapping[str, str] = NAMES) -> None:
     """Paints the zones of float16 behind a picture whose x axis is log2 of magnitudes, and names them above it."""
     low, high = axes.get_xlim()
-    edges = [low, *(limit - math.log2(scale) for limit in LIMITS), high]
+    edges = [low, *LIMITS, high]
     for zone, (left, right) in zip(ZONES, pairwise(edges), strict=True):
         left, right = max(left, low), min(right, high)
         if left < right:
