@@ -23,7 +23,7 @@ from update import by_turns, update
 
 import tfmixed
 from tfmixed import plotting
-from tfmixed.gradients import Judge
+from tfmixed.verdicts import Judge
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 2048

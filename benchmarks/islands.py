@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tfmixed
-from tfmixed import networks
+from tfmixed.bench import networks
 
 ours = tfmixed.layers
 ROUNDS = 15
@@ -88,7 +88,7 @@ def medians(*runs: Callable[[], None], rounds: int = ROUNDS) -> list[float]:
     return [statistics.median(taken) for taken in times]
 
 
-def language_model() -> networks.Case:
+def language_model() -> networks.Problem:
     """A Transformer that drops attention scores out, so that its softmax is half precision, and ends in logits."""
     ids = keras.Input((128,), dtype="int32")
     x = layers.Embedding(8000, 512)(ids)
@@ -102,7 +102,7 @@ def language_model() -> networks.Case:
     return model, text[:, :-1], text[:, 1:]
 
 
-def classifier() -> networks.Case:
+def classifier() -> networks.Problem:
     """A convolutional network that ends in an average over the picture, a unit norm and a softmax."""
     blocks = []
     for _ in range(4):

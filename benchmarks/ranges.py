@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tfmixed
-from tfmixed import networks
+from tfmixed.bench import networks
 from tfmixed.probing import Probe
 
 ROUNDS, STEPS = 7, 3

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tfmixed import bench, networks, plotting
+from tfmixed import bench, plotting
+from tfmixed.bench import networks
+from tfmixed.bench.cases import repeated
 
 SMALL = {
     "mlp": {"samples": 32, "width": 16, "depth": 2},
@@ -181,4 +183,4 @@ def test_the_picture_shows_medians_relative_to_the_first():
 
 def test_a_batch_larger_than_the_data_repeats_it():
     """In order."""
-    np.testing.assert_array_equal(bench._repeated(np.arange(3), 7), [0, 1, 2, 0, 1, 2, 0])
+    np.testing.assert_array_equal(repeated(np.arange(3), 7), [0, 1, 2, 0, 1, 2, 0])

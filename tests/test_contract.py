@@ -147,6 +147,10 @@ def test_private_methods_are_there_to_be_overridden():
     assert list(inspect.signature(keras.Operation._post_build).parameters) == ["self"]
 
 
+def _is_private(name):
+    return isinstance(name, str) and name.startswith("_")
+
+
 def private_names():
     """Returns the private attributes that the package reads and does not define itself."""
     read, defined = set(), set()
@@ -159,6 +163,9 @@ def private_names():
             elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
                 own = isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
                 (defined if own else read).add(node.attr)
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "put":
+                # `temporary.put(stack, owner, name, value)`
+                read |= {each.value for each in node.args if isinstance(each, ast.Constant) and _is_private(each.value)}
     return {name for name in read - defined if name.strip("_") not in dir(object) and not hasattr(object, name)}
 
 

@@ -62,13 +62,6 @@ def test_all_is_measured():
     assert 0.1 < measured.bandwidth_gb_s < 1e5
 
 
-def test_each_speed_can_be_measured_alone():
-    """One dtype, one kind."""
-    assert measuring.matmul_tflops("float32") > 0
-    assert measuring.conv_tflops("float32") > 0
-    assert measuring.bandwidth_gb_s() > 0
-
-
 def test_rates_are_medians_of_runs_in_turns():
     """Each work runs once a round."""
     order = []

@@ -401,7 +401,7 @@ def test_a_report_is_printed_and_written_or_only_printed(tmp_path, capsys):
     """Where one of its files cannot be written, neither is."""
     log = write(tmp_path / "log.jsonl", CALM)
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(UsageError, match=r"--png must be a path that can be written, received .*a.png"):
+    with pytest.raises(UsageError, match=r"--png must be a file that can be written, received .*a.png"):
         logcommands.report(log, None, tmp_path / "a.html", tmp_path / "a.png")
     assert "412 steps, 3 skipped (0.7 %)." in capsys.readouterr().out
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.png", "log.jsonl"]

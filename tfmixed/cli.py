@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import tfmixed
-from tfmixed import logcommands, whole
+from tfmixed import logcommands
 from tfmixed.errors import ConfigError, UsageError
 
 _GREETING = re.compile(rb"I0000 .* oneDNN custom operations are on|WARNING: All log messages before absl")
@@ -123,7 +123,7 @@ def ranges(
 
         _check_picture(png)
         for option, path in (("--save", save), ("--png", png)):
-            _check_place(option, path)
+            logcommands.prepare(option, path)
         if policy is not None:
             _set_policy(policy)
         made, inputs, targets = load_step(model)
@@ -221,16 +221,6 @@ def _check_picture(path: Path | None) -> None:
         raise UsageError(f"plot needs matplotlib ({error}): pip install 'tfmixed[plot]'") from error
     except ValueError as error:
         raise UsageError(f"plot: {error}") from error
-
-
-def _check_place(option: str, path: Path | None) -> None:
-    """Refuses a file that could not be written, and makes its folder."""
-    if path is None:
-        return
-    try:
-        whole.prepare(path)
-    except OSError as error:
-        raise UsageError(f"{option} must be a file that can be written, received {str(path)!r}: {error}") from error
 
 
 def _load_keras() -> None:

@@ -27,9 +27,8 @@ from tfmixed import hardware, policy, scaling, whole
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import ConfigError
 from tfmixed.optimizer import LossScaleOptimizer
-from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale, ScalingRule, checks
+from tfmixed.scaling import RULES, ScalingRule, checks
 
-_RULES: dict[str, type[Any]] = {"dynamic": DynamicScale, "constant": ConstantScale, "logmax": LogMaxScale}
 _POLICIES = ["auto", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"]
 _NONE = "none"  # TOML has no null
 
@@ -83,7 +82,7 @@ class Config:
             raise ConfigError(f'policy must be "auto" or the name of a dtype policy, received {self.policy!r}{nearest}')
         if not isinstance(self.log, LogConfig):
             raise ConfigError(f"log must be a LogConfig, received {self.log!r}")
-        if self.scaling is not None and type(self.scaling) not in _RULES.values():
+        if self.scaling is not None and type(self.scaling) not in RULES.values():
             raise ConfigError(f"scaling must be None or a rule of tfmixed, received {self.scaling!r}")
 
     @property
@@ -114,7 +113,7 @@ class Config:
         """Writes a file that `load_config` turns into an equal Config. It appears whole or not at all."""
         tables: dict[str, Any] = {"policy": self.policy}
         if self.scaling is not None:
-            names = {kind: name for name, kind in _RULES.items()}
+            names = {kind: name for name, kind in RULES.items()}
             values = asdict(self.scaling)  # type: ignore[call-overload]  # every rule is a dataclass
             tables["scaling"] = {"rule": names[type(self.scaling)], **_without_null(values, _NONE)}
         tables["log"] = _without_null(asdict(self.log), None)
@@ -156,16 +155,16 @@ def _is_policy(name: Any) -> bool:
 
 def _rule(table: dict[str, Any]) -> ScalingRule:
     values = {key: None if value == _NONE else value for key, value in table.items() if key not in ("rule", "like")}
-    kind, names = ("like", scaling.PEERS) if "like" in table else ("rule", _RULES)
+    kind, names = ("like", scaling.PEERS) if "like" in table else ("rule", RULES)
     name = _choice(f"scaling.{kind}", table.get(kind, "dynamic"), names)
-    known = scaling.PEERS[name].defaults if kind == "like" else [entry.name for entry in fields(_RULES[name])]
+    known = scaling.PEERS[name].defaults if kind == "like" else [entry.name for entry in fields(RULES[name])]
     if "rule" in table and "like" in table:
         raise ConfigError(f"scaling.rule and scaling.like exclude each other, received {table['rule']!r} and {name!r}")
     _check_keys("scaling.", values if "rule" not in table else {**values, "rule": name}, [kind, *known])
     if name == "constant" and "value" not in values:
         raise ConfigError('scaling.value is missing: rule = "constant" needs the scale')
     try:
-        return scaling.like(name, **values) if kind == "like" else _RULES[name](**values)
+        return scaling.like(name, **values) if kind == "like" else RULES[name](**values)
     except ValueError as error:
         raise ConfigError(f"scaling.{error}") from None
 

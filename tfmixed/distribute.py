@@ -6,12 +6,13 @@ wait for each other in a collective for ever.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+
+from tfmixed import workers
 
 # The versions of Keras whose `Model.fit` on several workers lacks just what `enable_multi_worker_fit` adds.
 _FIT_TESTED = ("3.15.0", "3.15.1")
@@ -159,95 +160,7 @@ def enable_multi_worker_fit() -> Callable[[], None]:
             stacklevel=2,
         )
         return lambda: None
-    return _patch_trainer()
-
-
-@functools.cache
-def _patch_trainer() -> Callable[[], None]:
-    from keras.src.backend.tensorflow import trainer
-
-    kind, has_workers = trainer.TensorFlowTrainer, trainer._collective_all_reduce_multi_worker
-    build, make, reduce = kind._maybe_symbolic_build, kind._make_function, trainer.reduce_per_replica
-
-    @functools.wraps(build)
-    def build_from_local_batch(self: Any, iterator: Any = None, data_batch: Any = None) -> None:
-        if iterator is not None and has_workers(self._distribute_strategy):
-            data_batch, iterator = _first_local_batch(iterator, self._distribute_strategy), None
-        build(self, iterator, data_batch)
-        if has_workers(self._distribute_strategy):
-            _check_metrics(self.metrics)
-
-    @functools.wraps(make)
-    def make_loop(self: Any, step_function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        steps, strategy = self.steps_per_execution, self.distribute_strategy
-        if steps == 1 or self.run_eagerly or not has_workers(strategy):
-            return make(self, step_function)  # type: ignore[no-any-return]  # keras ships no types
-        return _loop(steps, lambda batch: reduce_over_workers(strategy.run(step_function, (batch,)), strategy, "auto"))
-
-    @functools.wraps(reduce)
-    def reduce_over_workers(values: Any, strategy: Any, reduction: str) -> Any:
-        if reduction in ("auto", "mean") and has_workers(strategy):
-            return keras.tree.map_structure(lambda value: strategy.reduce("MEAN", value, axis=None), values)
-        return reduce(values, strategy, reduction)
-
-    def patch(build: Any, make: Any, reduce: Any) -> None:
-        kind._maybe_symbolic_build, kind._make_function, trainer.reduce_per_replica = build, make, reduce
-
-    def undo() -> None:
-        patch(build, make, reduce)
-        _patch_trainer.cache_clear()
-
-    patch(build_from_local_batch, make_loop, reduce_over_workers)
-    return undo
-
-
-def _check_metrics(metrics: Sequence[Any]) -> None:
-    """Refuses metrics that each worker would keep for itself: callbacks that look at them would part the workers.
-
-    Raises:
-        ValueError: A metric was made, or the model compiled, outside of the strategy's scope.
-    """
-    import tensorflow
-
-    kind = tensorflow.distribute.DistributedValues
-    alone = {each.path for metric in metrics for each in metric.variables if not isinstance(each.value, kind)}
-    if alone:
-        raise ValueError(
-            "metrics must be made, and `compile` be called, within `strategy.scope()`, for their values to be those of "
-            f"all workers; received the variables {', '.join(sorted(alone))}, made outside of it"
-        )
-
-
-def _first_local_batch(iterator: Any, strategy: Any) -> Any:
-    # An epoch iterator of Keras; `fit` resets it afterwards.
-    _, _, batches = next(iter(iterator))
-    return keras.tree.map_structure(lambda value: strategy.experimental_local_results(value)[0], next(batches))
-
-
-def _loop(steps: int, one_step: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns a function that takes up to `steps` steps, one a batch of an iterator, and returns the last results.
-
-    Keras calls a `tf.function` from within the loop, and TensorFlow loses the keys of the collectives in it on the way
-    in ("You must feed a value for placeholder"). Here the loop holds the step itself.
-    """
-    import tensorflow
-
-    @tensorflow.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]  # it ships no types
-    def loop(iterator: Any) -> Any:
-        def go_on(done: Any, batch: Any, _: Any) -> Any:
-            return tensorflow.logical_and(done < steps, batch.has_value())
-
-        def step(done: Any, batch: Any, _: Any) -> tuple[Any, Any, Any]:
-            results = one_step(batch.get_value())
-            # What is taken from the iterator must be used: no batch beyond the last step.
-            batch = tensorflow.cond(done + 1 < steps, iterator.get_next_as_optional, lambda: batch)
-            return done + 1, batch, results
-
-        first = one_step(iterator.get_next())
-        _, _, results = tensorflow.while_loop(go_on, step, (1, iterator.get_next_as_optional(), first))
-        return results
-
-    return tensorflow.function(loop, reduce_retracing=True)  # type: ignore[no-any-return]
+    return workers.patch()
 
 
 def _merges() -> bool:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tfmixed import hardware, measuring, switches, widths
+from tfmixed import hardware, measuring, printed, switches, widths
 from tfmixed.formats import HALF
 from tfmixed.hardware import Hardware
 from tfmixed.measuring import Measured
@@ -73,10 +73,7 @@ class Diagnosis:
         return Group(first, *(Padding(part, (1, 0, 0, 0)) for part in rest))
 
     def __str__(self) -> str:
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return printed.text(self)
 
     def _parts(self) -> Iterator[RenderableType]:
         yield _devices(self.hardware)

@@ -19,7 +19,7 @@ OVERFLOW, GROWTH, SET = range(3)
 _REASONS: tuple[Reason, ...] = ("overflow", "growth", "set")
 NO_VARIABLE = -1
 
-Variables = dict[str, keras.Variable]
+Ring = dict[str, keras.Variable]
 
 
 def start(capacity: int) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def start(capacity: int) -> dict[str, Any]:
     }
 
 
-def log(ring: Variables, step: Any, old: Any, new: Any, reason: Any, variable: Any) -> None:
+def log(ring: Ring, step: Any, old: Any, new: Any, reason: Any, variable: Any) -> None:
     """Writes one entry if `new` differs from `old`, by selecting: nothing branches.
 
     Args:
@@ -58,7 +58,7 @@ def log(ring: Variables, step: Any, old: Any, new: Any, reason: Any, variable: A
     ring["event_count"].assign(count + ops.cast(changed, count.dtype))
 
 
-def drain(ring: Variables, paths: Sequence[str]) -> list[Change]:
+def drain(ring: Ring, paths: Sequence[str]) -> list[Change]:
     """Returns the entries that were not drained yet, oldest first, and marks them as drained. Reads the device.
 
     Args:

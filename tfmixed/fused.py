@@ -7,25 +7,23 @@ within makes XLA copy all variables.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import keras
 
 from tfmixed import branching, gradients
+from tfmixed.inner import ADAMS, branches, is_known, numbers_of, reads_scalars, scalars_read_once
 
 _LOG = logging.getLogger("tfmixed")
 # Elements of a variable from which XLA's kernels are faster than TensorFlow's and worth compiling:
 # `python benchmarks/growth.py` shows where they part.
 _WORTH_COMPILING = 2**16
-# They derive several scalars of the step number for each variable, and make sparse gradients dense by themselves.
-_ADAMS = (keras.optimizers.Adam, keras.optimizers.AdamW, keras.optimizers.Adamax, keras.optimizers.Lamb)
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,28 @@ Update = Callable[[Sequence[Any], Sequence[Any], Any], None]
 Step = Callable[[Sequence[Any], Any], None]
 
 
+class Call(NamedTuple):
+    """A call of an update, before it is made.
+
+    Args:
+        update: What is called.
+        inner: The optimizer that `update` calls.
+        grads: Gradients as it will get them.
+        variables: Theirs.
+        indices: The variables' indices in the optimizer.
+    """
+
+    update: Update
+    inner: Any
+    grads: Sequence[Any]
+    variables: Sequence[Any]
+    indices: Sequence[int]
+
+    def at(self, places: Sequence[int]) -> Call:
+        """Returns the call with these of its gradients and variables alone."""
+        return Call(self.update, self.inner, *([each[place] for place in places] for each in self[2:]))
+
+
 class Fuser:
     """Compiles the update of one optimizer, each set of variables once.
 
@@ -62,39 +82,20 @@ class Fuser:
         self.fusion = Fusion(False, "no step was taken yet")
         self._functions: dict[Any, tuple[Any, str | None]] = {}
 
-    def fused(
-        self,
-        update: Update,
-        inner: keras.optimizers.Optimizer,
-        grads: Sequence[Any],
-        variables: Sequence[Any],
-        indices: Sequence[int],
-    ) -> Step:
-        """Returns the update of these variables, compiled as far as that is possible and faster.
-
-        Args:
-            update: What to compile.
-            inner: The optimizer that `update` calls.
-            grads: Gradients as it will get them.
-            variables: Theirs.
-            indices: The variables' indices in the optimizer.
-        """
-
-        def plain(grads: Sequence[Any], divisor: Any) -> None:
-            with scalars_read_once(inner, variables):
-                update(grads, variables, divisor)
-
+    def fused(self, call: Call) -> Step:
+        """Returns the update of a call's variables, compiled as far as that is possible and faster."""
+        update, inner, grads, variables, _ = call
         places = [] if self.fuse is False else self._places(inner, variables)
         large = [place for place in places if grads[place] is not None]
-        obstacle = self._why_none(variables) if not large else _obstacle(inner, grads, variables)
+        obstacle = _obstacle(call) if large else self._why_none(variables)
         if obstacle:
             self._decided(obstacle)
-            return plain
+            return _plain(call)
         # Variables without a gradient go where others have one: an optimizer that is given none raises.
         small = [place for place in range(len(variables)) if place not in places and grads[place] is not None]
         missing = [place for place, each in enumerate(grads) if each is None]
         large, small = (large, small + missing) if small else (large + missing, small)
-        function, refusal = self._compiled(update, inner, grads, variables, indices, large)
+        function, refusal = self._compiled(call.at(large))
         self._decided(refusal, f"{len(large)} of {len(variables)} variables, the large ones")
 
         def fused(grads: Sequence[Any], divisor: Any) -> None:
@@ -103,25 +104,17 @@ class Fuser:
                     update([grads[place] for place in small], [variables[place] for place in small], divisor)
             function(divisor, *(grads[place] for place in large if grads[place] is not None))
 
-        return plain if refusal else fused
+        return _plain(call) if refusal else fused
 
-    def _compiled(
-        self,
-        update: Update,
-        inner: keras.optimizers.Optimizer,
-        grads: Sequence[Any],
-        variables: Sequence[Any],
-        indices: Sequence[int],
-        places: Sequence[int],
-    ) -> tuple[Any, str | None]:
+    def _compiled(self, call: Call) -> tuple[Any, str | None]:
         # What a function reads of Python it keeps. Keras's own optimizers hold plain numbers, which are part of the
         # key; what a user's own holds nobody knows: compiled anew with each trace.
-        key = tuple((indices[place], grads[place] is None) for place in places), _numbers_of(inner)
-        chosen = [grads[place] for place in places], [variables[place] for place in places]
-        if not _is_known(inner, variables):
-            return _compile(update, inner, *chosen)
+        if not is_known(call.inner, call.variables):
+            return _compile(call)
+        missing = tuple(each is None for each in call.grads)
+        key = tuple(zip(call.indices, missing, strict=True)), numbers_of(call.inner)
         if key not in self._functions:
-            self._functions[key] = _compile(update, inner, *chosen)
+            self._functions[key] = _compile(call)
         return self._functions[key]
 
     def _places(self, inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> list[int]:
@@ -130,7 +123,7 @@ class Fuser:
         everything = list(range(len(sizes)))
         if self.fuse is True:
             return everything
-        if _reads_scalars(inner, variables) and not inner.use_ema and inner.global_clipnorm is None:
+        if reads_scalars(inner, variables) and not inner.use_ema and inner.global_clipnorm is None:
             return [place for place in everything if sizes[place] >= _WORTH_COMPILING]
         return everything if sum(sizes) >= _WORTH_COMPILING * len(sizes) else []
 
@@ -149,41 +142,19 @@ class Fuser:
         self.fusion = fusion
 
 
-@contextlib.contextmanager
-def scalars_read_once(
-    inner: keras.optimizers.Optimizer, variables: Sequence[Any], counts: bool = True
-) -> Iterator[None]:
-    """Makes `inner.apply` read step and learning rate once, instead of once a variable.
+def _plain(call: Call) -> Step:
+    def plain(grads: Sequence[Any], divisor: Any) -> None:
+        with scalars_read_once(call.inner, call.variables):
+            call.update(grads, call.variables, divisor)
 
-    What these kinds derive of them, Adam's powers for instance, TensorFlow then computes once too: a read it may not
-    share, what comes after it may. With small variables that is a seventh of an update. Others are left alone.
-
-    Args:
-        inner: The optimizer.
-        variables: All that it may write.
-        counts: Whether this is the step's last call of `apply`, the one that counts it.
-    """
-    if not _reads_scalars(inner, variables):
-        yield
-        return
-    frozen = [each for each in (inner.iterations, inner._learning_rate) if isinstance(each, keras.Variable)]
-    mapping = [(variable, variable.value.value()) for variable in frozen]
-    with keras.StatelessScope(state_mapping=mapping) as scope:
-        yield
-    # What was written by tf.Variable's own methods is written; what went through Keras's, the scope has held back.
-    held = [inner._learning_rate] if counts else [inner._learning_rate, inner.iterations]
-    for variable in (*inner.variables, *variables):
-        value = scope.get_current_value(variable)
-        if value is not None and not any(variable is each for each in held):
-            variable.assign(value)
+    return plain
 
 
-def _compile(
-    update: Update, inner: keras.optimizers.Optimizer, grads: Sequence[Any], variables: Sequence[Any]
-) -> tuple[Any, str | None]:
+def _compile(call: Call) -> tuple[Any, str | None]:
     """Returns a compiled function of the divisor and all gradients, and why XLA cannot compile it: None if it can."""
     import tensorflow as tf
 
+    update, inner, grads, variables, _ = call
     places = [place for place, each in enumerate(grads) if each is not None]
 
     def dense(divisor: Any, *values: Any) -> None:
@@ -192,7 +163,7 @@ def _compile(
 
     function = tf.function(dense, jit_compile=True, autograph=False)
     # Keras's own code can be compiled, as the tests show; a user's may hold anything, and is asked beforehand.
-    if _is_known(inner, variables):
+    if is_known(inner, variables):
         return function, None
     specs = [tf.TensorSpec(variables[place].shape, grads[place].dtype) for place in places]
     try:
@@ -203,49 +174,13 @@ def _compile(
     return function, None
 
 
-def _reads_scalars(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> bool:
-    """Returns whether `scalars_read_once` is of use, and nothing that `inner.apply` calls may write by Keras's ways."""
-    plain = not any(variable.constraint is not None for variable in variables) and _is_of_keras([inner._learning_rate])
-    return type(inner) in _ADAMS and plain and not _branches(inner) and branching.is_single_tensorflow()
-
-
-def _is_known(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> bool:
-    """Returns whether all that an update runs is Keras's own code."""
-    parts = _parts(inner)
-    return _is_of_keras([*parts, *(part._learning_rate for part in parts), *(each.constraint for each in variables)])
-
-
-def _numbers_of(inner: keras.optimizers.Optimizer) -> tuple[Any, ...]:
-    """Returns the hyperparameters that are no variables, and which objects stand for the others."""
-    plain = (bool, int, float, str)
-    return tuple(
-        (
-            id(part),
-            id(part._learning_rate),
-            *((key, value) for key, value in vars(part).items() if type(value) in plain),
-        )
-        for part in _parts(inner)
-    )
-
-
-def _branches(inner: keras.optimizers.Optimizer) -> bool:
-    return any(part.gradient_accumulation_steps or part.ema_overwrite_frequency for part in _parts(inner))
-
-
-def _parts(inner: keras.optimizers.Optimizer) -> tuple[keras.optimizers.Optimizer, ...]:
-    """Returns the optimizer and, if it is a `MultiOptimizer`, those that it hands variables to."""
-    return (inner, *getattr(inner, "optimizers", ()))
-
-
-def _is_of_keras(parts: Sequence[Any]) -> bool:
-    return all(part is None or type(part).__module__.startswith("keras.") for part in parts)
-
-
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _obstacle(inner: keras.optimizers.Optimizer, grads: Sequence[Any], variables: Sequence[Any]) -> str | None:
+def _obstacle(call: Call) -> str | None:
+    """Returns why XLA cannot compile an update, or should not; None if it can."""
+    _, inner, grads, variables, _ = call
     backend = keras.backend.backend()
     if backend != "tensorflow":
         return f"the update is fused on TensorFlow only, and the backend is {backend}"
@@ -255,11 +190,11 @@ def _obstacle(inner: keras.optimizers.Optimizer, grads: Sequence[Any], variables
         return f"{type(tf.distribute.get_strategy()).__name__} updates variables in ways that XLA cannot compile"
     if branching.in_xla():
         return "the whole step is compiled already"
-    if type(inner) not in _ADAMS and any(map(gradients.is_sparse, grads)):
+    if type(inner) not in ADAMS and any(map(gradients.is_sparse, grads)):
         return "a gradient is sparse (tf.IndexedSlices), and XLA would make all of it dense"
-    if tf.executing_eagerly() and not _is_known(inner, variables):
+    if tf.executing_eagerly() and not is_known(inner, variables):
         return "what a user's own code reads of Python may change between eager steps"
-    if _branches(inner):
+    if branches(inner):
         return "the inner optimizer accumulates or averages by branching, and XLA copies what a branch writes"
     devices = branching.devices((*variables, *inner.variables))
     if len(devices) > 1:

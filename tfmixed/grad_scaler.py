@@ -12,11 +12,11 @@ from keras import ops
 
 from tfmixed import applying, arguments, distribute, gradients, scaling, snapshots
 from tfmixed.branching import as_it_is, in_graph, in_session_graph, when
-from tfmixed.gradients import Judge
 from tfmixed.iteration import Iteration, Method
 from tfmixed.scaling import ScalingRule, checks
 from tfmixed.state import Observable, ScalingState
 from tfmixed.turn import Turn
+from tfmixed.verdicts import Judge
 
 _TORCH = scaling.PEERS["torch"].defaults
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from archspec.cpu import brand_string, detect
-from rich.console import Console
 from rich.table import Table
+
+from tfmixed import printed
 
 Kind = Literal["cpu", "gpu", "tpu"]
 _CPU_BFLOAT16 = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16"}
@@ -68,10 +69,7 @@ class Hardware:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return printed.text(self, 120)
 
 
 def describe() -> Hardware:

@@ -22,7 +22,9 @@ import keras
 from keras import ops, tree
 from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
 
+from tfmixed import temporary
 from tfmixed.formats import HALF
+from tfmixed.structure import activations_of, children, class_of, descendants, graph_of
 
 _ENTRY = "in_float32"
 _set = object.__setattr__  # Keras's own tracks values, and refuses some after the build.
@@ -32,6 +34,7 @@ _set = object.__setattr__  # Keras's own tracks values, and refuses some after t
 class Forced(keras.Operation):
     """What the new classes add to the old ones."""
 
+    _made_as: Any  # the old class
     _computes: str | None = None  # None: as the policy says
     _gives: str | None = None  # the dtype of floating outputs; None: as computed
     _later: dict[str, Any] = {}  # noqa: RUF012 - what waits for sublayers to be made, by their places
@@ -75,12 +78,11 @@ class Forced(keras.Operation):
         config = dict(config)
         change = dict(config.pop(_ENTRY))
         of, inside = change.pop("of"), change.pop("inside")
-        with _policy_scope(config.get("dtype")):
+        with temporary.global_policy(config.get("dtype")):
             if cls is Forced:
                 layer = keras.saving.deserialize_keras_object({**of, "config": config}, custom_objects)
             else:  # asked for by its own class, which need not be registered
-                old: Any = cls.__mro__[2]
-                layer = old.from_config(config)
+                layer = cls._made_as.from_config(config)
         if inside:
             _set(swapped(layer), "_later", {"": change, **inside})
             if layer.built:
@@ -90,7 +92,7 @@ class Forced(keras.Operation):
         return layer
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        with _policy_scope(self.dtype_policy):
+        with temporary.global_policy(self.dtype_policy):
             super().build_from_config(config)
         _repeat(self)
 
@@ -157,11 +159,6 @@ def _respec(x: Any, dtype: str | None) -> Any:
     return keras.KerasTensor(x.shape, dtype=dtype, sparse=x.sparse, name=x.name)
 
 
-def class_of(layer: Any) -> Any:
-    """Returns the class that a layer or operation had when it was made."""
-    return type(layer).__mro__[2] if isinstance(layer, Forced) else type(layer)
-
-
 @contextlib.contextmanager
 def _as_before(layer: Any) -> Iterator[None]:
     # Keras makes configs in other ways for methods that it finds not to be overridden.
@@ -175,7 +172,7 @@ def _as_before(layer: Any) -> Iterator[None]:
 
 @functools.cache
 def _forced(cls: Any) -> Any:
-    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")} | {"_made_as": cls}
     new: Any = types.new_class(cls.__name__, (Forced, cls), exec_body=lambda body: body.update(names))
     keras.saving.register_keras_serializable("tfmixed", "Forced")(new)
     keras.saving.get_custom_objects()["tfmixed>Forced"] = Forced  # Whoever asks by name gets the general one.
@@ -220,31 +217,6 @@ def _cast_constants(layer: Any) -> None:
             layer.build(*layer._build_shapes_dict.values())
 
 
-def activations_of(layer: Any) -> list[str]:
-    """Returns the names of the attributes that hold activations, where they can be replaced."""
-    # Recurrent layers have properties that show their cell's; a layer as activation is a sublayer.
-    found = {name: vars(layer).get(name) for name in ("activation", "recurrent_activation")}
-    return [name for name, value in found.items() if callable(value) and not isinstance(value, keras.layers.Layer)]
-
-
-def graph_of(layer: Any) -> keras.Function | None:
-    """Returns the functional graph that a layer runs, if that is all that its `call` does."""
-    if not class_of(layer).call.__module__.startswith("keras."):
-        return None
-    if isinstance(layer, keras.Sequential):
-        return layer._functional
-    return layer if isinstance(layer, keras.Function) else None
-
-
-def children(layer: Any) -> list[Any]:
-    """Returns the layers and operations right inside a layer. The same code makes them in the same order."""
-    graph = graph_of(layer)
-    inside = [] if graph is None else graph.operations
-    sublayers = layer._layers if isinstance(layer, keras.layers.Layer) else ()
-    inside += [other for other in sublayers if not any(other is one for one in inside)]
-    return [one for one in inside if not isinstance(one, keras.layers.InputLayer)]
-
-
 def saves_children(layer: Any) -> bool:
     """Returns whether a layer's config holds the configs of what is inside, with what was changed there."""
     old = class_of(layer)
@@ -278,37 +250,6 @@ def _repeat(layer: Forced) -> None:
         put(found, **{key: value for key, value in change.items() if key != "policy"})
     _set(layer, "_later", {})
     retype(layer)
-
-
-@contextlib.contextmanager
-def _policy_scope(policy: Any) -> Iterator[None]:
-    """Has the policy of a layer for those that are made inside it."""
-    before = keras.config.dtype_policy()
-    if policy is not None:
-        keras.config.set_dtype_policy(keras.dtype_policies.get(policy))
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
-
-
-def descendants(layer: Any) -> list[Any]:
-    """Returns all layers and operations inside a layer, from the outside in, each once."""
-    found: dict[int, Any] = {}
-    for child in children(layer):
-        for one in [child, *descendants(child)]:
-            found.setdefault(id(one), one)
-    return list(found.values())
-
-
-def paths(model: Any) -> dict[Any, str]:
-    """Returns a model and all inside it, each with the names from the model's own on; the model has its own name."""
-    found = {model: str(model.name)}
-    for parent in [model, *descendants(model)]:
-        above = "" if parent is model else f"{found[parent]}/"
-        for child in children(parent):
-            found.setdefault(child, f"{above}{child.name}")
-    return found
 
 
 def retype(layer: Any) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
 
-from tfmixed import auditing, inplace, sensitive
-from tfmixed.formats import HALF
-
-_ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
-_FRAMES = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirectional)
+from tfmixed import auditing
+from tfmixed.plan import Plan
 
 Selector = str | type | Callable[[Any], bool]
 
@@ -76,217 +73,41 @@ def force_float32(
 
 
 def _force_once(model: keras.layers.Layer, layers: Any, inputs: Any) -> list[str]:
-    changes = _Changes(model)
+    plan = Plan(model)
     for selector in layers if isinstance(layers, (list, tuple, set)) else [layers]:
         if selector == "sensitive":
-            changes.sensitive(inputs)
+            plan.sensitive(_specs(model, inputs))
         else:
-            for layer in changes.matching(selector):
-                changes.whole(layer)
-    return changes.make()
+            for layer in _matching(plan, selector):
+                plan.whole(layer)
+    return plan.make()
 
 
-def force_own_code(model: keras.layers.Layer, layers: Iterable[keras.Operation]) -> list[str]:
-    """Makes the code of some layers and operations of a built model compute in float32, and not their sublayers'.
+def _matching(plan: Plan, selector: Selector) -> list[Any]:
+    if isinstance(selector, str):
+        return _named(plan, selector)
+    if any(selector is layer for layer in plan.inside):
+        return [selector]
+    if isinstance(selector, keras.Operation):
+        raise ValueError(f"layers must be among the model's, received {selector!r}")
+    if isinstance(selector, type):
+        return [layer for layer in plan.inside if isinstance(layer, selector)]
+    if callable(selector):
+        return [layer for layer in plan.inside if isinstance(layer, keras.layers.Layer) and selector(layer)]
+    raise ValueError(
+        'layers must be "sensitive", a name or pattern, a class, a layer, a function from one to a bool or a list '
+        f"of these, received {selector!r}"
+    )
 
-    What an audit of the model's graph found: the user's own layers, operations of functional graphs, Keras's layers.
 
-    Args:
-        model: As in `force_float32`.
-        layers: Layers and operations inside the model, or the model itself.
-
-    Returns:
-        As `force_float32` does.
-    """
-    changes = _Changes(model)
-    for layer in layers:
-        changes.own_code(layer)
-    return changes.make()
-
-
-class _Changes:
-    """What is to be changed in a model: collected first, since what a layer gives depends on what is around it."""
-
-    def __init__(self, model: keras.layers.Layer) -> None:
-        self.model = model
-        self.inside = inplace.descendants(model)
-        self.parents: dict[Any, list[Any]] = {layer: [] for layer in [model, *self.inside]}
-        self.paths = inplace.paths(model)
-        for parent in self.parents:
-            for child in inplace.children(parent):
-                self.parents[child].append(parent)
-        self.wanted: dict[Any, dict[str, Any]] = {}
-        self.reports: dict[Any, tuple[str, list[Any]]] = {}
-        self.traced: Any = None  # the specs of inputs with which the model can be traced
-        self.risky: list[Any] = []  # what may give what half precision does not hold
-
-    def want(self, layer: Any, **change: Any) -> None:
-        self.wanted[layer] = {**self.wanted.get(layer, {}), **change}
-        for parent in self.parents[layer]:
-            if isinstance(parent, _FRAMES) and "computes" in change:
-                # They cast what they hand on and what they return, or run a `call` in the scope of their own dtype.
-                self.want(parent, computes="float32")
-            elif isinstance(parent, keras.layers.TimeDistributed):
-                self.want(parent)
-            elif self._is_output(layer, parent):
-                self._want_around(parent)
-
-    def _want_around(self, graph: Any) -> None:
-        """Has what wraps a graph say what that gives."""
-        for parent in self.parents[graph]:
-            if isinstance(parent, keras.layers.TimeDistributed):
-                self.want(parent)
-            elif self._is_output(graph, parent):
-                self._want_around(parent)
-
-    def report(self, layer: Any, what: str, members: list[Any] | None = None) -> None:
-        if not what or layer not in self.reports:
-            self.reports[layer] = (what, members or [layer])
-
-    def sensitive(self, inputs: Any) -> None:
-        for layer in self.inside:
-            if sensitive.is_sensitive(layer):
-                self.own_code(layer)
-            elif names := sensitive.activations(layer):
-                self.activations(layer, names)
-        self.traced = _specs(self.model, inputs)
-        self.risky = [] if self.traced is None else auditing.unsafe(self.model, self.traced)
-        for layer in self.risky:
-            self.own_code(layer)
-        self.output(self.model)
-
-    def activations(self, layer: Any, names: list[str]) -> None:
-        if names and sensitive.is_half(layer):
-            self.want(layer, activations=names)
-            self.report(layer, "activation")
-
-    def own_code(self, layer: Any) -> None:
-        """Forces what a layer's own `call` computes; of Keras's layers with weights, only the activation."""
-        names, sublayers = inplace.activations_of(layer), inplace.children(layer)
-        if inplace.graph_of(layer) is not None or not sensitive.is_half(layer):
-            return
-        if sensitive.is_keras(layer) and sublayers:  # A wrapper, or attention: its own code is only a frame.
-            for child in sublayers:
-                if not isinstance(layer, _ATTENTION) or isinstance(child, keras.layers.Softmax):
-                    self.own_code(child)
-        elif sensitive.is_keras(layer) and names and layer.weights:
-            self.activations(layer, names)
-        else:
-            for child in sublayers:
-                self.want(child)  # It gives float32 into float32 code.
-            self.want(layer, computes="float32")
-            self.report(layer, "own code" if sublayers else "")
-
-    def whole(self, layer: Any) -> None:
-        """Forces a layer and all that is in it."""
-        members = [layer, *inplace.descendants(layer)]
-        for one in members:
-            if inplace.graph_of(one) is None and sensitive.is_half(one):
-                self.want(one, computes="float32")
-                self.report(layer, "", members)
-
-    def output(self, layer: Any) -> None:
-        """Makes what a layer gives float32, since the model returns it."""
-        if (graph := inplace.graph_of(layer)) is not None:
-            for tensor in graph.outputs:
-                self.output(tensor._keras_history[0])
-        elif isinstance(layer, keras.layers.InputLayer) or not sensitive.half_given(layer):
-            return
-        elif isinstance(layer, keras.layers.TimeDistributed):
-            self.output(layer.layer)
-        elif sensitive.is_plain(layer):
-            self.own_code(layer)
-        elif names := sensitive.nonlinear(layer):
-            self.activations(layer, names)
-        elif layer not in self.wanted:
-            self.want(layer)
-            self.report(layer, "output")
-
-    def matching(self, selector: Selector) -> list[Any]:
-        if isinstance(selector, str):
-            return self._named(selector)
-        if any(selector is layer for layer in self.inside):
-            return [selector]
-        if isinstance(selector, keras.Operation):
-            raise ValueError(f"layers must be among the model's, received {selector!r}")
-        if isinstance(selector, type):
-            return [layer for layer in self.inside if isinstance(layer, selector)]
-        if callable(selector):
-            return [layer for layer in self.inside if isinstance(layer, keras.layers.Layer) and selector(layer)]
-        raise ValueError(
-            'layers must be "sensitive", a name or pattern, a class, a layer, a function from one to a bool or a list '
-            f"of these, received {selector!r}"
-        )
-
-    def _named(self, pattern: str) -> list[Any]:
-        names = {layer: {layer.name, self.paths[layer]} for layer in self.inside}
-        found = [layer for layer in self.inside if any(fnmatch.fnmatchcase(name, pattern) for name in names[layer])]
-        if not found:
-            known = sorted(set().union(*names.values()))
-            near = difflib.get_close_matches(pattern, known, n=5, cutoff=0.4) or known[:5]
-            raise ValueError(f"layers must match layers of the model, received {pattern!r}, which is near {near}")
-        return found
-
-    def gives_wide(self, layer: Any) -> bool:
-        """Returns whether what is around a layer takes float32 from it: graphs, and code that computes in float32."""
-        if layer is self.model:
-            return True
-        return all(self._takes_wide(parent, layer) for parent in self.parents[layer])
-
-    def _takes_wide(self, parent: Any, layer: Any) -> bool:
-        if "computes" in {**inplace.change_of(parent), **self.wanted.get(parent, {})}:
-            return True
-        if isinstance(parent, keras.layers.TimeDistributed) or self._is_output(layer, parent):
-            return self.gives_wide(parent)
-        return inplace.graph_of(parent) is not None
-
-    def _is_output(self, layer: Any, parent: Any) -> bool:
-        graph = inplace.graph_of(parent)
-        return graph is not None and any(layer is tensor._keras_history[0] for tensor in graph.outputs)
-
-    def make(self) -> list[str]:
-        """Changes the layers, and returns the reports of those that were not so before."""
-        gives = {layer: "float32" if self.gives_wide(layer) else self._back(layer) for layer in self.wanted}
-        changed = set()
-        for layer, change in self.wanted.items():
-            if inplace.put(layer, **change, gives=gives[layer]):
-                changed.add(layer)
-                for keeper in self._keepers(layer):
-                    inplace.swapped(keeper)
-        if self.traced is not None:
-            self._widen([layer for layer in self.wanted if layer in changed and gives[layer] in HALF], gives)
-        if changed:
-            inplace.retype(self.model)
-            _forget_functions([self.model, *self.inside])
-        order = [layer for layer in [*self.inside, self.model] if layer in self.reports]
-        reports = [(self.paths[layer], *self.reports[layer]) for layer in order]
-        return [f"{path}: {what}" if what else path for path, what, of in reports if changed & set(of)]
-
-    def _widen(self, layers: list[Any], gives: dict[Any, Any]) -> None:
-        """Has layers in a user's code give float32, if that code takes it and half precision may not hold it."""
-        takers = [layer for layer in layers if any(self._loses(layer, parent) for parent in self.parents[layer])]
-        for group in (takers, *([each] for each in takers)):
-            for layer in group:
-                inplace.put(layer, gives="float32")
-            if not group or auditing.is_traceable(self.model, self.traced):
-                return
-            for layer in group:
-                inplace.put(layer, gives=gives[layer])
-
-    def _loses(self, layer: Any, parent: Any) -> bool:
-        # Within a `tf.function`, what a tensor was before its cast to half is lost on the way out.
-        decorated = hasattr(inplace.class_of(parent).call, "python_function")
-        return not sensitive.is_keras(parent) and (decorated or layer in self.risky)
-
-    def _back(self, layer: Any) -> str | None:
-        return sensitive.half_given(layer) if "computes" in self.wanted[layer] else None
-
-    def _keepers(self, layer: Any) -> list[Any]:
-        """Returns the outermost layers around that save what was changed inside, where Keras would make it anew."""
-        keepers = []
-        for parent in self.parents[layer]:
-            keepers += self._keepers(parent) or ([] if inplace.saves_children(parent) else [parent])
-        return keepers
+def _named(plan: Plan, pattern: str) -> list[Any]:
+    names = {layer: {layer.name, plan.paths[layer]} for layer in plan.inside}
+    found = [layer for layer in plan.inside if any(fnmatch.fnmatchcase(name, pattern) for name in names[layer])]
+    if not found:
+        known = sorted(set().union(*names.values()))
+        near = difflib.get_close_matches(pattern, known, n=5, cutoff=0.4) or known[:5]
+        raise ValueError(f"layers must match layers of the model, received {pattern!r}, which is near {near}")
+    return found
 
 
 def _specs(model: Any, inputs: Any) -> Any:
@@ -296,14 +117,5 @@ def _specs(model: Any, inputs: Any) -> Any:
     try:
         return auditing.specs(model, inputs)
     except ValueError as error:
-        warnings.warn(f"force_float32 looks at known classes only: {error}", stacklevel=5)
+        warnings.warn(f"force_float32 looks at known classes only: {error}", stacklevel=4)
         return None
-
-
-def _forget_functions(layers: list[Any]) -> None:
-    """Makes Keras, and a `tf.function` that is a layer's `call`, trace anew what they compiled before."""
-    for layer in layers:
-        if isinstance(layer, keras.Model):
-            layer.train_function = layer.test_function = layer.predict_function = None
-        for function in (vars(kind).get("call") for kind in type(layer).__mro__):
-            getattr(function, "_descriptor_cache", {}).pop(layer, None)

@@ -17,8 +17,9 @@ from keras import ops
 
 from tfmixed.branching import graph, in_graph
 from tfmixed.events import NO_VARIABLE
-from tfmixed.state import Outcome, Variables
-from tfmixed.turn import AddVariable, Stage, Turn
+from tfmixed.state import Outcome
+from tfmixed.turn import Stage, Turn
+from tfmixed.variables import AddVariable, Variables
 
 _COUNT, _NUMBER = numpy.int32(0), numpy.float32(0)
 _START = {

@@ -36,7 +36,7 @@ def report(
 
     Console().print(made)
     for path, suffix in ((html, ".html"), (png, ".png")):
-        _prepare(path, suffix)
+        prepare(f"--{suffix[1:]}", path)
     with _mendable():
         if html is not None:
             made.save_page(html)
@@ -61,17 +61,24 @@ def simulate(
         recorded = _trace(trace)
         outcomes = {text: replay(parse(text), recorded) for text in rule}
         if png is not None:
-            from tfmixed import plotting
-
-            scales = {text: outcome.scales for text, outcome in outcomes.items()}
-            skipped = {text: outcome.skipped for text, outcome in outcomes.items()}
-            plotting.save(plotting.plot_simulations(scales, skipped), png)
+            _draw(outcomes, png)
     if as_json:
         rules = [{"name": text, **outcome.as_dict()} for text, outcome in outcomes.items()]
-        print(
-            json.dumps({"steps": len(recorded.finite), "unlisted_skips": recorded.unlisted, "rules": rules}, indent=2)
-        )
-        return
+        told = {"steps": len(recorded.finite), "unlisted_skips": recorded.unlisted, "rules": rules}
+        print(json.dumps(told, indent=2))
+    else:
+        _print(outcomes, recorded)
+
+
+def _draw(outcomes: dict[str, Outcome], png: Path) -> None:
+    from tfmixed import plotting
+
+    scales = {text: outcome.scales for text, outcome in outcomes.items()}
+    skipped = {text: outcome.skipped for text, outcome in outcomes.items()}
+    plotting.save(plotting.plot_simulations(scales, skipped), png)
+
+
+def _print(outcomes: dict[str, Outcome], recorded: Trace) -> None:
     from rich.console import Console
 
     console = Console()
@@ -92,14 +99,14 @@ def _check(path: Path | None, suffix: str) -> None:
         raise UsageError(f"--{suffix[1:]} needs matplotlib ({error}): pip install 'tfmixed[plot]'") from error
 
 
-def _prepare(path: Path | None, suffix: str) -> None:
-    """Refuses a file that cannot be written, before any is."""
+def prepare(option: str, path: Path | None) -> None:
+    """Refuses a file that could not be written, before any is, and makes its folder."""
     try:
         if path is not None:
             whole.prepare(path)
     except OSError as error:
         why = error.strerror or error
-        raise UsageError(f"--{suffix[1:]} must be a path that can be written, received {str(path)!r}: {why}") from error
+        raise UsageError(f"{option} must be a file that can be written, received {str(path)!r}: {why}") from error
 
 
 @contextlib.contextmanager

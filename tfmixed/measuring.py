@@ -48,7 +48,8 @@ class Measured:
 
     Args:
         speeds: One for each of float32, bfloat16 and float16, in this order.
-        bandwidth_gb_s: As `bandwidth_gb_s` counts it.
+        bandwidth_gb_s: 10^9 bytes per second between memory and processor: one float32 array is added to another in
+            place, each far larger than the caches. Counted are two arrays read and one written.
     """
 
     speeds: tuple[Speed, ...]
@@ -89,25 +90,6 @@ def measure() -> Measured:
     *flops, bandwidth = rates([*works, _addition()])
     speeds = zip(DTYPES, flops[: len(DTYPES)], flops[len(DTYPES) :], strict=True)
     return Measured(tuple(Speed(dtype, matmul / 1e12, conv / 1e12) for dtype, matmul, conv in speeds), bandwidth / 1e9)
-
-
-def matmul_tflops(dtype: str) -> float:
-    """Measures the TFLOP/s of a product of two square matrices of `dtype`."""
-    return rates([_matmul(dtype)])[0] / 1e12
-
-
-def conv_tflops(dtype: str) -> float:
-    """Measures the TFLOP/s of a 3 x 3 convolution in `dtype`."""
-    return rates([_conv(dtype)])[0] / 1e12
-
-
-def bandwidth_gb_s() -> float:
-    """Measures the GB/s (10^9 bytes) between memory and processor.
-
-    Adds one float32 array to another in place, each far larger than the caches: 256 MiB on a CPU, 1 GiB on an
-    accelerator. Counted are two arrays read and one written.
-    """
-    return rates([_addition()])[0] / 1e9
 
 
 def rates(works: Sequence[Work], rounds: int = _ROUNDS) -> list[float]:
@@ -169,6 +151,7 @@ def _chain(start: Any, step: Callable[[Any], Any], amount: float, repeats: int =
 
 
 def _addition() -> Work:
+    # 256 MiB on a CPU, 1 GiB on an accelerator.
     length = 2**26 if hardware.describe().main.kind == "cpu" else 2**28
     add, amount = _in_place_addition((length,)), 3.0 * 4 * length
     work = Work(lambda: _wait(add()), amount)

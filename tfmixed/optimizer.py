@@ -13,10 +13,10 @@ from keras import ops
 from tfmixed import arguments, distribute, gradients
 from tfmixed.branching import as_it_is, when
 from tfmixed.calls import Calls
-from tfmixed.fused import Fuser, Fusion
-from tfmixed.gradients import Judge
+from tfmixed.fused import Call, Fuser, Fusion
 from tfmixed.scaling import ConstantScale, checks
 from tfmixed.state import Observable, ScalingState
+from tfmixed.verdicts import Judge
 
 # Left out of a saved configuration, so that Keras's own class can read the rest of it.
 _MAX_CONSECUTIVE_SKIPS = 100
@@ -262,7 +262,7 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         def apply(grads: Sequence[Any], variables: Sequence[Any], divisor: Any) -> None:
             self.inner_optimizer.apply(self._unscale(grads, divisor, variables), list(variables))
 
-        return self._fuser.fused(apply, self.inner_optimizer, grads, variables, indices)
+        return self._fuser.fused(Call(apply, self.inner_optimizer, grads, variables, indices))
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import keras
 
-from tfmixed import hardware
+from tfmixed import hardware, temporary
 from tfmixed.formats import HALF
 
 _warned: set[str] = set()
@@ -51,11 +51,8 @@ def policy_scope(policy: str | keras.DTypePolicy = "auto") -> Iterator[keras.DTy
     ...     policy.name
     'float64'
     """
-    before = keras.config.dtype_policy()
-    try:
+    with temporary.global_policy():
         yield set_policy(policy)
-    finally:
-        keras.config.set_dtype_policy(before)
 
 
 def _known(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:

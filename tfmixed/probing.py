@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import keras
-import numpy
-from keras import ops, tree
-from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
+from keras import tree
 from keras.src.trainers.data_adapters import get_data_adapter
 
-from tfmixed import gradients, inplace, taps, tracing
+from tfmixed import gradients, structure, taps, temporary
 from tfmixed.formats import HALF
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import GradientRange, RangesRecord
 from tfmixed.scaling import checks
-from tfmixed.state import Observable
+from tfmixed.steps import compiled, holds_grad_scaler, untaken
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -58,13 +54,13 @@ def measure_gradients(
     Example:
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="dense")])
     >>> model.compile("sgd", loss="mse")
-    >>> ranges = measure_gradients(model, (numpy.ones((64, 4)), numpy.zeros((64, 1))), steps=2)
+    >>> ranges = measure_gradients(model, (ops.ones((64, 4)), ops.zeros((64, 1))), steps=2)
     >>> [(each.layer, each.kind) for each in ranges]
     [('dense', 'activation'), ('dense', 'weight'), ('dense', 'weight')]
     """
     checks.count("steps", steps, 1)
     probe = Probe(model, precision, scale)
-    with _random_states():  # PyTorch's loaders draw from them
+    with temporary.random_states():  # PyTorch's loaders draw from them
         for batch in itertools.islice(_batches(data, batch_size), steps):
             probe.measure(batch)
     if not probe.batches:
@@ -85,7 +81,7 @@ def _batches(data: Any, batch_size: int | None) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         if isinstance(data, keras.utils.PyDataset):  # no epoch of a user's begins or ends, where data may be shuffled
             for name in ("on_epoch_begin", "on_epoch_end"):
-                _put(stack, data, name, lambda: None)
+                temporary.put(stack, data, name, lambda: None)
         adapter.on_epoch_begin()
         stack.callback(adapter.on_epoch_end)  # ends the workers of a PyDataset
         yield from getattr(adapter, iterators[keras.backend.backend()])()
@@ -117,7 +113,7 @@ class Probe:
                 "model must be a keras.Model that is compiled with an optimizer and a loss, received "
                 f"{model!r:.100}: call model.compile first"
             )
-        if any(isinstance(each, Observable) and not _is_optimizer(each) for each in _leaves(vars(model).values())):
+        if holds_grad_scaler(model):
             raise NotImplementedError(
                 f"model must not hold a GradScaler to be measured, received {model!r:.100}: its train_step would take "
                 "the scaler a step on. Measure a model of the same layers that is compiled with a LossScaleOptimizer"
@@ -137,11 +133,12 @@ class Probe:
             state: On JAX within `fit`, the values of all variables, which the trainer then holds.
         """
         batch = _without_optionals(batch)
-        with _random_states(), tracing.restored(self.model), self._untaken():
+        without_taking = untaken(self.model, self._count, self.scale)
+        with temporary.random_states(), temporary.restored(self.model), without_taking:
             if self._step is None:
                 self.model._symbolic_build(data_batch=batch)
-                self._paths = inplace.paths(self.model)
-                self._step = self._compiled()
+                self._paths = structure.paths(self.model)
+                self._step = compiled(self.model)
             with self._in_precision(), self._tapped():
                 self._step(batch, state)
         if not self._weights and self.model.trainable_variables:
@@ -158,7 +155,7 @@ class Probe:
             step: The attempted step of a run before which it was measured.
             epoch: Its epoch.
         """
-        layers = [self.model, *inplace.descendants(self.model)]  # what is inside a layer right behind it
+        layers = [self.model, *structure.descendants(self.model)]  # what is inside a layer right behind it
         ranges = [each for layer in layers for each in self._ranges(layer, self._paths[layer])]
         record = RangesRecord(step, epoch, self.precision, self.scale, self.batches, str(self.model.name), ranges)
         for tally in self._tallies():
@@ -178,75 +175,28 @@ class Probe:
                 _, tally = self._weights[id(variable)]
                 yield tally.range(gradients.path(variable), "weight", path, layer.compute_dtype)
 
-    def _compiled(self) -> Callable[..., Any]:
-        """Returns what runs the training step of a batch."""
-        model, backend = self.model, keras.backend.backend()
-        if backend == "jax":
-            return _jax_step(model)
-        if backend == "torch" or model.run_eagerly:
-            return lambda batch, _: model.train_step(batch)
-        import tensorflow
-
-        function = tensorflow.function(model.train_step, autograph=False, reduce_retracing=True)
-        return lambda batch, _: function(batch)
-
     @contextlib.contextmanager
     def _in_precision(self) -> Iterator[None]:
         if self.precision == "float32":
-            with tracing.in_float32(self.model):
+            with temporary.in_float32(self._paths):
                 yield
             return
         layers = [layer for layer in self._paths if isinstance(layer, keras.layers.Layer)]
         half = [layer for layer in layers if layer.compute_dtype in HALF]
-        with tracing.with_policy(half or layers, f"mixed_{self.precision}"):
+        with temporary.with_policy(half or layers, f"mixed_{self.precision}"):
             yield
 
     @contextlib.contextmanager
     def _tapped(self) -> Iterator[None]:
         """Has the layers' outputs counted on the way back."""
         layers = [
-            layer for layer in self._paths if isinstance(layer, keras.layers.Layer) and not inplace.graph_of(layer)
+            layer for layer in self._paths if isinstance(layer, keras.layers.Layer) and not structure.graph_of(layer)
         ]
         with contextlib.ExitStack() as stack:
             for layer in layers:
                 tally = self._outputs.setdefault(layer, taps.Tally())
-                _put(stack, layer, "call", _tapping(layer.call, tally, self.scale))
+                temporary.put(stack, layer, "call", taps.tapped(layer.call, tally, self.scale))
             yield
-
-    @contextlib.contextmanager
-    def _untaken(self) -> Iterator[None]:
-        """Has optimizers hand the gradients over, and do nothing else; metrics are not asked for."""
-        with contextlib.ExitStack() as stack:
-            for optimizer in _optimizers(self.model):
-                for name, function in self._instead_of(optimizer).items():
-                    if hasattr(optimizer, name):
-                        _put(stack, optimizer, name, function)
-            _put(stack, self.model, "compute_metrics", lambda *_, **__: {})
-            yield
-
-    def _instead_of(self, optimizer: Any) -> dict[str, Callable[..., Any]]:
-        def scaled(loss: Any) -> Any:
-            return tree.map_structure(lambda each: each * self.scale, loss)
-
-        def apply(grads: Any, trainable_variables: Any = None) -> None:
-            self._count(grads, optimizer._trainable_variables if trainable_variables is None else trainable_variables)
-
-        def apply_gradients(grads_and_vars: Iterable[Any], **_: Any) -> None:
-            self._count(*zip(*grads_and_vars, strict=True))
-
-        def stateless_apply(state: Any, grads: Any, values: Any) -> Any:
-            self._count(grads, self.model.trainable_variables)
-            return values, state
-
-        return {
-            "apply": apply,
-            "apply_gradients": apply_gradients,
-            "stateless_apply": stateless_apply,
-            "scale_loss": scaled,
-            "get_scaled_loss": scaled,
-            "get_unscaled_gradients": lambda grads: grads,
-            "build": lambda _: None,
-        }
 
     def _count(self, grads: Iterable[Any], variables: Iterable[Any]) -> None:
         for gradient, variable in zip(grads, variables, strict=True):
@@ -255,101 +205,12 @@ class Probe:
                 taps.count(gradient, tally, self.scale)
 
 
-def _jax_step(model: keras.Model) -> Callable[..., Any]:
-    import jax
-
-    def step(state: Any, batch: Any) -> Any:  # of our own: jit would take the trainer's cache for an equal method
-        return model.train_step(state, batch)
-
-    compiled = step if model.run_eagerly else jax.jit(step)
-
-    def run(batch: Any, state: Any) -> None:
-        parts = [model.trainable_variables, model.non_trainable_variables]
-        parts += [model.optimizer.variables, model.metrics_variables]
-        values = tuple([variable.value for variable in part] for part in parts) if state is None else state
-        jax.block_until_ready(compiled(values, batch))
-        jax.effects_barrier()
-
-    return run
-
-
-def _optimizers(model: keras.Model) -> list[Any]:
-    """Returns the optimizers that a model and its layers hold, in lists and dictionaries too, each once."""
-    held = [each for layer in model._flatten_layers() for each in vars(layer).values()]
-    found = [each for each in _leaves([model.optimizer, *held]) if _is_optimizer(each)]
-    return list({id(each): each for each in found}.values())
-
-
-def _leaves(values: Iterable[Any]) -> Iterator[Any]:
-    for each in values:
-        if isinstance(each, (list, tuple, set)):
-            yield from _leaves(each)
-        elif isinstance(each, dict):
-            yield from _leaves(each.values())
-        else:
-            yield each
-
-
-def _is_optimizer(each: Any) -> bool:
-    return isinstance(each, keras.optimizers.Optimizer)
-
-
-def _tapping(call: Callable[..., Any], tally: taps.Tally, scale: float) -> Callable[..., Any]:
-    def tap(x: Any) -> Any:
-        if not _is_dense_float(x):
-            return x
-        y = taps.tap(x, tally, scale)
-        if (mask := get_tensor_attr(x, "_keras_mask")) is not None:
-            set_tensor_attr(y, "_keras_mask", mask)
-        if (wide := get_tensor_attr(x, "_tfmixed_wide")) is not None:
-            set_tensor_attr(y, "_tfmixed_wide", taps.tap(wide, tally, scale))
-        return y
-
-    @functools.wraps(call)
-    def tapped(*args: Any, **kwargs: Any) -> Any:
-        return tree.map_structure(tap, call(*args, **kwargs))
-
-    return tapped
-
-
-def _is_dense_float(x: Any) -> bool:
-    if not ops.is_tensor(x) or type(x).__name__ in ("RaggedTensor", "SparseTensor", "IndexedSlices", "BCOO"):
-        return False
-    return "float" in keras.backend.standardize_dtype(x.dtype)
-
-
 def _given(layer: Any) -> str:
     """Returns the dtype of what a layer gives, and so of the gradient that comes back to it."""
     declared = getattr(layer, "_gives", None) or getattr(layer, "output_dtype", None)
     return str(declared or getattr(layer, "compute_dtype", "float32"))
 
 
-def _put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Gives an object an attribute of its own until the stack is left; Keras and PyTorch do not notice."""
-    before = {name: vars(owner)[name]} if name in vars(owner) else {}
-    stack.callback(vars(owner).update, before)
-    stack.callback(vars(owner).pop, name)
-    vars(owner)[name] = value
-
-
 def _without_optionals(batch: Any) -> Any:
     # What TensorFlow's datasets have for None; Keras's trainer does the same.
     return tree.map_structure(lambda leaf: None if type(leaf).__name__ == "_OptionalImpl" else leaf, batch)
-
-
-@contextlib.contextmanager
-def _random_states() -> Iterator[None]:
-    """Gives back the states that a user's layers may draw from."""
-    states: list[tuple[Callable[..., None], Any]] = [
-        (random.setstate, random.getstate()),
-        (numpy.random.set_state, numpy.random.get_state()),
-    ]
-    if keras.backend.backend() == "torch":
-        import torch
-
-        states.append((torch.set_rng_state, torch.get_rng_state()))
-    try:
-        yield
-    finally:
-        for restore, state in states:
-            restore(state)

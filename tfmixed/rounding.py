@@ -110,6 +110,11 @@ def power_below(limit: float) -> float:
     return 2.0 ** min(max(power, POWERS[0]), POWERS[-1])
 
 
+def power_of_two(magnitude: float) -> str:
+    """Returns the power of two that a magnitude is not below, as people write it: `2^-31`."""
+    return f"2^{math.floor(math.log2(magnitude))}"
+
+
 def percent(share: float) -> str:
     """Returns a share as people read it: neither 0 nor 100 % stands for what only comes near."""
     if share in (0, 1):

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from tfmixed import inplace
+from tfmixed import inplace, structure
 from tfmixed.formats import HALF
 
 # From here on float16 errs five times as much as rounding its result would, in `AveragePooling2D`, and a sum overflows
@@ -31,7 +31,7 @@ _POOLING = (keras.layers.AveragePooling1D, keras.layers.AveragePooling2D, keras.
 
 def is_keras(layer: Any) -> bool:
     """Returns whether its `call` is Keras's."""
-    return bool(inplace.class_of(layer).call.__module__.startswith("keras."))
+    return bool(structure.class_of(layer).call.__module__.startswith("keras."))
 
 
 def is_operation(layer: Any) -> bool:
@@ -42,8 +42,8 @@ def is_operation(layer: Any) -> bool:
 def is_plain(layer: Any) -> bool:
     """Returns whether it is cheap to compute in float32: no matrix products, nobody's own code."""
     if is_operation(layer):
-        return inplace.class_of(layer).__name__ not in _PRODUCTS
-    return is_keras(layer) and not (layer.weights or inplace.children(layer) or isinstance(layer, keras.layers.Dot))
+        return structure.class_of(layer).__name__ not in _PRODUCTS
+    return is_keras(layer) and not (layer.weights or structure.children(layer) or isinstance(layer, keras.layers.Dot))
 
 
 def is_half(layer: Any) -> bool:
@@ -86,14 +86,14 @@ def _traced(layer: Any) -> list[str]:
 
 def activations(layer: Any) -> list[str]:
     """Returns the activations that go wrong in half precision."""
-    return [name for name in inplace.activations_of(layer) if is_sensitive_activation(layer, name)]
+    return [name for name in structure.activations_of(layer) if is_sensitive_activation(layer, name)]
 
 
 def nonlinear(layer: Any) -> list[str]:
     """Returns the activations that end what one of Keras's layers computes."""
     if not is_keras(layer) or isinstance(layer, keras.layers.RNN):
         return []
-    return [name for name in inplace.activations_of(layer) if getattr(layer, name) is not keras.activations.linear]
+    return [name for name in structure.activations_of(layer) if getattr(layer, name) is not keras.activations.linear]
 
 
 def is_sensitive_activation(layer: Any, name: str) -> bool:
@@ -120,17 +120,17 @@ def is_sensitive(layer: Any) -> bool:
 
 
 def _is_sensitive_operation(operation: Any) -> bool:
-    name = inplace.class_of(operation).__name__
+    name = structure.class_of(operation).__name__
     if not is_keras(operation) or name not in _OPERATIONS | _REDUCTIONS:
         # Squares overflow before their sum does.
         after = [node.operation for node in operation._outbound_nodes]
-        return _is_power(operation) and any(inplace.class_of(one).__name__ in _REDUCTIONS for one in after)
+        return _is_power(operation) and any(structure.class_of(one).__name__ in _REDUCTIONS for one in after)
     inputs = operation._inbound_nodes[0].input_tensors
     return name in _OPERATIONS or _is_long(operation, inputs[0].shape) or _is_power(inputs[0]._keras_history[0])
 
 
 def _is_power(operation: Any) -> bool:
-    name = inplace.class_of(operation).__name__
+    name = structure.class_of(operation).__name__
     if name == "Multiply":
         return len({id(tensor) for tensor in operation._inbound_nodes[0].input_tensors}) == 1
     return name in {"Square", "Power"}

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import keras
 import numpy
 from keras import ops
 
 from tfmixed import events
 from tfmixed.branching import in_graph, rarely
 from tfmixed.errors import LossScaleExhausted
-from tfmixed.gradients import Verdict
 from tfmixed.records import Change
 from tfmixed.scaling import ScalingRule, checks
+from tfmixed.variables import AddVariable, Variables
+from tfmixed.verdicts import Verdict
 
 # The names that Keras's own LossScaleOptimizer gives to what both have.
 _KERAS_NAMES = {"scale": "dynamic_scale", "good_steps": "step_counter"}
@@ -37,34 +36,6 @@ class Outcome(NamedTuple):
     amax: Any
 
 
-class Variables:
-    """Keras variables by name, made outside of any graph.
-
-    Args:
-        start: Their first values, of numpy.
-        add_variable: Makes a variable, with the arguments of `keras.optimizers.Optimizer.add_variable`.
-    """
-
-    def __init__(self, start: Mapping[str, Any], add_variable: Callable[..., keras.Variable]) -> None:
-        self.variables: dict[str, keras.Variable] = {}
-        self.make(start, add_variable)
-
-    def make(self, start: Mapping[str, Any], add_variable: Callable[..., keras.Variable]) -> None:
-        """Makes variables; another one of the same name is given up."""
-        with _outside_of_graphs():
-            self.variables |= {name: _variable(add_variable, name, value) for name, value in start.items()}
-
-    def read(self, name: str) -> Any:
-        """Returns the present value of a variable, as a tensor of its own."""
-        value = self.variables[name].value
-        return _tensor(value) if hasattr(value, "assign") else ops.copy(value)
-
-    def assign(self, values: Mapping[str, Any]) -> None:
-        """Writes variables."""
-        for name, value in values.items():
-            self.variables[name].assign(value)
-
-
 class ScalingState(Variables):
     """The variables of one scaler and the step that advances them.
 
@@ -74,10 +45,10 @@ class ScalingState(Variables):
     Args:
         rule: How the scale moves.
         capacity: Entries of the ring.
-        add_variable: Makes a variable, with the arguments of `keras.optimizers.Optimizer.add_variable`.
+        add_variable: As in `Variables`.
     """
 
-    def __init__(self, rule: ScalingRule, capacity: int, add_variable: Callable[..., keras.Variable]) -> None:
+    def __init__(self, rule: ScalingRule, capacity: int, add_variable: AddVariable) -> None:
         self.rule = rule
         start = rule.start()
         self._names = [self.name_of(field) for field in start._fields]
@@ -94,7 +65,7 @@ class ScalingState(Variables):
         """Returns the name of the variable that holds a field of the rule's state."""
         return _KERAS_NAMES.get(field, field)
 
-    def watch(self, count: int, add_variable: Callable[..., keras.Variable]) -> None:
+    def watch(self, count: int, add_variable: AddVariable) -> None:
         """Adds the counts of overflows of each of `count` variables, in the present row of skipped steps."""
         self.make({"overflow_counts": numpy.zeros(count, "int32")}, add_variable)
 
@@ -241,30 +212,3 @@ class Observable:
             return
         first = int(self.attempted_steps) - skips
         raise LossScaleExhausted(scale, first, skips, self._overflows(), None if loss is None else float(loss))
-
-
-def _variable(add_variable: Callable[..., keras.Variable], name: str, value: Any) -> keras.Variable:
-    # "int" as in Keras: int64 on TensorFlow, which would keep int32 variables off the GPU.
-    dtype = "int" if value.dtype.kind == "i" else "float32"
-    return add_variable(
-        shape=value.shape, dtype=dtype, initializer=lambda _shape, dtype: ops.cast(value, dtype), name=name
-    )
-
-
-def _outside_of_graphs() -> contextlib.AbstractContextManager[Any]:
-    # A variable made while a tf.function is traced would belong to that trace alone.
-    if keras.backend.backend() != "tensorflow":
-        return contextlib.nullcontext()
-    import tensorflow
-
-    return tensorflow.init_scope()  # type: ignore[no-any-return]  # tensorflow ships no types
-
-
-def _tensor(variable: Any) -> Any:
-    """Returns the value of a `tf.Variable`: no copy, and yet a later write leaves it alone."""
-    import tensorflow
-
-    if hasattr(variable, "values") or not tensorflow.executing_eagerly():
-        return variable.value()
-    # What the variable's own method ends in, without three quarters of the time: the logger reads in each step.
-    return tensorflow.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)

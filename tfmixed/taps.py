@@ -12,7 +12,8 @@ from typing import Any
 
 import keras
 import numpy
-from keras import ops
+from keras import ops, tree
+from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
 
 from tfmixed.records import GradientRange, Kind
 
@@ -106,6 +107,32 @@ def count(gradient: Any, tally: Tally, scale: float = 1.0) -> None:
 def tap(tensor: Any, tally: Tally, scale: float = 1.0) -> Any:
     """Returns a tensor of the same values whose gradient is counted, divided by `scale`."""
     return _TAPS[keras.backend.backend()](tensor, functools.partial(count, tally=tally, scale=scale))
+
+
+def tapped(call: Callable[..., Any], tally: Tally, scale: float) -> Callable[..., Any]:
+    """Returns a layer's `call` with taps on all that it gives, which stays what it is to Keras and to `inplace`."""
+
+    def tap_one(x: Any) -> Any:
+        if not _is_dense_float(x):
+            return x
+        y = tap(x, tally, scale)
+        if (mask := get_tensor_attr(x, "_keras_mask")) is not None:
+            set_tensor_attr(y, "_keras_mask", mask)
+        if (wide := get_tensor_attr(x, "_tfmixed_wide")) is not None:
+            set_tensor_attr(y, "_tfmixed_wide", tap(wide, tally, scale))
+        return y
+
+    @functools.wraps(call)
+    def tapped_call(*args: Any, **kwargs: Any) -> Any:
+        return tree.map_structure(tap_one, call(*args, **kwargs))
+
+    return tapped_call
+
+
+def _is_dense_float(x: Any) -> bool:
+    if not ops.is_tensor(x) or type(x).__name__ in ("RaggedTensor", "SparseTensor", "IndexedSlices", "BCOO"):
+        return False
+    return "float" in keras.backend.standardize_dtype(x.dtype)
 
 
 def _tap_tensorflow(tensor: Any, counted: Callable[[Any], None]) -> Any:

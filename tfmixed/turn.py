@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import keras
 import numpy
 from keras import ops
 
 from tfmixed import gradients
 from tfmixed.events import NO_VARIABLE
-from tfmixed.gradients import Verdict
 from tfmixed.seen import Seen
-from tfmixed.state import Outcome, Variables
+from tfmixed.state import Outcome
+from tfmixed.variables import AddVariable, Variables
+from tfmixed.verdicts import Verdict
 
 Stage = Literal["ready", "unscaled", "stepped", "left"]
-AddVariable = Callable[..., keras.Variable]
 
 _COUNT = numpy.int32(0)
 # What any scaler has unscaled: it must not be divided by a scale again.

@@ -11,6 +11,8 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from tfmixed import temporary
+
 PACKAGE = "tfmixed"
 
 
@@ -111,12 +113,8 @@ def _force_float32(layer: keras.layers.Layer) -> None:
 @contextlib.contextmanager
 def _born_in_float32(layer: keras.layers.Layer) -> Iterator[None]:
     """Gives the sublayers that `layer` makes in its `build` or first call the policy float32 as well."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("float32")
-    try:
+    with temporary.global_policy("float32"):
         yield
-    finally:
-        keras.config.set_dtype_policy(before)
     _force_float32(layer)
 
 

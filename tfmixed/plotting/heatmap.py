@@ -17,7 +17,6 @@ from tfmixed.plotting import zones
 from tfmixed.plotting.themes import WIDE, Style, Theme, is_narrow, sheet, shorten
 from tfmixed.records import GradientRange, RangesRecord, short
 
-_KINDS = {"activation": "activation gradients", "weight": "weight gradients"}
 _LEAST = 1e-4  # a share, below which all colours are the same
 _NONE = 3  # octaves between the smallest magnitude drawn and the column of what is exactly 0
 
@@ -41,7 +40,7 @@ def plot_layers(record: RangesRecord, scale: float = 1.0, *, theme: Theme = "lig
     ['d']
     """
     layers = list(dict.fromkeys(each.layer for each in record.ranges))
-    kinds = [kind for kind in _KINDS if any(each.kind == kind for each in record.ranges)] or list(_KINDS)
+    kinds = [kind for kind in zones.KINDS if any(each.kind == kind for each in record.ranges)] or list(zones.KINDS)
     height = 2.2 + max(len(layers), 4) * (0.2 if len(layers) <= 40 else 0.14)
     with sheet(theme, width, height) as (figure, style):
         panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
@@ -49,19 +48,11 @@ def plot_layers(record: RangesRecord, scale: float = 1.0, *, theme: Theme = "lig
         for axes, kind in zip(panels, kinds, strict=True):
             drawn = _paint(axes, [_row(record, kind, layer) for layer in layers], span, style)
             _lines(axes, scale, style)
-            axes.set_title(_KINDS[kind], pad=18)
+            axes.set_title(zones.KINDS[kind], pad=18)
             axes.set_xlabel("log2 of the magnitude" if not is_narrow(width) else "log2(magnitude)")
         _name(panels[0], record, layers, is_narrow(width))
-        bar = figure.colorbar(
-            drawn,
-            ax=list(panels),
-            location="bottom",
-            shrink=0.7,
-            fraction=0.5 / height,
-            aspect=40,
-            pad=0.1 / height,
-            extend="min",
-        )
+        look: dict[str, Any] = {"location": "bottom", "shrink": 0.7, "aspect": 40, "extend": "min"}
+        bar = figure.colorbar(drawn, ax=list(panels), fraction=0.5 / height, pad=0.1 / height, **look)
         bar.set_label("share of the row's values (%)")
         words = ["Gradients by layer", f"lines: the limits of float16 at loss scale {short(scale)}"]
         figure.suptitle(("\n" if is_narrow(width) else "; ").join(words), fontsize=10)

@@ -16,7 +16,6 @@ from tfmixed.records import GradientRange, RangesRecord, short
 from tfmixed.rounding import held_in_half, percent
 
 _REACH = (-80, 40)  # what lies beyond is drawn at the edge
-_KINDS = {"activation": "activation gradients", "weight": "weight gradients"}
 
 
 def plot_ranges(
@@ -75,7 +74,7 @@ def plot_ranges(
 def _panel(axes: Axes, drawn: list[GradientRange], scale: float, style: Style) -> None:
     if not any(each.nonzeros for each in drawn):
         axes.text(0.5, 0.5, "no values other than 0", ha="center", va="center", transform=axes.transAxes)
-    for (kind, label), color in zip(_KINDS.items(), style.colors, strict=False):
+    for (kind, label), color in zip(zones.KINDS.items(), style.colors, strict=False):
         of = [each for each in drawn if each.kind == kind]
         if steps := _steps(of, scale):
             fill: dict[str, Any] = {"fill": True, "alpha": 0.45} if kind == "activation" else {}
@@ -83,7 +82,7 @@ def _panel(axes: Axes, drawn: list[GradientRange], scale: float, style: Style) -
 
 
 def _outlines(axes: Axes, drawn: list[GradientRange], scale: float, style: Style, suffix: str) -> None:
-    for (kind, label), color in zip(_KINDS.items(), style.colors[2:], strict=False):
+    for (kind, label), color in zip(zones.KINDS.items(), style.colors[2:], strict=False):
         of = [each for each in drawn if each.kind == kind]
         if steps := _steps(of, scale):
             axes.stairs(*steps, color=color, linestyle="--", label=f"{label}{suffix}, {_zeros(of)}", zorder=4)
@@ -114,7 +113,7 @@ def _zeros(ranges: Iterable[GradientRange]) -> str:
 def _losses(drawn: list[GradientRange], scale: float) -> list[str]:
     words = {"zero": "become 0", "subnormal": "lose precision", "overflow": "overflow"}
     lines = []
-    for kind in _KINDS:
+    for kind in zones.KINDS:
         of = [each for each in drawn if each.kind == kind and each.nonzeros]
         lost = zones.shares(zones.pooled(of), scale)
         told = [f"{percent(lost[zone])} {what}" for zone, what in words.items() if lost[zone]]

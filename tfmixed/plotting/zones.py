@@ -14,6 +14,7 @@ from tfmixed.plotting.themes import Style
 from tfmixed.records import GradientRange
 from tfmixed.rounding import Octaves, limits, losses
 
+KINDS = {"activation": "activation gradients", "weight": "weight gradients"}
 ZONES = ("zero", "subnormal", "normal", "overflow")
 NAMES = {"zero": "becomes 0", "subnormal": "subnormal", "normal": "normal", "overflow": "overflow"}
 SHORT = {"zero": "0", "subnormal": "sub", "normal": "normal", "overflow": "inf"}
@@ -49,10 +50,10 @@ def quantile(octaves: Octaves, share: float) -> float | None:
     return None
 
 
-def shade(axes: Axes, style: Style, scale: float = 1.0, names: Mapping[str, str] = NAMES) -> None:
+def shade(axes: Axes, style: Style, names: Mapping[str, str] = NAMES) -> None:
     """Paints the zones of float16 behind a picture whose x axis is log2 of magnitudes, and names them above it."""
     low, high = axes.get_xlim()
-    edges = [low, *(limit - math.log2(scale) for limit in LIMITS), high]
+    edges = [low, *LIMITS, high]
     for zone, (left, right) in zip(ZONES, pairwise(edges), strict=True):
         left, right = max(left, low), min(right, high)
         if left < right:

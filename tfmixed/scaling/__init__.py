@@ -26,6 +26,7 @@ from tfmixed.scaling.rules import ConstantScale, ConstantState, DynamicScale, Dy
 
 __all__ = [
     "PEERS",
+    "RULES",
     "ConstantScale",
     "ConstantState",
     "DynamicScale",
@@ -38,6 +39,10 @@ __all__ = [
     "like",
     "simulate",
 ]
+
+
+# What files and commands call them.
+RULES: dict[str, type[Any]] = {"dynamic": DynamicScale, "constant": ConstantScale, "logmax": LogMaxScale}
 
 
 def get(scale: Any) -> ScalingRule:

@@ -12,13 +12,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tfmixed.records import Progress, Record
-from tfmixed.scaling.history import ScaleHistory
-from tfmixed.scaling.logmax import LogMaxScale
-from tfmixed.scaling.peers import PEERS, like
-from tfmixed.scaling.rules import ConstantScale, DynamicScale, ScalingRule
+from tfmixed.scaling import PEERS, RULES, ConstantScale, ScaleHistory, ScalingRule, like
 
 _MOST_STEPS = 10**8  # that are held in memory, one by one
-_OWN: dict[str, Any] = {"dynamic": DynamicScale, "constant": ConstantScale, "logmax": LogMaxScale}
 
 
 @dataclass(frozen=True)
@@ -161,16 +157,16 @@ def parse(text: str) -> ScalingRule:
     params = dict(_pair(each) for each in listed.split(",") if each.strip())
     if name in PEERS:
         return like(name, **params)
-    if name not in _OWN:
-        raise ValueError(f"rule must be a number or one of {', '.join([*_OWN, *PEERS])}, received {name!r}")
-    names = [each.name for each in fields(_OWN[name])]
+    if name not in RULES:
+        raise ValueError(f"rule must be a number or one of {', '.join([*RULES, *PEERS])}, received {name!r}")
+    names = [each.name for each in fields(RULES[name])]
     if unknown := params.keys() - set(names):
         raise ValueError(
             f"parameters of {name} must be among {', '.join(names)}, received {', '.join(sorted(unknown))}"
         )
     if name == "constant" and "value" not in params:
         raise ValueError(f"constant must have a value, as in constant:value=1024, received {text!r}")
-    rule: ScalingRule = _OWN[name](**params)
+    rule: ScalingRule = RULES[name](**params)
     return rule
 
 

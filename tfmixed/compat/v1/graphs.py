@@ -14,9 +14,9 @@ from keras import ops
 
 from tfmixed import gradients
 from tfmixed.events import NO_VARIABLE
-from tfmixed.gradients import Judge
 from tfmixed.scaling import ScalingRule
 from tfmixed.state import Outcome, ScalingState
+from tfmixed.verdicts import Judge
 
 V1 = tf.compat.v1
 SCOPE = "tfmixed"

@@ -15,8 +15,8 @@ from tfmixed.branching import as_it_is
 from tfmixed.compat.v1 import graphs, rewrite
 from tfmixed.compat.v1.graphs import GraphState
 from tfmixed.compat.v1.scales import scalings_of
-from tfmixed.gradients import Judge
 from tfmixed.state import Observable
+from tfmixed.verdicts import Judge
 
 V1 = tf.compat.v1
 _SCOPE = "loss_scaling"

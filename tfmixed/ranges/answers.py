@@ -1,8 +1,4 @@
-"""What half precision loses of a model's gradients at which loss scale, and which scale to choose.
-
-The method is that of Micikevicius et al., "Mixed Precision Training" (2017), section 3.2: measure the magnitudes, and
-choose a scale with which the largest stays below 65,504.
-"""
+"""What gradients that were measured say, in numbers."""
 
 from __future__ import annotations
 
@@ -10,30 +6,19 @@ import bisect
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, Group
-from rich.table import Column, Table
+from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 
-from tfmixed import records, whole
+from tfmixed import printed, records, whole
+from tfmixed.ranges import advice, tables
 from tfmixed.records import GradientRange, RangesRecord, short
-from tfmixed.rounding import (
-    POWERS,
-    TOLERANCE,
-    Losses,
-    format_of,
-    held_in_half,
-    largest_scale,
-    losses,
-    needed_scale,
-    percent,
-    power_below,
-)
+from tfmixed.rounding import POWERS, TOLERANCE, Losses, format_of, held_in_half, losses, percent, power_below
 from tfmixed.scaling import checks
 
 if TYPE_CHECKING:
@@ -131,7 +116,7 @@ class GradientRanges:
         A scale works where no value overflows, and of no gradient more than `tolerance`, a share, is flushed to 0.
         """
         tolerance = checks.number("tolerance", tolerance, least=0.0, most=1.0)
-        low, high = self._low(self.half, precision, tolerance), self._high(self.half, precision)
+        low, high = advice.lowest(self.half, precision, tolerance), advice.highest(self.half, precision)
         return (low, high) if low <= high else None
 
     def best_scales(self, precision: str = "float16") -> tuple[float, float]:
@@ -140,7 +125,7 @@ class GradientRanges:
         The least: fewest values flushed to 0, then fewest subnormal ones. That is so at the largest scale without an
         overflow; the smallest is the first at which the same is lost.
         """
-        high = self._high(self.half, precision)
+        high = advice.highest(self.half, precision)
         powers = range(POWERS[0], round(math.log2(high)) + 1)
         least = self._lost(high, precision)
         found = bisect.bisect_left(powers, True, key=lambda power: self._lost(2.0**power, precision) <= least)
@@ -171,74 +156,11 @@ class GradientRanges:
 
     def verdict(self, precision: str = "float16", tolerance: float = TOLERANCE) -> str:
         """Returns which scale to choose, as a sentence."""
-        if bad := [each.name for each in self.half if each.nonfinite]:
-            return f"no scale mends gradients that are not finite in {self.record.precision}: {_names(bad)}."
-        if not any(each.nonzeros for each in self.half):
-            return "all gradients are 0: measure on other batches."
-        low, high = self._low(self.half, precision, tolerance), self._high(self.half, precision)
-        if low <= 1 <= high:
-            return f"no scale is needed{self._why(precision)}."
-        if low <= high:
-            return f"{_between(low, high)} works."
-        return self._conflict(precision, tolerance, low, high)
-
-    def _why(self, precision: str) -> str:
-        if precision == "float16":
-            return ""
-        smallest = min(each.smallest for each in self.half if each.smallest)
-        largest = max(each.largest for each in self.half)
-        reach = f"{_power(smallest)} to {_power(largest)}"
-        return f": {precision} has the exponents of float32, and these gradients go from {reach}"
-
-    def _conflict(self, precision: str, tolerance: float, low: float, high: float) -> str:
-        """Returns which layers keep a scale from working for all, and the fewest that float32 would free it from."""
-        spans = [(each, needed_scale(each, precision, tolerance), largest_scale(each, precision)) for each in self.half]
-        neediest, *_ = max(spans, key=lambda span: span[1])
-        largest, *_ = min(spans, key=lambda span: span[2])
-        # Of the scales that suit one of them, the one that suits most layers; of several the highest.
-        aside = min(
-            ({each.layer for each, least, most in spans if not least <= scale <= most} for scale in _candidates(spans)),
-            key=len,
-        )
-        rest = [each for each in self.half if each.layer not in aside]
-        sentence = (
-            f"no single scale works: `{neediest.name}` needs {short(low)} at least, `{largest.name}` overflows above "
-            f"{short(high)}; put {_names(sorted(aside))} in float32"
-        )
-        if any(each.nonzeros for each in rest):
-            low, high = self._low(rest, precision, tolerance), self._high(rest, precision)
-            sentence += f", and {_between(low, high)} works"
-        return f"{sentence}."
-
-    def _low(self, chosen: Iterable[GradientRange], precision: str, tolerance: float) -> float:
-        return max((needed_scale(each, precision, tolerance) for each in chosen), default=2.0 ** POWERS[0])
-
-    def _high(self, chosen: Iterable[GradientRange], precision: str) -> float:
-        return min((largest_scale(each, precision) for each in chosen), default=2.0 ** POWERS[-1])
+        return advice.verdict(self.record, precision, tolerance)
 
     def _lost(self, scale: float, precision: str) -> tuple[int, int]:
         lost = self.losses(scale, precision)
         return lost.zero, lost.subnormal
-
-    def beside(self, other: GradientRanges) -> Table:
-        """Returns a table of these gradients and the same ones measured in another precision: what really was lost.
-
-        Raises:
-            ValueError: The other one is of another model.
-        """
-        theirs = {(each.name, each.kind): each for each in other}
-        if set(theirs) != {(each.name, each.kind) for each in self}:
-            raise ValueError(
-                f"other must hold the gradients of the same model, received ranges of {other.record.model!r}"
-            )
-        mine, its = self.record.precision, other.record.precision
-        headings = (mine, its, f"zeros,\n{mine}", f"zeros,\n{its}", f"inf, NaN,\n{its}")
-        table = _table(*headings)
-        for each in self:
-            half = theirs[each.name, each.kind]
-            counts = (percent(share_of_zeros(each)), percent(share_of_zeros(half)), f"{half.nonfinite:,}")
-            table.add_row(Text(_label(each)), span(each), span(half), *counts)
-        return table
 
     def plot(self, scale: float | None = None) -> Figure:
         """Draws the histogram of all magnitudes, before and after scaling, over the zones of float16.
@@ -309,10 +231,7 @@ class GradientRanges:
         }
 
     def __str__(self) -> str:
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return printed.text(self)
 
     def table(self, precision: str = "float16") -> Table:
         """Returns a table of each gradient: its magnitudes, what is lost at scale 1, and which scales suit it alone.
@@ -320,53 +239,12 @@ class GradientRanges:
         "to 0", "subnormal" and "overflow" are shares of the values other than 0. Those that the model holds in float32
         say so instead.
         """
-        table = _table("magnitudes", "zeros", "to 0", "sub-\nnormal", "over-\nflow", "scales")
-        half = self.half
-        for each in self:
-            if not any(each is one for one in half):
-                table.add_row(Text(_label(each)), span(each), percent(share_of_zeros(each)), "", "", "", each.dtype)
-                continue
-            lost = losses(each.octaves, 1.0, precision)
-            counts = (percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow))
-            low, high = needed_scale(each, precision), largest_scale(each, precision)
-            scales = f"{short(low)} .. {short(high)}" if each.nonzeros else "any"
-            table.add_row(Text(_label(each)), span(each), percent(share_of_zeros(each)), *counts, scales)
-        return table
+        return tables.table(self.record, precision)
 
+    def beside(self, other: GradientRanges) -> Table:
+        """Returns a table of these gradients and the same ones measured in another precision: what really was lost.
 
-def _table(*headings: str) -> Table:
-    table = Table(Column("gradient", overflow="fold"), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _label(range_: GradientRange) -> str:
-    return range_.name if range_.kind == "weight" else f"{range_.name} (output)"
-
-
-def share_of_zeros(range_: GradientRange) -> float:
-    """Returns the share of a gradient's finite values that are exactly 0."""
-    size = range_.nonzeros + range_.zeros
-    return range_.zeros / size if size else 0.0
-
-
-def span(range_: GradientRange) -> str:
-    """Returns the smallest and the largest magnitude other than 0, as powers of two below: `2^-31 .. 2^-4`."""
-    return f"{_power(range_.smallest)} .. {_power(range_.largest)}" if range_.nonzeros else "all 0"
-
-
-def _power(magnitude: float) -> str:
-    return f"2^{math.floor(math.log2(magnitude))}"
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _between(low: float, high: float) -> str:
-    return f"any scale from {short(low)} to {short(high)}" if low < high else f"the scale {short(low)}"
-
-
-def _candidates(spans: Iterable[tuple[GradientRange, float, float]]) -> list[float]:
-    return sorted({scale for _, *both in spans for scale in both}, reverse=True)
+        Raises:
+            ValueError: The other one is of another model.
+        """
+        return tables.beside(self.record, other.record)

@@ -13,9 +13,8 @@ from typing import Any
 import keras
 import numpy
 from keras import ops, tree
-from keras.src.backend.common import global_state
 
-from tfmixed import inplace
+from tfmixed import structure, temporary
 
 # A name scope for each layer's call. Keras's own scopes do not tell layers of like names apart.
 _SCOPE = "tfmixed.call."
@@ -138,129 +137,14 @@ def loss_scale(model: keras.Model) -> Any:
     return optimizer.dynamic_scale.value if optimizer.built else float(optimizer.initial_scale)
 
 
-def specs_of(model: keras.Model) -> Any:
-    """Returns the `tf.TensorSpec` of a built model's inputs.
-
-    Raises:
-        ValueError: The model does not tell the shapes that it was built with. Dtypes it never tells: where it is no
-            graph of layers they are float32.
-    """
-    import tensorflow as tf
-
-    if isinstance(model, keras.Sequential) or hasattr(model, "_inputs_struct"):
-        struct = model.inputs if isinstance(model, keras.Sequential) else model._inputs_struct
-        return tree.map_structure(lambda each: tf.TensorSpec(each.shape, each.dtype), _single(struct))
-    shapes = (model.get_build_config() or {}).get("input_shape")
-    if shapes is None:
-        raise ValueError(
-            "inputs must be given for a model that does not say what it was built with, received None: pass a batch"
-        )
-    return tree.map_shape_structure(lambda shape: tf.TensorSpec([None, *shape[1:]], "float32"), shapes)
-
-
-def specs_from(batch: Any) -> Any:
-    """Returns the `tf.TensorSpec` of a structure of tensors."""
-    import tensorflow as tf
-
-    return tree.map_structure(lambda each: tf.TensorSpec(each.shape, each.dtype), batch)
-
-
-def targets_for(model: keras.Model, inputs: Any) -> Any:
-    """Returns the `tf.TensorSpec` of targets that the losses of `compile` take; None without such losses.
-
-    Args:
-        model: The model.
-        inputs: The `tf.TensorSpec` of its inputs.
-    """
-    import tensorflow as tf
-
-    losses = getattr(model, "loss", None)
-    if losses is None or type(model).compute_loss is not keras.Model.compute_loss:
-        return None
-    # Traced where no graph tells: Keras's own shape inference does not cast inputs as a call does (3.15).
-    graph = isinstance(model, (keras.Function, keras.Sequential))
-    call = None if graph else tf.function(model, autograph=False).get_concrete_function(inputs)
-    outputs = tensors(model.outputs if call is None else call.structured_outputs)
-    sparse = ["sparse" in _name(loss) for loss in tree.flatten(losses)]
-    if len(sparse) not in (1, len(outputs)):
-        return None
-    each = sparse if len(sparse) == len(outputs) else sparse * len(outputs)
-    return [
-        tf.TensorSpec(output.shape[:-1], "int32") if integers else tf.TensorSpec(output.shape, "float32")
-        for integers, output in zip(each, outputs, strict=True)
-    ]
-
-
-def _name(loss: Any) -> str:
-    return (loss if isinstance(loss, str) else getattr(loss, "__name__", None) or type(loss).__name__).lower()
-
-
-def _single(structure: Any) -> Any:
-    return structure[0] if isinstance(structure, (list, tuple)) and len(structure) == 1 else structure
-
-
-@contextlib.contextmanager
-def in_float32(model: keras.Model) -> Iterator[None]:
-    """Makes all layers compute in float32 and give it, and gives them back what they had."""
-    layers = list(inplace.paths(model))
-    before, float32 = keras.config.dtype_policy(), keras.dtype_policies.get("float32")
-    with with_policy(layers, "float32"), contextlib.ExitStack() as stack:
-        stack.callback(keras.config.set_dtype_policy, before)
-        keras.config.set_dtype_policy(float32)
-        for each in layers:
-            for name in ("output_dtype", "_gives"):  # what our own layers cast to
-                if (old := vars(each).get(name)) is not None:
-                    _replace(stack, each, name, old, "float32")
-        yield
-
-
-@contextlib.contextmanager
-def with_policy(layers: Sequence[keras.Operation], policy: str) -> Iterator[None]:
-    """Gives layers, operations left out, another dtype policy for a while."""
-    with contextlib.ExitStack() as stack:
-        for each in layers:
-            if isinstance(each, keras.layers.Layer):  # not `dtype_policy`, which would write into a DTypePolicyMap
-                _replace(stack, each, "_dtype_policy", each._dtype_policy, keras.dtype_policies.get(policy))
-        yield
-
-
-def _replace(stack: contextlib.ExitStack, owner: Any, name: str, old: Any, new: Any) -> None:
-    stack.callback(object.__setattr__, owner, name, old)
-    object.__setattr__(owner, name, new)
-
-
-@contextlib.contextmanager
-def restored(model: keras.Model) -> Iterator[None]:
-    """Gives back what a step changes even where no optimizer acts: statistics, metrics, states of random generators."""
-    backend, variables = keras.backend.backend(), []
-    if backend != "jax":  # there a step is a function of them, and `fit` may hold the values
-        variables = [*model.variables, *model.metrics_variables]
-    if variables and (generator := global_state.get_global_attribute("global_seed_generator")) is not None:
-        variables.append(generator.state)
-    values = [ops.copy(variable.value) for variable in variables]
-    try:
-        yield
-    finally:
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
-        if backend == "torch":
-            model.zero_grad()
-
-
 @contextlib.contextmanager
 def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
     """Gives each layer's call a name scope that tells its number in the list that it yields."""
-    layers = list(inplace.paths(model))
-    before = [vars(layer).get("call") for layer in layers]
-    for number, layer in enumerate(layers):
-        vars(layer)["call"] = _in_scope(f"{_SCOPE}{number}", layer.call)
-    try:
+    layers = list(structure.paths(model))
+    with contextlib.ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            temporary.put(stack, layer, "call", _in_scope(f"{_SCOPE}{number}", layer.call))
         yield layers
-    finally:
-        for layer, call in zip(layers, before, strict=True):
-            del vars(layer)["call"]
-            if call is not None:
-                vars(layer)["call"] = call
 
 
 @contextlib.contextmanager

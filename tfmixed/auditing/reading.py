@@ -14,13 +14,14 @@ from typing import Any
 import keras
 from keras import tree
 
-from tfmixed import comparison, hardware, hazards, inplace, inspection, tracing
-from tfmixed.comparison import Difference
-from tfmixed.findings import Audit, Finding
-from tfmixed.hazards import SEVERITIES, Context, Hazard
-from tfmixed.tracing import Node, Step, Trace
+from tfmixed import hardware, structure, temporary
+from tfmixed.auditing import comparison, differences, functions, inspection, rules, tracing
+from tfmixed.auditing.findings import Audit, Finding
+from tfmixed.auditing.hazards import SEVERITIES, Context, Found
+from tfmixed.auditing.inputs import specs_from, specs_of, targets_for
+from tfmixed.auditing.tracing import Node, Step, Trace
 
-_OURS = f"{Path(__file__).parent}{os.sep}"
+_OURS = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
@@ -56,21 +57,18 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"model must be a built Keras model, received {model!r:.80}: call it on data first")
     given = _tensors(inputs), _tensors(targets)
-    specs = tracing.specs_of(model) if inputs is None else tracing.specs_from(given[0])
+    specs = specs_of(model) if inputs is None else specs_from(given[0])
     step, half = _step(model, specs, given[1])
     context = _context(half, given[0])
     found = [*_of_graph(step, half, context), *inspection.casts(half, context), *inspection.outputs(half)]
     found += [*inspection.variables(model), *inspection.speed(model, half, context)]
     if inputs is not None:
-        found += _of_run(list(comparison.differences(Step(model, *given))), model)
+        found += differences.found_in(list(comparison.differences(Step(model, *given))), model)
     dtypes = [layer.compute_dtype for layer in model._flatten_layers(include_self=False, recursive=True)]
     counts = {dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))}
     return Audit(
-        model.name, counts, tuple(_merged(found, inplace.paths(model))), inputs is not None, step.targets is not None
+        model.name, counts, tuple(_merged(found, structure.paths(model))), inputs is not None, step.targets is not None
     )
-
-
-_Found = tuple[Node | None, keras.Operation | None, Hazard]
 
 
 def specs(model: keras.Model, inputs: Any = None) -> Any:
@@ -79,7 +77,7 @@ def specs(model: keras.Model, inputs: Any = None) -> Any:
     Raises:
         ValueError: There are none.
     """
-    found = tracing.specs_of(model) if inputs is None else tracing.specs_from(_tensors(inputs))
+    found = specs_of(model) if inputs is None else specs_from(_tensors(inputs))
     if (error := _trace_error(model, found)) is not None:
         raise _untraceable(found, error) from error
     return found
@@ -112,7 +110,7 @@ def unsafe(model: keras.Model, inputs: Any) -> list[keras.Operation]:
     # The logarithm of a half-precision softmax or sigmoid is mended where that is computed.
     owner = {id(node.op): node.layer for node in half.nodes}
     for node in half.nodes:
-        made = hazards.probabilities(node.op)
+        made = functions.probabilities(node.op)
         if made is not None and node.layer in layers:
             layers.append(owner.get(id(made[0])))
     return list({id(layer): layer for layer in layers if layer is not None}.values())
@@ -121,10 +119,10 @@ def unsafe(model: keras.Model, inputs: Any) -> list[keras.Operation]:
 def _step(model: keras.Model, specs: Any, targets: Any) -> tuple[Step, Trace]:
     """Returns a step that can be traced, and its trace: with targets that are made up if need be, or without a loss."""
     if targets is not None:
-        step = Step(model, specs, tracing.specs_from(targets))
+        step = Step(model, specs, specs_from(targets))
         return step, step.trace()
     try:
-        step = Step(model, specs, tracing.targets_for(model, specs))
+        step = Step(model, specs, targets_for(model, specs))
         return step, step.trace()
     except Exception:  # the loss takes other targets, or the model other inputs
         step = Step(model, specs)
@@ -160,65 +158,26 @@ def _tensors(structure: Any) -> Any:
         ) from error
 
 
-def _of_graph(step: Step, half: Trace, context: Context) -> Iterator[_Found]:
+def _of_graph(step: Step, half: Trace, context: Context) -> Iterator[Found]:
     """Yields what single operations and constants of a traced step say."""
-    with tracing.in_float32(step.model):
+    with temporary.in_float32(structure.paths(step.model)):
         full = step.trace(backward=False)  # of which the constants alone are looked at
     yield from _of_operations(half, context)
     yield from inspection.constants(half, full, context)
 
 
-def _of_operations(trace: Trace, context: Context) -> Iterator[_Found]:
+def _of_operations(trace: Trace, context: Context) -> Iterator[Found]:
     owner = {id(node.op): node.layer for node in trace.nodes}
     for node in trace.nodes:
-        if (hazard := hazards.find(node, context)) is not None:
+        if (hazard := rules.find(node, context)) is not None:
             # Inputs are cast on the way into a layer, before its own call.
             takers = [owner.get(id(user)) for user in context.users(node.op)] if node.op.type == "Cast" else []
             yield node, next((taker for taker in takers if taker is not None), node.layer), hazard
 
 
-def _of_run(differences: list[Difference], model: keras.Model) -> Iterator[_Found]:
-    for each in differences:
-        if not each.backward:
-            yield None, each.layer, _of_values(each)
-    gradients = [each for each in differences if each.backward]
-    for name, group in (
-        ("overflow", [each for each in gradients if each.overflowed]),
-        ("underflow", [each for each in gradients if not each.overflowed]),
-    ):
-        if group:
-            yield None, None, _of_gradients(name, group, model)
-
-
-def _of_values(each: Difference) -> Hazard:
-    full, size = each.full, each.half.size
-    op = f"a cast to {each.dtype}" if each.op == "Cast" else each.op
-    if each.overflowed:
-        risk = f"{each.overflowed:,} of {size:,} values overflowed: in float32 they reach {full.largest:.3g} ({op})"
-        return Hazard("overflow", each.dtype, "severe", risk)
-    if each.vanished > 0.05:
-        risk = f"{each.vanished:.0%} of the values became 0: in float32 their mean is {full.mean:.2g} ({op})"
-        return Hazard("underflow", each.dtype, "severe" if each.vanished > 0.5 else "warning", risk)
-    risk = f"off by {each.deviation:.0%}: the mean is {each.half.mean:.3g}, in float32 {full.mean:.3g} ({op})"
-    return Hazard("wrong values", each.dtype, "severe" if each.deviation > 0.1 else "warning", risk)
-
-
-def _of_gradients(name: str, group: list[Difference], model: keras.Model) -> Hazard:
-    scale = float(tracing.loss_scale(model))
-    grave = max(group, key=lambda each: (each.overflowed / each.full.size, each.vanished))
-    total, where = len(model.trainable_variables), f"at a loss scale of {scale:,.0f}, those of {grave.op} most of all"
-    if name == "overflow":
-        risk = f"gradients of {len(group)} of {total} variables overflow {where}"
-        return Hazard(
-            "gradient overflow", grave.dtype, "note", risk, "a smaller scale; a dynamic one finds it by itself"
-        )
-    risk = f"more than half of the gradients of {len(group)} of {total} variables become 0 {where}"
-    return Hazard("gradient underflow", grave.dtype, "warning", risk, "a larger loss scale")
-
-
-def _merged(found: list[_Found], paths: dict[Any, str]) -> list[Finding]:
+def _merged(found: list[Found], paths: dict[Any, str]) -> list[Finding]:
     """Makes one finding of what a layer does more than once, of its gravest occurrence, and sorts."""
-    groups: dict[tuple[Any, ...], list[_Found]] = {}
+    groups: dict[tuple[Any, ...], list[Found]] = {}
     for node, layer, hazard in found:
         groups.setdefault((layer, hazard.op, hazard.dtype, hazard.advice), []).append((node, layer, hazard))
     findings = []

@@ -7,74 +7,16 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 from keras import tree
 
-from tfmixed.bounds import MOVES
+from tfmixed import temporary
+from tfmixed.auditing.differences import Difference, Values
+from tfmixed.auditing.origins import MOVES
+from tfmixed.auditing.tracing import Step, ancestors, layer_of, scoped
 from tfmixed.formats import HALF
-from tfmixed.tracing import Step, ancestors, in_float32, layer_of, restored, scoped
-
-
-class Values(NamedTuple):
-    """What is known of the values of one tensor.
-
-    Args:
-        bad: How many are infinite or NaN.
-        zeros: How many are 0.
-        largest: The largest magnitude of the finite ones.
-        mean: Their mean magnitude.
-        size: How many there are.
-    """
-
-    bad: int
-    zeros: int
-    largest: float
-    mean: float
-    size: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One tensor that came out otherwise in half precision though all that it was computed from had not.
-
-    Args:
-        layer: In whose call it was computed.
-        op: The type of its `tf.Operation`; for the gradient of a variable, that one's path.
-        dtype: The half-precision format.
-        half: Its values in half precision.
-        full: Those in float32.
-        backward: Is it a gradient?
-    """
-
-    layer: keras.Operation | None
-    op: str
-    dtype: str
-    half: Values
-    full: Values
-    backward: bool = False
-
-    @property
-    def overflowed(self) -> int:
-        """Values that are infinite or NaN, and finite in float32."""
-        return max(0, self.half.bad - self.full.bad)
-
-    @property
-    def vanished(self) -> float:
-        """The share of values other than 0 that became 0."""
-        nonzero = self.full.size - self.full.zeros
-        return max(0, self.half.zeros - self.full.zeros) / nonzero if nonzero else 0.0
-
-    @property
-    def deviation(self) -> float:
-        """How far the mean magnitude is off, relative to float32's."""
-        return abs(self.half.mean / self.full.mean - 1) if self.full.mean else 0.0
-
-    @property
-    def parted(self) -> bool:
-        """Whether it is wrong, and not merely rounded."""
-        return self.overflowed > 0 or self.vanished > 0.05 or self.deviation > 0.02
 
 
 @dataclass(frozen=True)
@@ -85,6 +27,11 @@ class _Tensor:
     inputs: tuple[str, ...]
     values: Values | None  # None: not floating, or only moved
 
+    @classmethod
+    def of(cls, op: Any, layers: Sequence[keras.Operation], values: Values | None) -> _Tensor:
+        dtype = op.outputs[0].dtype.name if op.outputs else ""
+        return cls(op.type, dtype, layer_of(op.name, layers), tuple(tensor.op.name for tensor in op.inputs), values)
+
 
 def differences(step: Step) -> Iterator[Difference]:
     """Runs a step in the model's own precision and in float32, and yields where the two part.
@@ -94,9 +41,9 @@ def differences(step: Step) -> Iterator[Difference]:
     is left out, and what depends on another that parted, or on random numbers, since half precision draws others.
     """
     with scoped(step.model) as layers, _quiet(layers):
-        with restored(step.model):
+        with temporary.restored(step.model):
             half, half_gradients = _run(step, layers)
-        with restored(step.model), in_float32(step.model):
+        with temporary.restored(step.model), temporary.in_float32(layers):
             full, full_gradients = _run(step, layers)
     found = dict(_differences(half, full))
     tainted: set[str] = set()
@@ -146,16 +93,7 @@ def _run(step: Step, layers: Sequence[keras.Operation]) -> tuple[dict[str, _Tens
 
     forward, backward = tf.function(run, autograph=False)(step.inputs, step.targets)
     values = {op.name: _values(summary) for op, summary in zip(counted, forward, strict=True)}
-    tensors = {
-        op.name: _Tensor(
-            op.type,
-            op.outputs[0].dtype.name if op.outputs else "",
-            layer_of(op.name, layers),
-            tuple(tensor.op.name for tensor in op.inputs),
-            values.get(op.name),
-        )
-        for op in ops
-    }
+    tensors = {op.name: _Tensor.of(op, layers, values.get(op.name)) for op in ops}
     return tensors, {path: _values(summary) for path, summary in zip(paths, backward, strict=True)}
 
 
@@ -185,14 +123,11 @@ def _values(summary: Any) -> Values:
 @contextlib.contextmanager
 def _quiet(layers: Sequence[keras.Operation]) -> Iterator[None]:
     """Lets layers that draw random numbers, which half precision draws otherwise, run as in inference."""
-    calls = {layer: layer.call for layer in layers if _draws(layer)}
-    for layer, call in calls.items():
-        vars(layer)["call"] = functools.partial(_in_inference, call)
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            if _draws(layer):
+                temporary.put(stack, layer, "call", functools.partial(_in_inference, layer.call))
         yield
-    finally:
-        for layer, call in calls.items():
-            vars(layer)["call"] = call
 
 
 def _in_inference(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -11,10 +11,11 @@ import keras
 import ml_dtypes
 import numpy
 
-from tfmixed import bounds, widths
+from tfmixed import widths
+from tfmixed.auditing import origins
+from tfmixed.auditing.hazards import Context, Found, Hazard, bits
+from tfmixed.auditing.tracing import Node, Trace
 from tfmixed.formats import FORMATS, HALF
-from tfmixed.hazards import Context, Hazard
-from tfmixed.tracing import Node, Trace
 
 # NVIDIA's guide: tensor cores take float16 and bfloat16 in multiples of 8.
 _MULTIPLE = 8
@@ -28,10 +29,8 @@ _AT_THE_END = frozenset(["BiasAdd", "AddV2", "Add", "Softmax", "LogSoftmax", "Si
 _CLIPS = frozenset(["Minimum", "Maximum", "ClipByValue"])
 _COMPARISONS = frozenset(["Greater", "Less", "GreaterEqual", "LessEqual", "Equal", "NotEqual", "Cast"])
 
-Found = Iterator[tuple[Node | None, keras.Operation | None, Hazard]]
 
-
-def constants(half: Trace, full: Trace, context: Context) -> Found:
+def constants(half: Trace, full: Trace, context: Context) -> Iterator[Found]:
     """Yields constants that half precision turned into 0 or infinity, by the same constants of the float32 trace."""
     originals = {node.name: node.op.outputs[0] for node in full.nodes if node.op.type == "Const"}
     for node in half.nodes:
@@ -39,7 +38,7 @@ def constants(half: Trace, full: Trace, context: Context) -> Found:
             users = list(context.users(node.op))
             cast = [each.outputs[0].dtype.name for each in users if each.type == "Cast"]
             dtype = next((each for each in [node.op.outputs[0].dtype.name, *cast] if each in HALF), None)
-            before, after = (bounds.value(each) for each in (originals[node.name], node.op.outputs[0]))
+            before, after = (origins.value(each) for each in (originals[node.name], node.op.outputs[0]))
             hazard = _constant(before, after, dtype, {each.type for each in users}) if dtype else None
             if hazard:
                 yield node, node.layer, hazard
@@ -63,7 +62,7 @@ def _constant(before: Any, after: Any, dtype: str, users: set[str]) -> Hazard | 
     return None
 
 
-def casts(trace: Trace, context: Context) -> Found:
+def casts(trace: Trace, context: Context) -> Iterator[Found]:
     """Yields integers and targets that are cast to half precision."""
     targets = {id(tensor.op) for tensor in trace.targets}
     for node in trace.nodes:
@@ -73,11 +72,11 @@ def casts(trace: Trace, context: Context) -> Found:
         given = op.inputs[0].op
         integers = op.inputs[0] if given.type != "Cast" else given.inputs[0]
         exact = 2 / FORMATS[dtype].epsilon
-        if id(bounds.source(op.inputs[0])) in targets:
-            risk = f"targets are cast to {dtype}: rounded to {round(1 + math.log2(exact)) - 1} bits"
+        if id(origins.source(op.inputs[0])) in targets:
+            risk = f"targets are cast to {dtype}: rounded to {bits(dtype)} bits"
             yield node, node.layer, Hazard("cast", dtype, "warning", risk, "cast the predictions to float32 instead")
         elif integers.dtype.name in _INTEGERS and context.bounds(integers).magnitude > exact:
-            made = [each.type for each in bounds.sources(integers, frozenset(["AddV2", "Mul", "Pack", "Prod"]))]
+            made = [each.type for each in origins.sources(integers, frozenset(["AddV2", "Mul", "Pack", "Prod"]))]
             if "Shape" in made:
                 continue  # a size, mostly a small one
             ids = "Placeholder" in made
@@ -86,7 +85,7 @@ def casts(trace: Trace, context: Context) -> Found:
             yield node, node.layer, Hazard("cast", dtype, "severe" if ids else "warning", risk, advice)
 
 
-def outputs(trace: Trace) -> Found:
+def outputs(trace: Trace) -> Iterator[Found]:
     """Yields outputs of the model that are in half precision."""
     nodes = {id(node.op): node for node in trace.nodes}
     for tensor in {id(each.op): each for each in trace.outputs}.values():
@@ -98,7 +97,7 @@ def outputs(trace: Trace) -> Found:
             yield node, node.layer if node else None, Hazard("output", dtype, "warning", risk, advice)
 
 
-def variables(model: keras.Model) -> Found:
+def variables(model: keras.Model) -> Iterator[Found]:
     """Yields layers whose variables are in half precision."""
     for layer in model._flatten_layers(include_self=True, recursive=True):
         own = {id(variable): variable for variable in layer._trainable_variables}.values()
@@ -110,34 +109,38 @@ def variables(model: keras.Model) -> Found:
                 yield None, layer, Hazard("variables", dtype, "severe", risk, f"use the policy 'mixed_{dtype}'")
 
 
-def speed(model: keras.Model, trace: Trace, context: Context) -> Found:
+def speed(model: keras.Model, trace: Trace, context: Context) -> Iterator[Found]:
     """Yields layers with a share of the multiplications that half precision or its hardware does not speed up."""
-    work: Counter[int] = Counter()
-    slow: dict[int, tuple[Node, int]] = {}
-    layers: dict[int, keras.Operation] = {}
-    for node in trace.nodes:
-        if node.op.type in _PRODUCTS and not node.backward and node.layer is not None:
-            number = _multiplications(node.op)
-            work[id(node.layer)] += number
-            layers[id(node.layer)] = node.layer
-            if node.op.inputs[0].dtype.name == "float32" and not _is_last(node.op, context):
-                slow[id(node.layer)] = (node, number)
-    total = sum(work.values())
-    if not any(node.op.type in _PRODUCTS and node.op.inputs[0].dtype.name in HALF for node in trace.nodes):
+    products = [node for node in trace.nodes if node.op.type in _PRODUCTS]
+    if not any(node.op.inputs[0].dtype.name in HALF for node in products):
         return
-    for node, number in slow.values():
+    forward = [node for node in products if not node.backward and node.layer is not None]
+    work: Counter[Any] = Counter()
+    for node in forward:
+        work[node.layer] += _multiplications(node.op)
+    yield from _in_float32(forward, work.total(), context)
+    yield from _padded(model, work)
+
+
+def _in_float32(products: list[Node], total: int, context: Context) -> Iterator[Found]:
+    slow = [node for node in products if node.op.inputs[0].dtype.name == "float32" and not _is_last(node.op, context)]
+    for node in {node.layer: node for node in slow}.values():
+        number = _multiplications(node.op)
         if number > _SHARE * total:
             risk = f"computes in float32: {number / total:.0%} of the model's multiplications"
             yield node, node.layer, Hazard("matrix product", "float32", "note", risk, "give it the model's policy")
+
+
+def _padded(model: keras.Model, work: Counter[Any]) -> Iterator[Found]:
     odd: dict[str, list[str]] = {}
     for width in widths.odd_widths(model, _MULTIPLE):
         if width.name != "inputs":
             odd.setdefault(width.layer, []).append(f"{width.name} {width.width} (use {width.better})")
-    for key, layer in layers.items():
-        if (found := odd.get(getattr(layer, "path", ""))) and work[key] > _SHARE * total:
-            dtype = layer.compute_dtype
+    for layer, number in work.items():
+        if (found := odd.get(getattr(layer, "path", ""))) and number > _SHARE * work.total():
             risk = f"no multiple of {_MULTIPLE}: {', '.join(found)}; matrix units pad with zeros"
-            yield None, layer, Hazard("width", dtype, "note", risk, "choose a multiple where the data allows it")
+            advice = "choose a multiple where the data allows it"
+            yield None, layer, Hazard("width", layer.compute_dtype, "note", risk, advice)
 
 
 def _multiplications(op: Any) -> int:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tfmixed import printed
+from tfmixed.auditing.hazards import SEVERITIES, Severity
 from tfmixed.formats import HALF
-from tfmixed.hazards import SEVERITIES, Severity
 
 _COLORS = {"severe": "bold red", "warning": "yellow", "note": "dim"}
 _MEANINGS = {
@@ -99,10 +100,7 @@ class Audit:
         return json.dumps(self.as_dict(), indent=2)
 
     def __str__(self) -> str:
-        console = Console(width=min(120, shutil.get_terminal_size((120, 24)).columns))
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return printed.text(self, min(120, shutil.get_terminal_size((120, 24)).columns))
 
     def __rich__(self) -> RenderableType:
         layers = ", ".join(f"{count} in {dtype}" for dtype, count in self.dtypes.items())

@@ -12,14 +12,15 @@ import keras
 import numpy
 from keras import layers
 
-Case = tuple[keras.Model, Any, Any]
+# A compiled model, inputs and targets.
+Problem = tuple[keras.Model, Any, Any]
 
 # What one name stands for: a function of this module, and the batch that keeps two CPU cores busy for a tenth of a
 # second or so.
 BATCHES = {"mlp": 512, "cnn": 64, "transformer": 8, "depthwise": 32}
 
 
-def mlp(samples: int = 2048, width: int = 2048, depth: int = 6, classes: int = 16) -> Case:
+def mlp(samples: int = 2048, width: int = 2048, depth: int = 6, classes: int = 16) -> Problem:
     """Matrix products and nothing else: `depth` dense layers of `width`."""
     hidden = [layers.Dense(width, activation="relu") for _ in range(depth)]
     model = keras.Sequential([keras.Input((width,)), *hidden, *_classifier(classes)])
@@ -27,7 +28,7 @@ def mlp(samples: int = 2048, width: int = 2048, depth: int = 6, classes: int = 1
     return _compiled(model), x, _classes_of(x, classes)
 
 
-def cnn(samples: int = 256, side: int = 32, channels: int = 128, depth: int = 4, classes: int = 16) -> Case:
+def cnn(samples: int = 256, side: int = 32, channels: int = 128, depth: int = 4, classes: int = 16) -> Problem:
     """Convolutions of 3 x 3 with batch normalization: arithmetic bound."""
     blocks: list[Any] = []
     for _ in range(depth):
@@ -39,7 +40,7 @@ def cnn(samples: int = 256, side: int = 32, channels: int = 128, depth: int = 4,
     return _image_classifier(blocks, samples, side, classes)
 
 
-def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: int = 6, classes: int = 16) -> Case:
+def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: int = 6, classes: int = 16) -> Problem:
     """Depthwise convolutions and layer normalizations: bound by memory, where half precision saves traffic only."""
     blocks: list[Any] = [layers.Conv2D(channels, 1)]
     for _ in range(depth):
@@ -53,7 +54,7 @@ def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: in
 
 def transformer(
     samples: int = 32, tokens: int = 128, width: int = 512, depth: int = 4, heads: int = 8, vocabulary: int = 8000
-) -> Case:
+) -> Problem:
     """A language model: causal attention, and a softmax over the vocabulary."""
     inputs = keras.Input((tokens,), dtype="int32")
     x = layers.Embedding(vocabulary, width)(inputs)
@@ -86,7 +87,7 @@ def _classes_of(x: Any, classes: int) -> Any:
     return (x @ _random().normal(size=(x.shape[-1], classes))).argmax(axis=-1)
 
 
-def _image_classifier(blocks: list[Any], samples: int, side: int, classes: int) -> Case:
+def _image_classifier(blocks: list[Any], samples: int, side: int, classes: int) -> Problem:
     """Returns a network of these blocks, with images that are a pattern of their class each, and noise."""
     model = keras.Sequential(
         [keras.Input((side, side, 3)), *blocks, layers.GlobalAveragePooling2D(), *_classifier(classes)]

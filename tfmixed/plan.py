@@ -1,0 +1,189 @@
+"""What is to compute in float32 in a model, and what follows from that for the layers around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from tfmixed import auditing, inplace, sensitive, structure
+from tfmixed.formats import HALF
+
+_ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+_FRAMES = (keras.layers.TimeDistributed, keras.layers.RNN, keras.layers.Bidirectional)
+
+
+class Plan:
+    """What is to compute in float32 in a model: collected first, since what a layer gives depends on what is around it.
+
+    Args:
+        model: A built layer or model.
+    """
+
+    def __init__(self, model: keras.layers.Layer) -> None:
+        self.model = model
+        self.inside = structure.descendants(model)
+        self._parents: dict[Any, list[Any]] = {layer: [] for layer in [model, *self.inside]}
+        self.paths = structure.paths(model)
+        for parent in self._parents:
+            for child in structure.children(parent):
+                self._parents[child].append(parent)
+        self._wanted: dict[Any, dict[str, Any]] = {}
+        self._reports: dict[Any, tuple[str, list[Any]]] = {}
+        self._traced: Any = None  # the specs of inputs with which the model can be traced
+        self._risky: list[Any] = []  # what may give what half precision does not hold
+
+    def sensitive(self, specs: Any) -> None:
+        """Forces all that goes wrong in half precision, as far as classes and, with specs of inputs, a trace tell."""
+        for layer in self.inside:
+            if sensitive.is_sensitive(layer):
+                self.own_code(layer)
+            elif names := sensitive.activations(layer):
+                self._activations(layer, names)
+        self._traced = specs
+        self._risky = [] if specs is None else auditing.unsafe(self.model, specs)
+        for layer in self._risky:
+            self.own_code(layer)
+        self._output(self.model)
+
+    def own_code(self, layer: Any) -> None:
+        """Forces what a layer's own `call` computes; of Keras's layers with weights, only the activation."""
+        names, sublayers = structure.activations_of(layer), structure.children(layer)
+        if structure.graph_of(layer) is not None or not sensitive.is_half(layer):
+            return
+        if sensitive.is_keras(layer) and sublayers:  # A wrapper, or attention: its own code is only a frame.
+            for child in sublayers:
+                if not isinstance(layer, _ATTENTION) or isinstance(child, keras.layers.Softmax):
+                    self.own_code(child)
+        elif sensitive.is_keras(layer) and names and layer.weights:
+            self._activations(layer, names)
+        else:
+            for child in sublayers:
+                self._want(child)  # It gives float32 into float32 code.
+            self._want(layer, computes="float32")
+            self._report(layer, "own code" if sublayers else "")
+
+    def whole(self, layer: Any) -> None:
+        """Forces a layer and all that is in it."""
+        members = [layer, *structure.descendants(layer)]
+        for one in members:
+            if structure.graph_of(one) is None and sensitive.is_half(one):
+                self._want(one, computes="float32")
+                self._report(layer, "", members)
+
+    def make(self) -> list[str]:
+        """Changes the layers, and returns the reports of those that were not so before."""
+        gives = {layer: "float32" if self._gives_wide(layer) else self._back(layer) for layer in self._wanted}
+        changed = set()
+        for layer, change in self._wanted.items():
+            if inplace.put(layer, **change, gives=gives[layer]):
+                changed.add(layer)
+                for keeper in self._keepers(layer):
+                    inplace.swapped(keeper)
+        if self._traced is not None:
+            self._widen([layer for layer in self._wanted if layer in changed and gives[layer] in HALF], gives)
+        if changed:
+            inplace.retype(self.model)
+            _forget_functions([self.model, *self.inside])
+        order = [layer for layer in [*self.inside, self.model] if layer in self._reports]
+        reports = [(self.paths[layer], *self._reports[layer]) for layer in order]
+        return [f"{path}: {what}" if what else path for path, what, of in reports if changed & set(of)]
+
+    def _activations(self, layer: Any, names: list[str]) -> None:
+        """Forces activations of a layer by the names of the attributes that hold them."""
+        if names and sensitive.is_half(layer):
+            self._want(layer, activations=names)
+            self._report(layer, "activation")
+
+    def _output(self, layer: Any) -> None:
+        """Makes what a layer gives float32, since the model returns it."""
+        if (graph := structure.graph_of(layer)) is not None:
+            for tensor in graph.outputs:
+                self._output(tensor._keras_history[0])
+        elif isinstance(layer, keras.layers.InputLayer) or not sensitive.half_given(layer):
+            return
+        elif isinstance(layer, keras.layers.TimeDistributed):
+            self._output(layer.layer)
+        elif sensitive.is_plain(layer):
+            self.own_code(layer)
+        elif names := sensitive.nonlinear(layer):
+            self._activations(layer, names)
+        elif layer not in self._wanted:
+            self._want(layer)
+            self._report(layer, "output")
+
+    def _want(self, layer: Any, **change: Any) -> None:
+        """Plans a change of a layer, as `inplace.put` takes it, and what follows from it for those around it."""
+        self._wanted[layer] = {**self._wanted.get(layer, {}), **change}
+        for parent in self._parents[layer]:
+            if isinstance(parent, _FRAMES) and "computes" in change:
+                # They cast what they hand on and what they return, or run a `call` in the scope of their own dtype.
+                self._want(parent, computes="float32")
+            elif isinstance(parent, keras.layers.TimeDistributed):
+                self._want(parent)
+            elif self._is_output(layer, parent):
+                self._want_around(parent)
+
+    def _want_around(self, graph: Any) -> None:
+        """Has what wraps a graph say what that gives."""
+        for parent in self._parents[graph]:
+            if isinstance(parent, keras.layers.TimeDistributed):
+                self._want(parent)
+            elif self._is_output(graph, parent):
+                self._want_around(parent)
+
+    def _report(self, layer: Any, what: str, members: list[Any] | None = None) -> None:
+        if not what or layer not in self._reports:
+            self._reports[layer] = (what, members or [layer])
+
+    def _gives_wide(self, layer: Any) -> bool:
+        """Returns whether what is around a layer takes float32 from it: graphs, and code that computes in float32."""
+        if layer is self.model:
+            return True
+        return all(self._takes_wide(parent, layer) for parent in self._parents[layer])
+
+    def _takes_wide(self, parent: Any, layer: Any) -> bool:
+        if "computes" in {**inplace.change_of(parent), **self._wanted.get(parent, {})}:
+            return True
+        if isinstance(parent, keras.layers.TimeDistributed) or self._is_output(layer, parent):
+            return self._gives_wide(parent)
+        return structure.graph_of(parent) is not None
+
+    def _is_output(self, layer: Any, parent: Any) -> bool:
+        graph = structure.graph_of(parent)
+        return graph is not None and any(layer is tensor._keras_history[0] for tensor in graph.outputs)
+
+    def _back(self, layer: Any) -> str | None:
+        return sensitive.half_given(layer) if "computes" in self._wanted[layer] else None
+
+    def _widen(self, layers: list[Any], gives: dict[Any, Any]) -> None:
+        """Has layers in a user's code give float32, if that code takes it and half precision may not hold it."""
+        takers = [layer for layer in layers if any(self._loses(layer, parent) for parent in self._parents[layer])]
+        for group in (takers, *([each] for each in takers)):
+            for layer in group:
+                inplace.put(layer, gives="float32")
+            if not group or auditing.is_traceable(self.model, self._traced):
+                return
+            for layer in group:
+                inplace.put(layer, gives=gives[layer])
+
+    def _loses(self, layer: Any, parent: Any) -> bool:
+        # Within a `tf.function`, what a tensor was before its cast to half is lost on the way out.
+        decorated = hasattr(structure.class_of(parent).call, "python_function")
+        return not sensitive.is_keras(parent) and (decorated or layer in self._risky)
+
+    def _keepers(self, layer: Any) -> list[Any]:
+        """Returns the outermost layers around that save what was changed inside, where Keras would make it anew."""
+        keepers = []
+        for parent in self._parents[layer]:
+            keepers += self._keepers(parent) or ([] if inplace.saves_children(parent) else [parent])
+        return keepers
+
+
+def _forget_functions(layers: list[Any]) -> None:
+    """Makes Keras, and a `tf.function` that is a layer's `call`, trace anew what they compiled before."""
+    for layer in layers:
+        if isinstance(layer, keras.Model):
+            layer.train_function = layer.test_function = layer.predict_function = None
+        for function in (vars(kind).get("call") for kind in type(layer).__mro__):
+            getattr(function, "_descriptor_cache", {}).pop(layer, None)

@@ -1,0 +1,10 @@
+"""What half precision loses of a model's gradients at which loss scale, and which scale to choose.
+
+The method is that of Micikevicius et al., "Mixed Precision Training" (2017), section 3.2: measure the magnitudes, and
+choose a scale with which the largest stays below 65,504.
+"""
+
+from tfmixed.ranges.answers import GradientRanges, Suggestion
+from tfmixed.ranges.tables import share_of_zeros, span
+
+__all__ = ["GradientRanges", "Suggestion", "share_of_zeros", "span"]

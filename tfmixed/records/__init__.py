@@ -1,0 +1,34 @@
+"""What happened in a run, as frozen records and as JSON lines."""
+
+from tfmixed.records.kinds import (
+    Change,
+    EventsLost,
+    GradientRange,
+    Kind,
+    Progress,
+    RangesRecord,
+    Reason,
+    Record,
+    RunRecord,
+    ScaleChange,
+    short,
+)
+from tfmixed.records.lines import from_line, read_changes, read_log, to_line
+
+__all__ = [
+    "Change",
+    "EventsLost",
+    "GradientRange",
+    "Kind",
+    "Progress",
+    "RangesRecord",
+    "Reason",
+    "Record",
+    "RunRecord",
+    "ScaleChange",
+    "from_line",
+    "read_changes",
+    "read_log",
+    "short",
+    "to_line",
+]
