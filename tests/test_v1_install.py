@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import re
 import sys
 from pathlib import Path
@@ -259,6 +260,17 @@ def test_the_table_has_just_these_rows():
     assert re.findall(r"^\| `(.*?)`", section, flags=re.MULTILINE) == list(ROWS)
 
 
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("spelling", [row for row in ROWS if row.startswith("tf.")])
+def test_the_import_has_each_name_of_the_table(spelling):
+    """Without `install`; `tf.compat.v1` is the package itself, whose functions convert."""
+    path = spelling.split("(")[0].removeprefix("tf.")
+    found = operator.attrgetter(path)(shim)
+    assert found is operator.attrgetter(path.removeprefix("compat.v1."))(shim)
+    if not path.startswith("compat."):
+        assert found is operator.attrgetter(path)(tf)
+
+
 def everything():
     """Returns what could be touched: names, modules, methods, the registry."""
     from tensorflow.python.client.session import BaseSession
@@ -332,6 +344,9 @@ def test_the_import_falls_through_to_tensorflow_1():
     assert shim.mixed_precision.DynamicLossScale is shim.DynamicLossScale
     assert {"install", "placeholder", "train"} <= set(dir(shim))
     assert {"experimental", "AdamOptimizer"} <= set(dir(shim.train))
+    assert (shim.__version__, shim.keras.__version__) == (tf.__version__, keras.__version__)
+    assert shim.keras.layers.Dense is keras.layers.Dense
+    assert shim.compat.as_text(b"text") == "text"
     with pytest.raises(AttributeError, match=r"neither .* nor tensorflow.compat.v1 has an attribute 'nonsense'"):
         _ = shim.nonsense
 
