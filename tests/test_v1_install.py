@@ -152,7 +152,8 @@ def contrib_import():
 
 def contrib_optimizer():
     fixed = tf.contrib.mixed_precision.FixedLossScaleManager(64)
-    opt = tf.contrib.mixed_precision.LossScaleOptimizer(V1.train.AdamOptimizer(0.05), fixed)
+    opt = tf.contrib.mixed_precision.LossScaleOptimizer(opt=V1.train.AdamOptimizer(0.05), loss_scale_manager=fixed)
+    assert opt.rule == ConstantScale(64)
     with tf.Graph().as_default():
         first, last, _ = train(opt)
     assert last < 0.8 * first

@@ -12,6 +12,19 @@ from tfmixed.compat import experimental, v1
 from tfmixed.compat.v1 import enabling, scales
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
 
+
+class ManagedOptimizer(LossScaleOptimizer):
+    """`tf.contrib.mixed_precision.LossScaleOptimizer`: its second argument has another name, and no default.
+
+    Args:
+        opt: As for `tfmixed.compat.v1.LossScaleOptimizer`.
+        loss_scale_manager: The same, where it is `loss_scale`.
+    """
+
+    def __init__(self, opt: Any, loss_scale_manager: Any) -> None:
+        super().__init__(opt, loss_scale_manager)
+
+
 LOSS_SCALES = {
     "LossScale": scales.LossScale,
     "FixedLossScale": scales.FixedLossScale,
@@ -26,7 +39,7 @@ MANAGERS = {
     "LossScaleManager": scales.LossScaleManager,
     "FixedLossScaleManager": scales.FixedLossScaleManager,
     "ExponentialUpdateLossScaleManager": scales.ExponentialUpdateLossScaleManager,
-    "LossScaleOptimizer": LossScaleOptimizer,
+    "LossScaleOptimizer": ManagedOptimizer,
 }
 
 
