@@ -28,7 +28,10 @@ CLASSIC = (
     "opt = tf.train.AdamOptimizer(0.05)\nopt = tf.compat.v1.mixed_precision.enable_mixed_precision_graph_rewrite(opt)",
 )
 # Warnings where this machine converts nothing are tested elsewhere.
-pytestmark = pytest.mark.filterwarnings("ignore:the graph rewrite converts nothing here")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the graph rewrite (converts nothing|to bfloat16 is not fast) here",
+    "ignore:policy 'mixed_bfloat16' is slow here",
+)
 
 
 @pytest.fixture
@@ -301,6 +304,19 @@ def test_installing_touches_nothing_that_exists_and_is_undone_exactly(monkeypatc
     shim.uninstall()
     assert everything() == before
     assert not rewrite.is_enabled()
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_warning_points_at_the_line_of_the_script(monkeypatch):
+    """Through TensorFlow's own function too."""
+    monkeypatch.setattr(hardware, "describe", lambda: hardware.Hardware([hardware.cpu(frozenset(), "old")]))
+    for call in (
+        tf.train.experimental.enable_mixed_precision_graph_rewrite,
+        V1.train.experimental.enable_mixed_precision_graph_rewrite,
+    ):
+        with pytest.warns(UserWarning, match="converts nothing here") as told:
+            call(V1.train.AdamOptimizer())
+        assert told[0].filename == __file__
 
 
 @pytest.mark.usefixtures("installed")

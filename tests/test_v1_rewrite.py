@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from tfmixed import hardware
 from tfmixed.compat.v1 import conversion_report, rewrite
 
 fast = pytest.mark.skipif(hardware.describe().policy != "mixed_bfloat16", reason="a CPU that is fast in bfloat16")
+# What each says on a machine that is fast in nothing is tested by itself.
+pytestmark = pytest.mark.filterwarnings("ignore:the graph rewrite to bfloat16 is not fast here")
 OFF, ON = 2, 1  # of RewriterConfig.Toggle
 
 
@@ -81,6 +85,30 @@ def test_it_reaches_monitored_sessions():
 
 
 @fast
+def test_it_reaches_interactive_sessions():
+    """TensorFlow lets no pass run there, so that graphs in the making need no place for all of their nodes."""
+    enable()
+    with tf.Graph().as_default():
+        x, y, loss = tf1.network()
+        train = V1.train.GradientDescentOptimizer(0.1).minimize(loss)
+        with contextlib.closing(V1.InteractiveSession()) as session:
+            session.run(V1.global_variables_initializer())
+            assert conversion_report(session, train, {x: X, y: Y}).converted["MatMul"] == 5
+
+
+def test_grappler_works_for_interactive_sessions_while_the_rewrite_is_on():
+    """On any machine: a product and its bias become one kernel."""
+    fused = []
+    for switch in (lambda: None, lambda: enable(dtype="bfloat16"), shim.disable_mixed_precision_graph_rewrite):
+        switch()
+        with tf.Graph().as_default(), contextlib.closing(V1.InteractiveSession()) as session:
+            x = V1.placeholder(tf.float32, [4, 4])
+            result = tf.identity(tf.nn.relu(tf.nn.bias_add(x @ x, x[0])))
+            fused.append("BiasAdd" not in str(conversion_report(session, result, {x: np.ones((4, 4))})))
+    assert fused == [False, True, False]
+
+
+@fast
 def test_it_reaches_functions_that_were_traced_before():
     """And lets go of them."""
     weight = tf.Variable(tf.ones((32, 32)))
@@ -94,9 +122,14 @@ def test_it_reaches_functions_that_were_traced_before():
 
 
 def test_open_sessions_are_told_of():
-    """Closed ones are not."""
+    """Closed ones, and those that could not be made, are not."""
+    failed = V1.Session.__new__(V1.Session)
+    with pytest.raises(TypeError):
+        failed.__init__(config="none")
+    V1.Session(graph=tf.Graph()).close()
     with V1.Session(graph=tf.Graph()), pytest.warns(UserWarning, match="1 open now stay as they are"):
-        enable()
+        enable(dtype="bfloat16")
+    failed._session = None  # or TensorFlow 2.21 stumbles over it when it goes
 
 
 @pytest.fixture
@@ -144,18 +177,27 @@ def test_a_dtype_that_converts_nothing_here_is_said(machine):
         enable(dtype="bfloat16")
 
 
+def test_a_dtype_of_tensorflow_is_one_too():
+    """`tf.bfloat16` for its name."""
+    enable(dtype=tf.bfloat16)
+    assert rewrite.active() == "bfloat16"
+
+
 def test_another_dtype_is_an_error():
     """With those that there are."""
+    with pytest.raises(ValueError, match="received 'float32'"):
+        enable(dtype=tf.float32)
     with pytest.raises(ValueError, match=r'dtype must be "auto", "float16" or "bfloat16", received \'half\''):
         enable(dtype="half")
 
 
 @pytest.mark.filterwarnings("ignore:policy 'mixed_.*' is slow here")
-def test_a_policy_and_the_rewrite_exclude_each_other():
-    """The message says which came first."""
+def test_a_policy_and_the_rewrite_exclude_each_other(capsys):
+    """The message says which came first; nothing else is said before it."""
     keras.config.set_dtype_policy("mixed_bfloat16")
     with pytest.raises(ValueError, match=r"policy 'mixed_bfloat16' was set first, enable_.*\(\) was called second"):
         enable()
+    assert capsys.readouterr().err == ""
     keras.config.set_dtype_policy("float32")
     optimizer = enable(dtype="bfloat16")
     with pytest.raises(ValueError, match=r"enable_.*\(\) was called first, set_policy\('mixed_bfloat16'\) second"):

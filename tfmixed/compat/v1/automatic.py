@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from tfmixed.compat.v1 import optimizer as scaling
+from tfmixed.compat.v1 import rewrite
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
 
 Optimizer = tf.compat.v1.train.Optimizer
@@ -51,9 +51,8 @@ def _is_plain(opt: Any) -> bool:
         return False
     own = [name for name in _METHODS if getattr(type(opt), name) is not getattr(Optimizer, name)]
     if own:
-        warnings.warn(
+        rewrite.warn(
             f"{type(opt).__name__} has its own {' and '.join(own)}, so its loss is not scaled: wrap it with "
-            "enable_mixed_precision_graph_rewrite",
-            stacklevel=3,
+            "enable_mixed_precision_graph_rewrite"
         )
     return not own

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import inspect
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
@@ -53,16 +55,17 @@ def enable(dtype: str = "auto") -> str | None:
     Raises:
         ValueError: Another `dtype`, or Keras has a policy for mixed precision.
     """
-    chosen = _chosen(dtype)
     if _mixed():
         raise ValueError(_TOGETHER.format(_POLICY.format(_mixed()), _REWRITE))
-    _warn_of_sessions()
+    chosen = _chosen(dtype)
+    if chosen is not None:
+        _warn_of_sessions()
     if not _Switch.enabled:
         known = tf.config.optimizer.get_experimental_options()
         _Switch.before = {name: known.get(name, False) for name in _OPTIONS["bfloat16"]}
     _Switch.enabled, _Switch.dtype = True, chosen
     tf.config.optimizer.set_experimental_options({**_Switch.before, **_OPTIONS[chosen]})
-    flags.set_mixed_precision_graph_rewrite_enabled(chosen is not None)
+    flags.set_mixed_precision_graph_rewrite_enabled(True)
     hold("enabled")
     return chosen
 
@@ -70,7 +73,7 @@ def enable(dtype: str = "auto") -> str | None:
 def disable() -> None:
     """Switches the rewrite off, for functions and for sessions that are made from now on."""
     if not _Switch.enabled:
-        warnings.warn("the graph rewrite is switched off already", stacklevel=3)
+        warn("the graph rewrite is switched off already")
         return
     tf.config.optimizer.set_experimental_options(_Switch.before)
     flags.set_mixed_precision_graph_rewrite_enabled(False)
@@ -123,7 +126,7 @@ def _init(self: Any, target: str = "", graph: Any = None, config: Any = None) ->
 
 def _follow() -> None:
     """Switches off what TensorFlow's own `disable_mixed_precision_graph_rewrite` was called for."""
-    if _Switch.dtype is not None and not flags.is_mixed_precision_graph_rewrite_enabled():
+    if _Switch.enabled and not flags.is_mixed_precision_graph_rewrite_enabled():
         disable()
 
 
@@ -137,12 +140,15 @@ def _configured(config: Any) -> Any:
     dtype = _Switch.dtype if _Switch.enabled else _chosen("auto")
     changed = tf.compat.v1.ConfigProto()
     changed.CopyFrom(config)
+    if dtype is not None:
+        changed.graph_options.place_pruned_graph = False  # of an InteractiveSession: grappler would not be asked
     for name, on in _OPTIONS[dtype].items():
         setattr(changed.graph_options.rewrite_options, name, _ON if on else _OFF)
     return changed
 
 
-def _chosen(dtype: str) -> str | None:
+def _chosen(dtype: Any) -> str | None:
+    dtype = getattr(dtype, "name", dtype)
     if dtype not in ("auto", "float16", "bfloat16"):
         raise ValueError(f'dtype must be "auto", "float16" or "bfloat16", received {dtype!r}')
     device = hardware.describe().main
@@ -151,30 +157,37 @@ def _chosen(dtype: str) -> str | None:
     if fast in device.fast and fast == "bfloat16" and not IsMklEnabled():
         fast, reason = "none", "oneDNN, which would convert to bfloat16, is off (TF_ENABLE_ONEDNN_OPTS)"
     if dtype == "auto" and fast not in device.fast:
-        _warn(f"converts nothing here: {reason}. The script goes on in float32, with its loss scale.")
+        warn(f"the graph rewrite converts nothing here: {reason}. The script goes on in float32, with its loss scale.")
         return None
     if dtype not in ("auto", fast):
         where = "GPUs of compute capability 7.0 or more" if dtype == "float16" else "CPUs, with oneDNN"
-        _warn(f'to {dtype} converts on {where} only, and this machine has none in use: {reason}. Use dtype="auto".')
+        warn(
+            f"the graph rewrite to {dtype} converts on {where} only, and this machine has none in use: {reason}. "
+            'Use dtype="auto".'
+        )
     elif fast not in device.fast:
-        _warn(f"to {dtype} is not fast here: {reason}.")
+        warn(f"the graph rewrite to {dtype} is not fast here: {reason}.")
     chosen = fast if dtype == "auto" else dtype
     print(f"tfmixed: graph rewrite to {chosen}: {reason}", file=sys.stderr)
     return chosen
 
 
-def _warn(what: str) -> None:
-    warnings.warn(f"the graph rewrite {what}", stacklevel=5)
+def warn(message: str) -> None:
+    """Warns at the line of the script, however deep in TensorFlow and here the reason was found."""
+    names = (str(info.frame.f_globals.get("__name__")) for info in inspect.stack(0))
+    inside = itertools.takewhile(lambda name: name.startswith(("tfmixed.", "tensorflow.")), names)
+    warnings.warn(message, stacklevel=1 + len(list(inside)))
 
 
 def _warn_of_sessions() -> None:
-    open_ones = [each for each in gc.get_objects() if issubclass(type(each), BaseSession) and not each._closed]
+    sessions = [each for each in gc.get_objects() if issubclass(type(each), BaseSession)]
+    # One whose constructor failed has neither a handle nor, maybe, a configuration.
+    open_ones = [each for each in sessions if vars(each).get("_session") is not None and not each._closed]
     plain = sum(not _is_converted(each._config) for each in open_ones)
     if plain:
-        warnings.warn(
+        warn(
             f"the graph rewrite reaches sessions that are made from now on; {plain} open now stay as they are. "
-            "Call enable_mixed_precision_graph_rewrite() before making sessions.",
-            stacklevel=4,
+            "Call enable_mixed_precision_graph_rewrite() before making sessions."
         )
 
 
