@@ -151,8 +151,8 @@ def test_a_machine_that_is_fast_in_nothing_goes_on_in_float32(machine):
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 0), "float16"), ((9, 0), "float16"), ((6, 1), None)])
-def test_on_a_gpu_it_is_float16_from_7_0_on(machine, capability, dtype):
-    """Volta and newer."""
+def test_on_a_gpu_it_is_float16_from_7_0_on(machine, capability, dtype, capsys):
+    """Volta and newer, and it says why, though newer ones have bfloat16 too."""
     machine(hardware.cpu(frozenset(), "old"), hardware.gpu("GPU", capability))
     if dtype is None:
         with pytest.warns(UserWarning, match=r"converts nothing here: compute capability 6\.1 has no tensor cores"):
@@ -160,14 +160,19 @@ def test_on_a_gpu_it_is_float16_from_7_0_on(machine, capability, dtype):
     else:
         enable()
     assert rewrite.active() == dtype
-    if dtype:
+    told = capsys.readouterr().err
+    if dtype is None:
+        assert told == ""
+    else:
+        assert "graph rewrite to float16: compute capability " in told
+        assert "has float16 tensor cores" in told
         assert tf.config.optimizer.get_experimental_options()["auto_mixed_precision"]
         with V1.Session(graph=tf.Graph(), config=V1.ConfigProto()) as session:
             assert session._config.graph_options.rewrite_options.auto_mixed_precision == ON
 
 
-def test_a_dtype_that_converts_nothing_here_is_said(machine):
-    """float16 without a GPU, bfloat16 where the CPU has none."""
+def test_a_dtype_that_converts_nothing_here_is_said(machine, capsys):
+    """float16 without a GPU, bfloat16 where the CPU has none; that it converts is not said."""
     machine(hardware.cpu(frozenset({"avx512_bf16"}), "new"))
     with pytest.warns(UserWarning, match=r'float16 converts on GPUs of compute capability 7\.0.*Use dtype="auto"'):
         enable(dtype="float16")
@@ -175,6 +180,29 @@ def test_a_dtype_that_converts_nothing_here_is_said(machine):
     machine(hardware.cpu(frozenset(), "old"))
     with pytest.warns(UserWarning, match="to bfloat16 is not fast here"):
         enable(dtype="bfloat16")
+    assert capsys.readouterr().err == ""
+
+
+def test_without_onednn_nothing_converts():
+    """Which is switched off by a variable that is read once a process."""
+    environment = {"TF_ENABLE_ONEDNN_OPTS": "0"}
+    assert tf1.script(WITHOUT_ONEDNN, environment=environment).split() == ["None"]
+
+
+WITHOUT_ONEDNN = """
+import warnings
+import tfmixed.compat.v1 as tf
+from tfmixed import hardware
+from tfmixed.compat.v1 import rewrite
+
+new = hardware.cpu(frozenset({"avx512_bf16"}), "new")
+hardware.describe = lambda: hardware.Hardware((new,))
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    tf.enable_mixed_precision_graph_rewrite(tf.train.AdamOptimizer())
+assert "converts nothing here: oneDNN" in str(told[0].message), told
+print(rewrite.active())
+"""
 
 
 def test_a_dtype_of_tensorflow_is_one_too():

@@ -151,25 +151,33 @@ def _chosen(dtype: Any) -> str | None:
     dtype = getattr(dtype, "name", dtype)
     if dtype not in ("auto", "float16", "bfloat16"):
         raise ValueError(f'dtype must be "auto", "float16" or "bfloat16", received {dtype!r}')
-    device = hardware.describe().main
-    fast = "float16" if device.kind == "gpu" else "bfloat16"
-    reason = device.reason
-    if fast in device.fast and fast == "bfloat16" and not IsMklEnabled():
-        fast, reason = "none", "oneDNN, which would convert to bfloat16, is off (TF_ENABLE_ONEDNN_OPTS)"
-    if dtype == "auto" and fast not in device.fast:
+    native, fast, reason = _native()
+    if dtype == "auto" and not fast:
         warn(f"the graph rewrite converts nothing here: {reason}. The script goes on in float32, with its loss scale.")
         return None
-    if dtype not in ("auto", fast):
+    if dtype not in ("auto", native):
         where = "GPUs of compute capability 7.0 or more" if dtype == "float16" else "CPUs, with oneDNN"
         warn(
             f"the graph rewrite to {dtype} converts on {where} only, and this machine has none in use: {reason}. "
             'Use dtype="auto".'
         )
-    elif fast not in device.fast:
+    elif not fast:
         warn(f"the graph rewrite to {dtype} is not fast here: {reason}.")
-    chosen = fast if dtype == "auto" else dtype
-    print(f"tfmixed: graph rewrite to {chosen}: {reason}", file=sys.stderr)
-    return chosen
+    else:
+        print(f"tfmixed: graph rewrite to {native}: {reason}", file=sys.stderr)
+    return native if dtype == "auto" else str(dtype)
+
+
+def _native() -> tuple[str, bool, str]:
+    """Returns what the pass for this machine converts to, whether that is fast, and why."""
+    device = hardware.describe().main
+    if device.kind == "gpu" and "float16" in device.fast:
+        return "float16", True, f"compute capability {device.compute_capability} has float16 tensor cores"
+    if device.kind == "gpu":
+        return "float16", False, device.reason
+    if "bfloat16" in device.fast and not IsMklEnabled():
+        return "bfloat16", False, "oneDNN, which would convert to bfloat16, is off (TF_ENABLE_ONEDNN_OPTS)"
+    return "bfloat16", "bfloat16" in device.fast, device.reason
 
 
 def warn(message: str) -> None:
