@@ -195,9 +195,9 @@ def environment(variable, rewrites, scales):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(variable, "1")
             shim.install()
-        with tf.Graph().as_default():
-            first, last, products = train(V1.train.AdamOptimizer(0.05), V1.ConfigProto())
-            scaled = any(variable.name.startswith("tfmixed/") for variable in V1.global_variables())
+            with tf.Graph().as_default():
+                first, last, products = train(V1.train.AdamOptimizer(0.05), V1.ConfigProto())
+                scaled = any(variable.name.startswith("tfmixed/") for variable in V1.global_variables())
         assert last < 0.8 * first
         assert (products > 0, scaled) == (rewrites and converts, scales)
 
@@ -328,6 +328,59 @@ def test_what_somebody_else_put_there_stays(monkeypatch):
     assert tf.contrib == "theirs"
     shim.uninstall()
     assert tf.contrib == "theirs"
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_variable_that_a_script_sets_in_its_main_is_heard(monkeypatch):
+    """As in NVIDIA's containers: after the imports, before the graph; once the script switches it off, it is off."""
+    monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION", "1")
+    assert not rewrite.is_enabled()
+    with tf.Graph().as_default():
+        first, last, products = train(V1.train.AdamOptimizer(0.05), V1.ConfigProto())
+        assert any(variable.name.startswith("tfmixed/") for variable in V1.global_variables())
+    assert last < 0.8 * first
+    assert (products > 0) == converts
+    shim.disable_mixed_precision_graph_rewrite()
+    with V1.Session(graph=tf.Graph()):
+        assert not rewrite.is_enabled()
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_rewrite_alone_is_heard_by_sessions(monkeypatch):
+    """Where nothing is trained."""
+    monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION_GRAPH_REWRITE", "true")
+    with V1.Session(graph=tf.Graph()):
+        assert rewrite.is_enabled()
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("value", ["yes", "2"])
+def test_a_variable_with_another_value_is_named(monkeypatch, value):
+    """And nothing is switched on."""
+    monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION_LOSS_SCALING", value)
+    with pytest.warns(UserWarning, match=f"LOSS_SCALING must be 0, 1, false or true, received '{value}'"):
+        check_unscaled()
+
+
+def check_unscaled():
+    with tf.Graph().as_default():
+        V1.train.AdamOptimizer().minimize(V1.get_variable("w", initializer=1.0) * 1.0)
+        assert not any(variable.name.startswith("tfmixed/") for variable in V1.global_variables())
+
+
+@pytest.mark.parametrize("module", ["train.experimental", "mixed_precision", "compat.v1.mixed_precision"])
+def test_uninstalling_switches_off_what_was_switched_on_since(module):
+    """By whichever name; what was on before stays on."""
+    enable = operator.attrgetter(module + ".enable_mixed_precision_graph_rewrite")
+    shim.install()
+    enable(V1 if module == "mixed_precision" else tf)(V1.train.AdamOptimizer())
+    shim.uninstall()
+    assert not rewrite.is_enabled()
+    shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
+    shim.install()
+    shim.uninstall()
+    assert rewrite.is_enabled()
+    shim.disable_mixed_precision_graph_rewrite()
 
 
 class OwnApply(V1.train.GradientDescentOptimizer):

@@ -40,7 +40,7 @@ class _Switch:
 
     enabled = False
     dtype: str | None = None
-    holders: frozenset[str] = frozenset()
+    holders: dict[str, Callable[[], None]] = {}  # noqa: RUF012  # replaced, never changed
     before: dict[str, Any] = {}  # noqa: RUF012  # replaced, never changed
     plain_init: Callable[..., None] = BaseSession.__init__
 
@@ -66,7 +66,7 @@ def enable(dtype: str = "auto") -> str | None:
     _Switch.enabled, _Switch.dtype = True, chosen
     tf.config.optimizer.set_experimental_options({**_Switch.before, **_OPTIONS[chosen]})
     flags.set_mixed_precision_graph_rewrite_enabled(True)
-    hold("enabled")
+    hold("enabled", _follow)
     return chosen
 
 
@@ -101,22 +101,23 @@ def check_policy() -> None:
         raise ValueError(_TOGETHER.format(_REWRITE, _POLICY.format(_mixed())))
 
 
-def hold(holder: str) -> None:
-    """Lets each new session ask what to convert, until its holder calls `release`."""
-    _Switch.holders |= {holder}
+def hold(holder: str, before: Callable[[], None]) -> None:
+    """Lets each new session ask what to convert, after a call of `before`, until its holder calls `release`."""
+    _Switch.holders = {**_Switch.holders, holder: before}
     BaseSession.__init__ = _init
 
 
 def release(holder: str) -> None:
     """Undoes `hold`."""
-    _Switch.holders -= {holder}
+    _Switch.holders = {name: before for name, before in _Switch.holders.items() if name != holder}
     if not _Switch.holders:
         BaseSession.__init__ = _Switch.plain_init
 
 
 def _init(self: Any, target: str = "", graph: Any = None, config: Any = None) -> None:
+    for before in _Switch.holders.values():
+        before()
     # TensorFlow hands its options to sessions without a configuration only.
-    _follow()
     created = flags.non_mixed_precision_session_created()
     config = _configured(config)
     _Switch.plain_init(self, target, graph, config=config)
