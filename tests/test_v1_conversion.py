@@ -146,13 +146,13 @@ def test_a_concrete_function_is_a_function():
     assert conversion_report(square, tf.ones((8, 8))).refused == {"allow": {"MatMul": 1}}
 
 
-def test_a_session_that_converts_by_itself_says_to_what():
-    """Though the switch is off."""
+def test_float16_in_sessions_and_functions():
+    """A report says what a session converts to by itself; loops and branches convert in sessions, in functions not."""
     environment = {"TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_EMULATE_FP16": "0"}
-    assert tf1.script(BY_ITSELF, environment=environment).split() == ["float16"]
+    assert tf1.script(FLOAT16, environment=environment).split() == ["float16", "loop", "branch"]
 
 
-BY_ITSELF = """
+FLOAT16 = """
 import tensorflow as tf
 import tf1
 from tf1 import V1, X, Y
@@ -166,6 +166,21 @@ with tf.Graph().as_default():
         report = conversion_report(session, loss, {x: X, y: Y})
 assert report.converted["MatMul"] == 2 and min(report.casts) > 0, report
 print(report.dtype)
+
+flows = {
+    "loop": lambda x: tf.while_loop(lambda n, x: n < 3, lambda n, x: (n + 1, tf.nn.relu(x @ x) @ x), [0, x])[1],
+    "branch": lambda x: tf.cond(x[0, 0] > 0, lambda: tf.nn.relu(x @ x) @ x, lambda: x),
+}
+tf.config.optimizer.set_experimental_options({"auto_mixed_precision_cpu": True})
+for name, flow in flows.items():
+    with tf.Graph().as_default():
+        total = tf.reduce_sum(flow(V1.placeholder_with_default(tf.ones((8, 8)), (8, 8))))
+        with V1.Session(config=config) as session:
+            report = conversion_report(session, total)
+            assert report.converted["MatMul"] == 2 and "allow" not in report.refused, report
+    report = conversion_report(tf.function(lambda x: tf.reduce_sum(flow(x))), tf.ones((8, 8)))
+    assert report.refused["allow"] == {"MatMul": 2} and "MatMul" not in report.converted, report
+    print(name)
 """
 
 

@@ -48,9 +48,9 @@ class Count:
 class ConversionReport:
     """What ran in which type. Prints as a table.
 
-    An operation of the list `allow` in float32 was fetched, stands where no pass comes (inside a loop of TensorFlow 2,
-    or compiled by XLA), or the rewrite is off. One of `infer` is converted where converted ones surround it and
-    nothing of `deny` comes before, one of `clear` where it takes from a converted one.
+    An operation of the list `allow` in float32 was fetched, stands where no pass comes (in a loop or a branch of a
+    `tf.function`, or compiled by XLA), or the rewrite is off. One of `infer` is converted where converted ones surround
+    it and nothing of `deny` comes before, one of `clear` where it takes from a converted one.
 
     Args:
         dtype: What the rewrite converts to; None where it is off.
