@@ -33,8 +33,8 @@ def network(images, width):
     return tf.matmul(hidden, tf.get_variable("logits", [width, 10]))
 
 
-def train(width, steps, mixed):
-    """Returns loss, ms a step (median) and the report of one training run."""
+def training(width, mixed):
+    """Returns a session, and what a training step of it fetches: the loss and the update."""
     with tf.Graph().as_default():
         tf.set_random_seed(1)
         batches = tf.data.Dataset.from_tensor_slices(digits()).shuffle(2000, seed=1).repeat().batch(BATCH)
@@ -45,14 +45,9 @@ def train(width, steps, mixed):
             opt = tf.train.experimental.enable_mixed_precision_graph_rewrite(opt)
         step = tf.train.get_or_create_global_step()
         update = opt.minimize(loss, global_step=step)
-        with tf.Session(config=tf.ConfigProto()) as session:
-            session.run(tf.global_variables_initializer())
-            times = []
-            for _ in range(steps):
-                start = time.perf_counter()
-                value, _ = session.run([loss, update])
-                times.append(1e3 * (time.perf_counter() - start))
-            return value, statistics.median(times[1:]), tf.conversion_report(session, update)
+        session = tf.Session(config=tf.ConfigProto())
+        session.run(tf.global_variables_initializer())
+        return session, [loss, update]
 
 
 def main():
@@ -60,12 +55,20 @@ def main():
     parser.add_argument("--width", type=int, default=1024, help="of each layer (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="of each run (default: %(default)s)")
     arguments = parser.parse_args()
-    before, before_ms, _ = train(arguments.width, arguments.steps, mixed=False)
-    after, after_ms, report = train(arguments.width, arguments.steps, mixed=True)
-    tf.disable_mixed_precision_graph_rewrite()
-    print(report)
-    print(f"before: loss {before:.4f}, {before_ms:.1f} ms a step")
-    print(f"after:  loss {after:.4f}, {after_ms:.1f} ms a step: {before_ms / after_ms:.2f} times as fast")
+    after = training(arguments.width, mixed=True)
+    tf.train.experimental.disable_mixed_precision_graph_rewrite()  # sessions made from now on are float32 again
+    runs = {"before": training(arguments.width, mixed=False), "after": after}
+    losses, times = {}, {"before": [], "after": []}
+    for _ in range(arguments.steps):
+        for name, (session, fetches) in runs.items():  # by turns: whatever else this machine does slows down both
+            start = time.perf_counter()
+            losses[name], _ = session.run(fetches)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    session, (_, update) = after
+    print(tf.conversion_report(session, update))
+    before_ms, after_ms = (statistics.median(times[name][1:]) for name in runs)
+    print(f"before: loss {losses['before']:.4f}, {before_ms:.1f} ms a step")
+    print(f"after:  loss {losses['after']:.4f}, {after_ms:.1f} ms a step: {before_ms / after_ms:.2f} times as fast")
 
 
 if __name__ == "__main__":

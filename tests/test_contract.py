@@ -82,6 +82,7 @@ ATTRIBUTES = {
     "_dtype": "correct what a symbolic tensor says",
     "_use_locking": "know how a TensorFlow 1 optimizer writes",
     "_closed": "know which sessions are open",
+    "_session": "know which sessions could be made",
     "_current_loss_scale": "let TensorFlow's loss scale follow ours",
     "_REGISTERED_WRAPPER_OPTIMIZER_CLS": "hand out our optimizer from TensorFlow's own function",
 }
@@ -133,6 +134,7 @@ def test_private_attributes_of_tensorflow_1_are_there():
     assert v1.train.AdamOptimizer()._use_locking is False, ATTRIBUTES["_use_locking"]
     with v1.Session(graph=tf.Graph()) as session:
         assert session._closed is False, ATTRIBUTES["_closed"]
+        assert vars(session)["_session"] is not None, ATTRIBUTES["_session"]
         assert isinstance(session._config, v1.ConfigProto)  # to know what it converts
     takes = list(inspect.signature(BaseSession.__init__).parameters)
     assert takes == ["self", "target", "graph", "config"]  # replaced, to reach sessions that have a configuration

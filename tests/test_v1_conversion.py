@@ -113,10 +113,91 @@ def test_fused_kernels_go_by_the_name_of_their_operation():
     assert conversion_report(function, tf.ones((2, 8, 8, 8))).converted["Conv2D"] == 2
 
 
-def test_anything_else_is_an_error():
+ONEDNN = """
+import tensorflow as tf
+from tfmixed.compat.v1 import conversion_report
+
+scale, kernel = tf.Variable(tf.ones(8)), tf.Variable(tf.ones((3, 3, 8, 8)))
+
+@tf.function
+def step(x):
+    with tf.GradientTape() as tape:
+        y = tf.nn.conv2d(tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]]), kernel, 1, "VALID")
+        y = tf.nn.relu(tf.compat.v1.nn.fused_batch_norm(y, scale, scale)[0])
+        loss = tf.reduce_sum(tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(y, kernel, 1, "SAME"), scale)))
+    return tape.gradient(loss, [scale, kernel])
+
+counts = conversion_report(step, tf.ones((2, 8, 8, 8))).counts
+print(*sorted((each.operation, each.list) for each in counts if "Conv" in each.operation or "Norm" in each.operation))
+"""
+
+
+def test_kernels_of_onednn_go_by_the_name_of_their_operation():
+    """Batch normalization is called fused without any kernel that is."""
+    said = tf1.script(ONEDNN, environment={"TF_ENABLE_ONEDNN_OPTS": "1"})
+    on_lists = {"Conv2D": "allow", "Conv2DBackpropInput": "allow", "Conv2DBackpropFilter": "allow"}
+    on_lists |= {"FusedBatchNormV3": "infer", "FusedBatchNormGradV3": "infer"}
+    assert said.strip() == " ".join(map(str, sorted(on_lists.items())))
+
+
+def test_a_concrete_function_is_a_function():
+    """Of which there is one graph."""
+    square = tf.function(lambda x: x @ x).get_concrete_function(tf.TensorSpec((8, 8)))
+    assert conversion_report(square, tf.ones((8, 8))).refused == {"allow": {"MatMul": 1}}
+
+
+def test_float16_in_sessions_and_functions():
+    """A report says what a session converts to by itself; loops and branches convert in sessions, in functions not."""
+    environment = {"TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_EMULATE_FP16": "0"}
+    assert tf1.script(FLOAT16, environment=environment).split() == ["float16", "loop", "branch"]
+
+
+FLOAT16 = """
+import tensorflow as tf
+import tf1
+from tf1 import V1, X, Y
+from tfmixed.compat.v1 import conversion_report
+
+config = V1.ConfigProto()
+config.graph_options.rewrite_options.auto_mixed_precision_cpu = 1
+with tf.Graph().as_default():
+    x, y, loss = tf1.network()
+    with tf1.session(config) as session:
+        report = conversion_report(session, loss, {x: X, y: Y})
+assert report.converted["MatMul"] == 2 and min(report.casts) > 0, report
+print(report.dtype)
+
+flows = {
+    "loop": lambda x: tf.while_loop(lambda n, x: n < 3, lambda n, x: (n + 1, tf.nn.relu(x @ x) @ x), [0, x])[1],
+    "branch": lambda x: tf.cond(x[0, 0] > 0, lambda: tf.nn.relu(x @ x) @ x, lambda: x),
+}
+tf.config.optimizer.set_experimental_options({"auto_mixed_precision_cpu": True})
+for name, flow in flows.items():
+    with tf.Graph().as_default():
+        total = tf.reduce_sum(flow(V1.placeholder_with_default(tf.ones((8, 8)), (8, 8))))
+        with V1.Session(config=config) as session:
+            report = conversion_report(session, total)
+            assert report.converted["MatMul"] == 2 and "allow" not in report.refused, report
+    report = conversion_report(tf.function(lambda x: tf.reduce_sum(flow(x))), tf.ones((8, 8)))
+    assert report.refused["allow"] == {"MatMul": 2} and "MatMul" not in report.converted, report
+    print(name)
+"""
+
+
+def test_what_runs_in_no_graph_is_an_error():
+    """Instead of a report of nothing."""
+    compiled = tf.function(lambda x: x @ x, jit_compile=True)
+    with pytest.raises(ValueError, match=r"runs as a graph, received .*jit_compile"):
+        conversion_report(compiled, tf.ones((8, 8)))
+    with tf.Graph().as_default(), pytest.raises(ValueError, match="must be a session where a graph is built"):
+        conversion_report(compiled, tf.ones((8, 8)))
+
+
+@pytest.mark.parametrize("runner", [lambda: None, V1.Session, None], ids=["function", "class", "none"])
+def test_anything_else_is_an_error(runner):
     """With what it was."""
-    with pytest.raises(TypeError, match=r"runner must be a session or a tf\.function, received <function"):
-        conversion_report(lambda: None)
+    with pytest.raises(TypeError, match=r"runner must be a session or a tf\.function, received "):
+        conversion_report(runner)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

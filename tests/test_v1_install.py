@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import re
 import sys
 from pathlib import Path
@@ -27,7 +28,10 @@ CLASSIC = (
     "opt = tf.train.AdamOptimizer(0.05)\nopt = tf.compat.v1.mixed_precision.enable_mixed_precision_graph_rewrite(opt)",
 )
 # Warnings where this machine converts nothing are tested elsewhere.
-pytestmark = pytest.mark.filterwarnings("ignore:the graph rewrite converts nothing here")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the graph rewrite (converts nothing|to bfloat16 is not fast) here",
+    "ignore:policy 'mixed_bfloat16' is slow here",
+)
 
 
 @pytest.fixture
@@ -151,7 +155,8 @@ def contrib_import():
 
 def contrib_optimizer():
     fixed = tf.contrib.mixed_precision.FixedLossScaleManager(64)
-    opt = tf.contrib.mixed_precision.LossScaleOptimizer(V1.train.AdamOptimizer(0.05), fixed)
+    opt = tf.contrib.mixed_precision.LossScaleOptimizer(opt=V1.train.AdamOptimizer(0.05), loss_scale_manager=fixed)
+    assert opt.rule == ConstantScale(64)
     with tf.Graph().as_default():
         first, last, _ = train(opt)
     assert last < 0.8 * first
@@ -190,9 +195,9 @@ def environment(variable, rewrites, scales):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(variable, "1")
             shim.install()
-        with tf.Graph().as_default():
-            first, last, products = train(V1.train.AdamOptimizer(0.05), V1.ConfigProto())
-            scaled = any(variable.name.startswith("tfmixed/") for variable in V1.global_variables())
+            with tf.Graph().as_default():
+                first, last, products = train(V1.train.AdamOptimizer(0.05), V1.ConfigProto())
+                scaled = any(variable.name.startswith("tfmixed/") for variable in V1.global_variables())
         assert last < 0.8 * first
         assert (products > 0, scaled) == (rewrites and converts, scales)
 
@@ -259,6 +264,17 @@ def test_the_table_has_just_these_rows():
     assert re.findall(r"^\| `(.*?)`", section, flags=re.MULTILINE) == list(ROWS)
 
 
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("spelling", [row for row in ROWS if row.startswith("tf.")])
+def test_the_import_has_each_name_of_the_table(spelling):
+    """Without `install`; `tf.compat.v1` is the package itself, whose functions convert."""
+    path = spelling.split("(")[0].removeprefix("tf.")
+    found = operator.attrgetter(path)(shim)
+    assert found is operator.attrgetter(path.removeprefix("compat.v1."))(shim)
+    if not path.startswith("compat."):
+        assert found is operator.attrgetter(path)(tf)
+
+
 def everything():
     """Returns what could be touched: names, modules, methods, the registry."""
     from tensorflow.python.client.session import BaseSession
@@ -291,6 +307,19 @@ def test_installing_touches_nothing_that_exists_and_is_undone_exactly(monkeypatc
 
 
 @pytest.mark.usefixtures("installed")
+def test_a_warning_points_at_the_line_of_the_script(monkeypatch):
+    """Through TensorFlow's own function too."""
+    monkeypatch.setattr(hardware, "describe", lambda: hardware.Hardware([hardware.cpu(frozenset(), "old")]))
+    for call in (
+        tf.train.experimental.enable_mixed_precision_graph_rewrite,
+        V1.train.experimental.enable_mixed_precision_graph_rewrite,
+    ):
+        with pytest.warns(UserWarning, match="converts nothing here") as told:
+            call(V1.train.AdamOptimizer())
+        assert told[0].filename == __file__
+
+
+@pytest.mark.usefixtures("installed")
 def test_what_somebody_else_put_there_stays(monkeypatch):
     """Before and after."""
     shim.uninstall()
@@ -299,6 +328,59 @@ def test_what_somebody_else_put_there_stays(monkeypatch):
     assert tf.contrib == "theirs"
     shim.uninstall()
     assert tf.contrib == "theirs"
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_variable_that_a_script_sets_in_its_main_is_heard(monkeypatch):
+    """As in NVIDIA's containers: after the imports, before the graph; once the script switches it off, it is off."""
+    monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION", "1")
+    assert not rewrite.is_enabled()
+    with tf.Graph().as_default():
+        first, last, products = train(V1.train.AdamOptimizer(0.05), V1.ConfigProto())
+        assert any(variable.name.startswith("tfmixed/") for variable in V1.global_variables())
+    assert last < 0.8 * first
+    assert (products > 0) == converts
+    shim.disable_mixed_precision_graph_rewrite()
+    with V1.Session(graph=tf.Graph()):
+        assert not rewrite.is_enabled()
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_rewrite_alone_is_heard_by_sessions(monkeypatch):
+    """Where nothing is trained."""
+    monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION_GRAPH_REWRITE", "true")
+    with V1.Session(graph=tf.Graph()):
+        assert rewrite.is_enabled()
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("value", ["yes", "2"])
+def test_a_variable_with_another_value_is_named(monkeypatch, value):
+    """And nothing is switched on."""
+    monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION_LOSS_SCALING", value)
+    with pytest.warns(UserWarning, match=f"LOSS_SCALING must be 0, 1, false or true, received '{value}'"):
+        check_unscaled()
+
+
+def check_unscaled():
+    with tf.Graph().as_default():
+        V1.train.AdamOptimizer().minimize(V1.get_variable("w", initializer=1.0) * 1.0)
+        assert not any(variable.name.startswith("tfmixed/") for variable in V1.global_variables())
+
+
+@pytest.mark.parametrize("module", ["train.experimental", "mixed_precision", "compat.v1.mixed_precision"])
+def test_uninstalling_switches_off_what_was_switched_on_since(module):
+    """By whichever name; what was on before stays on."""
+    enable = operator.attrgetter(module + ".enable_mixed_precision_graph_rewrite")
+    shim.install()
+    enable(V1 if module == "mixed_precision" else tf)(V1.train.AdamOptimizer())
+    shim.uninstall()
+    assert not rewrite.is_enabled()
+    shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
+    shim.install()
+    shim.uninstall()
+    assert rewrite.is_enabled()
+    shim.disable_mixed_precision_graph_rewrite()
 
 
 class OwnApply(V1.train.GradientDescentOptimizer):
@@ -332,6 +414,9 @@ def test_the_import_falls_through_to_tensorflow_1():
     assert shim.mixed_precision.DynamicLossScale is shim.DynamicLossScale
     assert {"install", "placeholder", "train"} <= set(dir(shim))
     assert {"experimental", "AdamOptimizer"} <= set(dir(shim.train))
+    assert (shim.__version__, shim.keras.__version__) == (tf.__version__, keras.__version__)
+    assert shim.keras.layers.Dense is keras.layers.Dense
+    assert shim.compat.as_text(b"text") == "text"
     with pytest.raises(AttributeError, match=r"neither .* nor tensorflow.compat.v1 has an attribute 'nonsense'"):
         _ = shim.nonsense
 

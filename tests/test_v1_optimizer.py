@@ -9,7 +9,12 @@ import tf1
 from tf1 import V1
 
 from tfmixed import scaling
-from tfmixed.compat.v1 import DynamicLossScale, FixedLossScale, LossScaleOptimizer
+from tfmixed.compat.v1 import (
+    DynamicLossScale,
+    ExponentialUpdateLossScaleManager,
+    FixedLossScale,
+    LossScaleOptimizer,
+)
 from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
 
 TRACE = "TTTFTTFFTTTT"
@@ -206,7 +211,23 @@ class OwnScale(V1.mixed_precision.LossScale):
         return {}
 
 
-@pytest.mark.parametrize("loss_scale", [None, "static", -1, OwnScale()])
+class OwnManager(ExponentialUpdateLossScaleManager):
+    def update_loss_scale(self, finite_grads):
+        return tf.no_op()
+
+
+NO_SCALES = [
+    None,
+    "static",
+    -1,
+    OwnScale(),
+    OwnManager(8.0, 100),
+    DynamicLossScale,
+    V1.mixed_precision.DynamicLossScale,
+]
+
+
+@pytest.mark.parametrize("loss_scale", NO_SCALES)
 def test_what_is_no_loss_scale_is_refused(loss_scale):
     """With the name of the argument."""
     with pytest.raises(ValueError, match="loss_scale"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from tfmixed import hardware
 from tfmixed.compat.v1 import conversion_report, rewrite
 
 fast = pytest.mark.skipif(hardware.describe().policy != "mixed_bfloat16", reason="a CPU that is fast in bfloat16")
+# What each says on a machine that is fast in nothing is tested by itself.
+pytestmark = pytest.mark.filterwarnings("ignore:the graph rewrite to bfloat16 is not fast here")
 OFF, ON = 2, 1  # of RewriterConfig.Toggle
 
 
@@ -81,6 +85,30 @@ def test_it_reaches_monitored_sessions():
 
 
 @fast
+def test_it_reaches_interactive_sessions():
+    """TensorFlow lets no pass run there, so that graphs in the making need no place for all of their nodes."""
+    enable()
+    with tf.Graph().as_default():
+        x, y, loss = tf1.network()
+        train = V1.train.GradientDescentOptimizer(0.1).minimize(loss)
+        with contextlib.closing(V1.InteractiveSession()) as session:
+            session.run(V1.global_variables_initializer())
+            assert conversion_report(session, train, {x: X, y: Y}).converted["MatMul"] == 5
+
+
+def test_grappler_works_for_interactive_sessions_while_the_rewrite_is_on():
+    """On any machine: a product and its bias become one kernel."""
+    fused = []
+    for switch in (lambda: None, lambda: enable(dtype="bfloat16"), shim.disable_mixed_precision_graph_rewrite):
+        switch()
+        with tf.Graph().as_default(), contextlib.closing(V1.InteractiveSession()) as session:
+            x = V1.placeholder(tf.float32, [4, 4])
+            result = tf.identity(tf.nn.relu(tf.nn.bias_add(x @ x, x[0])))
+            fused.append("BiasAdd" not in str(conversion_report(session, result, {x: np.ones((4, 4))})))
+    assert fused == [False, True, False]
+
+
+@fast
 def test_it_reaches_functions_that_were_traced_before():
     """And lets go of them."""
     weight = tf.Variable(tf.ones((32, 32)))
@@ -94,9 +122,14 @@ def test_it_reaches_functions_that_were_traced_before():
 
 
 def test_open_sessions_are_told_of():
-    """Closed ones are not."""
+    """Closed ones, and those that could not be made, are not."""
+    failed = V1.Session.__new__(V1.Session)
+    with pytest.raises(TypeError):
+        failed.__init__(config="none")
+    V1.Session(graph=tf.Graph()).close()
     with V1.Session(graph=tf.Graph()), pytest.warns(UserWarning, match="1 open now stay as they are"):
-        enable()
+        enable(dtype="bfloat16")
+    failed._session = None  # or TensorFlow 2.21 stumbles over it when it goes
 
 
 @pytest.fixture
@@ -118,8 +151,8 @@ def test_a_machine_that_is_fast_in_nothing_goes_on_in_float32(machine):
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 0), "float16"), ((9, 0), "float16"), ((6, 1), None)])
-def test_on_a_gpu_it_is_float16_from_7_0_on(machine, capability, dtype):
-    """Volta and newer."""
+def test_on_a_gpu_it_is_float16_from_7_0_on(machine, capability, dtype, capsys):
+    """Volta and newer, and it says why, though newer ones have bfloat16 too."""
     machine(hardware.cpu(frozenset(), "old"), hardware.gpu("GPU", capability))
     if dtype is None:
         with pytest.warns(UserWarning, match=r"converts nothing here: compute capability 6\.1 has no tensor cores"):
@@ -127,14 +160,19 @@ def test_on_a_gpu_it_is_float16_from_7_0_on(machine, capability, dtype):
     else:
         enable()
     assert rewrite.active() == dtype
-    if dtype:
+    told = capsys.readouterr().err
+    if dtype is None:
+        assert told == ""
+    else:
+        assert "graph rewrite to float16: compute capability " in told
+        assert "has float16 tensor cores" in told
         assert tf.config.optimizer.get_experimental_options()["auto_mixed_precision"]
         with V1.Session(graph=tf.Graph(), config=V1.ConfigProto()) as session:
             assert session._config.graph_options.rewrite_options.auto_mixed_precision == ON
 
 
-def test_a_dtype_that_converts_nothing_here_is_said(machine):
-    """float16 without a GPU, bfloat16 where the CPU has none."""
+def test_a_dtype_that_converts_nothing_here_is_said(machine, capsys):
+    """float16 without a GPU, bfloat16 where the CPU has none; that it converts is not said."""
     machine(hardware.cpu(frozenset({"avx512_bf16"}), "new"))
     with pytest.warns(UserWarning, match=r'float16 converts on GPUs of compute capability 7\.0.*Use dtype="auto"'):
         enable(dtype="float16")
@@ -142,20 +180,52 @@ def test_a_dtype_that_converts_nothing_here_is_said(machine):
     machine(hardware.cpu(frozenset(), "old"))
     with pytest.warns(UserWarning, match="to bfloat16 is not fast here"):
         enable(dtype="bfloat16")
+    assert capsys.readouterr().err == ""
+
+
+def test_without_onednn_nothing_converts():
+    """Which is switched off by a variable that is read once a process."""
+    environment = {"TF_ENABLE_ONEDNN_OPTS": "0"}
+    assert tf1.script(WITHOUT_ONEDNN, environment=environment).split() == ["None"]
+
+
+WITHOUT_ONEDNN = """
+import warnings
+import tfmixed.compat.v1 as tf
+from tfmixed import hardware
+from tfmixed.compat.v1 import rewrite
+
+new = hardware.cpu(frozenset({"avx512_bf16"}), "new")
+hardware.describe = lambda: hardware.Hardware((new,))
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    tf.enable_mixed_precision_graph_rewrite(tf.train.AdamOptimizer())
+assert "converts nothing here: oneDNN" in str(told[0].message), told
+print(rewrite.active())
+"""
+
+
+def test_a_dtype_of_tensorflow_is_one_too():
+    """`tf.bfloat16` for its name."""
+    enable(dtype=tf.bfloat16)
+    assert rewrite.active() == "bfloat16"
 
 
 def test_another_dtype_is_an_error():
     """With those that there are."""
+    with pytest.raises(ValueError, match="received 'float32'"):
+        enable(dtype=tf.float32)
     with pytest.raises(ValueError, match=r'dtype must be "auto", "float16" or "bfloat16", received \'half\''):
         enable(dtype="half")
 
 
 @pytest.mark.filterwarnings("ignore:policy 'mixed_.*' is slow here")
-def test_a_policy_and_the_rewrite_exclude_each_other():
-    """The message says which came first."""
+def test_a_policy_and_the_rewrite_exclude_each_other(capsys):
+    """The message says which came first; nothing else is said before it."""
     keras.config.set_dtype_policy("mixed_bfloat16")
     with pytest.raises(ValueError, match=r"policy 'mixed_bfloat16' was set first, enable_.*\(\) was called second"):
         enable()
+    assert capsys.readouterr().err == ""
     keras.config.set_dtype_policy("float32")
     optimizer = enable(dtype="bfloat16")
     with pytest.raises(ValueError, match=r"enable_.*\(\) was called first, set_policy\('mixed_bfloat16'\) second"):

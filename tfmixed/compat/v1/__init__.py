@@ -15,11 +15,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import keras
+# `keras` is a name of TensorFlow 1: bound here, it would hide the one that has the legacy spellings.
+from keras import backend as _backend
 
-if keras.backend.backend() != "tensorflow":
+if _backend.backend() != "tensorflow":
     raise ImportError(
-        f"tfmixed.compat.v1 needs Keras's TensorFlow backend, received {keras.backend.backend()!r}: set "
+        f"tfmixed.compat.v1 needs Keras's TensorFlow backend, received {_backend.backend()!r}: set "
         "KERAS_BACKEND=tensorflow"
     )
 
@@ -59,7 +60,7 @@ _HOMES = {
     "install": "installing",
     "uninstall": "installing",
 }
-_OVERLAID = ("train", "mixed_precision", "contrib", "keras")
+_OVERLAID = ("compat", "contrib", "keras", "mixed_precision", "train")
 
 __all__ = [
     "DynamicLossScale",

@@ -1,46 +1,79 @@
-"""Loss scaling without a word in the script: what the environment variables of NVIDIA's containers stand for."""
+"""What the environment variables of NVIDIA's containers stand for: mixed precision without a word in the script."""
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from tfmixed.compat.v1 import optimizer as scaling
+from tfmixed.compat.v1 import rewrite
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
 
 Optimizer = tf.compat.v1.train.Optimizer
+_BOTH = "TF_ENABLE_AUTO_MIXED_PRECISION"
+_REWRITE, _SCALING = f"{_BOTH}_GRAPH_REWRITE", f"{_BOTH}_LOSS_SCALING"
 _METHODS = ("compute_gradients", "apply_gradients")
 _ATTRIBUTE = "_tfmixed_scaler"
-_plain: dict[str, Callable[..., Any]] = {}
+
+
+class _Watch:
+    """What is to be undone, and what was done already."""
+
+    plain: dict[str, Callable[..., Any]] = {}  # noqa: RUF012  # replaced, never changed
+    has_enabled = False
+    odd: frozenset[tuple[str, str]] = frozenset()
 
 
 def start() -> None:
-    """Lets every optimizer of `tf.compat.v1.train` scale its loss dynamically, as if it were wrapped."""
-    if not _plain:
-        for name in _METHODS:
-            _plain[name] = getattr(Optimizer, name)
-            setattr(Optimizer, name, _scaled(name))
+    """Looks at the variables now, and where a session is made or a step is built: scripts set them in their `main`."""
+    if not _Watch.plain:
+        _Watch.plain = {name: getattr(Optimizer, name) for name in _METHODS}
+        for name, method in _Watch.plain.items():
+            setattr(Optimizer, name, _scaled(name, method))
+        rewrite.hold("environment", _obey)
+        _obey()
 
 
 def stop() -> None:
     """Undoes `start`."""
-    for name, method in _plain.items():
+    for name, method in _Watch.plain.items():
         setattr(Optimizer, name, method)
-    _plain.clear()
+    _Watch.plain, _Watch.has_enabled = {}, False
+    rewrite.release("environment")
 
 
-def _scaled(name: str) -> Callable[..., Any]:
+def _obey() -> None:
+    """Switches the rewrite on, once, if a variable asks for it and the script did not."""
+    if _asks(_REWRITE) and not _Watch.has_enabled:
+        _Watch.has_enabled = True
+        if not rewrite.is_enabled():
+            rewrite.enable("auto")
+
+
+def _asks(variable: str) -> bool:
+    return any([_is_on(variable), _is_on(_BOTH)])
+
+
+def _is_on(variable: str) -> bool:
+    value = os.environ.get(variable, "")
+    if value.lower() not in ("", "0", "1", "false", "true") and (variable, value) not in _Watch.odd:
+        _Watch.odd |= {(variable, value)}
+        rewrite.warn(f"{variable} must be 0, 1, false or true, received {value!r}: it is taken for 0")
+    return value.lower() in ("1", "true")
+
+
+def _scaled(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
-        if scaling.is_at_work() or not _is_plain(self):
+        _obey()
+        if scaling.is_at_work() or not _asks(_SCALING) or not _is_plain(self):
             return plain(self, *arguments, **named)
         if _ATTRIBUTE not in vars(self):
             vars(self)[_ATTRIBUTE] = LossScaleOptimizer(self)
         return getattr(vars(self)[_ATTRIBUTE], name)(*arguments, **named)
 
-    plain = _plain[name]
     return method
 
 
@@ -51,9 +84,8 @@ def _is_plain(opt: Any) -> bool:
         return False
     own = [name for name in _METHODS if getattr(type(opt), name) is not getattr(Optimizer, name)]
     if own:
-        warnings.warn(
+        rewrite.warn(
             f"{type(opt).__name__} has its own {' and '.join(own)}, so its loss is not scaled: wrap it with "
-            "enable_mixed_precision_graph_rewrite",
-            stacklevel=3,
+            "enable_mixed_precision_graph_rewrite"
         )
     return not own

@@ -21,6 +21,7 @@ _FLOATS = ("float32", "float16", "bfloat16")
 # They move values and compute nothing.
 _BOOKKEEPING = {"Const", "HostConst", "Placeholder", "VarHandleOp", "VariableV2", "ReadVariableOp"}
 _ADDED = re.compile(r"-CastTo(Bf16|Fp16|Fp32)-.*AutoMixedPrecision")
+_KERNEL = re.compile(r"^_(Mkl)?(Native)?(PadWith)?(Fused(?!BatchNorm))?(?=[A-Z])|WithBias$")
 # Graphs that grappler has worked on are shown once for each set of options: a number of its own makes a set new. Below
 # 0 it means that small graphs are worked on too.
 _fresh = itertools.count(-1_000, -1)
@@ -47,9 +48,9 @@ class Count:
 class ConversionReport:
     """What ran in which type. Prints as a table.
 
-    An operation of the list `allow` in float32 was fetched, stands where no pass comes (inside a loop of TensorFlow 2,
-    or compiled by XLA), or the rewrite is off. One of `infer` is converted where converted ones surround it and
-    nothing of `deny` comes before, one of `clear` where it takes from a converted one.
+    An operation of the list `allow` in float32 was fetched, stands where no pass comes (in a loop or a branch of a
+    `tf.function`, or compiled by XLA), or the rewrite is off. One of `infer` is converted where converted ones surround
+    it and nothing of `deny` comes before, one of `clear` where it takes from a converted one.
 
     Args:
         dtype: What the rewrite converts to; None where it is off.
@@ -102,22 +103,24 @@ def conversion_report(runner: Any, *arguments: Any, **named: Any) -> ConversionR
     """Runs a session or a function once, and returns what the graph that ran computes in which type.
 
     Args:
-        runner: A session, also a `MonitoredSession`, or a `tf.function`. What it does, it does: a training step trains.
+        runner: A session, also a `MonitoredSession`, or a `tf.function`, also one of its concrete functions. What it
+            does, it does: a training step trains.
         *arguments: For a session `fetches` and `feed_dict`, as for its `run`; for a function its own.
         **named: The same.
 
     Raises:
         TypeError: `runner` is neither.
+        ValueError: A function that XLA compiles, or that is called where a graph is built.
 
     Example:
     >>> square = tf.function(lambda x: tf.matmul(x, x))
     >>> conversion_report(square, tf.ones((8, 8))).refused
     {'allow': {'MatMul': 1}}
     """
-    if hasattr(runner, "run"):
-        graphs = _of_session(runner, *arguments, **named)
-    elif hasattr(runner, "get_concrete_function"):
+    if isinstance(runner, tf.types.experimental.Callable):
         graphs = _of_function(runner, *arguments, **named)
+    elif hasattr(runner, "run") and not isinstance(runner, type):
+        graphs = _of_session(runner, *arguments, **named)
     else:
         raise TypeError(f"runner must be a session or a tf.function, received {runner!r}")
     return _report([node for graph in graphs for node in _nodes(graph)])
@@ -130,6 +133,10 @@ def _of_session(session: Any, fetches: Any, feed_dict: Any = None) -> Iterable[A
 
 
 def _of_function(function: Any, *arguments: Any, **named: Any) -> Iterable[Any]:
+    if not tf.executing_eagerly():
+        raise ValueError(
+            f"runner must be a session where a graph is built, received {function!r}: it would not run now"
+        )
     before = tf.config.optimizer.get_experimental_options().get("min_graph_nodes", 0)
     tf.config.optimizer.set_experimental_options({"min_graph_nodes": next(_fresh)})
     context.enable_run_metadata()
@@ -140,7 +147,13 @@ def _of_function(function: Any, *arguments: Any, **named: Any) -> Iterable[Any]:
     finally:
         context.disable_run_metadata()
         tf.config.optimizer.set_experimental_options({"min_graph_nodes": before})
-    return [graph for function in metadata.function_graphs for graph in function.partition_graphs]
+    graphs = [graph for function in metadata.function_graphs for graph in function.partition_graphs]
+    if not graphs:
+        raise ValueError(
+            f"runner must be a function that runs as a graph, received {function!r}: XLA compiles all of it "
+            "(jit_compile=True), where the rewrite does not come"
+        )
+    return graphs
 
 
 def _nodes(graph: Any) -> Iterable[Any]:
@@ -150,16 +163,18 @@ def _nodes(graph: Any) -> Iterable[Any]:
 
 
 def _report(nodes: list[Any]) -> ConversionReport:
-    half = rewrite.active() or ("float16" if any("CastToFp16" in node.name for node in nodes) else "bfloat16")
-    added = Counter(match[1] != "Fp32" for node in nodes if (match := _ADDED.search(node.name)))
+    added = Counter(match[1] for node in nodes if (match := _ADDED.search(node.name)))
+    low = {"Fp16": "float16", "Bf16": "bfloat16"}
+    # A session may convert by itself, whatever the switch.
+    dtype = next((low[each] for each in added if each in low), rewrite.active())
     counted: Counter[tuple[str, str]] = Counter()
     for node in nodes:
-        dtype, operation = _dtype_of(node), _operation(node.op)
-        if dtype in _FLOATS and not _ADDED.search(node.name) and operation not in _BOOKKEEPING:
-            counted[operation, dtype] += 1
-    counts = [Count(*key, nodes, lists.list_of(key[0], half)) for key, nodes in counted.items()]
+        ran_in, operation = _dtype_of(node), _operation(node.op)
+        if ran_in in _FLOATS and not _ADDED.search(node.name) and operation not in _BOOKKEEPING:
+            counted[operation, ran_in] += 1
+    counts = [Count(*key, nodes, lists.list_of(key[0], dtype or "bfloat16")) for key, nodes in counted.items()]
     counts.sort(key=lambda count: (count.dtype == "float32", -count.nodes, count.operation))
-    return ConversionReport(rewrite.active(), tuple(counts), (added[True], added[False]))
+    return ConversionReport(dtype, tuple(counts), (added["Fp16"] + added["Bf16"], added["Fp32"]))
 
 
 def _dtype_of(node: Any) -> str | None:
@@ -171,4 +186,4 @@ def _dtype_of(node: Any) -> str | None:
 
 def _operation(kernel: str) -> str:
     # Later passes put oneDNN's and fused kernels in the place of operations.
-    return re.sub(r"^_(Mkl)?(Native)?(Fused)?(?=[A-Z])", "", kernel)
+    return re.sub(r"(?<=Norm|Grad)Ex$", "V3", _KERNEL.sub("", kernel))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +16,6 @@ from tfmixed.compat.v1 import automatic, enabling, rewrite, spellings
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
 
 V1 = tf.compat.v1
-# Read by TensorFlow in NVIDIA's containers alone.
-_BOTH = "TF_ENABLE_AUTO_MIXED_PRECISION"
-_REWRITE, _SCALING = f"{_BOTH}_GRAPH_REWRITE", f"{_BOTH}_LOSS_SCALING"
 
 
 class _Installed:
@@ -28,7 +24,7 @@ class _Installed:
     names: list[tuple[Any, str, Any]] = []  # noqa: RUF012  # replaced, never changed
     modules: dict[str, Any] = {}  # noqa: RUF012  # the same
     wrappers: dict[Any, Any] | None = None
-    enabled = False
+    after_enabling = False
 
 
 def install() -> None:
@@ -40,7 +36,9 @@ def install() -> None:
       is entered where TensorFlow looks up what to wrap with. Sessions whose `ConfigProto` asks for
       `auto_mixed_precision` get the pass that converts on this machine.
     - The environment variables of NVIDIA's containers, `TF_ENABLE_AUTO_MIXED_PRECISION`, `..._GRAPH_REWRITE` and
-      `..._LOSS_SCALING`, do what they do there. The last one wraps two methods of `tf.compat.v1.train.Optimizer`.
+      `..._LOSS_SCALING`, do what they do there, also where a script sets them later. Sessions when they are made, and
+      optimizers of `tf.compat.v1.train` in `compute_gradients` and `apply_gradients`, ask for them; unless they are
+      set nothing else is different.
 
     A second call does nothing. `uninstall` takes all of it back.
 
@@ -63,14 +61,17 @@ def install() -> None:
     sys.modules.update(_Installed.modules)
     registry = theirs._REGISTERED_WRAPPER_OPTIMIZER_CLS
     _Installed.wrappers = dict(registry)
-    registry[V1.train.Optimizer] = (_handed_over, LossScaleOptimizer)
-    registry[keras.optimizers.Optimizer] = (_handed_over, tfmixed.LossScaleOptimizer)
-    rewrite.hold("installed")
-    _obey_environment()
+    registry[V1.train.Optimizer] = (enabling.enable_mixed_precision_graph_rewrite, LossScaleOptimizer)
+    registry[keras.optimizers.Optimizer] = (enabling.enable_mixed_precision_graph_rewrite, tfmixed.LossScaleOptimizer)
+    _Installed.after_enabling = rewrite.is_enabled()
+    automatic.start()
 
 
 def uninstall() -> None:
-    """Takes back what `install` did. Optimizers and sessions that were made go on as they are."""
+    """Takes back what `install` did, and switches the rewrite off if it was switched on since.
+
+    Optimizers and sessions that were made go on as they are.
+    """
     if _Installed.wrappers is None:
         return
     for where, name, value in _Installed.names:
@@ -84,10 +85,8 @@ def uninstall() -> None:
     registry.update(_Installed.wrappers)
     _Installed.wrappers = None
     automatic.stop()
-    if _Installed.enabled and rewrite.is_enabled():
+    if rewrite.is_enabled() and not _Installed.after_enabling:
         rewrite.disable()
-    _Installed.enabled = False
-    rewrite.release("installed")
 
 
 def _spellings() -> Iterator[tuple[Any, str, Any]]:
@@ -107,21 +106,3 @@ def _spellings() -> Iterator[tuple[Any, str, Any]]:
     for module in (tf, V1):
         yield module, "contrib", spellings.overlaid("contrib")
         yield module.keras.mixed_precision, "experimental", experimental
-
-
-def _handed_over(opt: Any, loss_scale: Any) -> Any:
-    """Does what TensorFlow's own function is about to do, before it switches on what converts nothing on CPUs."""
-    _Installed.enabled = True
-    return enabling.enable_mixed_precision_graph_rewrite(opt, loss_scale)
-
-
-def _obey_environment() -> None:
-    if _asks(_BOTH) or _asks(_REWRITE):
-        _Installed.enabled = True
-        rewrite.enable("auto")
-    if _asks(_BOTH) or _asks(_SCALING):
-        automatic.start()
-
-
-def _asks(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import inspect
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
@@ -38,7 +40,7 @@ class _Switch:
 
     enabled = False
     dtype: str | None = None
-    holders: frozenset[str] = frozenset()
+    holders: dict[str, Callable[[], None]] = {}  # noqa: RUF012  # replaced, never changed
     before: dict[str, Any] = {}  # noqa: RUF012  # replaced, never changed
     plain_init: Callable[..., None] = BaseSession.__init__
 
@@ -53,24 +55,25 @@ def enable(dtype: str = "auto") -> str | None:
     Raises:
         ValueError: Another `dtype`, or Keras has a policy for mixed precision.
     """
-    chosen = _chosen(dtype)
     if _mixed():
         raise ValueError(_TOGETHER.format(_POLICY.format(_mixed()), _REWRITE))
-    _warn_of_sessions()
+    chosen = _chosen(dtype)
+    if chosen is not None:
+        _warn_of_sessions()
     if not _Switch.enabled:
         known = tf.config.optimizer.get_experimental_options()
         _Switch.before = {name: known.get(name, False) for name in _OPTIONS["bfloat16"]}
     _Switch.enabled, _Switch.dtype = True, chosen
     tf.config.optimizer.set_experimental_options({**_Switch.before, **_OPTIONS[chosen]})
-    flags.set_mixed_precision_graph_rewrite_enabled(chosen is not None)
-    hold("enabled")
+    flags.set_mixed_precision_graph_rewrite_enabled(True)
+    hold("enabled", _follow)
     return chosen
 
 
 def disable() -> None:
     """Switches the rewrite off, for functions and for sessions that are made from now on."""
     if not _Switch.enabled:
-        warnings.warn("the graph rewrite is switched off already", stacklevel=3)
+        warn("the graph rewrite is switched off already")
         return
     tf.config.optimizer.set_experimental_options(_Switch.before)
     flags.set_mixed_precision_graph_rewrite_enabled(False)
@@ -98,22 +101,23 @@ def check_policy() -> None:
         raise ValueError(_TOGETHER.format(_REWRITE, _POLICY.format(_mixed())))
 
 
-def hold(holder: str) -> None:
-    """Lets each new session ask what to convert, until its holder calls `release`."""
-    _Switch.holders |= {holder}
+def hold(holder: str, before: Callable[[], None]) -> None:
+    """Lets each new session ask what to convert, after a call of `before`, until its holder calls `release`."""
+    _Switch.holders = {**_Switch.holders, holder: before}
     BaseSession.__init__ = _init
 
 
 def release(holder: str) -> None:
     """Undoes `hold`."""
-    _Switch.holders -= {holder}
+    _Switch.holders = {name: before for name, before in _Switch.holders.items() if name != holder}
     if not _Switch.holders:
         BaseSession.__init__ = _Switch.plain_init
 
 
 def _init(self: Any, target: str = "", graph: Any = None, config: Any = None) -> None:
+    for before in _Switch.holders.values():
+        before()
     # TensorFlow hands its options to sessions without a configuration only.
-    _follow()
     created = flags.non_mixed_precision_session_created()
     config = _configured(config)
     _Switch.plain_init(self, target, graph, config=config)
@@ -123,7 +127,7 @@ def _init(self: Any, target: str = "", graph: Any = None, config: Any = None) ->
 
 def _follow() -> None:
     """Switches off what TensorFlow's own `disable_mixed_precision_graph_rewrite` was called for."""
-    if _Switch.dtype is not None and not flags.is_mixed_precision_graph_rewrite_enabled():
+    if _Switch.enabled and not flags.is_mixed_precision_graph_rewrite_enabled():
         disable()
 
 
@@ -137,44 +141,62 @@ def _configured(config: Any) -> Any:
     dtype = _Switch.dtype if _Switch.enabled else _chosen("auto")
     changed = tf.compat.v1.ConfigProto()
     changed.CopyFrom(config)
+    if dtype is not None:
+        changed.graph_options.place_pruned_graph = False  # of an InteractiveSession: grappler would not be asked
     for name, on in _OPTIONS[dtype].items():
         setattr(changed.graph_options.rewrite_options, name, _ON if on else _OFF)
     return changed
 
 
-def _chosen(dtype: str) -> str | None:
+def _chosen(dtype: Any) -> str | None:
+    dtype = getattr(dtype, "name", dtype)
     if dtype not in ("auto", "float16", "bfloat16"):
         raise ValueError(f'dtype must be "auto", "float16" or "bfloat16", received {dtype!r}')
-    device = hardware.describe().main
-    fast = "float16" if device.kind == "gpu" else "bfloat16"
-    reason = device.reason
-    if fast in device.fast and fast == "bfloat16" and not IsMklEnabled():
-        fast, reason = "none", "oneDNN, which would convert to bfloat16, is off (TF_ENABLE_ONEDNN_OPTS)"
-    if dtype == "auto" and fast not in device.fast:
-        _warn(f"converts nothing here: {reason}. The script goes on in float32, with its loss scale.")
+    native, fast, reason = _native()
+    if dtype == "auto" and not fast:
+        warn(f"the graph rewrite converts nothing here: {reason}. The script goes on in float32, with its loss scale.")
         return None
-    if dtype not in ("auto", fast):
+    if dtype not in ("auto", native):
         where = "GPUs of compute capability 7.0 or more" if dtype == "float16" else "CPUs, with oneDNN"
-        _warn(f'to {dtype} converts on {where} only, and this machine has none in use: {reason}. Use dtype="auto".')
-    elif fast not in device.fast:
-        _warn(f"to {dtype} is not fast here: {reason}.")
-    chosen = fast if dtype == "auto" else dtype
-    print(f"tfmixed: graph rewrite to {chosen}: {reason}", file=sys.stderr)
-    return chosen
+        warn(
+            f"the graph rewrite to {dtype} converts on {where} only, and this machine has none in use: {reason}. "
+            'Use dtype="auto".'
+        )
+    elif not fast:
+        warn(f"the graph rewrite to {dtype} is not fast here: {reason}.")
+    else:
+        print(f"tfmixed: graph rewrite to {native}: {reason}", file=sys.stderr)
+    return native if dtype == "auto" else str(dtype)
 
 
-def _warn(what: str) -> None:
-    warnings.warn(f"the graph rewrite {what}", stacklevel=5)
+def _native() -> tuple[str, bool, str]:
+    """Returns what the pass for this machine converts to, whether that is fast, and why."""
+    device = hardware.describe().main
+    if device.kind == "gpu" and "float16" in device.fast:
+        return "float16", True, f"compute capability {device.compute_capability} has float16 tensor cores"
+    if device.kind == "gpu":
+        return "float16", False, device.reason
+    if "bfloat16" in device.fast and not IsMklEnabled():
+        return "bfloat16", False, "oneDNN, which would convert to bfloat16, is off (TF_ENABLE_ONEDNN_OPTS)"
+    return "bfloat16", "bfloat16" in device.fast, device.reason
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the script, however deep in TensorFlow and here the reason was found."""
+    names = (str(info.frame.f_globals.get("__name__")) for info in inspect.stack(0))
+    inside = itertools.takewhile(lambda name: name.startswith(("tfmixed.", "tensorflow.")), names)
+    warnings.warn(message, stacklevel=1 + len(list(inside)))
 
 
 def _warn_of_sessions() -> None:
-    open_ones = [each for each in gc.get_objects() if issubclass(type(each), BaseSession) and not each._closed]
+    sessions = [each for each in gc.get_objects() if issubclass(type(each), BaseSession)]
+    # One whose constructor failed has neither a handle nor, maybe, a configuration.
+    open_ones = [each for each in sessions if vars(each).get("_session") is not None and not each._closed]
     plain = sum(not _is_converted(each._config) for each in open_ones)
     if plain:
-        warnings.warn(
+        warn(
             f"the graph rewrite reaches sessions that are made from now on; {plain} open now stay as they are. "
-            "Call enable_mixed_precision_graph_rewrite() before making sessions.",
-            stacklevel=4,
+            "Call enable_mixed_precision_graph_rewrite() before making sessions."
         )
 
 

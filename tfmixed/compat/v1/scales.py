@@ -13,6 +13,8 @@ from tfmixed.compat import experimental
 from tfmixed.compat.v1.graphs import Scalings
 from tfmixed.scaling import ConstantScale, DynamicScale, DynamicState, ScalingRule
 
+_THEIRS = tf.compat.v1.mixed_precision
+
 
 class LossScale:
     """A loss scale that scripts hand to an optimizer and read by calling it.
@@ -194,22 +196,30 @@ def scalings_of(loss_scale: Any) -> Scalings:
     Raises:
         ValueError: It is none of these.
     """
-    if isinstance(loss_scale, LossScale):
-        return loss_scale.scalings
     if loss_scale is None:
         raise ValueError('loss_scale must be "dynamic", a number, a rule or a LossScale, received None')
-    theirs = tf.compat.v1.mixed_precision
-    known = (theirs.FixedLossScale, theirs.DynamicLossScale)
-    if isinstance(loss_scale, theirs.LossScale) and type(loss_scale) not in known:
+    if _updates_itself(loss_scale):
         raise ValueError(
             f"loss_scale must be a rule where its update is your own, received a {type(loss_scale).__name__}: "
             "derive it from tfmixed.scaling.ScalingRule"
         )
+    if isinstance(loss_scale, LossScale):
+        return loss_scale.scalings
+    if isinstance(loss_scale, type):
+        raise ValueError(f"loss_scale must be an object, received the class {loss_scale.__name__}: call it")
     try:
         rule = experimental.rule_of(loss_scale)
     except ValueError as error:
         raise ValueError(f"loss_scale is not one that can be used: {error}") from None
-    return Scalings(rule, loss_scale._current_loss_scale if isinstance(loss_scale, theirs.DynamicLossScale) else None)
+    return Scalings(rule, loss_scale._current_loss_scale if isinstance(loss_scale, _THEIRS.DynamicLossScale) else None)
+
+
+def _updates_itself(loss_scale: Any) -> bool:
+    """Returns whether a script wrote a loss scale or a manager with an update of its own, in graph operations."""
+    if isinstance(loss_scale, LossScale):
+        return hasattr(loss_scale, "update") or hasattr(loss_scale, "update_loss_scale")
+    known = (_THEIRS.FixedLossScale, _THEIRS.DynamicLossScale)
+    return isinstance(loss_scale, _THEIRS.LossScale) and type(loss_scale) not in known
 
 
 def _single(factor: float) -> float:

@@ -8,9 +8,22 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfmixed.compat import experimental
+from tfmixed.compat import experimental, v1
 from tfmixed.compat.v1 import enabling, scales
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
+
+
+class ManagedOptimizer(LossScaleOptimizer):
+    """`tf.contrib.mixed_precision.LossScaleOptimizer`: its second argument has another name, and no default.
+
+    Args:
+        opt: As for `tfmixed.compat.v1.LossScaleOptimizer`.
+        loss_scale_manager: The same, where it is `loss_scale`.
+    """
+
+    def __init__(self, opt: Any, loss_scale_manager: Any) -> None:
+        super().__init__(opt, loss_scale_manager)
+
 
 LOSS_SCALES = {
     "LossScale": scales.LossScale,
@@ -26,7 +39,7 @@ MANAGERS = {
     "LossScaleManager": scales.LossScaleManager,
     "FixedLossScaleManager": scales.FixedLossScaleManager,
     "ExponentialUpdateLossScaleManager": scales.ExponentialUpdateLossScaleManager,
-    "LossScaleOptimizer": LossScaleOptimizer,
+    "LossScaleOptimizer": ManagedOptimizer,
 }
 
 
@@ -46,22 +59,33 @@ class Overlay(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         # Keras's tools and pickle look for `__wrapped__` and the like everywhere.
-        if self._base is None or name.startswith("__"):
+        if self._base is None or (name.startswith("__") and name != "__version__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         return getattr(self._base, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*self.__dict__, *dir(self._base)})
+        return sorted({*self.__dict__, *(dir(self._base) if self._base else ())})
 
 
 @functools.cache
 def overlaid(name: str) -> Overlay:
     """Returns what `tfmixed.compat.v1` has under the name of a module of `tf.compat.v1`."""
-    return {"train": _train, "mixed_precision": _mixed_precision, "contrib": contrib, "keras": _keras}[name]()
+    made = {
+        "compat": _compat,
+        "contrib": _contrib,
+        "keras": _keras,
+        "mixed_precision": _mixed_precision,
+        "train": _train,
+    }
+    return made[name]()
 
 
-def contrib() -> Overlay:
-    """Returns a `tf.contrib` that holds `mixed_precision` alone."""
+def _compat() -> Overlay:
+    # Scripts of TensorFlow 1.14 and 1.15 write `tf.compat.v1.` before names that stand under `tf` too.
+    return Overlay("tfmixed.compat.v1.compat", {"v1": v1}, tf.compat.v1.compat)
+
+
+def _contrib() -> Overlay:
     managers = Overlay("tensorflow.contrib.mixed_precision", MANAGERS)
     return Overlay("tensorflow.contrib", {"mixed_precision": managers})
 
