@@ -22,10 +22,10 @@ EXTRAS = ("examples", "plot", "tensorboard")
 TENSORFLOW = "tensorflow-cpu" if (sys.platform, platform.machine()) == ("linux", "x86_64") else "tensorflow"
 # Python, TensorFlow, Keras. TensorFlow has wheels for Python 3.13 from 2.20 on.
 PAIRS = [
-    ("3.11", "2.19.1", "3.11.3"),
+    ("3.11", "2.19.1", "3.15.0"),
     ("3.12", "2.18.1", "3.15.1"),
-    ("3.12", "2.20.0", "3.13.2"),
-    ("3.13", "2.20.0", "3.10.0"),
+    ("3.12", "2.20.0", "3.14.1"),
+    ("3.13", "2.20.0", "3.14.0"),
     ("3.13", "2.21.0", "3.15.1"),
 ]
 
