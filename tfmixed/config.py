@@ -133,7 +133,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         tables = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError; thousands of brackets
         raise ConfigError(f"{path}: is no TOML file: {error}") from error
     try:
         return _config(tables)
