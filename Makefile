@@ -6,7 +6,7 @@ PYTEST ?= -n 2 --dist loadfile
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 # What a version can break: private names, optimizers, layers, loops, graphs. Empty: all tests.
-OLDEST ?= $(patsubst %,tests/test_%.py,contract optimizer callbacks layers attention losses islands audit fused \
+OLDEST ?= $(patsubst %,tests/test_%.py,package contract optimizer callbacks layers attention losses islands audit fused \
 	grad_scaler grad_scaler_compiled distribute policy v1_optimizer v1_rewrite v1_hooks)
 
 .PHONY: demo test test-backends test-oldest check format clean

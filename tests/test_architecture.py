@@ -115,24 +115,3 @@ def test_saved_models_load_in_a_fresh_process(tmp_path, imports):
     model.save(tmp_path / "model.keras")
     code = f"{imports}; print(keras.models.load_model({str(tmp_path / 'model.keras')!r}).optimizer.rule.value)"
     assert python(code) == ["64.0"]
-
-
-@pytest.mark.parametrize(
-    ("package", "name", "extra", "backend"),
-    [
-        ("tensorflow", "LossScaleOptimizer", "tensorflow", "tensorflow"),
-        ("tensorflow", "compat", "tensorflow", "tensorflow"),
-        ("jax", "layers", "jax", "jax"),
-        ("torch", "audit", "torch", "torch"),
-        ("matplotlib", "plotting", "plot", "tensorflow"),
-    ],
-)
-def test_a_package_that_is_missing_is_named_with_its_extra(package, name, extra, backend):
-    """In the last line of the traceback; what needs no backend works without one."""
-    code = (
-        f"import os, sys; os.environ['KERAS_BACKEND'] = {backend!r}; sys.modules[{package!r}] = None\n"
-        "import tfmixed; tfmixed.DynamicScale(), tfmixed.records, tfmixed.formats.FORMATS['float16']\n"
-        f"try: tfmixed.{name}\n"
-        "except ModuleNotFoundError as error: print(error)"
-    )
-    assert " ".join(python(code)).endswith(f"tfmixed.{name} needs {package}: pip install 'tfmixed[{extra}]'")
