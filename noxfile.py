@@ -30,7 +30,6 @@ PAIRS = [
 ]
 
 nox.options.sessions = ["oldest"]
-nox.options.error_on_missing_interpreters = False
 
 
 @nox.session
