@@ -5,7 +5,11 @@ BIN := .venv/bin
 PYTEST ?= -n 2 --dist loadfile
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test test-backends check format clean
+# What a version can break: private names, optimizers, layers, loops, graphs. Empty: all tests.
+OLDEST ?= $(patsubst %,tests/test_%.py,package contract optimizer callbacks layers attention losses islands audit fused \
+	grad_scaler grad_scaler_compiled distribute policy v1_optimizer v1_rewrite v1_hooks)
+
+.PHONY: demo test test-backends test-oldest check format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -17,6 +21,10 @@ test: .venv/installed
 test-backends: .venv-backends/installed
 	KERAS_BACKEND=jax .venv-backends/bin/python -m pytest $(PYTEST)
 	KERAS_BACKEND=torch .venv-backends/bin/python -m pytest $(PYTEST)
+
+# The wheel, without this checkout, on the oldest of everything that pyproject.toml admits.
+test-oldest: .venv/installed
+	$(BIN)/nox --session oldest -- $(PYTEST) $(OLDEST)
 
 check: .venv/installed
 	$(BIN)/ruff check
@@ -38,4 +46,4 @@ format: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-backends runs build dist
+	rm -rf .venv .venv-backends .nox runs build dist

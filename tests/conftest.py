@@ -23,6 +23,7 @@ else:
         "grad_scaler_compiled",
         "hazards_mended",
         "multi_worker",
+        "package",
         "porting",
         "readme",
         "report",

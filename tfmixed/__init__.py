@@ -100,13 +100,22 @@ __all__ = [
     "set_policy",
 ]
 
+# The extra that brings each package.
+_EXTRAS = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch", "matplotlib": "plot"}
+
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    if name in __all__:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        home = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+    except ModuleNotFoundError as error:
+        lacking = (error.name or "").partition(".")[0]
+        if lacking not in _EXTRAS:
+            raise
+        needs = f"tfmixed.{name} needs {lacking}: pip install 'tfmixed[{_EXTRAS[lacking]}]'"
+        raise ModuleNotFoundError(needs, name=lacking) from error
+    return getattr(home, name) if name in _HOMES else home
 
 
 def __dir__() -> list[str]:

@@ -218,7 +218,7 @@ def _check_picture(path: Path | None) -> None:
 
         plotting.format_of(path)
     except ImportError as error:
-        raise UsageError(f"plot needs matplotlib ({error}): pip install 'tfmixed[plot]'") from error
+        raise UsageError(str(error)) from error
     except ValueError as error:
         raise UsageError(f"plot: {error}") from error
 

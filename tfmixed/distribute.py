@@ -15,7 +15,7 @@ import keras
 from tfmixed import workers
 
 # The versions of Keras whose `Model.fit` on several workers lacks just what `enable_multi_worker_fit` adds.
-_FIT_TESTED = ("3.15.0", "3.15.1")
+_FIT_TESTED = ("3.14", "3.15")
 
 
 def check_supported(inner: Any) -> None:
@@ -153,7 +153,7 @@ def enable_multi_worker_fit() -> Callable[[], None]:
             "enable_multi_worker_fit serves tf.distribute and needs the TensorFlow backend, received the backend "
             f"{keras.backend.backend()}"
         )
-    if keras.__version__ not in _FIT_TESTED:
+    if keras.__version__.rpartition(".")[0] not in _FIT_TESTED:
         warnings.warn(
             f"enable_multi_worker_fit changes nothing: it knows Keras {', '.join(_FIT_TESTED)}, and this is "
             f"{keras.__version__}. Try `fit` as it is, or train in a loop with `strategy.run`.",

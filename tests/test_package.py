@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata, resources
+
+import pytest
+
+import tfmixed
+
+
+def test_it_is_typed():
+    """Type checkers read the annotations of an installed package only if it says so."""
+    assert resources.files(tfmixed).joinpath("py.typed").is_file()
+
+
+def test_its_version_is_that_of_its_metadata():
+    """It is written in one place."""
+    assert metadata.version("tfmixed") == tfmixed.__version__
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "extra", "backend"),
+    [
+        ("tensorflow", "LossScaleOptimizer", "tensorflow", "tensorflow"),
+        ("tensorflow", "compat", "tensorflow", "tensorflow"),
+        ("jax", "layers", "jax", "jax"),
+        ("torch", "audit", "torch", "torch"),
+        ("matplotlib", "plotting", "plot", "tensorflow"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(package, name, extra, backend):
+    """In the last line of the traceback; what needs no backend works without one."""
+    code = (
+        f"import os, sys; os.environ['KERAS_BACKEND'] = {backend!r}; sys.modules[{package!r}] = None\n"
+        "import tfmixed; tfmixed.DynamicScale(), tfmixed.records, tfmixed.formats.FORMATS['float16']\n"
+        f"try: tfmixed.{name}\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
+    assert run.stdout == f"tfmixed.{name} needs {package}: pip install 'tfmixed[{extra}]'\n", run.stderr
+    assert extra in metadata.metadata("tfmixed").get_all("Provides-Extra")
