@@ -21,7 +21,6 @@ from sklearn.datasets import load_digits
 
 import tfmixed
 
-WIDTHS = (24, 16, 16, 24)
 RUNS = {
     "float32": ("float32", None),
     "float16, unscaled": ("mixed_float16", None),  # a constant 1: scales nothing, and still measures and checks
@@ -35,16 +34,16 @@ def load_data() -> np.ndarray:
     return load_digits().data[:1437].astype("float32") / 16
 
 
-def build(policy: str, widths: tuple[int, ...] = WIDTHS) -> keras.Model:
+def build(policy: str) -> keras.Model:
     keras.utils.set_random_seed(0)
     with tfmixed.policy_scope(policy):
-        hidden = [keras.layers.Dense(width, activation="sigmoid") for width in widths]
+        hidden = [keras.layers.Dense(width, activation="sigmoid") for width in (24, 16, 16, 24)]
         return keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(64, "sigmoid", dtype="float32")])
 
 
-def train(policy: str, scale: Any, steps: int, widths: tuple[int, ...] = WIDTHS) -> np.ndarray:
+def train(policy: str, scale: Any, steps: int) -> np.ndarray:
     """Returns the loss of each step, and the share of weight-gradient entries that are 0, of the whole model."""
-    pixels, model, objective = load_data(), build(policy, widths), keras.losses.MeanSquaredError()
+    pixels, model, objective = load_data(), build(policy), keras.losses.MeanSquaredError()
     optimizer = tfmixed.LossScaleOptimizer(keras.optimizers.Adam(0.02), scale)
     entries = model.count_params()
 
