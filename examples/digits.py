@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import keras
-from rich import box
+from keras import layers
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -23,71 +23,30 @@ import tfmixed
 from tfmixed import plotting, records
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-RUNS = ("float32", "float16_dynamic", "float16_constant")
 
 
-@dataclass(frozen=True)
-class Result:
-    """One row of the table."""
-
-    policy: str
-    rule: str
-    accuracy: float
-    scale: float | None
-    skipped: int | None
-    seconds: float
-
-
-def digits():
-    """Returns 1,437 training and 360 validation images of 8x8 pixels in [0, 1], with their labels."""
+def digits() -> list[Any]:
+    """Returns 1,437 training and 360 validation images of 8x8 pixels in [0, 1], then their labels."""
     images, labels = load_digits(return_X_y=True)
     return train_test_split(images.reshape(-1, 8, 8, 1) / 16, labels, test_size=360, random_state=0, stratify=labels)
 
 
 def build() -> keras.Model:
-    layers = keras.layers
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(8, 3, activation="relu"),
-            layers.Conv2D(16, 3, strides=2, activation="relu"),
-            layers.Flatten(),
-            layers.Dense(10),
-            tfmixed.layers.Softmax(),  # in float32: probabilities are where float16 goes wrong first
-        ]
-    )
+    convolutions = [layers.Conv2D(8, 3, activation="relu"), layers.Conv2D(16, 3, strides=2, activation="relu")]
+    # In float32: probabilities are where float16 goes wrong first.
+    classifier = [layers.Flatten(), layers.Dense(10), tfmixed.layers.Softmax()]
+    return keras.Sequential([keras.Input((8, 8, 1)), *convolutions, *classifier])
 
 
-def train(name: str, epochs: int, run_dir: Path) -> tuple[Result, plotting.ScaleHistory | None]:
-    config = tfmixed.load_config(CONFIGS / f"{name}.toml")
-    keras.utils.set_random_seed(0)
+def train(config: tfmixed.Config, epochs: int, seed: int = 0, **options: Any) -> tuple[keras.Model, float]:
+    """Returns the model and its accuracy on the validation images; `options` are those of `fit`."""
+    keras.utils.set_random_seed(seed)
     config.apply()
     train_x, test_x, train_y, test_y = digits()
-    model = build()
-    optimizer = config.optimizer(keras.optimizers.Adam(5e-3))
+    model, optimizer = build(), config.optimizer(keras.optimizers.Adam(5e-3))
     model.compile(optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
-    start = time.perf_counter()
-    model.fit(train_x, train_y, batch_size=32, epochs=epochs, callbacks=config.callbacks(run_dir / name))
-    seconds = time.perf_counter() - start
-    accuracy = model.evaluate(test_x, test_y, verbose=0, return_dict=True)["accuracy"]
-    if config.scaling is None:
-        return Result(config.policy, "-", accuracy, None, None, seconds), None
-    rule, steps = type(config.scaling).__name__, int(optimizer.attempted_steps)
-    log = records.read_changes(run_dir / name / "loss_scale.jsonl")
-    result = Result(config.policy, rule, accuracy, float(optimizer.loss_scale), int(optimizer.skipped_steps), seconds)
-    return result, plotting.ScaleHistory(float(config.scaling.start().scale), steps, tuple(log))
-
-
-def table(results: list[Result]) -> Table:
-    rows = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for heading in ("policy", "rule"):
-        rows.add_column(heading, no_wrap=True)
-    for heading in ("validation\naccuracy", "final scale", "skipped steps", "seconds"):
-        rows.add_column(heading, justify="right", min_width=7)
-    for row in results:
-        scale, skipped = ("-" if number is None else f"{number:g}" for number in (row.scale, row.skipped))
-        rows.add_row(row.policy, row.rule, f"{row.accuracy:.1%}", scale, skipped, f"{row.seconds:.1f}")
-    return rows
+    model.fit(train_x, train_y, batch_size=32, epochs=epochs, **options)
+    return model, model.evaluate(test_x, test_y, verbose=0, return_dict=True)["accuracy"]
 
 
 def main() -> None:
@@ -95,17 +54,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/digits"))
     arguments = parser.parse_args()
-    console, results, histories = Console(), [], {}
-    for name in RUNS:
+    console, histories = Console(), {}
+    table = Table("run", "accuracy", "final scale", "skipped steps", "seconds")
+    for name in ("float32", "float16_dynamic", "float16_constant"):
         console.rule(name)
-        result, history = train(name, arguments.epochs, arguments.run_dir)
-        results.append(result)
-        if history is not None:
-            histories[name] = history
-    console.print(table(results))
+        config, run_dir = tfmixed.load_config(CONFIGS / f"{name}.toml"), arguments.run_dir / name
+        start = time.perf_counter()
+        model, accuracy = train(config, arguments.epochs, callbacks=config.callbacks(run_dir))
+        row, seconds = [name, f"{accuracy:.1%}", "-", "-"], time.perf_counter() - start
+        if config.scaling is not None:
+            histories[name] = plotting.ScaleHistory.of(records.read_log(run_dir / "loss_scale.jsonl"))
+            row[2:] = f"{float(model.optimizer.loss_scale):g}", f"{int(model.optimizer.skipped_steps)}"
+        table.add_row(*row, f"{seconds:.1f}")
     picture = arguments.run_dir / "loss_scale.png"
     plotting.save(plotting.plot_scale(histories, "Loss scale, CNN on digits"), picture)
-    console.print(f"Logs and picture: {arguments.run_dir}/*/loss_scale.jsonl, {picture}")
+    console.print(table, f"Logs and picture: {arguments.run_dir}/*/loss_scale.jsonl, {picture}")
     if "float16" not in tfmixed.hardware.describe().main.fast:
         console.print("float16 is slow on a CPU: this run shows its numerics, not its speed.")
 

@@ -10,6 +10,7 @@ if keras.backend.backend() == "tensorflow":
 else:
     # What speaks of TensorFlow alone, and what its process of its own shows once for all backends.
     only = [
+        "accuracy",
         "architecture",
         "audit",
         "cli",

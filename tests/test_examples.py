@@ -1,60 +1,144 @@
+"""What the examples print holds. Each runs here as its user runs it; `examples/ranges.py` in test_report_docs.py."""
+
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tfmixed import records
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import digits
-import underflow
-
-SMALL = {"steps": 90, "widths": (20, 12, 20)}
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+pytestmark = pytest.mark.filterwarnings("ignore:policy .* is slow here")
 
 
-@pytest.fixture(scope="module")
-def float32():
-    return underflow.train("float32", None, **SMALL)
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """A function that runs an example with arguments and returns what it prints."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.syspath_prepend(EXAMPLES)  # as if it were the script of a process
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_float16_without_scaling_underflows_and_does_not_learn(float32):
-    """A third of the gradient entries are 0, and the model stays at the mean image where float32 learns."""
-    plain = underflow.train("mixed_float16", None, **SMALL)
-    mean_image = underflow.load_data().var(axis=0).mean()
-    assert plain.zeros_last > 5 * float32.zeros_last
-    assert plain.after == pytest.approx(mean_image, rel=0.01)
-    assert float32.after < 0.8 * mean_image
+def rows(text, mark="│"):
+    """Returns the rows of a table, by the text of their first cells, as lists of the numbers in the others."""
+    cells = (
+        [cell.strip() for cell in line.strip(f"{mark} ").split(mark)] for line in text.splitlines() if mark in line
+    )
+    return {first: [float(each) for each in re.findall(r"\d+\.?\d*", " ".join(others))] for first, *others in cells}
 
 
-def test_float16_with_scaling_matches_float32(float32):
-    """With a dynamic scale no more entries are 0 than in float32, and the loss is the same."""
-    scaled = underflow.train("mixed_float16", "dynamic", **SMALL)
-    assert scaled.zeros_last == pytest.approx(float32.zeros_last, abs=0.01)
-    assert scaled.after == pytest.approx(float32.after, rel=0.01)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_has_less_than_80_lines(path):
+    """So that it is read at one go."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 80
 
 
-@pytest.mark.filterwarnings("ignore:policy .* is slow here")
-def test_digits_demo_trains_logs_and_draws(tmp_path, monkeypatch, capsys):
-    """One epoch of the demo: three rows in the table, a log for each scaled run, and the picture."""
-    monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs", "1", "--run-dir", str(tmp_path)])
-    digits.main()
-    out = capsys.readouterr().out
-    for word in ("float32", "DynamicScale", "ConstantScale", "loss_scale: ", "float16 is slow on a CPU"):
-        assert word in out
+def test_float16_underflows_without_a_scale_and_not_with_one(printed):
+    """Unscaled, it stays at the loss of the mean image; scaled, it does what float32 does; so says the README."""
+    text = printed("underflow")
+    mean_image = float(re.search(r"mean image has a loss of (\d\.\d+)", text)[1])
+    table = np.array(list(rows(text).values()))
+    before, after, *zeros = table.T
+    assert after[0] < 0.9 * mean_image
+    assert before[0] > mean_image
+    np.testing.assert_allclose(after, [after[0], mean_image, after[0], after[0]], rtol=0.01)
+    assert min(zeros[0][1], zeros[1][1]) > 30
+    assert np.delete(zeros, 1, axis=1).max() < 3
+    _, why, *_ = re.split(r"^## ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    told = np.array(list(rows(why, "|").values())[2:])
+    np.testing.assert_allclose(told[:, :2], table[:, :2], rtol=0.01)
+    np.testing.assert_allclose(told[:, 2], table[:, 3], atol=1)
+
+
+def test_digits_are_learned_in_each_precision_logged_and_drawn(tmp_path, printed):
+    """One epoch: accuracies that are alike, skipped steps where the scale starts too high, logs and the picture."""
+    text = printed("digits", "--epochs", 1, "--run-dir", tmp_path)
+    table = rows(text)
+    accuracies = [numbers[0] for numbers in (table["float32"], table["float16_dynamic"], table["float16_constant"])]
+    assert min(accuracies) > 60
+    assert accuracies[2] == pytest.approx(accuracies[0], abs=3)
+    _, scale, skipped, _ = table["float16_dynamic"]
+    assert scale == 2 ** (24 - skipped)
+    assert skipped > 2
+    assert table["float16_constant"][1:3] == [1024, 0]
+    assert text.count("(overflow)") == skipped
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     assert written == ["float16_constant/loss_scale.jsonl", "float16_dynamic/loss_scale.jsonl", "loss_scale.png"]
 
 
+def test_the_transformer_learns_more_than_pairs_of_characters(printed):
+    """In float16, on text that it was not trained on, and it goes on with the text in its own letters."""
+    text = printed("transformer", "--steps", 250)
+    said = re.search(r"\nbits per character: characters (.*), pairs (.*), Transformer (.*)\n", text)
+    characters, pairs, transformer = map(float, said.groups())
+    assert 1 < transformer < pairs - 0.1 < characters - 0.5
+    assert len(text[: said.start()]) == 32 + 80
+
+
+def test_the_transformer_sees_nothing_of_what_it_is_to_tell(monkeypatch):
+    """Other characters from a place on change what it expects from that place on, and nothing before."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import transformer
+
+    text = np.stack([transformer.HELD_OUT[: transformer.CONTEXT]] * 2)
+    text[1, 20:] = (text[0, 20:] + 1) % len(transformer.LETTERS)
+    one, other = transformer.build().predict_on_batch(text)
+    np.testing.assert_allclose(one[:20], other[:20], atol=1e-5)
+    assert (np.abs(one[20:] - other[20:]).max(axis=-1) > 1e-3).all()
+
+
+def test_loops_of_keras_give_the_losses_of_fit(printed):
+    """Step by step, those of the first steps included, which overflow and change nothing."""
+    losses = np.array([numbers for first, numbers in rows(printed("custom_loop")).items() if first.isdigit()])
+    assert losses.shape == (12, 3)
+    np.testing.assert_allclose(losses, losses[:, :1].repeat(3, axis=1), atol=1.5e-4)
+    assert losses[0, 0] == losses[5, 0] > losses[6, 0] > losses[10, 0]
+
+
+def test_loops_of_pytorch_clip_add_up_and_punish(printed):
+    """Plain, as `fit`; clipped, slower; in parts, the same steps with fewer skipped; punished, from a higher loss."""
+    table = rows(printed("grad_scaler"))
+    fit, plain, clipped, parts, penalized = np.array([table[str(step)] for step in range(12)]).T
+    np.testing.assert_allclose(plain, fit, atol=1.5e-4)
+    assert fit[-1] < clipped[-1] < clipped[0]
+    # The gradients of a part are smaller, so the scale is found sooner.
+    taken = [list(dict.fromkeys(losses)) for losses in (fit, parts)]
+    assert len(taken[1]) > len(taken[0])
+    np.testing.assert_allclose(taken[0], taken[1][: len(taken[0])], atol=3e-4)
+    assert max(fit[0], penalized[-1]) < penalized[0]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # one of its faults on purpose
+def test_islands_in_float32_save_what_float16_breaks(printed):
+    """The accuracies are those that docs/islands.md tells, and float16 takes no step."""
+    pattern = r"^(float\S+(?: force_float32)?) +(\d+\.\d)% right, (\d+) steps applied"
+    said = re.findall(pattern, printed("islands"), flags=re.MULTILINE)
+    told = re.findall(pattern, (ROOT / "docs" / "islands.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(said) == len(told) == 3
+    for (name, right, _), (same, expected, _) in zip(said, told, strict=True):
+        assert name == same
+        assert float(right) == pytest.approx(float(expected), abs=4)
+    assert [int(steps) for _, _, steps in said] == pytest.approx([450, 0, 450], abs=10)
+
+
 def multi_worker(folder, *arguments):
     """Returns what `examples/multi_worker.py` prints, and the weights of each worker at the end."""
-    script = Path(__file__).parent.parent / "examples" / "multi_worker.py"
+    script = EXAMPLES / "multi_worker.py"
     command = [sys.executable, str(script), "--run-dir", str(folder), "--epochs", "4", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     with subprocess.Popen(command, **pipes) as process:
@@ -89,10 +173,9 @@ def test_workers_skip_together_in_a_loop(tmp_path):
 
 def test_the_script_of_tensorflow_1_says_what_was_converted():
     """Before and after, in a process of its own: the rewrite is a switch of the whole process."""
-    script = Path(__file__).parent.parent / "examples" / "tf1_graph_rewrite.py"
+    script = EXAMPLES / "tf1_graph_rewrite.py"
     command = [sys.executable, str(script), "--width", "32", "--steps", "5"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert re.search(r"nodes in half precision; casts added: \d+ to it, \d+ back", run.stdout)
     assert re.search(r"^after: +loss \d\.\d+, .* times as fast$", run.stdout, flags=re.MULTILINE)
-    assert len(script.read_text().splitlines()) < 80

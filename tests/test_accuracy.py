@@ -1,0 +1,85 @@
+"""The accuracy table: `benchmarks/parity.py`, its results and the README."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import parity  # noqa: E402
+
+RESULTS = parity.RESULTS.read_text(encoding="utf-8")
+SEEDS = np.array([95.0, 93.0, 94.0, 96.0, 92.0])
+
+
+def tables(text):
+    """Returns the Markdown tables of a text."""
+    return re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+
+
+def results(**others):
+    """Returns results of the digits in which all precisions are alike but those named."""
+    numbers = dict.fromkeys(parity.PRECISIONS, SEEDS) | others
+    return {"digits": {precision: parity.Outcome(list(each), 0) for precision, each in numbers.items()}}
+
+
+def test_the_readme_shows_the_table_of_the_results():
+    """Letter by letter."""
+    assert tables(RESULTS)[0] in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("task", range(len(parity.TASKS)))
+def test_means_and_spreads_are_those_of_the_seeds(task):
+    """For each precision, the first table and the table of the task say what the runs of the seeds give."""
+    summary, *rest = tables(RESULTS)
+    parts = [[row.strip("| ").split(" | ") for row in table.splitlines()[2:]] for table in (summary, *rest[2 * task :])]
+    form = list(parity.TASKS.values())[task].form
+    for short, long, seeds in zip(*parts[:3], strict=True):
+        numbers = [float(number) for number in seeds[1:]]
+        assert len(numbers) == 5
+        mean, deviation = (float(number) for number in short[1 + task].split(" ± "))
+        assert mean == pytest.approx(statistics.mean(numbers), abs=1.1 * 10 ** -int(form[1]))
+        assert deviation == pytest.approx(statistics.stdev(numbers), abs=1.1 * 10 ** -int(form[1]))
+        assert long[:3] == [seeds[0], short[1 + task], f"{min(numbers):{form}} to {max(numbers):{form}}"]
+
+
+def test_all_of_it_is_learned_in_half_precision():
+    """Every seed beats the trivial models, and what is claimed of the digits holds for each precision."""
+    pairs = float(re.search(r"counting pairs\s+(\d\.\d+)", RESULTS.replace("\n", " "))[1])
+    *_, digits, _, transformer = tables(RESULTS)
+    assert min(float(number) for number in re.findall(r" (\d\d\.\d\d) ", digits)) > 90
+    assert max(float(number) for number in re.findall(r" (\d\.\d{3}) ", transformer)) < pairs - 0.2
+
+
+def test_a_difference_in_all_seeds_exceeds_their_noise_and_one_in_some_does_not():
+    """Runs of one seed are compared with each other: seeds that are far apart hide nothing."""
+    beyond = parity.verdict(results(mixed_bfloat16=SEEDS - [0.3, 0.4, 0.5, 0.4, 0.4]))
+    assert "Of 3 differences from float32, 1 exceed the noise" in beyond
+    assert "- mixed_bfloat16, digits: -0.40 ± 0.09, 0.3 deviations of float32" in beyond
+    within = parity.verdict(results(mixed_bfloat16=SEEDS - [-0.5, 0.5, -0.4, 0.4, -0.3]))
+    assert within == "None of the 3 differences from float32 exceeds the noise of seeds.\n"
+
+
+@pytest.mark.filterwarnings("ignore:policy .* is slow here")
+def test_a_short_run_writes_its_page(tmp_path, monkeypatch, capsys):
+    """One epoch of the digits, two seeds, two precisions: their numbers, versions and the skipped steps are told."""
+    precisions = {"float32": "float32", "mixed_float16, dynamic": "float16_dynamic"}
+    monkeypatch.setattr(parity, "PRECISIONS", precisions)
+    monkeypatch.setattr(parity, "EPOCHS", 1)
+    page = tmp_path / "results" / "parity.md"
+    monkeypatch.setattr(sys, "argv", ["parity.py", "--seeds", "2", "--only", "digits", "--output", str(page)])
+    parity.main()
+    text = page.read_text(encoding="utf-8")
+    summary, differences, seeds = tables(text)
+    assert "with 2 seeds, 1 epochs" in text
+    assert re.search(r"tensorflow \d+\.\d+.*, keras \d.*, tfmixed \d.*, Python 3", text)
+    assert all(name in table for name in precisions for table in (summary, differences, seeds))
+    assert int(differences.splitlines()[-1].split(" | ")[-1].strip("| ")) > 4
+    assert min(float(number) for number in re.findall(r" (\d\d\.\d\d) ", seeds)) > 50
+    assert "Accuracy in half precision" in capsys.readouterr().out
