@@ -19,6 +19,7 @@ import re
 import runpy
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,8 @@ os.environ |= {f"SLURM_{name}": value for name, value in job.items()}
     "tf1.md": {
         "report = tfmixed.compat.v1.conversion_report(session": """
 import numpy as np
-tf.Graph().as_default().__enter__()
+graph = tf.Graph().as_default()
+graph.__enter__()
 inputs, weight = tf.placeholder(tf.float32, [None, 8]), tf.get_variable("weight", [8, 1])
 train_op, feed_dict = opt.minimize(tf.reduce_mean(tf.matmul(inputs, weight) ** 2)), {inputs: np.ones((4, 8))}
 session = tf.Session()
@@ -113,11 +115,13 @@ def _importing_from_here():
 
 
 @_importing_from_here()
-def run(page: Path) -> None:
-    """Runs the blocks of a page; raises where one does not do what the page says."""
+def run(page: Path, without: Collection[str] = ()) -> None:
+    """Runs the blocks of a page but those whose code is `without`; raises where one does not do what the page says."""
     names, printed = {"__name__": "__main__"}, ""
     for block in blocks(page.read_text(encoding="utf-8")):
         where = f"{page.name}, line {block.line}"
+        if block.code in without:
+            continue
         for begin, code in BEFORE.get(page.name, {}).items():
             if block.code.startswith(begin):
                 exec(code, names)
@@ -146,8 +150,8 @@ def _command(line: str, where: str) -> str:
     words = shlex.split(line, comments=True)
     if not is_run_here(line):
         return ""
-    module, arguments = ("tfmixed", words[1:]) if words[0] == "tfmixed" else (words[2], words[3:])
     assert words[0] == "tfmixed" or words[:2] == ["python", "-m"], f"{where}: nothing runs {line!r}"
+    module, arguments = ("tfmixed", words[1:]) if words[0] == "tfmixed" else (words[2], words[3:])
     expected = re.search(r"# exits with (\d+)", line)
     before, sys.argv = sys.argv, [words[0], *arguments]
     try:
