@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST ?= -n 2 --dist loadfile
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test test-backends check format clean
+.PHONY: demo test test-backends docs check format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -17,6 +17,10 @@ test: .venv/installed
 test-backends: .venv-backends/installed
 	KERAS_BACKEND=jax .venv-backends/bin/python -m pytest $(PYTEST)
 	KERAS_BACKEND=torch .venv-backends/bin/python -m pytest $(PYTEST)
+
+# The site, in build/site; whatever it warns of is an error.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 check: .venv/installed
 	$(BIN)/ruff check
