@@ -20,7 +20,7 @@ test-backends: .venv-backends/installed
 
 # The site, in build/site; whatever it warns of is an error.
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: .venv/installed
 	$(BIN)/ruff check
