@@ -59,7 +59,9 @@ def test_what_runs_elsewhere_is_on_some_page():
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages.PAGES)
     assert [each for each in pages.ELSEWHERE if f"\n{each}" not in text] == []
     begins = [(name, begin) for name, each in pages.BEFORE.items() for begin in each]
-    assert [each for each in begins if f"```python\n{each[1]}" not in (DOCS / each[0]).read_text(encoding="utf-8")] == []
+    assert [
+        each for each in begins if f"```python\n{each[1]}" not in (DOCS / each[0]).read_text(encoding="utf-8")
+    ] == []
 
 
 def test_what_a_page_says_is_compared(tmp_path, monkeypatch):
@@ -82,66 +84,50 @@ def test_what_a_page_says_is_compared(tmp_path, monkeypatch):
     assert "a" not in sys.modules
 
 
-def public():
-    """Yields each name that is for users, as (where, name)."""
-    for name in tfmixed.__all__:
-        found = getattr(tfmixed, name)
-        if not isinstance(found, types.ModuleType):
-            yield "tfmixed", name
-            continue
-        names = getattr(found, "__all__", None) or [
-            name
-            for name, each in vars(found).items()
-            if not name.startswith("_") and getattr(each, "__module__", None) == found.__name__ and callable(each)
-        ]
-        yield from ((found.__name__, each) for each in names if (found.__name__, each) not in FOR_OTHER_MODULES)
-    for name in ("compat.keras2", "compat.experimental", "compat.v1", "report"):
-        module = importlib.import_module(f"tfmixed.{name}")
-        yield from ((module.__name__, each) for each in module.__all__)
-
-
 FOR_OTHER_MODULES = {
-    (f"tfmixed.{module}", name)
-    for module, names in {
-        "auditing": "specs is_traceable unsafe",
-        "compat": "keras2 v1",
-        "distribute": "check_supported replicas replica is_chief works_with_others decide_together once current",
-        "doctor": "warnings",
-        "islands": "force_own_code",
-        "ranges": "share_of_zeros span",
-        "records": "to_line from_line short complete_lines",
-    }.items()
-    for name in names.split()
+    "auditing": "specs is_traceable unsafe",
+    "compat": "keras2 v1",
+    "compat.keras2": "Policy experimental global_policy",
+    "compat.experimental": "global_policy",
+    "distribute": "check_supported replicas replica is_chief works_with_others decide_together once current",
+    "doctor": "warnings",
+    "islands": "force_own_code",
+    "ranges": "share_of_zeros span",
+    "records": "to_line from_line short complete_lines",
 }
 
 
+def public(module):
+    """Yields the names of a module that are for users, with what they stand for."""
+    listed = getattr(module, "__all__", None)
+    for name, each in vars(module).items() if listed is None else [(name, getattr(module, name)) for name in listed]:
+        is_own = getattr(each, "__module__", None) == module.__name__ and not name.startswith("_")
+        is_named = listed is not None and not isinstance(each, types.ModuleType) and name != "__version__"
+        if is_named or (is_own and callable(each)):
+            yield name, each
+
+
+def resolved(path):
+    """Returns what a dotted path stands for."""
+    parent, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(parent), name)
+
+
 def test_every_public_name_is_in_the_reference():
-    """Itself or its module, and what is listed there exists."""
-    listed = [
-        line for page in sorted(DOCS.glob("reference/*.md")) for line in re.findall(r"^::: (\S+)$", page.read_text(), re.M)
-    ]
+    """And what is listed there exists, once."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("reference/*.md")))
+    listed = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
     assert len(listed) == len(set(listed))
-    found, whole = [], set()
-    for path in listed:
-        parent, _, name = path.rpartition(".")
-        each = importlib.import_module(path) if name[0].islower() and is_module(path) else None
-        whole |= {path} if each else set()
-        found.append(each or getattr(importlib.import_module(parent), name))
-    missing = [
-        f"{where}.{name}"
-        for where, name in public()
-        if name not in ("__version__", "experimental")
-        and where not in whole & {"tfmixed.compat.keras2", "tfmixed.compat.experimental"}
-        and not any(getattr(importlib.import_module(where), name) is each for each in found)
-    ]
-    assert missing == []
-
-
-def is_module(path):
-    try:
-        return importlib.util.find_spec(path) is not None
-    except ModuleNotFoundError:
-        return False
+    found = [resolved(path) for path in listed]
+    modules = [name for name in tfmixed.__all__ if isinstance(getattr(tfmixed, name), types.ModuleType)]
+    for name in ["", *modules, "compat.keras2", "compat.experimental", "compat.v1", "findings", "report"]:
+        module = importlib.import_module(f"tfmixed.{name}".rstrip("."))
+        shown = re.findall(rf"^::: {re.escape(module.__name__)}\n.*?members: \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+        known = {*FOR_OTHER_MODULES.get(name, "").split(), *", ".join(shown).split(", ")}
+        missing = [
+            each for each, value in public(module) if each not in known and not any(value is one for one in found)
+        ]
+        assert missing == [], name
 
 
 def test_every_command_is_on_a_page():
