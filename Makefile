@@ -9,7 +9,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 OLDEST ?= $(patsubst %,tests/test_%.py,package contract optimizer callbacks layers attention losses islands audit fused \
 	grad_scaler grad_scaler_compiled distribute policy v1_optimizer v1_rewrite v1_hooks)
 
-.PHONY: demo test test-backends test-oldest check format clean
+.PHONY: demo test test-backends test-oldest docs check format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -25,6 +25,10 @@ test-backends: .venv-backends/installed
 # The wheel, without this checkout, on the oldest of everything that pyproject.toml admits.
 test-oldest: .venv/installed
 	$(BIN)/nox --session oldest -- $(PYTEST) $(OLDEST)
+
+# The site, in build/site; whatever it warns of is an error.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: .venv/installed
 	$(BIN)/ruff check

@@ -1,14 +1,10 @@
-"""What docs/report.md says runs."""
+"""The example of docs/report.md; test_docs.py runs the snippets."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "report.md"
@@ -16,18 +12,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 import ranges  # noqa: E402
 
 from tfmixed.report import read  # noqa: E402
-
-
-@pytest.mark.filterwarnings("ignore:policy .* is slow here")
-def test_the_snippets_print_what_they_say(tmp_path, monkeypatch):
-    """In their order, in one process."""
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for snippet in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL):
-        said = re.findall(r"^print\(.*\)  # (.*)$", snippet, flags=re.MULTILINE)
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(snippet, "docs/report.md", "exec"), names)
-        assert out.getvalue().splitlines() == said
 
 
 def test_the_example_chooses_a_scale_and_reports_a_run(tmp_path, monkeypatch, capsys):
