@@ -421,6 +421,34 @@ def test_the_import_falls_through_to_tensorflow_1():
         _ = shim.nonsense
 
 
+LEGACY = """
+import tensorflow as tf
+import tf1
+from tf1 import V1, X, Y
+import tfmixed.compat.v1 as shim
+
+shim.install()
+for keras in (tf.keras, V1.keras, shim.keras):
+    assert not hasattr(keras.mixed_precision, "experimental"), keras
+with tf.Graph().as_default():
+    x, y = V1.placeholder(tf.float32, [None, 8]), V1.placeholder(tf.int32, [None])
+    logits = shim.layers.dense(shim.layers.batch_normalization(shim.layers.dense(x, 16)), 3)
+    loss = V1.losses.sparse_softmax_cross_entropy(y, logits)
+    train = shim.LossScaleOptimizer(V1.train.AdamOptimizer(0.05)).minimize(loss)
+    with tf1.session() as session:
+        losses = [session.run([loss, train], {x: X, y: Y})[0] for _ in range(20)]
+assert losses[-1] < 0.6 * losses[0], losses
+shim.uninstall()
+print("trained")
+"""
+
+
+def test_under_tf_keras_layers_are_back_and_no_policy_of_keras_3_is_offered():
+    """Models of tf_keras would not follow it."""
+    pytest.importorskip("tf_keras")
+    assert tf1.script(LEGACY, environment={"TF_USE_LEGACY_KERAS": "1"}).split() == ["trained"]
+
+
 def test_it_is_imported_by_nobody_but_who_asks():
     """Neither by the package nor by the other names of older versions."""
     code = "import sys, tfmixed; tfmixed.compat.keras2; print('tfmixed.compat.v1' in sys.modules);"

@@ -105,4 +105,5 @@ def _spellings() -> Iterator[tuple[Any, str, Any]]:
     )
     for module in (tf, V1):
         yield module, "contrib", spellings.overlaid("contrib")
-        yield module.keras.mixed_precision, "experimental", experimental
+        if not spellings.is_legacy_keras():
+            yield module.keras.mixed_precision, "experimental", experimental

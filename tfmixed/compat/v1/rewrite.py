@@ -103,6 +103,8 @@ def check_policy() -> None:
 
 def hold(holder: str, before: Callable[[], None]) -> None:
     """Lets each new session ask what to convert, after a call of `before`, until its holder calls `release`."""
+    if not _Switch.holders:
+        _Switch.plain_init = BaseSession.__init__
     _Switch.holders = {**_Switch.holders, holder: before}
     BaseSession.__init__ = _init
 

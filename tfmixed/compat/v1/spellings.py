@@ -68,7 +68,7 @@ class Overlay(ModuleType):
 
 
 @functools.cache
-def overlaid(name: str) -> Overlay:
+def overlaid(name: str) -> Any:
     """Returns what `tfmixed.compat.v1` has under the name of a module of `tf.compat.v1`."""
     made = {
         "compat": _compat,
@@ -102,8 +102,15 @@ def _mixed_precision() -> Overlay:
     return Overlay("tfmixed.compat.v1.mixed_precision", {**REWRITE, **LOSS_SCALES, "experimental": own}, base)
 
 
-def _keras() -> Overlay:
+def _keras() -> Any:
     base = tf.compat.v1.keras
+    if is_legacy_keras():
+        return base
     name = "tfmixed.compat.v1.keras"
     own = Overlay(f"{name}.mixed_precision", {"experimental": experimental}, getattr(base, "mixed_precision", None))
     return Overlay(name, {"mixed_precision": own}, base)
+
+
+def is_legacy_keras() -> bool:
+    """Returns whether `tf.keras` is the package tf_keras: of policies of Keras 3 its layers know nothing."""
+    return bool(tf.keras.__name__.startswith("tf_keras"))
