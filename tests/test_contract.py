@@ -8,6 +8,7 @@ import inspect
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -69,6 +70,9 @@ ATTRIBUTES = {
     "_dtype_policy": "compute in float32 for a while",
     "_call_has_training_arg": "call a model as the trainer does",
     "_compile_loss": "know the weights of losses",
+    "_user_loss_weights": "know the weights of losses",
+    "_keras_mask": "hand on the mask of a tensor",
+    "_descriptor_cache": "let tf.function trace a layer's call anew",
     "_inputs_struct": "know a functional model's inputs",
     "_flash_attention": "leave flash kernels in half precision",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
@@ -120,7 +124,14 @@ def test_private_attributes_are_there():
     assert graph.operations[0]._outbound_nodes == dense._inbound_nodes, ATTRIBUTES["_outbound_nodes"]
     assert graph.outputs[0]._dtype == graph.outputs[0].dtype, ATTRIBUTES["_dtype"]
     model.compile("sgd", "mse", loss_weights=[2.0])
-    assert model._compile_loss._user_loss_weights == [2.0], ATTRIBUTES["_compile_loss"]
+    assert model._compile_loss._user_loss_weights == [2.0], ATTRIBUTES["_user_loss_weights"]
+    assert model._compile_loss is not None, ATTRIBUTES["_compile_loss"]
+    masked = keras.layers.Masking()(np.ones((1, 2, 1), "float32"))
+    assert masked._keras_mask is not None, ATTRIBUTES["_keras_mask"]
+    call = tf.function(lambda self: self)
+    holder = type("Holder", (), {"call": call})()
+    assert holder.call is not None
+    assert list(call._descriptor_cache) == [holder], ATTRIBUTES["_descriptor_cache"]
     # Keras reads it with this default too, on variables that hold float8 scales.
     assert "overwrite_with_gradient" in inspect.getsource(importlib.import_module(OPTIMIZER))
 
@@ -165,7 +176,10 @@ def private_names():
             elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
                 own = isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
                 (defined if own else read).add(node.attr)
-            elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "put":
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
+                "put",
+                "getattr",
+            ):
                 # `temporary.put(stack, owner, name, value)`
                 read |= {each.value for each in node.args if isinstance(each, ast.Constant) and _is_private(each.value)}
     return {name for name in read - defined if name.strip("_") not in dir(object) and not hasattr(object, name)}

@@ -193,7 +193,7 @@ def warn(message: str) -> None:
 def _warn_of_sessions() -> None:
     sessions = [each for each in gc.get_objects() if issubclass(type(each), BaseSession)]
     # One whose constructor failed has neither a handle nor, maybe, a configuration.
-    open_ones = [each for each in sessions if vars(each).get("_session") is not None and not each._closed]
+    open_ones = [each for each in sessions if getattr(each, "_session", None) is not None and not each._closed]
     plain = sum(not _is_converted(each._config) for each in open_ones)
     if plain:
         warn(
