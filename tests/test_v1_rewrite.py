@@ -244,6 +244,14 @@ def test_switching_off_twice_is_said():
         shim.disable_mixed_precision_graph_rewrite()
 
 
+def test_it_switches_off_what_tensorflow_switched_on():
+    """By its own function, as a library may that knows nothing of this package."""
+    V1.mixed_precision.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
+    shim.disable_mixed_precision_graph_rewrite()
+    assert not mixed_precision_global_state.is_mixed_precision_graph_rewrite_enabled()
+    assert not tf.config.optimizer.get_experimental_options()["auto_mixed_precision"]
+
+
 def test_options_that_were_set_before_come_back():
     """Also after it is enabled twice."""
     before = tf.config.optimizer.get_experimental_options()

@@ -72,6 +72,9 @@ def enable(dtype: str = "auto") -> str | None:
 
 def disable() -> None:
     """Switches the rewrite off, for functions and for sessions that are made from now on."""
+    if not _Switch.enabled and flags.is_mixed_precision_graph_rewrite_enabled():
+        tf.compat.v1.mixed_precision.disable_mixed_precision_graph_rewrite()  # TensorFlow's own, without `install`
+        return
     if not _Switch.enabled:
         warn("the graph rewrite is switched off already")
         return
