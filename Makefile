@@ -5,9 +5,11 @@ BIN := .venv/bin
 PYTEST ?= -n 2 --dist loadfile
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-# What a version can break: private names, optimizers, layers, loops, graphs. Empty: all tests.
-OLDEST ?= $(patsubst %,tests/test_%.py,package contract optimizer callbacks layers attention losses islands audit fused \
-	grad_scaler grad_scaler_compiled distribute policy v1_optimizer v1_rewrite v1_hooks)
+# What a version can break: private names, optimizers, layers, loops, graphs. Replays of thousands of steps and large
+# models are left to the newest end. Empty: all tests.
+OLDEST ?= $(patsubst %,tests/test_%.py,package contract optimizer callbacks layers islands audit fused grad_scaler \
+	distribute v1_optimizer v1_rewrite) \
+	-k "not (none_never or no_row_of_overflows or well_made_models or killed_process or restored_run)"
 
 .PHONY: demo test test-backends test-oldest docs check format clean
 
