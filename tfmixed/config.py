@@ -8,6 +8,8 @@ growth_interval = 1000          # or: like = "torch", with that peer's
 
 [log]                           # of LossScaleLogger
 every = 100
+
+Reading one loads no framework: `tfmixed run` does it before the script has chosen its backend.
 """
 
 from __future__ import annotations
@@ -18,19 +20,19 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import keras
 import tomli_w
 
-from tfmixed import hardware, policy, scaling, whole
-from tfmixed.callbacks import LossScaleLogger
+from tfmixed import hardware, scaling, whole
 from tfmixed.errors import ConfigError
-from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale, ScalingRule, checks
 
+if TYPE_CHECKING:
+    import keras
+
 _RULES: dict[str, type[Any]] = {"dynamic": DynamicScale, "constant": ConstantScale, "logmax": LogMaxScale}
-_POLICIES = ["auto", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"]
+POLICIES = ["auto", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"]
 _NONE = "none"  # TOML has no null
 
 
@@ -79,7 +81,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.policy != "auto" and not _is_policy(self.policy):
-            nearest = _nearest(self.policy, _POLICIES) if isinstance(self.policy, str) else ""
+            nearest = nearest_of(self.policy, POLICIES) if isinstance(self.policy, str) else ""
             raise ConfigError(f'policy must be "auto" or the name of a dtype policy, received {self.policy!r}{nearest}')
         if not isinstance(self.log, LogConfig):
             raise ConfigError(f"log must be a LogConfig, received {self.log!r}")
@@ -93,17 +95,25 @@ class Config:
 
     def apply(self) -> keras.DTypePolicy:
         """Sets the global policy, as `set_policy` does, and returns it."""
-        return policy.set_policy(self.policy)
+        from tfmixed.policy import set_policy
+
+        return set_policy(self.policy)
 
     def optimizer(self, inner: keras.optimizers.Optimizer | str) -> keras.optimizers.Optimizer:
         """Returns `inner` wrapped into a `LossScaleOptimizer`, or as it is where nothing is to be scaled.
 
         Without `scaling`, `mixed_float16` wraps it too, with a scale of 1: Keras would scale a bare optimizer there.
         """
+        import keras
+
+        from tfmixed.optimizer import LossScaleOptimizer
+
         return LossScaleOptimizer(inner, self.scaling) if self._wraps else keras.optimizers.get(inner)
 
     def callbacks(self, run_dir: str | os.PathLike[str]) -> list[keras.callbacks.Callback]:
         """Returns the callbacks that log into `run_dir`; none where the optimizer is not wrapped."""
+        from tfmixed.callbacks import LossScaleLogger
+
         if not self._wraps:
             return []
         run = Path(run_dir)
@@ -148,8 +158,14 @@ def _config(tables: dict[str, Any]) -> Config:
 
 
 def _is_policy(name: Any) -> bool:
+    if not isinstance(name, str):
+        return False
+    if name in POLICIES:
+        return True
+    import keras
+
     try:
-        return isinstance(name, str) and "float" in keras.dtype_policies.get(name).compute_dtype
+        return "float" in keras.dtype_policies.get(name).compute_dtype
     except ValueError:
         return False
 
@@ -187,7 +203,7 @@ def _table(key: str, tables: dict[str, Any]) -> dict[str, Any]:
 
 def _choice(key: str, value: Any, names: Iterable[str]) -> str:
     if value not in (known := list(names)):
-        raise ConfigError(f"{key} must be one of {', '.join(known)}, received {value!r}{_nearest(str(value), known)}")
+        raise ConfigError(f"{key} must be one of {', '.join(known)}, received {value!r}{nearest_of(str(value), known)}")
     return str(value)
 
 
@@ -195,10 +211,11 @@ def _check_keys(prefix: str, table: dict[str, Any], names: Iterable[str]) -> Non
     known = list(names)
     for key in table:
         if key not in known:
-            raise ConfigError(f"{prefix}{key} is no known key{_nearest(key, known)} (known: {', '.join(known)})")
+            raise ConfigError(f"{prefix}{key} is no known key{nearest_of(key, known)} (known: {', '.join(known)})")
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest_of(word: str, known: list[str]) -> str:
+    """Returns a question after the nearest of the known words; nothing where none is near."""
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
