@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import keras
 
 _RULES: dict[str, type[Any]] = {"dynamic": DynamicScale, "constant": ConstantScale, "logmax": LogMaxScale}
-POLICIES = ["auto", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"]
+_POLICIES = ["auto", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"]
 _NONE = "none"  # TOML has no null
 
 
@@ -81,7 +81,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.policy != "auto" and not _is_policy(self.policy):
-            nearest = nearest_of(self.policy, POLICIES) if isinstance(self.policy, str) else ""
+            nearest = _nearest(self.policy, _POLICIES) if isinstance(self.policy, str) else ""
             raise ConfigError(f'policy must be "auto" or the name of a dtype policy, received {self.policy!r}{nearest}')
         if not isinstance(self.log, LogConfig):
             raise ConfigError(f"log must be a LogConfig, received {self.log!r}")
@@ -160,7 +160,7 @@ def _config(tables: dict[str, Any]) -> Config:
 def _is_policy(name: Any) -> bool:
     if not isinstance(name, str):
         return False
-    if name in POLICIES:
+    if name in _POLICIES:
         return True
     import keras
 
@@ -203,7 +203,7 @@ def _table(key: str, tables: dict[str, Any]) -> dict[str, Any]:
 
 def _choice(key: str, value: Any, names: Iterable[str]) -> str:
     if value not in (known := list(names)):
-        raise ConfigError(f"{key} must be one of {', '.join(known)}, received {value!r}{nearest_of(str(value), known)}")
+        raise ConfigError(f"{key} must be one of {', '.join(known)}, received {value!r}{_nearest(str(value), known)}")
     return str(value)
 
 
@@ -211,11 +211,10 @@ def _check_keys(prefix: str, table: dict[str, Any], names: Iterable[str]) -> Non
     known = list(names)
     for key in table:
         if key not in known:
-            raise ConfigError(f"{prefix}{key} is no known key{nearest_of(key, known)} (known: {', '.join(known)})")
+            raise ConfigError(f"{prefix}{key} is no known key{_nearest(key, known)} (known: {', '.join(known)})")
 
 
-def nearest_of(word: str, known: list[str]) -> str:
-    """Returns a question after the nearest of the known words; nothing where none is near."""
+def _nearest(word: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 

@@ -1,0 +1,202 @@
+"""What is applied to models as the script compiles and fits them: a scaling optimizer, float32 islands, a log."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+from tfmixed import LossScaleOptimizer, force_float32
+from tfmixed.callbacks import LossScaleLogger
+from tfmixed.formats import HALF
+from tfmixed.running.ledger import Ledger
+from tfmixed.running.observing import Logger, Once
+from tfmixed.running.saying import place, refuse, say
+from tfmixed.running.wishes import Wish
+from tfmixed.running.wrapping import around, bound
+
+_Plain = Callable[..., Any]
+
+
+class Training:
+    """Stands around `compile`, `fit` and what makes the training function of Keras's models.
+
+    Args:
+        wish: What the command line asks for.
+        ledger: Where optimizers and logs are noted.
+    """
+
+    def __init__(self, wish: Wish, ledger: Ledger) -> None:
+        self.wish, self.ledger = wish, ledger
+        self.fits = 0  # how many of Keras's own training functions are running
+        self.models: weakref.WeakSet[Any] = weakref.WeakSet()  # whose optimizers scale because of us
+        self.left_alone: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that the script wants as they are
+        self._loading = 0
+        self._loaded: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._looked_at: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._scalers: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+    def install(self) -> None:
+        """Stands around the methods of `keras.Model`."""
+        around(keras.Model, "compile", self._compile)
+        around(keras.Model, "compile_from_config", self._compile_from_config)
+        around(keras.Model, "make_train_function", self._make_train_function)
+        around(keras.Model, "fit", self._fit)
+        around(keras.Model, "train_on_batch", self._train_on_batch)
+
+    def _compile(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:
+        given = bound(plain, model, *arguments, **named)
+        if given is None or self._loading:  # the state that a file holds is that of the optimizer as it was
+            return plain(model, *arguments, **named)
+        self._loaded.discard(model)
+        automatic = given.arguments.get("auto_scale_loss", True)
+        given.arguments["optimizer"] = self._scaled(model, given.arguments.get("optimizer", "rmsprop"), automatic)
+        return plain(*given.args, **given.kwargs)
+
+    def _compile_from_config(self, plain: _Plain, model: Any, config: Any) -> Any:
+        self._loading += 1
+        try:
+            return plain(model, config)
+        finally:
+            self._loading -= 1
+            self._loaded.add(model)
+
+    def _scaled(self, model: Any, given: Any, automatic: bool = True) -> Any:
+        """Returns what a model is to be compiled with, for the optimizer that the script gives."""
+        try:
+            optimizer = keras.optimizers.get(given)
+        except (ValueError, TypeError):
+            return given  # Keras says it better
+        rule = self.wish.rule(_compute_dtype(model))
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            self._keep(optimizer)
+        elif rule is not None and not automatic:
+            self.left_alone.add(optimizer)
+            say(f"{place()} compiles with auto_scale_loss=False: its loss is not scaled, as the script says")
+        elif rule is not None:
+            known = self._scalers.get(optimizer, lambda: None)()
+            return self._adopt(model, known or LossScaleOptimizer(optimizer, rule))
+        return optimizer
+
+    def _adopt(self, model: Any, scaler: Any) -> Any:
+        """Makes a model's optimizer ours: one that its script does not know of."""
+        self._scalers[scaler.inner_optimizer] = weakref.ref(scaler)
+        scaler._calls.refuse = _refuse_calls
+        self.models.add(model)
+        return scaler
+
+    def is_ours(self, optimizer: Any) -> bool:
+        """Returns whether an optimizer scales because of us, and its script does not know."""
+        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        return scales and self._scalers.get(optimizer.inner_optimizer, lambda: None)() is optimizer
+
+    def _keep(self, optimizer: Any) -> None:
+        """Leaves an optimizer that scales already, and says so unless it is ours."""
+        if not self.is_ours(optimizer) and optimizer not in self.left_alone:
+            self.left_alone.add(optimizer)
+            whose = "" if isinstance(optimizer, LossScaleOptimizer) else ", Keras's own, which cannot be logged"
+            say(f"{place()} compiles with a LossScaleOptimizer{whose}: the script's own stays")
+
+    def _prepare(self, model: Any) -> None:
+        """Does what could not be done in `compile`: a model that was loaded has its optimizer's state by now."""
+        optimizer = model.optimizer
+        if optimizer is None or optimizer in self.left_alone:
+            return
+        if type(optimizer) is keras.optimizers.LossScaleOptimizer and model in self._loaded:
+            # Keras wraps by itself what it loads under mixed_float16.
+            scaler = self._adopt(model, LossScaleOptimizer.from_keras(optimizer))
+        else:
+            scaler = self._scaled(model, optimizer)
+        if scaler is not optimizer:
+            if optimizer.built and not scaler.built:
+                scaler.build(model.trainable_variables)
+            model.optimizer, model.train_function = scaler, None
+        self.ledger.entry(scaler)
+
+    def _make_train_function(self, plain: _Plain, model: Any, force: bool = False) -> Any:
+        self._prepare(model)
+        if self.wish.islands and model.built and model not in self._looked_at:
+            self._looked_at.add(model)
+            self._make_islands(model)
+        return plain(model, force)
+
+    def _make_islands(self, model: Any) -> None:
+        if not any(layer.compute_dtype in HALF for layer in _layers(model)):
+            return
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                self.ledger.islands += len(force_float32(model))
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                refuse(f"float32 islands in the model {model.name!r} failed ({why}); --no-islands leaves them out")
+        for each in caught:
+            say(str(each.message))
+
+    def _fit(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:
+        given = bound(plain, model, *arguments, **named)
+        if given is None or not model.compiled:
+            return plain(model, *arguments, **named)
+        self._prepare(model)
+        callbacks = given.arguments.get("callbacks")
+        ours = self._callbacks(model, callbacks)
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            for each in ours:
+                each.set_model(model)
+                callbacks.append(each)
+        elif ours:
+            given.arguments["callbacks"] = [*keras.tree.flatten(callbacks or []), *ours]
+        try:
+            with self._counted():
+                return plain(*given.args, **given.kwargs)
+        finally:
+            for each in ours:
+                if isinstance(each, Logger):
+                    each.break_off()
+            if model.optimizer is not None:
+                self.ledger.note(model.optimizer)
+
+    def _callbacks(self, model: Any, callbacks: Any) -> list[keras.callbacks.Callback]:
+        """Returns what is to be called besides the script's own callbacks."""
+        listed = callbacks.callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else callbacks
+        theirs = [each for each in keras.tree.flatten(listed or []) if isinstance(each, LossScaleLogger)]
+        later = [Once()] if self.wish.islands and not model.built else []
+        if not isinstance(model.optimizer, LossScaleOptimizer):
+            return later
+        if theirs:
+            entry = self.ledger.entry(model.optimizer)
+            entry.log, entry.is_ours = theirs[0].path, isinstance(theirs[0], Logger)
+            return later
+        return [*later, Logger(self.ledger)]
+
+    def _train_on_batch(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:
+        with self._counted():
+            return plain(model, *arguments, **named)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.fits += 1
+        try:
+            yield
+        finally:
+            self.fits -= 1
+
+
+def _compute_dtype(model: Any) -> str:
+    """Returns float16 where a model has a layer that computes in it, else its own dtype."""
+    return "float16" if any(layer.compute_dtype == "float16" for layer in _layers(model)) else str(model.compute_dtype)
+
+
+def _layers(model: Any) -> list[Any]:
+    return list(model._flatten_layers())
+
+
+def _refuse_calls(advice: str) -> None:
+    refuse(
+        f"{place()}: {advice} The optimizer in this model was put there for its float16 layers; --policy mixed_bfloat16 "
+        "needs no loss scale"
+    )
