@@ -14,7 +14,7 @@ import wrapt
 from tfmixed import LossScaleOptimizer
 from tfmixed.formats import HALF
 from tfmixed.running.policies import Policies
-from tfmixed.running.saying import place, refuse, say
+from tfmixed.running.saying import caller, place, refuse, say
 from tfmixed.running.training import Training
 from tfmixed.running.wrapping import around
 
@@ -83,7 +83,7 @@ class Loops:
         known = optimizer._trainable_variables if variables is None else variables
         if not self._scaled_by_script and self._is_float16(known):
             refuse(f"{place()} takes a step of its own with {type(optimizer).__name__}: {_ADVICE}")
-        if self.training.fits:
+        if self.training.running or self._scaled_by_script:
             return
         if isinstance(optimizer, keras.optimizers.Optimizer):
             self.training.ledger.entry(optimizer)
@@ -98,7 +98,8 @@ class Loops:
 
     def _gradient(self, plain: _Plain, tape: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:
         seeded = any(each is not None for each in (*rest[:1], named.get("output_gradients")))
-        optimizer = None if seeded or not self.training.models else self._owner(sources)
+        is_plain = seeded or not self.training.models or caller("tensorflow").startswith("keras.")
+        optimizer = None if is_plain else self._owner(sources)
         if optimizer is None or optimizer._calls.expects_scaled:
             return plain(tape, target, sources, *rest, **named)
         from tensorflow import nest
@@ -110,7 +111,7 @@ class Loops:
     def _owner(self, sources: Any) -> Any:
         """Returns the optimizer, ours, of the model whose variables these are; None where there is none."""
         wanted = _identities(keras.tree.flatten(sources))
-        for model in list(self.training.models):
+        for model in self.training.running[-1:] or list(self.training.models):
             if not wanted.isdisjoint(_identities(model.trainable_variables)):
                 return model.optimizer if self.training.is_ours(model.optimizer) else None
         return None

@@ -7,7 +7,8 @@ import weakref
 from typing import Any
 
 from tfmixed import hardware
-from tfmixed.running.saying import is_called_by_tfmixed, place, say
+from tfmixed.running import saying
+from tfmixed.running.saying import place, say
 from tfmixed.running.wishes import HALF, Wish
 
 
@@ -49,7 +50,8 @@ class Policies:
         @functools.wraps(set_)
         def set_dtype_policy(policy: Any) -> None:
             set_(policy)
-            if not is_called_by_tfmixed(but="tfmixed.policy"):  # others set it for a moment
+            by = saying.caller("keras")
+            if by == "tfmixed.policy" or not by.startswith("tfmixed."):  # others here set it for a moment
                 self._was_set(get().name, get().compute_dtype)
 
         module.dtype_policy, module.set_dtype_policy = dtype_policy, set_dtype_policy

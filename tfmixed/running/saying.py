@@ -32,19 +32,19 @@ def place() -> str:
     return f"{file if near.startswith(os.pardir) else near}:{frame.f_lineno}"
 
 
-def is_called_by_tfmixed(but: str) -> bool:
-    """Returns whether a function of Keras was called by a module of this package other than `but`."""
-    frame = _outside(("keras", "contextlib", "functools"), but_for=__package__)
-    name = "" if frame is None else frame.f_globals.get("__name__", "")
-    return name.startswith("tfmixed.") and name != but
+def caller(*libraries: str) -> str:
+    """Returns the name of the innermost module that is neither of these libraries nor of this package."""
+    frame = _outside((*libraries, "contextlib", "functools"), but_for=__package__)
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
 def _outside(libraries: tuple[str, ...], but_for: str = "") -> FrameType | None:
     """Returns the innermost frame that is of none of these libraries."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name.partition(".")[0] not in libraries and not (but_for and name.startswith(but_for)):
+        name, file = frame.f_globals.get("__name__", ""), os.path.basename(frame.f_code.co_filename)
+        known = name.partition(".")[0] in libraries or bool(but_for and name.startswith(but_for))
+        if not known and not file.startswith("__autograph_generated_file"):  # its lines are nobody's
             return frame
         frame = frame.f_back
     return None

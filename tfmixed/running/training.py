@@ -32,7 +32,7 @@ class Training:
 
     def __init__(self, wish: Wish, ledger: Ledger) -> None:
         self.wish, self.ledger = wish, ledger
-        self.fits = 0  # how many of Keras's own training functions are running
+        self.running: list[Any] = []  # models within `fit` or `train_on_batch`, the innermost last
         self.models: weakref.WeakSet[Any] = weakref.WeakSet()  # whose optimizers scale because of us
         self.left_alone: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that the script wants as they are
         self._loading = 0
@@ -151,7 +151,7 @@ class Training:
         elif ours:
             given.arguments["callbacks"] = [*keras.tree.flatten(callbacks or []), *ours]
         try:
-            with self._counted():
+            with self._noted(model):
                 return plain(*given.args, **given.kwargs)
         finally:
             for each in ours:
@@ -174,16 +174,16 @@ class Training:
         return [*later, Logger(self.ledger)]
 
     def _train_on_batch(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:
-        with self._counted():
+        with self._noted(model):
             return plain(model, *arguments, **named)
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        self.fits += 1
+    def _noted(self, model: Any) -> Iterator[None]:
+        self.running.append(model)
         try:
             yield
         finally:
-            self.fits -= 1
+            self.running.pop()
 
 
 def _compute_dtype(model: Any) -> str:

@@ -28,6 +28,8 @@ def around(kind: Any, name: str, function: Callable[..., Any], traced: bool = Fa
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
         return function(plain, self, *arguments, **named)
 
+    # Keras asks constructors for their arguments, and does not look behind a decorator.
+    method.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
     setattr(home, name, branching.as_it_is(method) if traced else method)
 
 
