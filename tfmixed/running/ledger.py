@@ -60,12 +60,9 @@ class Ledger:
         """Notes where an optimizer stands. Reads the device."""
         from tfmixed.running import observing
 
-        entry = self.entry(optimizer)
-        entry.steps, entry.skipped, entry.scale = observing.numbers(optimizer) or (
-            entry.steps,
-            entry.skipped,
-            entry.scale,
-        )
+        entry, known = self.entry(optimizer), observing.numbers(optimizer)
+        if known is not None:
+            entry.steps, entry.skipped, entry.scale = known
 
     def log_of(self, optimizer: Any) -> Path:
         """Returns the log of an optimizer that steps next: a new file, or that of the run that was restored."""
@@ -83,9 +80,15 @@ class Ledger:
             self.note(optimizer)
             if entry.steps and entry.log is None and entry.is_ours and entry.skipped is not None:
                 observing.write_log(optimizer, self.log_of(optimizer))
-        say("; ".join([self._summary(), *self._files()]))
+        say("; ".join([self.summary(), *self._files()]))
 
-    def _summary(self) -> str:
+    @property
+    def has_steps(self) -> bool:
+        """Whether any step is known."""
+        return any(each.steps for each in self._entries)
+
+    def summary(self) -> str:
+        """Returns steps, skipped ones and the scale, of all optimizers together."""
         entries = [each for each in self._entries if each.steps]
         if not entries:
             return "no training step was seen"

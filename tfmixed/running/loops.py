@@ -47,7 +47,9 @@ class Loops:
         around(keras.layers.Layer, "__init__", self._layer)
         around(keras.optimizers.LossScaleOptimizer, "__init__", self._scaler)
         around(keras.optimizers.Optimizer, "apply", self._apply, traced=True)
-        wrapt.when_imported("tfmixed.grad_scaler")(lambda module: around(module.GradScaler, "__init__", self._grad_scaler))
+        wrapt.when_imported("tfmixed.grad_scaler")(
+            lambda module: around(module.GradScaler, "__init__", self._grad_scaler)
+        )
         if keras.backend.backend() == "tensorflow":
             import tensorflow
 

@@ -77,7 +77,11 @@ class Script:
     @property
     def _is_plain(self) -> bool:
         """Whether it is a file that is read from its first line to its last."""
-        return not self.is_module and Path(self.target).is_file() and pkgutil.get_importer(os.path.abspath(self.target)) is None
+        return (
+            not self.is_module
+            and Path(self.target).is_file()
+            and pkgutil.get_importer(os.path.abspath(self.target)) is None
+        )
 
     def _enter(self) -> None:
         """Makes the first place where modules are looked for the script's instead of the launcher's."""
