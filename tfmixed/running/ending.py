@@ -81,7 +81,8 @@ def _without_ours(traceback: TracebackType | None) -> TracebackType | None:
         following = here.tb_next
         while following is not None and _file(following).startswith(_OWN):
             following = following.tb_next
-        here.tb_next = here = following
+        here.tb_next = following
+        here = following
     return traceback
 
 

@@ -99,12 +99,12 @@ class Ledger:
         return ", ".join(words)
 
     def _files(self) -> Iterator[str]:
-        logs = [each for each in self._entries if each.log is not None]
+        logs = [(each.log, each.is_ours) for each in self._entries if each.log is not None]
         if len(logs) == 1:
-            yield f"log {logs[0].log}"
+            yield f"log {logs[0][0]}"
         elif logs:
-            yield f"{len(logs)} logs in {', '.join(sorted({f'{each.log.parent}{os.sep}' for each in logs if each.log}))}"
-        if ours := [each.log for each in logs if each.is_ours and each.log is not None]:
+            yield f"{len(logs)} logs in {', '.join(sorted({f'{log.parent}{os.sep}' for log, _ in logs}))}"
+        if ours := [log for log, is_ours in logs if is_ours]:
             yield _report(ours)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import keras
 import wrapt
 
-from tfmixed import LossScaleOptimizer
 from tfmixed.formats import HALF
 from tfmixed.running.policies import Policies
 from tfmixed.running.saying import caller, place, refuse, say

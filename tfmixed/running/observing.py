@@ -65,7 +65,7 @@ def numbers(optimizer: Any) -> tuple[int, int | None, float | None] | None:
     """Returns steps, skipped ones and the scale, as far as an optimizer or scaler knows them; None: nobody does."""
     try:
         if isinstance(optimizer, Observable):
-            if optimizer._scaling is None:
+            if getattr(optimizer, "_scaling", optimizer) is None:  # never used, and not to be made for this
                 return None
             steps = int(optimizer.attempted_steps)
             return steps, int(optimizer.skipped_steps), float(optimizer.measured()["loss_scale"])

@@ -1,4 +1,4 @@
-"""What `tfmixed run` says: lines on the process's standard error, which name the script's own line where there is one."""
+"""What `tfmixed run` says: lines on standard error, which name the script's own line where there is one."""
 
 from __future__ import annotations
 

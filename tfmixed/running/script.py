@@ -1,7 +1,7 @@
 """Runs a script as `python` does, in this process: its arguments, its `__main__`, its exit code and its tracebacks.
 
-The public functions of `runpy` put the old `__main__` back as soon as the script's last line has run, while its threads,
-its `atexit` handlers and whatever pickles still need it; so the module is made here.
+The public functions of `runpy` put the old `__main__` back as soon as the script's last line has run, while its
+threads, its `atexit` handlers and whatever pickles still need it; so the module is made here.
 """
 
 from __future__ import annotations
@@ -146,11 +146,11 @@ def _module(name: str) -> ModuleSpec:
 
 
 def _code(spec: ModuleSpec) -> CodeType:
-    loader = cast("Any", spec.loader)
+    loader = spec.loader
     if spec.name == "__main__" and isinstance(loader, SourceFileLoader):
         # `get_code` would leave a compiled copy beside the script.
-        return cast("CodeType", loader.source_to_code(loader.get_data(str(spec.origin)), str(spec.origin)))
-    code = loader.get_code(spec.name)
+        return loader.source_to_code(loader.get_data(str(spec.origin)), str(spec.origin))
+    code = cast("Any", loader).get_code(spec.name)
     if code is None:
         raise UsageError(f"SCRIPT must be Python, received {spec.origin!r}, of which there is no code")
     return cast("CodeType", code)

@@ -10,9 +10,10 @@ from typing import Any
 
 import keras
 
-from tfmixed import LossScaleOptimizer, force_float32
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.formats import HALF
+from tfmixed.islands import force_float32
+from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.running.ledger import Ledger
 from tfmixed.running.observing import Logger, Once
 from tfmixed.running.saying import place, refuse, say
@@ -197,6 +198,6 @@ def _layers(model: Any) -> list[Any]:
 
 def _refuse_calls(advice: str) -> None:
     refuse(
-        f"{place()}: {advice} The optimizer in this model was put there for its float16 layers; --policy mixed_bfloat16 "
-        "needs no loss scale"
+        f"{place()}: {advice} The optimizer that scales was put into this model for its float16 layers; "
+        "--policy mixed_bfloat16 needs none"
     )
