@@ -38,21 +38,34 @@ def as_python_does(finish: Callable[[], None]) -> Iterator[None]:
         raise
     except BaseException as error:
         _strip(error)
-        sys.excepthook = _first_said(sys.excepthook, error.__traceback__, end)
+        try:
+            _show(sys.excepthook, error)
+        finally:
+            end()
+        # Here and not in the hook: what runs there makes Python forget that it must end by the signal of an interrupt.
+        sys.excepthook = _say_nothing
         raise
     end()
 
 
-def _first_said(hook: Callable[..., Any], traceback: TracebackType | None, end: Callable[[], None]) -> Any:
-    """Returns a hook that shows what the script's own shows, of the traceback as it was before it passed by us."""
+def _show(hook: Callable[..., Any], error: BaseException) -> None:
+    """Has the script's own hook show an exception; what goes wrong in it is shown as Python does."""
+    traceback = error.__traceback__
+    try:
+        hook(type(error), error, traceback)
+    except SystemExit:
+        raise
+    except BaseException as broken:
+        broken.__context__ = None if broken.__context__ is error else broken.__context__
+        _strip(broken)
+        print("Error in sys.excepthook:", file=sys.stderr)
+        sys.__excepthook__(type(broken), broken, broken.__traceback__)
+        print("\nOriginal exception was:", file=sys.stderr)
+        sys.__excepthook__(type(error), error, traceback)
 
-    def show(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
-        try:
-            hook(kind, error.with_traceback(traceback), traceback)
-        finally:
-            end()
 
-    return show
+def _say_nothing(*_: Any) -> None:
+    pass
 
 
 def _join_threads() -> None:
