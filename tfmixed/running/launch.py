@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import ModuleType
 from typing import Any
@@ -24,11 +25,13 @@ class Launch:
     def __init__(self, wish: Wish) -> None:
         self.wish = wish
         self.policies, self.ledger = Policies(wish), Ledger(wish)
+        self.training: Any = None
 
     def prepare(self) -> None:
         """Has the script's own imports apply what is asked for."""
-        # Where the functions are defined: all the modules that hand them on take them from there later.
+        # Where the first functions are defined: all the modules that hand them on take them from there later.
         wrapt.when_imported("keras.src.dtype_policies.dtype_policy")(self.policies.install)
+        wrapt.when_imported("keras.src.saving.saving_api")(self._save_plainly)
         wrapt.when_imported("keras")(self._apply)
         wrapt.when_imported("tf_keras")(_refuse_keras_2)
 
@@ -36,10 +39,19 @@ class Launch:
         from tfmixed.running.loops import Loops
         from tfmixed.running.training import Training
 
-        training = Training(self.wish, self.ledger)
-        training.install()
-        Loops(self.policies, training).install()
+        self.training = Training(self.wish, self.ledger)
+        self.training.install()
+        Loops(self.policies, self.training).install()
         self.policies.ready = True
+
+    def _save_plainly(self, module: Any) -> None:
+        plain = module.save_model
+
+        @functools.wraps(plain)
+        def save_model(model: Any, *arguments: Any, **named: Any) -> Any:
+            return self.training.save(plain, model, *arguments, **named)
+
+        module.save_model = save_model
 
     def finish(self) -> None:
         """Says how the run ended."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable
-from types import FrameType
 from typing import Any
 
 import keras
 import wrapt
 
+from tfmixed import inplace
 from tfmixed.formats import HALF
 from tfmixed.running.policies import Policies
-from tfmixed.running.saying import caller, place, refuse, say
+from tfmixed.running.saying import caller, is_within, place, refuse, say
 from tfmixed.running.training import Training
 from tfmixed.running.wrapping import around
 
@@ -94,7 +93,7 @@ class Loops:
 
     def _is_float16(self, variables: Iterable[Any]) -> bool:
         wanted = _identities(variables)
-        float16 = (layer for layer in self.policies.float16_layers if layer.built)
+        float16 = (each for each in self.policies.float16_layers if each.built and inplace.graph_of(each) is None)
         return any(not wanted.isdisjoint(_identities(layer.trainable_variables)) for layer in float16)
 
     def _gradient(self, plain: _Plain, tape: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:
@@ -118,7 +117,7 @@ class Loops:
         return None
 
     def _torch_step(self, optimizer: Any, _arguments: Any, _named: Any) -> None:
-        if optimizer not in self._judged and not _is_called_from("torch.amp.grad_scaler"):
+        if optimizer not in self._judged and not is_within("torch.amp.grad_scaler"):
             self._judge(optimizer, [each for group in optimizer.param_groups for each in group["params"]])
 
 
@@ -132,10 +131,3 @@ def _scale_like(optimizer: Any, target: Any) -> Any:
     import tensorflow as tf
 
     return tf.cast(optimizer.get_scaled_loss(tf.ones_like(target, tf.float32)), target.dtype)
-
-
-def _is_called_from(module: str) -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != module:
-        frame = frame.f_back
-    return frame is not None

@@ -113,8 +113,9 @@ class Policies:
         keras.config.dtype_policy()  # to be settled, where this is the first layer
         ours = type(layer).__module__.startswith("tfmixed.")
         if given != self._in_force and not ours and not isinstance(layer, keras.layers.InputLayer):
-            what = f"gives a {type(layer).__name__} the dtype {given}, which it keeps; elsewhere {self._in_force} holds"
-            self._say_once("dtype", f"{place()} {what}")
+            kind, is_read = type(layer).__name__, saying.is_within("keras.src.saving.serialization_lib")
+            what = f"loads a {kind} of dtype {given}" if is_read else f"gives a {kind} the dtype {given}"
+            self._say_once(what[:5], f"{place()} {what}, which it keeps; elsewhere {self._in_force} holds")
 
     def _say_once(self, key: str, what: str) -> None:
         if key not in self._said:

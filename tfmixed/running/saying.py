@@ -38,6 +38,14 @@ def caller(*libraries: str) -> str:
     return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
+def is_within(module: str) -> bool:
+    """Returns whether a function of a module is running in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back
+    return frame is not None
+
+
 def _outside(libraries: tuple[str, ...], but_for: str = "") -> FrameType | None:
     """Returns the innermost frame that is of none of these libraries."""
     frame: FrameType | None = sys._getframe(1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from tfmixed import inplace
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.formats import HALF
 from tfmixed.islands import force_float32
@@ -19,6 +20,7 @@ from tfmixed.running.observing import Logger, Once
 from tfmixed.running.saying import place, refuse, say
 from tfmixed.running.wishes import Wish
 from tfmixed.running.wrapping import around, bound
+from tfmixed.scaling import ScalingRule
 
 _Plain = Callable[..., Any]
 
@@ -36,59 +38,52 @@ class Training:
         self.running: list[Any] = []  # models within `fit` or `train_on_batch`, the innermost last
         self.models: weakref.WeakSet[Any] = weakref.WeakSet()  # whose optimizers scale because of us
         self.left_alone: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that the script wants as they are
-        self._loading = 0
-        self._loaded: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._with_islands: weakref.WeakSet[Any] = weakref.WeakSet()
         self._looked_at: weakref.WeakSet[Any] = weakref.WeakSet()
         self._scalers: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
     def install(self) -> None:
         """Stands around the methods of `keras.Model`."""
         around(keras.Model, "compile", self._compile)
-        around(keras.Model, "compile_from_config", self._compile_from_config)
         around(keras.Model, "make_train_function", self._make_train_function)
         around(keras.Model, "fit", self._fit)
         around(keras.Model, "train_on_batch", self._train_on_batch)
 
     def _compile(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:
         given = bound(plain, model, *arguments, **named)
-        if given is None or self._loading:  # the state that a file holds is that of the optimizer as it was
+        optimizer = None if given is None else _resolved(given.arguments.get("optimizer", "rmsprop"))
+        if given is None or optimizer is None:
             return plain(model, *arguments, **named)
-        self._loaded.discard(model)
-        automatic = given.arguments.get("auto_scale_loss", True)
-        given.arguments["optimizer"] = self._scaled(model, given.arguments.get("optimizer", "rmsprop"), automatic)
-        return plain(*given.args, **given.kwargs)
-
-    def _compile_from_config(self, plain: _Plain, model: Any, config: Any) -> Any:
-        self._loading += 1
-        try:
-            return plain(model, config)
-        finally:
-            self._loading -= 1
-            self._loaded.add(model)
-
-    def _scaled(self, model: Any, given: Any, automatic: bool = True) -> Any:
-        """Returns what a model is to be compiled with, for the optimizer that the script gives."""
-        try:
-            optimizer = keras.optimizers.get(given)
-        except (ValueError, TypeError):
-            return given  # Keras says it better
-        rule = self.wish.rule(_compute_dtype(model))
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            self._keep(optimizer)
-        elif rule is not None and not automatic:
+        if not given.arguments.get("auto_scale_loss", True) and self._rule(model) is not None:
             self.left_alone.add(optimizer)
             say(f"{place()} compiles with auto_scale_loss=False: its loss is not scaled, as the script says")
-        elif rule is not None:
-            known = self._scalers.get(optimizer, lambda: None)()
-            return self._adopt(model, known or LossScaleOptimizer(optimizer, rule))
+        # What Keras compiles with, it saves: the script's own, so that a file needs nothing of ours.
+        given.arguments |= {"optimizer": optimizer, "auto_scale_loss": False}
+        result = plain(*given.args, **given.kwargs)
+        self._give(model, optimizer)
+        return result
+
+    def _give(self, model: Any, optimizer: Any) -> None:
+        """Gives a model what scales for an optimizer of the script, if there is something to scale."""
+        scaler = self._scaler_of(model, optimizer)
+        if scaler is not model.optimizer:
+            # Not by Keras's own `__setattr__`: TensorFlow's would list it among what a checkpoint holds.
+            object.__setattr__(model, "optimizer", scaler)
+
+    def _scaler_of(self, model: Any, optimizer: Any) -> Any:
+        rule = self._rule(model)
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            self._keep(optimizer)
+        elif rule is not None and optimizer not in self.left_alone:
+            scaler = self._scalers.get(optimizer, lambda: None)() or LossScaleOptimizer(optimizer, rule)
+            self._scalers[optimizer] = weakref.ref(scaler)
+            scaler._calls.refuse = _refuse_calls
+            self.models.add(model)
+            return scaler
         return optimizer
 
-    def _adopt(self, model: Any, scaler: Any) -> Any:
-        """Makes a model's optimizer ours: one that its script does not know of."""
-        self._scalers[scaler.inner_optimizer] = weakref.ref(scaler)
-        scaler._calls.refuse = _refuse_calls
-        self.models.add(model)
-        return scaler
+    def _rule(self, model: Any) -> ScalingRule | None:
+        return self.wish.rule(_compute_dtype(model))
 
     def is_ours(self, optimizer: Any) -> bool:
         """Returns whether an optimizer scales because of us, and its script does not know."""
@@ -103,20 +98,16 @@ class Training:
             say(f"{place()} compiles with a LossScaleOptimizer{whose}: the script's own stays")
 
     def _prepare(self, model: Any) -> None:
-        """Does what could not be done in `compile`: a model that was loaded has its optimizer's state by now."""
-        optimizer = model.optimizer
-        if optimizer is None or optimizer in self.left_alone:
+        """Does what could not be done in `compile`: a model may have made its float16 layers later."""
+        before = model.optimizer
+        if before is None:
             return
-        if type(optimizer) is keras.optimizers.LossScaleOptimizer and model in self._loaded:
-            # Keras wraps by itself what it loads under mixed_float16.
-            scaler = self._adopt(model, LossScaleOptimizer.from_keras(optimizer))
-        else:
-            scaler = self._scaled(model, optimizer)
-        if scaler is not optimizer:
-            if optimizer.built and not scaler.built:
-                scaler.build(model.trainable_variables)
-            model.optimizer, model.train_function = scaler, None
-        self.ledger.entry(scaler)
+        self._give(model, before)
+        if model.optimizer is not before:
+            model.train_function = None
+            if before.built:
+                model.optimizer.build(model.trainable_variables)
+        self.ledger.entry(model.optimizer)
 
     def _make_train_function(self, plain: _Plain, model: Any, force: bool = False) -> Any:
         self._prepare(model)
@@ -126,17 +117,25 @@ class Training:
         return plain(model, force)
 
     def _make_islands(self, model: Any) -> None:
-        if not any(layer.compute_dtype in HALF for layer in _layers(model)):
+        if not any(layer.compute_dtype in HALF for layer in model._flatten_layers()):
             return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                self.ledger.islands += len(force_float32(model))
+                made = force_float32(model)
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
                 refuse(f"float32 islands in the model {model.name!r} failed ({why}); --no-islands leaves them out")
         for each in caught:
             say(str(each.message))
+        self.ledger.islands += len(made)
+        if made:
+            self._with_islands.add(model)
+
+    def save(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:
+        """Saves a model as its script made it: without our islands."""
+        with inplace.as_before(model) if model in self._with_islands else contextlib.nullcontext():
+            return plain(model, *arguments, **named)
 
     def _fit(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:
         given = bound(plain, model, *arguments, **named)
@@ -187,13 +186,20 @@ class Training:
             self.running.pop()
 
 
+def _resolved(optimizer: Any) -> Any:
+    """Returns what Keras takes `compile`'s argument for; None where that is for Keras to refuse."""
+    try:
+        return keras.optimizers.get(optimizer)
+    except (ValueError, TypeError):
+        return None
+
+
 def _compute_dtype(model: Any) -> str:
-    """Returns float16 where a model has a layer that computes in it, else its own dtype."""
-    return "float16" if any(layer.compute_dtype == "float16" for layer in _layers(model)) else str(model.compute_dtype)
-
-
-def _layers(model: Any) -> list[Any]:
-    return list(model._flatten_layers())
+    """Returns float16 where a model has a layer that computes in it, else the dtype of one of its layers."""
+    own = [layer for layer in model._flatten_layers() if not isinstance(layer, keras.layers.InputLayer)]
+    # Of a graph only its layers compute: a model that is loaded holds those of its file, under whatever policy it is.
+    dtypes = {layer.compute_dtype for layer in own if inplace.graph_of(layer) is None} or {model.compute_dtype}
+    return "float16" if "float16" in dtypes else str(min(dtypes))
 
 
 def _refuse_calls(advice: str) -> None:
