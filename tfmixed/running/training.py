@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from tfmixed import inplace
+from tfmixed import distribute, inplace
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.formats import HALF
 from tfmixed.islands import force_float32
@@ -171,6 +171,8 @@ class Training:
             entry = self.ledger.entry(model.optimizer)
             entry.log, entry.is_ours = theirs[0].path, isinstance(theirs[0], Logger)
             return later
+        # Of several workers one writes for all.
+        self.ledger.entry(model.optimizer).is_ours = distribute.is_chief(model)
         return [*later, Logger(self.ledger)]
 
     def _train_on_batch(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:
