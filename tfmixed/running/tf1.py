@@ -30,7 +30,7 @@ class Launch1:
 
     def __init__(self, wish: Wish) -> None:
         self.wish, self.ledger = wish, Ledger(wish)
-        self._dtype = "auto" if wish.policy == "auto" else wish.policy.removeprefix("mixed_")
+        self._wanted = "auto" if wish.policy == "auto" else wish.policy.removeprefix("mixed_")
         self._tf: Any = None
         self._has_begun = False
         self._scalers: dict[Any, list[Any]] = {}  # which optimizers step in a graph
@@ -49,12 +49,12 @@ class Launch1:
         from tfmixed.running.wrapping import around
 
         self._tf = tensorflow
-        with _environment(_SCALING, "0" if self._dtype == "float32" else "1"):
+        with _environment(_SCALING, "0" if self._wanted == "float32" else "1"):
             v1.install()
         around(v1.LossScaleOptimizer, "apply_gradients", self._apply_gradients, traced=True)
         for kind in (tensorflow.compat.v1.Session, tensorflow.compat.v1.InteractiveSession):
-            around(kind, "__init__", self._opened)
-            around(kind, "close", self._closed)
+            around(kind, "__init__", self._open)
+            around(kind, "close", self._close)
 
     def _begin(self) -> None:
         """Switches the rewrite on, and says what is applied.
@@ -69,11 +69,11 @@ class Launch1:
         from tfmixed.compat.v1 import rewrite
 
         said: list[str] = []
-        is_own, is_wanted = rewrite.is_enabled(), self._dtype != "float32"
+        is_own, is_wanted = rewrite.is_enabled(), self._wanted != "float32"
         if is_wanted and not is_own:
             with _heard(said):
                 # An optimizer that nobody uses: the switch is of the whole process.
-                v1.enable_mixed_precision_graph_rewrite(v1.train.GradientDescentOptimizer(0.0), dtype=self._dtype)
+                v1.enable_mixed_precision_graph_rewrite(v1.train.GradientDescentOptimizer(0.0), dtype=self._wanted)
         half = f"graph rewrite to {rewrite.active()}" if rewrite.active() else "no graph rewrite"
         by = " as the script itself asks" if is_own else ""
         scaling = "a dynamic loss scale for optimizers that have none" if is_wanted else "no loss scale added"
@@ -89,12 +89,12 @@ class Launch1:
                 known += [] if optimizer in known else [optimizer]
         return plain(optimizer, *arguments, **named)
 
-    def _opened(self, plain: Callable[..., Any], session: Any, *arguments: Any, **named: Any) -> None:
+    def _open(self, plain: Callable[..., Any], session: Any, *arguments: Any, **named: Any) -> None:
         self._begin()
         plain(session, *arguments, **named)
         self._sessions.add(session)
 
-    def _closed(self, plain: Callable[..., Any], session: Any) -> None:
+    def _close(self, plain: Callable[..., Any], session: Any) -> None:
         self._look(session)
         plain(session)
 
