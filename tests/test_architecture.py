@@ -44,8 +44,9 @@ FLOORS = {
     5: ["logcommands", "iteration", "compat", "doctor", "plan", "probing"],
     6: ["grad_scaler", "islands", "callbacks"],
     7: ["config", "bench"],
-    8: ["cli"],
-    9: ["__main__"],
+    8: ["running"],
+    9: ["cli"],
+    10: ["__main__"],
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import keras
@@ -44,6 +44,9 @@ class Calls:
         scales: False for a scale that is always 1: there nothing can go wrong.
     """
 
+    refuse: Callable[[str], None] | None = None
+    """What is called with the advice instead of a warning: for an optimizer that its script does not know of."""
+
     def __init__(self, scales: bool) -> None:
         self._scales = scales
         self._round: dict[Call, Any] = {}  # and in which graph, None where Python sees each of them
@@ -55,6 +58,12 @@ class Calls:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Calls, (self._scales,)
+
+    @property
+    def expects_scaled(self) -> bool:
+        """Whether the step that comes has scaled its loss, as far as Python sees, or need not."""
+        pending = self._has_scaled() and not self._applied
+        return not self._scales or pending or bool(self._read) or bool(self._apart - {"get_unscaled_gradients"})
 
     def loss_scale(self) -> None:
         """Notes that somebody reads the scale, maybe to scale by hand."""
@@ -132,9 +141,14 @@ class Calls:
         self._round, self._applied = {}, set()
 
     def _say(self, what: str, *details: str) -> None:
-        if self._scales and what not in self._said:
-            self._said.add(what)
-            warnings.warn(_ADVICE[what].format(*details), stacklevel=5)
+        if not self._scales or what in self._said:
+            return
+        self._said.add(what)
+        advice = _ADVICE[what].format(*details)
+        if self.refuse is not None:
+            self.refuse(advice)
+        else:
+            warnings.warn(advice, stacklevel=5)
 
 
 def _place() -> Any:

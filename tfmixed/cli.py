@@ -18,6 +18,7 @@ import typer
 import tfmixed
 from tfmixed import logcommands
 from tfmixed.errors import ConfigError, UsageError
+from tfmixed.running import command as running
 
 _GREETING = re.compile(rb"I0000 .* oneDNN custom operations are on|WARNING: All log messages before absl")
 
@@ -31,6 +32,9 @@ def main() -> None:
     except (UsageError, ConfigError) as error:
         print(f"tfmixed: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except running.Ready as ready:
+        start = ready.start
+    start()
 
 
 def _print_version(wanted: bool) -> None:
@@ -180,6 +184,7 @@ def bench(
 
 app.command()(logcommands.report)
 app.command()(logcommands.simulate)
+app.command(context_settings=running.SETTINGS)(running.run)
 
 
 @contextlib.contextmanager

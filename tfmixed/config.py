@@ -8,6 +8,8 @@ growth_interval = 1000          # or: like = "torch", with that peer's
 
 [log]                           # of LossScaleLogger
 every = 100
+
+Reading one loads no framework: `tfmixed run` does it before the script has chosen its backend.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import keras
 import tomli_w
 
-from tfmixed import hardware, policy, scaling, whole
-from tfmixed.callbacks import LossScaleLogger
+from tfmixed import hardware, scaling, whole
 from tfmixed.errors import ConfigError
-from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.scaling import RULES, ScalingRule, checks
+
+if TYPE_CHECKING:
+    import keras
 
 _POLICIES = ["auto", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"]
 _NONE = "none"  # TOML has no null
@@ -92,17 +94,25 @@ class Config:
 
     def apply(self) -> keras.DTypePolicy:
         """Sets the global policy, as `set_policy` does, and returns it."""
-        return policy.set_policy(self.policy)
+        from tfmixed.policy import set_policy
+
+        return set_policy(self.policy)
 
     def optimizer(self, inner: keras.optimizers.Optimizer | str) -> keras.optimizers.Optimizer:
         """Returns `inner` wrapped into a `LossScaleOptimizer`, or as it is where nothing is to be scaled.
 
         Without `scaling`, `mixed_float16` wraps it too, with a scale of 1: Keras would scale a bare optimizer there.
         """
+        import keras
+
+        from tfmixed.optimizer import LossScaleOptimizer
+
         return LossScaleOptimizer(inner, self.scaling) if self._wraps else keras.optimizers.get(inner)
 
     def callbacks(self, run_dir: str | os.PathLike[str]) -> list[keras.callbacks.Callback]:
         """Returns the callbacks that log into `run_dir`; none where the optimizer is not wrapped."""
+        from tfmixed.callbacks import LossScaleLogger
+
         if not self._wraps:
             return []
         run = Path(run_dir)
@@ -147,8 +157,14 @@ def _config(tables: dict[str, Any]) -> Config:
 
 
 def _is_policy(name: Any) -> bool:
+    if not isinstance(name, str):
+        return False
+    if name in _POLICIES:
+        return True
+    import keras
+
     try:
-        return isinstance(name, str) and "float" in keras.dtype_policies.get(name).compute_dtype
+        return "float" in keras.dtype_policies.get(name).compute_dtype
     except ValueError:
         return False
 

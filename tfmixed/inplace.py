@@ -170,6 +170,20 @@ def _as_before(layer: Any) -> Iterator[None]:
         _set(layer, "__class__", now)
 
 
+@contextlib.contextmanager
+def as_before(model: Any) -> Iterator[None]:
+    """Has a model, and all in it, look as before anything was changed: what is saved then needs nothing of ours."""
+    with contextlib.ExitStack() as stack:
+        for each in [model, *descendants(model)]:
+            for name in change_of(each).get("activations", ()):
+                activation = getattr(each, name)
+                stack.callback(_set, each, name, activation)
+                _set(each, name, activation.activation)
+            if isinstance(each, Forced):
+                stack.enter_context(_as_before(each))
+        yield
+
+
 @functools.cache
 def _forced(cls: Any) -> Any:
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")} | {"_made_as": cls}

@@ -65,7 +65,7 @@ def describe(model: keras.Model | None, scaler: Any) -> RunRecord:
     inner = getattr(scaler, "inner_optimizer", None)
     return RunRecord(
         step=int(scaler.attempted_steps),
-        loss_scale=float(scaler.loss_scale),
+        loss_scale=float(scaler.measured()["loss_scale"]),
         started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         model="" if model is None else str(model.name),
         policy=policy.name,

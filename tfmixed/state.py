@@ -183,6 +183,12 @@ class Observable:
         """Global L2 norm of the last step's unscaled gradients, before clipping: a float32 scalar tensor."""
         return self._state().read("gradient_norm")
 
+    def measured(self) -> dict[str, Any]:
+        """Returns scale, skipped steps and gradient norm by name, for who watches: nobody scales a loss by these."""
+        state = self._state()
+        names = {"loss_scale": "dynamic_scale", "skipped_steps": "skipped_steps", "gradient_norm": "gradient_norm"}
+        return {name: state.read(variable) for name, variable in names.items()}
+
     def drain_events(self) -> list[Change]:
         """Returns the changes of the scale since the last call, oldest first, and forgets them.
 

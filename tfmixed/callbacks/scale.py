@@ -19,8 +19,6 @@ from tfmixed.records import Change, Progress, Record, ScaleChange
 from tfmixed.scaling import checks
 from tfmixed.state import Observable
 
-_METRICS = ("loss_scale", "skipped_steps", "gradient_norm")
-
 
 class LossScaleLogger(keras.callbacks.Callback):
     """Logs every change of the loss scale with its exact step, and puts the scale beside the metrics.
@@ -134,7 +132,7 @@ class LossScaleLogger(keras.callbacks.Callback):
         if self._optimizer is None:
             return
         if logs is not None:
-            values = {name: getattr(self._optimizer, name) for name in _METRICS}
+            values = self._optimizer.measured()
             # Tensors: nobody waits for the device but the progress bar, which does so anyway. Elsewhere Keras has
             # waited already, and its progress bar takes numbers only.
             is_tensorflow = keras.backend.backend() == "tensorflow"
@@ -148,13 +146,13 @@ class LossScaleLogger(keras.callbacks.Callback):
         if optimizer is None:
             return
         self._collect(logs)
-        numbers = {name: float(getattr(optimizer, name)) for name in _METRICS}
+        numbers = {name: float(value) for name, value in optimizer.measured().items()}
         if logs is not None:
             logs.update(numbers)
         step = int(optimizer.attempted_steps)
         self._write_scalars(numbers, step)
         if self._is_chief:
-            self._append([_progress(step - 1, epoch, numbers, logs or {})])
+            self._append([progress(step - 1, epoch, numbers, logs or {})])
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._optimizer is None:
@@ -214,7 +212,8 @@ class LossScaleLogger(keras.callbacks.Callback):
         self._pending = []
 
 
-def _progress(step: int, epoch: int, numbers: dict[str, float], logs: dict[str, Any]) -> Progress:
+def progress(step: int, epoch: int | None, numbers: dict[str, float], logs: dict[str, Any]) -> Progress:
+    """Returns the record of where a run stands after `step`."""
     norm, loss = numbers["gradient_norm"], logs.get("loss")
     return Progress(
         step,

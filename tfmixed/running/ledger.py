@@ -1,0 +1,150 @@
+"""What a run leaves: a log for each optimizer that scales, a report of them, and the last line."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfmixed.running.saying import refuse, say
+from tfmixed.running.wishes import Wish
+
+_MOST = 4  # runs that a report lays side by side
+
+
+@dataclass
+class Entry:
+    """What is known of one optimizer or scaler.
+
+    Args:
+        steps: Those that it attempted; of one that does not count them, those that it took.
+        skipped: How many of them were skipped; None where nobody counts.
+        scale: The last loss scale; None where nothing is scaled.
+        log: Its log, or None.
+        is_ours: Whether the log is this run's own, and not one that the script writes.
+    """
+
+    steps: int = 0
+    skipped: int | None = None
+    scale: float | None = None
+    log: Path | None = None
+    is_ours: bool = True
+
+
+class Ledger:
+    """Knows the optimizers and scalers of a run, their logs, and how many layers were put into float32.
+
+    Args:
+        wish: What the command line asks for.
+    """
+
+    def __init__(self, wish: Wish) -> None:
+        self.wish = wish
+        self.islands = 0
+        self._entries: list[Entry] = []
+        self._of: weakref.WeakKeyDictionary[Any, Entry] = weakref.WeakKeyDictionary()
+        self._found = sorted(wish.log_dir.glob("*.jsonl")) if wish.resumes else []
+
+    def entry(self, optimizer: Any) -> Entry:
+        """Returns what is known of an optimizer or scaler, which is in the books from now on."""
+        if optimizer not in self._of:
+            self._of[optimizer] = Entry()
+            self._entries.append(self._of[optimizer])
+        return self._of[optimizer]
+
+    def note(self, optimizer: Any) -> None:
+        """Notes where an optimizer stands. Reads the device."""
+        from tfmixed.running import observing
+
+        entry, known = self.entry(optimizer), observing.numbers(optimizer)
+        if known is not None:
+            entry.steps, entry.skipped, entry.scale = known
+
+    def log_of(self, optimizer: Any) -> Path:
+        """Returns the log of an optimizer that steps next: a new file, or that of the run that was restored."""
+        entry = self.entry(optimizer)
+        if entry.log is None:
+            goes_on = len(self._found) == 1 and int(optimizer.attempted_steps) > 0
+            entry.log = self._found.pop() if goes_on else claimed(self.wish.log_dir, "loss_scale", ".jsonl")
+        return entry.log
+
+    def close(self) -> None:
+        """Writes what is not written yet, and says how the run ended."""
+        from tfmixed.running import observing
+
+        for optimizer, entry in list(self._of.items()):
+            self.note(optimizer)
+            if entry.steps and entry.log is None and entry.is_ours and entry.skipped is not None:
+                observing.write_log(optimizer, self.log_of(optimizer))
+        say("; ".join([self.summary(), *self._files()]))
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether any step is known."""
+        return any(each.steps for each in self._entries)
+
+    def summary(self) -> str:
+        """Returns steps, skipped ones and the scale, of all optimizers together."""
+        entries = [each for each in self._entries if each.steps]
+        if not entries:
+            return "no training step was seen"
+        words = [f"{len(entries)} runs"] if len(entries) > 1 else []
+        words += [f"{sum(each.steps for each in entries)} steps", *_scales(entries)]
+        if self.islands:
+            words.append(f"{self.islands} {'layer' if self.islands == 1 else 'layers'} in float32")
+        return ", ".join(words)
+
+    def _files(self) -> Iterator[str]:
+        logs = [(each.log, each.is_ours) for each in self._entries if each.log is not None]
+        if len(logs) == 1:
+            yield f"log {logs[0][0]}"
+        elif logs:
+            yield f"{len(logs)} logs in {', '.join(sorted({f'{log.parent}{os.sep}' for log, _ in logs}))}"
+        if ours := [log for log, is_ours in logs if is_ours]:
+            yield _report(ours)
+
+
+def _scales(entries: list[Entry]) -> Iterator[str]:
+    """Yields what happened to the loss scale."""
+    scales = sorted({each.scale for each in entries if each.scale is not None})
+    if not scales:
+        yield "no loss scale"
+        return
+    skips = [each.skipped for each in entries if each.skipped is not None]
+    yield f"{sum(skips)} skipped" if skips else "skipped ones not counted"
+    yield f"final scale {scales[0]:g}" if len(scales) == 1 else f"final scales {scales[0]:g} to {scales[-1]:g}"
+
+
+def _report(logs: list[Path]) -> str:
+    """Writes a report, and returns where it is, or why it is not."""
+    if len(logs) > _MOST:
+        return "no report of so many: tfmixed report LOG"
+    try:
+        from tfmixed.report import Report, read
+
+        path = claimed(logs[0].parent, "report", ".html")
+        Report([read(log) for log in logs]).save_page(path)
+    except ImportError as error:
+        return f"no report ({error}): pip install 'tfmixed[plot]'"
+    except (Exception, KeyboardInterrupt) as error:  # the script has ended: its exit code stays
+        return f"no report ({type(error).__name__}: {error})"
+    return f"report {path}"
+
+
+def claimed(folder: Path, stem: str, suffix: str) -> Path:
+    """Returns a file that was not there and is now: `stem.suffix`, or one with a number."""
+    for number in itertools.count(1):
+        path = folder / f"{stem}{f'-{number}' if number > 1 else ''}{suffix}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            refuse(f"--log-dir must be a folder that can be written, received {str(folder)!r}: {error}")
+        return path
+    raise AssertionError

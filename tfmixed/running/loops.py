@@ -1,0 +1,133 @@
+"""Training steps that a script writes itself: scaled where that can be done, refused where they would not be."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import wrapt
+
+from tfmixed import structure
+from tfmixed.formats import HALF
+from tfmixed.running.policies import Policies
+from tfmixed.running.saying import caller, is_within, place, refuse, say
+from tfmixed.running.training import Training
+from tfmixed.running.wrapping import around
+
+_Plain = Callable[..., Any]
+_ADVICE = (
+    "under float16 its gradients would be those of a loss that nobody scales. --policy mixed_bfloat16 needs no loss "
+    "scale; or scale it in the script, with tfmixed.LossScaleOptimizer or tfmixed.GradScaler"
+)
+
+
+class Loops:
+    """Stands around optimizers and tapes.
+
+    A step that a model's `train_step` takes with a tape, for an optimizer that became a scaling one in `compile`, is
+    scaled there: the tape starts from the scale instead of from 1, and returns gradients that are unscaled again.
+
+    Args:
+        policies: Know the layers that compute in float16.
+        training: Knows the optimizers that are ours.
+    """
+
+    def __init__(self, policies: Policies, training: Training) -> None:
+        self.policies, self.training = policies, training
+        self._judged: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._scaled_by_script = False
+        self._said = False
+
+    def install(self) -> None:
+        """Stands around the methods of Keras's optimizers, of `tf.GradientTape` and of PyTorch's optimizers."""
+        around(keras.layers.Layer, "__init__", self._layer)
+        around(keras.optimizers.LossScaleOptimizer, "__init__", self._scaler)
+        around(keras.optimizers.Optimizer, "apply", self._apply, traced=True)
+        wrapt.when_imported("tfmixed.grad_scaler")(
+            lambda module: around(module.GradScaler, "__init__", self._grad_scaler)
+        )
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow
+
+            around(tensorflow.GradientTape, "gradient", self._gradient, traced=True)
+        elif keras.backend.backend() == "torch":
+            from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+            register_optimizer_step_pre_hook(self._torch_step)
+
+    def _layer(self, plain: _Plain, layer: Any, *arguments: Any, **named: Any) -> None:
+        plain(layer, *arguments, **named)
+        self.policies.saw(layer, named.get("dtype"))
+
+    def _scaler(self, plain: _Plain, scaler: Any, inner: Any, *arguments: Any, **named: Any) -> None:
+        plain(scaler, inner, *arguments, **named)
+        self._judged.add(inner)
+        self.training.ledger.entry(scaler)
+
+    def _grad_scaler(self, plain: _Plain, scaler: Any, *arguments: Any, **named: Any) -> None:
+        plain(scaler, *arguments, **named)
+        if scaler.is_enabled():
+            self._scaled_by_script = True
+            self.training.ledger.entry(scaler)
+
+    def _apply(self, plain: _Plain, optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
+        if optimizer not in self._judged and optimizer not in self.training.left_alone:
+            self._judge(optimizer, trainable_variables)
+        return plain(optimizer, grads, trainable_variables)
+
+    def _judge(self, optimizer: Any, variables: Any) -> None:
+        """Lets an optimizer that does not scale take its first step, or refuses it."""
+        self._judged.add(optimizer)
+        known = optimizer._trainable_variables if variables is None else variables
+        if not self._scaled_by_script and self._is_float16(known):
+            refuse(f"{place()} takes a step of its own with {type(optimizer).__name__}: {_ADVICE}")
+        if self.training.running or self._scaled_by_script:
+            return
+        if isinstance(optimizer, keras.optimizers.Optimizer):
+            self.training.ledger.entry(optimizer)
+        if keras.config.dtype_policy().compute_dtype in HALF and not self._said:
+            self._said = True
+            say(f"{place()} trains in a loop of its own: the policy holds, float32 islands and the log are for `fit`")
+
+    def _is_float16(self, variables: Iterable[Any]) -> bool:
+        wanted = _identities(variables)
+        float16 = (each for each in self.policies.float16_layers if each.built and structure.graph_of(each) is None)
+        return any(not wanted.isdisjoint(_identities(layer.trainable_variables)) for layer in float16)
+
+    def _gradient(self, plain: _Plain, tape: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:
+        seeded = any(each is not None for each in (*rest[:1], named.get("output_gradients")))
+        is_plain = seeded or not self.training.models or caller("tensorflow").startswith("keras.")
+        optimizer = None if is_plain else self._owner(sources)
+        if optimizer is None or optimizer._calls.expects_scaled:
+            return plain(tape, target, sources, *rest, **named)
+        from tensorflow import nest
+
+        named["output_gradients"] = nest.map_structure(lambda each: _scale_like(optimizer, each), target)
+        named |= dict(zip(("unconnected_gradients",), rest[1:], strict=False))
+        return optimizer.get_unscaled_gradients(plain(tape, target, sources, **named))
+
+    def _owner(self, sources: Any) -> Any:
+        """Returns the optimizer, ours, of the model whose variables these are; None where there is none."""
+        wanted = _identities(keras.tree.flatten(sources))
+        for model in self.training.running[-1:] or list(self.training.models):
+            if not wanted.isdisjoint(_identities(model.trainable_variables)):
+                return model.optimizer if self.training.is_ours(model.optimizer) else None
+        return None
+
+    def _torch_step(self, optimizer: Any, _arguments: Any, _named: Any) -> None:
+        if optimizer not in self._judged and not is_within("torch.amp.grad_scaler"):
+            self._judge(optimizer, [each for group in optimizer.param_groups for each in group["params"]])
+
+
+def _identities(variables: Iterable[Any]) -> set[int]:
+    """Returns what tells variables from others, whether they are Keras's or those of its backend."""
+    variables = list(variables)
+    return {*map(id, variables), *(id(each.value) for each in variables if isinstance(each, keras.Variable))}
+
+
+def _scale_like(optimizer: Any, target: Any) -> Any:
+    import tensorflow as tf
+
+    return tf.cast(optimizer.get_scaled_loss(tf.ones_like(target, tf.float32)), target.dtype)

@@ -1,0 +1,58 @@
+"""What `tfmixed run` says: lines on standard error, which name the script's own line where there is one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import FrameType
+from typing import NoReturn
+
+_LIBRARIES = ("keras", "tfmixed", "tensorflow", "tf_keras", "jax", "torch", "wrapt", "functools", "contextlib")
+
+
+def say(what: str) -> None:
+    """Prints one line. Not to `sys.stderr`, which the script may have replaced to read what it prints itself."""
+    if sys.__stderr__ is not None:
+        print(f"tfmixed: {what}", file=sys.__stderr__, flush=True)
+
+
+def refuse(what: str) -> NoReturn:
+    """Ends the run with exit code 2, through a script's `except Exception` and AutoGraph's rewriting of errors too."""
+    say(what)
+    raise SystemExit(2)
+
+
+def place() -> str:
+    """Returns file and line of the code that called into the frameworks, as `train.py:12`."""
+    frame = _outside(_LIBRARIES)
+    if frame is None:
+        return "the script"
+    file = frame.f_code.co_filename
+    near = os.path.relpath(file) if os.path.isabs(file) else file
+    return f"{file if near.startswith(os.pardir) else near}:{frame.f_lineno}"
+
+
+def caller(*libraries: str) -> str:
+    """Returns the name of the innermost module that is neither of these libraries nor of this package."""
+    frame = _outside((*libraries, "contextlib", "functools"), but_for=__package__)
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
+
+
+def is_within(module: str) -> bool:
+    """Returns whether a function of a module is running in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _outside(libraries: tuple[str, ...], but_for: str = "") -> FrameType | None:
+    """Returns the innermost frame that is of none of these libraries."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name, file = frame.f_globals.get("__name__", ""), os.path.basename(frame.f_code.co_filename)
+        known = name.partition(".")[0] in libraries or bool(but_for and name.startswith(but_for))
+        if not known and not file.startswith("__autograph_generated_file"):  # its lines are nobody's
+            return frame
+        frame = frame.f_back
+    return None
