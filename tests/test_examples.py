@@ -143,7 +143,7 @@ def multi_worker(folder, *arguments):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     with subprocess.Popen(command, **pipes) as process:
         try:
-            output, _ = process.communicate(timeout=200)
+            output, _ = process.communicate(timeout=500)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
