@@ -30,6 +30,7 @@ def test_the_snippets_print_what_they_say(tmp_path, monkeypatch):
         assert out.getvalue().splitlines() == said
 
 
+@pytest.mark.filterwarnings("ignore:policy .* is slow here")
 def test_the_example_chooses_a_scale_and_reports_a_run(tmp_path, monkeypatch, capsys):
     """The suggested scale works, one that is 2^6 too large does not, and the pictures are those of the page."""
     monkeypatch.setattr(sys, "argv", ["ranges.py", "--epochs", "32", "--run-dir", str(tmp_path)])
