@@ -59,8 +59,12 @@ class Training:
             say(f"{place()} compiles with auto_scale_loss=False: its loss is not scaled, as the script says")
         # What Keras compiles with, it saves: the script's own, so that a file needs nothing of ours.
         given.arguments |= {"optimizer": optimizer, "auto_scale_loss": False}
+        before = getattr(
+            model, "optimizer", None
+        )  # held: compiled again with the same optimizer, a model keeps its scaler
         result = plain(*given.args, **given.kwargs)
         self._give(model, optimizer)
+        del before
         return result
 
     def _give(self, model: Any, optimizer: Any) -> None:

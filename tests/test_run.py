@@ -1,0 +1,235 @@
+"""What `tfmixed run` applies to unchanged Keras scripts, on the backend that the script chooses, in real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from backend import BACKEND
+
+from tfmixed import records
+
+# The environment names a backend that does not exist: the script's own choice comes in time.
+BEGIN = f"""
+import os, sys
+assert not {{"keras", "tensorflow", "jax", "torch"}} & set(sys.modules)
+os.environ["KERAS_BACKEND"] = {BACKEND!r}
+import keras, numpy as np
+x, y = np.random.default_rng(0).normal(size=(64, 4)).astype("float32"), np.arange(64) % 3
+LOSS = "sparse_categorical_crossentropy"
+
+def net(*first, **last):
+    hidden = keras.layers.Dense(8, activation="relu", name="hidden")
+    return keras.Sequential([*first, hidden, keras.layers.Dense(3, activation="softmax", name="out", **last)])
+"""
+
+MODELS = (
+    "import sys; assert 'numpy' not in sys.modules"  # a script may set the number of its threads first
+    + BEGIN
+    + """
+facts = {"default": keras.mixed_precision.global_policy().name}
+model = net()  # not built yet
+model.compile("sgd", LOSS, metrics=["accuracy"])
+first = model.fit(x, y, epochs=2, batch_size=16, verbose=0).history
+model.fit(x, y, batch_size=16, verbose=0)
+facts["history"] = sorted(first)
+facts["optimizer"] = type(model.optimizer).__module__
+facts["probabilities"] = str(keras.backend.standardize_dtype(model(x).dtype))
+model.save("model.keras")
+model = net(keras.Input((4,)), dtype="float32")
+inner = keras.optimizers.Adam()
+for _ in range(2):
+    model.compile(inner, LOSS)
+    model.fit(x, y, verbose=0)
+model = net(keras.Input((4,)))
+model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), LOSS)
+model.fit(x, y, verbose=0)
+import tfmixed
+model = net(keras.Input((4,)))
+model.compile(tfmixed.LossScaleOptimizer("sgd", 64), LOSS)
+model.fit(x, y, verbose=0, callbacks=tfmixed.callbacks.LossScaleLogger("own.jsonl", verbose=0))
+import json
+print(json.dumps(facts))
+sys.exit(5)
+"""
+)
+
+
+def run(folder, code, *options, arguments=(), backend="nonsense"):
+    """Runs a script in a folder under `tfmixed run`, and returns the process and what we said in it."""
+    (folder / "train.py").write_text(code)
+    command = [sys.executable, "-m", "tfmixed", "run", *options, "train.py", *arguments]
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    options = {"capture_output": True, "text": True, "timeout": 240, "check": False, "cwd": folder}
+    done = subprocess.run(command, env=environment, **options)
+    return done, [line[9:] for line in done.stderr.splitlines() if line.startswith("tfmixed: ")]
+
+
+def line_of(code, part):
+    return next(number for number, line in enumerate(code.splitlines(), start=1) if part in line)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return folder, *run(folder, MODELS, "--policy", "mixed_float16")
+
+
+def test_policy_optimizer_and_islands_are_applied(models):
+    """To an unchanged script, whose output, history and exit code stay its own."""
+    _, done, said = models
+    assert done.returncode == 5, done.stderr
+    (printed,) = done.stdout.splitlines()
+    assert json.loads(printed) == {
+        "default": "mixed_float16",
+        "history": ["accuracy", "loss"],
+        "optimizer": "tfmixed.optimizer",
+        "probabilities": "float32",
+    }
+    assert re.fullmatch(
+        r"mixed_float16 \(--policy.*\), loss scale dynamic, float32 islands on, log in runs/train/", said[0]
+    )
+
+
+def test_what_the_script_says_itself_stays_and_is_said(models):
+    """A layer's dtype, an optimizer that scales: once each, with the line."""
+    _, _, said = models
+    parts = 'name="out"', "keras.optimizers.LossScaleOptimizer", "tfmixed.LossScaleOptimizer"
+    layer, theirs, ours = (f"train.py:{line_of(MODELS, part)}" for part in parts)
+    scales, stays = "compiles with a LossScaleOptimizer", "the script's own stays"
+    assert said[1:-1] == [
+        f"{layer} gives a Dense the dtype float32, which it keeps; elsewhere mixed_float16 holds",
+        f"{theirs} {scales}, Keras's own, which cannot be logged: {stays}",
+        f"{ours} {scales}: {stays}",
+    ]
+
+
+def test_the_last_line_tells_how_it_ended(models):
+    """Steps, skips and scales of all optimizers, each of which has a log, islands, and where logs and report are."""
+    folder, _, said = models
+    steps = 12 + 4 + 2 + 2
+    assert re.fullmatch(
+        rf"4 runs, {steps} steps, \d skipped, final scales 64 to \d+, 3 layers in float32; 3 logs in \./, runs/train/; "
+        r"report runs/train/report.html",
+        said[-1],
+    )
+    logs = {path.name: records.read_log(path) for path in sorted((folder / "runs" / "train").glob("*.jsonl"))}
+    progress = [[each.step for each in log if isinstance(each, records.Progress)] for log in logs.values()]
+    assert progress == [[1, 3], [3, 7, 11]]  # loss_scale-2.jsonl before loss_scale.jsonl
+    assert (folder / "runs/train/report.html").read_text().startswith("<!doctype html>")
+
+
+def test_what_a_run_saves_needs_no_tfmixed(models):
+    """Plain Keras loads the model, as its script made it."""
+    folder, _, _ = models
+    code = (
+        "import keras, sys\nlast = keras.models.load_model('model.keras').layers[-1]\n"
+        "print(last.activation.__name__, type(last) is keras.layers.Dense, 'tfmixed' in sys.modules)"
+    )
+    environment = {**os.environ, "KERAS_BACKEND": BACKEND}
+    options = {"capture_output": True, "text": True, "timeout": 120, "check": False, "cwd": folder}
+    loaded = subprocess.run([sys.executable, "-c", code], env=environment, **options)
+    assert loaded.stdout.split() == ["softmax", "True", "False"], loaded.stderr
+
+
+POLICIES = (
+    BEGIN
+    + """
+import threading
+import tfmixed
+made = []
+make = lambda **named: made.append(keras.layers.Dense(1, **named).compute_dtype)
+keras.config.set_dtype_policy("mixed_float16")
+make()
+with tfmixed.policy_scope("float32"):
+    make()
+make()
+tfmixed.layers.Float32(keras.layers.Dense(1))  # sets a policy for a moment, which is nobody's wish
+keras.backend.clear_session()
+make()
+thread = threading.Thread(target=make)
+thread.start()
+thread.join()
+print(*made)
+"""
+)
+
+
+def test_a_policy_of_the_scripts_own_wins_and_is_said(tmp_path):
+    """With its line; where Keras forgets the policy, the one of the command is there again."""
+    done, said = run(tmp_path, POLICIES, "--policy", "mixed_bfloat16", "--no-islands")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["float16", "float32", "float16", "bfloat16", "bfloat16"]
+    first, scope = line_of(POLICIES, "set_dtype_policy"), line_of(POLICIES, "policy_scope")
+    won = "which wins over mixed_bfloat16"
+    applied = "loss scale dynamic, float32 islands off, log in runs/train/"
+    assert said == [
+        f"train.py:{first} sets mixed_float16, {won} (--policy); {applied}",
+        f"train.py:{scope} sets float32, {won}; from here on no loss scale",
+        f"train.py:{scope} sets mixed_float16, {won}; from here on {applied}",
+        "no training step was seen",
+    ]
+
+
+STOPPED = (
+    BEGIN
+    + """
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 1 and self.epoch == 1:
+            raise KeyboardInterrupt
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+if sys.argv[1] == "begin":
+    model = net(keras.Input((4,)))
+    model.compile(keras.optimizers.SGD(0.1), LOSS)
+    saved = keras.callbacks.ModelCheckpoint("model.keras", save_freq="epoch")
+    model.fit(x, y, epochs=3, batch_size=16, verbose=0, callbacks=[saved, Stop()])
+else:
+    model = keras.models.load_model("model.keras")
+    model.fit(x, y, epochs=1, batch_size=16, verbose=0)
+    print(int(model.optimizer.attempted_steps))
+"""
+)
+
+
+def test_an_interrupted_run_says_where_it_stands_and_is_taken_up_again(tmp_path):
+    """The traceback is the script's and Keras's; with --log-dir the log of what was restored goes on."""
+    options = "--policy", "mixed_float16", "--scale", "1024", "--log-dir", "here"
+    done, said = run(tmp_path, STOPPED, *options, arguments=["begin"])
+    assert done.returncode == -2  # SIGINT, as Python ends
+    assert "KeyboardInterrupt" in done.stderr
+    assert os.path.join("tfmixed", "running") not in done.stderr
+    steps = 6 if BACKEND != "jax" else 4  # of a step that was broken off, JAX has taken the variables
+    assert said[0].endswith("loss scale constant 1024, float32 islands on, log in here/")
+    assert re.match(rf"({steps}|6) steps, 0 skipped, final scale 1024, 1 layer in float32; log here/", said[-1])
+    done, said = run(tmp_path, STOPPED, *options, arguments=["again"])
+    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
+    assert said[-1].endswith("log here/loss_scale.jsonl; report here/report-2.html")
+    log = records.read_log(tmp_path / "here" / "loss_scale.jsonl")
+    assert [(each.event, each.step) for each in log] == [("run", 0), ("progress", 3), ("run", 4), ("progress", 7)]
+
+
+FLOAT32 = (
+    BEGIN
+    + """
+model = net(keras.Input((4,)))
+model.compile("sgd", LOSS)
+model.fit(x, y, verbose=0)
+print(type(model.optimizer).__name__)
+"""
+)
+
+
+def test_without_a_loss_scale_there_is_nothing_to_log(tmp_path):
+    """The optimizer stays as it is, and no folder is made."""
+    done, said = run(tmp_path, FLOAT32, "--policy", "float32")
+    assert done.stdout == "SGD\n", done.stderr
+    assert said == ["float32 (--policy), no loss scale", "2 steps, no loss scale"]
+    assert sorted(os.listdir(tmp_path)) == ["train.py"]
