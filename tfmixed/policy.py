@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import keras
 
-from tfmixed import hardware, temporary
+from tfmixed import hardware
 from tfmixed.formats import HALF
 
 _warned: set[str] = set()
@@ -51,8 +51,12 @@ def policy_scope(policy: str | keras.DTypePolicy = "auto") -> Iterator[keras.DTy
     ...     policy.name
     'float64'
     """
-    with temporary.global_policy():
+    before = keras.config.dtype_policy()
+    try:
         yield set_policy(policy)
+    finally:
+        # Here and not in `temporary`: `tfmixed run` takes what this module sets for the script's own choice.
+        keras.config.set_dtype_policy(before)
 
 
 def _known(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:

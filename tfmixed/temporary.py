@@ -22,7 +22,7 @@ def put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def global_policy(policy: Any = None) -> Iterator[None]:
+def global_policy(policy: Any) -> Iterator[None]:
     """Sets the global dtype policy, None leaves it; at the end it is what it was, whoever set it meanwhile."""
     before = keras.config.dtype_policy()
     if policy is not None:
