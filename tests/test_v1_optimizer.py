@@ -74,6 +74,20 @@ def test_the_scale_reaches_neither_0_nor_inf(letter, bound):
     assert np.isfinite(scales).all()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("shape", [[], [1], [2, 3]], ids=str)
+def test_no_value_of_no_shape_passes(shape, value):
+    """Grappler simplifies comparisons of scalars as if there were no NaN."""
+    weight = V1.get_variable("w", shape, initializer=V1.ones_initializer())
+    given = V1.placeholder(tf.float32, [])
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), RULE)
+    train = optimizer.minimize(tf.reduce_sum(weight * given))
+    with tf1.session() as session:
+        session.run(train, {given: value})
+        assert session.run(optimizer.skipped_steps) == 1
+        np.testing.assert_array_equal(session.run(weight), np.ones(shape))
+
+
 CLIPS = {
     "by value": lambda gradient: tf.clip_by_value(gradient, -1.0, 1.0),
     "zeros": lambda gradient: tf.where(tf.math.is_finite(gradient), gradient, 0.0),

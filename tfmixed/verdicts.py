@@ -164,7 +164,8 @@ class Judge(NamedTuple):
         if self.squares or self.norms or self.summands > 1:
             limit = min(limit, FLOAT32.max)  # how much to shrink float64 is reckoned in float32
         good = ops.all(ops.abs(values) <= limit)  # NaN compares False
-        return ops.cast(ops.logical_not(good), "float32")
+        # No `logical_not`: of a scalar, grappler makes `not x <= y` into `x > y` (TensorFlow 2.21), and NaN passes.
+        return 1.0 - ops.cast(good, "float32")
 
     def _limit(self) -> float:
         """Returns the norm up to which all is well whatever the single values are."""
