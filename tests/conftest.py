@@ -31,6 +31,8 @@ else:
         "report",
         "report_docs",
         "restart",
+        "run_loops",
+        "run_script",
         "v1_callers",
         "v1_checkpoints",
         "v1_conversion",
