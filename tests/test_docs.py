@@ -23,7 +23,7 @@ from tfmixed import cli
 DOCS = pages.ROOT / "docs"
 PORTING = DOCS / "porting.md"  # test_porting.py runs its right column
 # As a stranger pastes it; what is of the whole process: a switch of TensorFlow, a strategy of workers.
-FRESH = {"README.md", "tf1.md", "distributed.md"}
+FRESH = {"README.md", "run.md", "tf1.md", "distributed.md"}
 ON_FAULTS = {code for codes in test_nan.SECTIONS.values() for code in codes}  # test_nan.py runs them
 
 
