@@ -94,7 +94,7 @@ trained(Never, "sgd")
 
 
 def test_a_grad_scaler_is_left_alone_and_gradients_that_nobody_scaled_are_refused(tmp_path):
-    """The scaler has a log, and its optimizer is counted once; the others would be divided by a scale they never had."""
+    """The scaler has a log, and its optimizer counts once; the others would be divided by a scale they never had."""
     done, said = run(tmp_path, LOOPS, "--policy", "mixed_float16")
     assert done.returncode == 2, done.stderr
     advice = "apply was given gradients of a loss that was never scaled"
