@@ -380,7 +380,7 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
             store[name] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads what `save_own_variables` wrote, or Keras's own class, or the inner optimizer when nobody scaled.
+        """Reads what `save_own_variables` wrote, or what Keras's own class wrote.
 
         What the file does not hold, because another rule wrote it, starts afresh.
         """
@@ -403,11 +403,10 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
 
 
 def _by_name(store: Any, inner: dict[str, Any]) -> dict[str, Any]:
-    """Returns a file's values by our names; Keras numbers its four own variables, if any, and then the inner ones."""
-    own = ["iteration", "learning_rate", "step_counter", "dynamic_scale"]
-    for numbered in ([*own, *inner], list(inner)):  # of Keras's class, and of an optimizer that did not scale
-        if set(store.keys()) == {str(number) for number in range(len(numbered))}:
-            return {name: store[str(number)] for number, name in enumerate(numbered)}
+    """Returns a file's values by our names; Keras numbers its four own variables and then the inner optimizer's."""
+    numbered = ["iteration", "learning_rate", "step_counter", "dynamic_scale", *inner]
+    if set(store.keys()) == {str(number) for number in range(len(numbered))}:
+        return {name: store[str(number)] for number, name in enumerate(numbered)}
     return {name: store[name] for name in store.keys()}  # noqa: SIM118  # an HDF5 group of Keras does not iterate
 
 
