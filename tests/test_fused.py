@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import keras
 import numpy as np
@@ -425,3 +427,15 @@ def test_variables_on_two_devices(fuse):
     for value in (2.0, np.inf, 2.0):
         step(tf.constant(value))
     assert (bool(optimizer.fused), int(optimizer.iterations), int(optimizer.skipped_steps)) == (False, 2, 1)
+
+
+def test_no_gradient_is_kept_alive():
+    """By the function that was compiled when it was there."""
+    weights, optimizer = variables(), LossScaleOptimizer("adam", 1024, fuse=True)
+    grads = [tf.ones((3, 4)) for _ in weights]
+    kept = [weakref.ref(each) for each in grads]
+    optimizer.apply(grads, weights)
+    assert optimizer.fused
+    del grads
+    gc.collect()
+    assert [each() for each in kept] == [None, None]

@@ -156,10 +156,11 @@ def _compile(call: Call) -> tuple[Any, str | None]:
 
     update, inner, grads, variables, _ = call
     places = [place for place, each in enumerate(grads) if each is not None]
+    count = len(grads)  # a function that knew the gradients would keep them alive
 
     def dense(divisor: Any, *values: Any) -> None:
         by_place = dict(zip(places, values, strict=True))
-        update([by_place.get(place) for place in range(len(grads))], variables, divisor)
+        update([by_place.get(place) for place in range(count)], variables, divisor)
 
     function = tf.function(dense, jit_compile=True, autograph=False)
     # Keras's own code can be compiled, as the tests show; a user's may hold anything, and is asked beforehand.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
-from rich.console import Console
 from rich.table import Table
 from tensorflow.python.eager import context
 
+from tfmixed import printed
 from tfmixed.compat.v1 import lists, rewrite
 
 V1 = tf.compat.v1
@@ -93,10 +93,7 @@ class ConversionReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return printed.text(self)
 
 
 def conversion_report(runner: Any, *arguments: Any, **named: Any) -> ConversionReport:
