@@ -38,10 +38,13 @@ else:
         "v1_conversion",
         "v1_eager",
         "v1_float16",
+        "v1_graphs",
         "v1_hooks",
         "v1_install",
         "v1_optimizer",
+        "v1_origins",
         "v1_rewrite",
+        "v1_servers",
     ]
     collect_ignore = [f"test_{name}.py" for name in only]
 

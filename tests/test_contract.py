@@ -64,6 +64,9 @@ HOOKS = [
     ("tensorflow.python.eager.context", "export_run_metadata", [], "read the graphs of functions"),
     ("tensorflow.python.trackable.base", "Trackable._track_trackable", None, "save what an optimizer holds"),
     ("tensorflow.python.framework.ops", "Graph._get_control_flow_context", ["self"], "know the top of a graph"),
+    ("tensorflow.python.framework.ops", "Graph._attr_scope", ["self", "attr_map"], "mark gradients, inline functions"),
+    ("tensorflow.python.framework.ops", "Operation._get_control_flow_context", None, "see what a branch can use"),
+    ("tensorflow.python.framework.ops", "Operation._is_stateful", None, "know what a gradient comes from"),
     ("tensorflow", "__internal__.distribute.strategy_supports_no_merge_call", [], "decide for all replicas"),
 ]
 # Set in constructors or on variables: seen on instances only.

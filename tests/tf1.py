@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from tfmixed import events as log_of
+
 V1 = tf.compat.v1
 TESTS = Path(__file__).parent
 RANDOM = np.random.default_rng(0)
@@ -47,3 +49,9 @@ def script(code, *arguments, environment=None, timeout=180):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
+
+
+def events(session, state):
+    """Returns the changes of a scale that a session has seen."""
+    values = {name: session.run(state.read(name)) for name in state.variables}
+    return log_of.entries(values, state.paths)

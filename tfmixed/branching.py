@@ -60,7 +60,7 @@ def _is_known(predicate: Any) -> bool:
 
 def rarely(predicate: Any, act: Callable[[], None]) -> None:
     """Calls `act`, or lets a graph leave it out where `predicate` does not hold: there it must change nothing."""
-    if _is_one_cpu_graph():
+    if _is_one_cpu_graph() and not in_session_graph():
         when(predicate, act)
     else:
         act()

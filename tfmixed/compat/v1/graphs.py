@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy
@@ -13,10 +12,11 @@ import tensorflow as tf
 from keras import ops
 
 from tfmixed import gradients
+from tfmixed.compat.v1.origins import Origins
 from tfmixed.events import NO_VARIABLE
 from tfmixed.scaling import ScalingRule
 from tfmixed.state import Outcome, ScalingState
-from tfmixed.verdicts import Judge
+from tfmixed.verdicts import Judge, Verdict
 
 V1 = tf.compat.v1
 SCOPE = "tfmixed"
@@ -28,14 +28,45 @@ _PENDING = {
     "pending_squares": numpy.float32(0),
     "pending_amax": numpy.float32(0),
 }
+# A function that is called runs on one machine alone, and the variables may be on parameter servers: TensorFlow puts
+# the operations of one that is marked so into the graph before it gives them devices.
+_INLINED = {"_lower_as_multi_device_function": V1.AttrValue(b=True)}
+_ATTRIBUTE = "_tfmixed"
+_EAGER_PATHS: list[str] = []
 _LAST = {"last_culprit": numpy.int32(NO_VARIABLE), "last_culprit_steps": numpy.int32(0)}
+
+
+class Found(NamedTuple):
+    """What gradients were found to be like: float32 scalars.
+
+    Args:
+        bad: 1 if one is not finite, else 0.
+        culprit: The place of its variable, or `NO_VARIABLE`.
+        squares: The sum of their squares.
+        amax: Their largest absolute value, 0 where nobody asked.
+    """
+
+    bad: Any
+    culprit: Any
+    squares: Any
+    amax: Any
+
+    @classmethod
+    def of(cls, verdict: Verdict, indices: Sequence[int]) -> Found:
+        """Returns what a verdict says of variables in these places."""
+        places = ops.convert_to_tensor(numpy.array([*indices, NO_VARIABLE], "float32"))
+        bad = 1.0 - ops.cast(verdict.finite, "float32")
+        culprit = ops.take(places, ops.where(verdict.finite, len(indices), ops.cast(ops.argmax(verdict.bad), "int32")))
+        amax = ops.zeros((), "float32") if verdict.amax is None else verdict.amax
+        return cls(bad, culprit, ops.square(verdict.norm), amax)
 
 
 class GraphState(ScalingState):
     """The state of one scaler in one graph.
 
-    Gradients are judged when they are computed, and what is found is kept in variables until a step is taken: neither
-    clipping, nor adding up over several runs of a session, nor a `tf.cond` in between can hide an overflow.
+    Gradients are judged when they are computed. What is found goes along with them, and is kept in variables too until
+    a step is taken: neither clipping, nor adding up over several runs of a session, nor a `tf.cond` in between can
+    hide an overflow. A step whose gradients come from `compute_gradients` alone, within its run, asks for no more.
 
     Args:
         rule: How the scale moves.
@@ -46,9 +77,9 @@ class GraphState(ScalingState):
         self._known: dict[str, Any] = {}
         super().__init__(rule, EVENT_CAPACITY, _add_variable)
         self.make({**_PENDING, **_LAST}, _add_variable)
-        self.paths: list[str] = []
         self._mirror = mirror
         self._graph = None if tf.executing_eagerly() else V1.get_default_graph()
+        self.paths = _EAGER_PATHS if self._graph is None else _kept_by(self._graph).paths
         if self._graph is not None:
             # A graph that is final takes no more operations, and is asked all the same.
             self._known = {name: self.read(name) for name in self.variables}
@@ -56,57 +87,66 @@ class GraphState(ScalingState):
     def read(self, name: str) -> Any:
         """Returns the present value of a variable: at the top of a graph always the same tensor."""
         at_top = name in self._known and V1.get_default_graph() is self._graph and not _in_control_flow(self._graph)
-        return self._known[name] if at_top else super().read(name)
+        if at_top:
+            return self._known[name]
+        # A checkpoint of a run with another rule may hold a scale that this one cannot reach.
+        value = super().read(name)
+        return ops.clip(value, *self.rule.bounds) if name == "dynamic_scale" else value
 
     def indices(self, variables: Sequence[Any]) -> list[int]:
-        """Returns the places of variables among all that were seen in this graph."""
+        """Returns the places of variables among all that were seen in this graph, by whatever scaler."""
         names = [gradients.path(variable).removesuffix(":0") for variable in variables]
         self.paths += [name for name in dict.fromkeys(names) if name not in self.paths]
         return [self.paths.index(name) for name in names]
 
     def record(self, judge: Judge, evidence: Any, scale: Any, indices: Sequence[int]) -> Any:
-        """Keeps in mind what gradients were found to be like when they were computed; returns a tensor to wait for.
+        """Keeps in mind what gradients were found to be like when they were computed; returns it, as a vector."""
+        found = Found.of(judge.verdict(evidence, scale), indices)
+        self._add(1, found.bad, found.squares)
+        known, amax = self.read("pending_culprit"), self.read("pending_amax")
+        culprit = ops.where(found.bad > 0, ops.cast(found.culprit, known.dtype), known)
+        self.assign({"pending_culprit": culprit, "pending_amax": ops.maximum(amax, found.amax)})
+        return ops.stack(found)
 
-        What counts is added in one operation: several towers may do so at once.
-        """
-        verdict = judge.verdict(evidence, scale)
-        bad, culprit = ops.logical_not(verdict.finite), _named(verdict, indices)
-        amax = self.read("pending_amax") if verdict.amax is None else verdict.amax
-        for name, value in (("count", 1), ("bad", bad), ("squares", ops.square(verdict.norm))):
-            self._tensor_of("pending_" + name).assign_add(ops.cast(value, self._tensor_of("pending_" + name).dtype))
-        known = self.read("pending_culprit")
-        self.assign(
-            {
-                "pending_culprit": ops.where(bad, ops.cast(culprit, known.dtype), known),
-                "pending_amax": ops.maximum(self.read("pending_amax"), amax),
-            }
-        )
-        return tf.identity(bad)
-
-    def conclude(self, judge: Judge, evidence: Any, indices: Sequence[int]) -> tuple[Any, Any]:
+    def conclude(self, judge: Judge, evidence: Any, indices: Sequence[int], origins: Origins) -> tuple[Any, Any]:
         """Ends a step: moves the scale, and returns whether to apply the gradients and what to divide them by."""
         verdict = judge.verdict(evidence, ops.ones((), "float32"))
-        was_bad = self.read("pending_bad") > 0
-        finite = ops.logical_and(verdict.finite, ops.logical_not(was_bad))
-        here = ops.cast(_named(verdict, indices), "int64")
-        culprit = ops.where(was_bad, ops.cast(self.read("pending_culprit"), "int64"), here)
-        self.advance(Outcome(finite, culprit, self._norm(verdict.norm), self._amax(verdict.amax)))
+        now = Found.of(verdict, indices)
+        before = self._told(origins.found) if origins.complete else self._remembered(now, origins.found)
+        finite = ops.logical_and(verdict.finite, before.bad <= 0)
+        culprit = ops.cast(ops.where(before.bad > 0, before.culprit, now.culprit), "int64")
+        amax = before.amax if self.rule.needs_amax else None
+        self.advance(Outcome(finite, culprit, ops.sqrt(before.squares), amax))
         self._note_culprit(finite, culprit)
-        self.assign(_PENDING)
         if self._mirror is not None:
             self._mirror.assign(self.read("dynamic_scale"))
         return finite if self.rule.skip_nonfinite else ops.ones_like(finite), verdict.divisor
 
-    def _norm(self, norm: Any) -> Any:
-        # Before clipping, where that is known: of several towers or accumulated batches the root of the mean square.
-        count = self.read("pending_count")
-        mean = self.read("pending_squares") / ops.cast(ops.maximum(count, 1), "float32")
-        return ops.where(count > 0, ops.sqrt(mean), norm)
+    def _told(self, found: Sequence[Any]) -> Found:
+        """Returns what tensors say, each of one computation, and takes back what was remembered of them."""
+        table = ops.stack(found)
+        bad, culprit, _, amax = ops.unstack(ops.max(table, axis=0))
+        squares = table[:, 2]
+        self._add(-len(found), -ops.sum(table[:, 0]), -ops.sum(_finite(squares)))
+        # Of several towers the root of the mean square.
+        return Found(bad, culprit, ops.mean(squares), amax)
 
-    def _amax(self, amax: Any) -> Any:
-        if amax is None:
-            return None
-        return ops.where(self.read("pending_count") > 0, self.read("pending_amax"), amax)
+    def _remembered(self, now: Found, found: Sequence[Any]) -> Found:
+        """Returns what was found since the last step, and forgets it: runs of the session may lie in between."""
+        count, squares = ops.cast(self.read("pending_count"), "float32"), self.read("pending_squares")
+        told = [each[0] for each in found]  # another step that runs beside this one may have taken it
+        bad = ops.max(ops.stack([ops.cast(self.read("pending_bad"), "float32"), *told]))
+        culprit = ops.cast(self.read("pending_culprit"), "float32")
+        mean = ops.where(bad > 0, numpy.inf, squares / ops.maximum(count, 1.0))
+        amax = self.read("pending_amax")
+        self.assign(_PENDING)
+        return Found(bad, culprit, *(ops.where(count > 0, *pair) for pair in ((mean, now.squares), (amax, now.amax))))
+
+    def _add(self, count: int, bad: Any, squares: Any) -> None:
+        # One operation each: several computations may do so at once.
+        for name, value in (("count", count), ("bad", bad), ("squares", _finite(squares))):
+            variable = self._tensor_of("pending_" + name)
+            variable.assign_add(ops.cast(value, variable.dtype))
 
     def _note_culprit(self, finite: Any, culprit: Any) -> None:
         last, steps = self.read("last_culprit"), self.read("last_culprit_steps")
@@ -116,6 +156,18 @@ class GraphState(ScalingState):
 
     def _tensor_of(self, name: str) -> Any:
         return self.variables[name].value
+
+
+class _Kept(NamedTuple):
+    """What a graph keeps.
+
+    Args:
+        states: Those of its scalers, and the tensor of each one's scale.
+        paths: The names of the variables that its scalers have seen: one may judge what another applies.
+    """
+
+    states: dict[Scalings, tuple[GraphState, Any]]
+    paths: list[str]
 
 
 class Scalings:
@@ -130,7 +182,6 @@ class Scalings:
         self.rule = rule
         self._mirror = mirror
         self.eager: GraphState | None = None
-        self._states: weakref.WeakKeyDictionary[Any, tuple[GraphState, Any]] = weakref.WeakKeyDictionary()
 
     def here(self) -> GraphState:
         """Returns the state in the present graph, and makes it if need be."""
@@ -139,15 +190,16 @@ class Scalings:
                 self.eager = self.eager or GraphState(self.rule, self._mirror_in(None))
                 return self.eager
             graph = V1.get_default_graph()
-            if graph not in self._states:
-                self._states[graph] = self._made_in(graph)
-            return self._states[graph][0]
+            states = _kept_by(graph).states
+            if self not in states:
+                states[self] = self._made_in(graph)
+            return states[self][0]
 
     def scale(self) -> Any:
         """Returns the scale of the present step; at the top of a graph it is a tensor named `tfmixed/loss_scale`."""
         state, graph = self.here(), V1.get_default_graph()
-        at_top = not tf.executing_eagerly() and graph in self._states and not _in_control_flow(graph)
-        return self._states[graph][1] if at_top else state.read("dynamic_scale")
+        known = () if tf.executing_eagerly() or _in_control_flow(graph) else _kept_by(graph).states.get(self, ())
+        return known[1] if known else state.read("dynamic_scale")
 
     def _made_in(self, graph: Any) -> tuple[GraphState, Any]:
         with V1.name_scope(None):
@@ -163,10 +215,21 @@ class Scalings:
 
 
 def as_one(function: Callable[..., Any], *tensors: Any) -> Any:
-    """Returns what `function` returns. In a graph its reads and writes run in the order in which they stand there."""
+    """Returns what `function` returns of tensors.
+
+    In a graph it begins when all of them are there, its reads and writes run in the order in which they stand there,
+    and what it returns waits for them.
+    """
     if tf.executing_eagerly():
         return function(*tensors)
-    return tf.function(function, autograph=False)(*tensors)
+
+    def whole(*tensors: Any) -> Any:
+        # Once it is inlined, its reads wait for nothing else.
+        with V1.control_dependencies([tf.identity(each) for each in tensors]):
+            return function(*tensors)
+
+    with V1.get_default_graph()._attr_scope(_INLINED):
+        return tf.function(whole, autograph=False)(*tensors)
 
 
 @contextlib.contextmanager
@@ -196,9 +259,33 @@ def variables_outside(scope: str) -> Iterator[None]:
             yield
 
 
-def _named(verdict: Any, indices: Sequence[int]) -> Any:
-    places = ops.convert_to_tensor(numpy.array([*indices, NO_VARIABLE], "int64"))
-    return ops.take(places, ops.where(verdict.finite, len(indices), ops.cast(ops.argmax(verdict.bad), "int32")))
+def _kept_by(graph: Any) -> _Kept:
+    # By the graph itself, with which it ends.
+    if not hasattr(graph, _ATTRIBUTE):
+        setattr(graph, _ATTRIBUTE, _Kept({}, []))
+    kept: _Kept = getattr(graph, _ATTRIBUTE)
+    return kept
+
+
+def _finite(values: Any) -> Any:
+    return ops.where(ops.isfinite(values), values, 0.0)
+
+
+@contextlib.contextmanager
+def branches_that_hold(variables: Sequence[Any]) -> Iterator[None]:
+    """Lets `tf.cond` make branches that may write these variables.
+
+    References, as TensorFlow 1's variables of old are, do not go into the functions that TensorFlow 2 makes of them.
+    """
+    refers = not V1.resource_variables_enabled() or any(each.dtype != each.dtype.base_dtype for each in variables)
+    if tf.executing_eagerly() or not (refers and V1.control_flow_v2_enabled()):
+        yield
+        return
+    V1.disable_control_flow_v2()
+    try:
+        yield
+    finally:
+        V1.enable_control_flow_v2()
 
 
 def _in_control_flow(graph: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from keras import ops
 
 from tfmixed import gradients
 from tfmixed.branching import as_it_is
-from tfmixed.compat.v1 import graphs, rewrite
+from tfmixed.compat.v1 import graphs, origins, rewrite
 from tfmixed.compat.v1.graphs import GraphState
+from tfmixed.compat.v1.origins import Origins
 from tfmixed.compat.v1.scales import scalings_of
 from tfmixed.state import Observable
 from tfmixed.verdicts import Judge
@@ -90,6 +92,17 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
         culprit = int(state.read("last_culprit"))
         return {} if culprit < 0 else {state.paths[culprit]: int(state.read("last_culprit_steps"))}
 
+    def minimize(self, *arguments: Any, **named: Any) -> Any:
+        """Returns the operation of a whole step, with the arguments of TensorFlow's: both halves in one call."""
+        kind = type(self._optimizer)
+        if kind.minimize is not V1.train.Optimizer.minimize:
+            warnings.warn(
+                f"{kind.__name__} has its own minimize, which is not called: what it does beyond compute_gradients and "
+                "apply_gradients is left out. Call these two, which hand all arguments on",
+                stacklevel=2,
+            )
+        return super().minimize(*arguments, **named)
+
     @as_it_is
     def compute_gradients(self, loss: Any, *arguments: Any, **named: Any) -> list[tuple[Any, Any]]:
         """Returns the gradients of `loss`, computed with the scale and divided by it, and their variables.
@@ -105,8 +118,11 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
         rewrite.check_policy()
         _check_strategy()
         state, scale = self._state(), self.loss_scale
+        scaled = _scaled(loss, scale)
+        if named.get("grad_loss") is not None and hasattr(scaled, "dtype"):
+            named["grad_loss"] = tf.cast(named["grad_loss"], scaled.dtype)
         with _at_work():
-            pairs = list(self._optimizer.compute_gradients(_scaled(loss, scale), *arguments, **named))
+            pairs = list(self._optimizer.compute_gradients(scaled, *arguments, **named))
         present = [(each, variable) for each, variable in pairs if each is not None]
         if not present:
             return pairs
@@ -115,9 +131,16 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
         largest = self.rule.bounds[1]
         with V1.name_scope(_SCOPE):
             evidence = judge.evidence(grads, scale, range(len(grads)))
-            seen = graphs.as_one(lambda evidence, scale: state.record(judge, evidence, scale, indices), evidence, scale)
-            with V1.control_dependencies([] if tf.executing_eagerly() else [seen]):
-                return [(_kept(gradients.unscale(each, scale, largest)), variable) for each, variable in pairs]
+            found = graphs.as_one(
+                lambda evidence, scale: state.record(judge, evidence, scale, indices), evidence, scale
+            )
+            if tf.executing_eagerly():
+                return [(gradients.unscale(each, scale, largest), variable) for each, variable in pairs]
+            with V1.control_dependencies([found]):
+                return [
+                    (origins.marked(gradients.unscale(each, scale, largest), found), variable)
+                    for each, variable in pairs
+                ]
 
     @as_it_is
     def apply_gradients(
@@ -144,10 +167,14 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
         grads, variables = zip(*present, strict=True)
         _check_not_accumulated(grads)
         state, judge = self._state(), self._judge(variables)
-        indices, before = state.indices(variables), _train_ops()
+        indices, before, origin = state.indices(variables), _train_ops(), origins.of(grads)
         with V1.name_scope(_SCOPE):
             evidence = judge.evidence(grads, ops.ones((), "float32"), range(len(grads)))
-            finite, divisor = graphs.as_one(lambda evidence: state.conclude(judge, evidence, indices), evidence)
+            finite, divisor = graphs.as_one(
+                lambda evidence, *found: state.conclude(judge, evidence, indices, Origins(found, origin.complete)),
+                evidence,
+                *origin.found,
+            )
         scope = tf.get_current_name_scope()
 
         def step() -> Any:
@@ -157,7 +184,8 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
                 pairs = list(zip(divided, variables, strict=True))
                 return _done(self._optimizer.apply_gradients(pairs, global_step=global_step, name=name, **named))
 
-        stepped = tf.cond(finite, step, _nothing)
+        with graphs.branches_that_hold(variables):
+            stepped = tf.cond(finite, step, _nothing)
         if tf.executing_eagerly():
             return None
         operation = tf.group(stepped, name=name or self.get_name())
@@ -250,15 +278,6 @@ def _tensor(gradient: Any) -> Any:
         return gradient
     tensor = tf.convert_to_tensor(gradient)
     return tensor if tensor.dtype == tensor.dtype.base_dtype else tf.identity(tensor)
-
-
-def _kept(gradient: Any) -> Any:
-    """Returns the gradient as an operation of its own, which waits for what the graph is told to wait for."""
-    if gradient is None or tf.executing_eagerly():
-        return gradient
-    if gradients.is_sparse(gradient):
-        return tf.IndexedSlices(tf.identity(gradient.values), gradient.indices, gradient.dense_shape)
-    return tf.identity(gradient)
 
 
 def _like(gradient: Any, variable: Any) -> Any:

@@ -1,0 +1,119 @@
+"""What scaling keeps in TensorFlow 1's graphs, and how it gets on with variables of old."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf1
+from tf1 import V1
+
+from tfmixed.compat.v1 import DynamicLossScale, FixedLossScale, LossScaleOptimizer
+from tfmixed.scaling import DynamicScale
+
+INNER = {
+    "Adam": V1.train.AdamOptimizer,
+    "Momentum": lambda rate: V1.train.MomentumOptimizer(rate, 0.9, use_nesterov=True, use_locking=True),
+    "Ftrl": V1.train.FtrlOptimizer,
+}
+
+
+@pytest.fixture(params=[True, False], ids=["resources", "references"])
+def resources(request):
+    if not request.param:
+        V1.disable_resource_variables()
+    yield
+    V1.enable_resource_variables()
+
+
+@pytest.mark.usefixtures("resources")
+@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+def test_variables_that_are_references_are_trained(inner):
+    """Asked for one by one, or by switching resources off; TensorFlow 2's conditionals stay on for the script."""
+    runs = []
+    for wrap in (lambda opt: opt, lambda opt: LossScaleOptimizer(opt, 64)):
+        with tf.Graph().as_default():
+            given = V1.placeholder(tf.float32, [2])
+            weight = V1.get_variable("w", initializer=tf.zeros(2), use_resource=False)
+            step = V1.train.get_or_create_global_step()
+            train = wrap(inner(0.5)).minimize(tf.reduce_sum(weight * given), step)
+            with tf1.session() as session:
+                for numbers in ([1.0, 2.0], [2.0, 1.0]):
+                    session.run(train, {given: numbers})
+                runs.append(session.run([weight, step]))
+                if len(runs) == 2:
+                    session.run(train, {given: [1.0, np.nan]})
+                    np.testing.assert_array_equal(session.run(weight), runs[1][0])
+    np.testing.assert_allclose(*[weight for weight, _ in runs], rtol=1e-5)
+    assert [step for _, step in runs] == [2, 2]
+    assert V1.control_flow_v2_enabled()
+
+
+def test_a_graph_ends_with_its_last_user():
+    """Though the loss scale that was used in it lives on."""
+    scale, graphs = DynamicLossScale(), []
+    for _ in range(2):
+        with tf.Graph().as_default() as graph:
+            weight = V1.get_variable("w", initializer=1.0)
+            LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), scale).minimize(weight * 1.0)
+            graphs.append(weakref.ref(graph))
+    del graph, weight
+    gc.collect()
+    assert [each() for each in graphs] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "scale"),
+    [
+        ("dynamic", FixedLossScale(8), 8.0),
+        ("dynamic", DynamicScale(initial_scale=4.0, max_scale=16.0), 16.0),
+        (2, DynamicScale(initial_scale=16.0, min_scale=4.0), 4.0),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_rule_gives_no_scale_that_this_rule_cannot_reach(tmp_path, before, after, scale):
+    """The nearest one is taken: a fixed scale stays what the script says."""
+    for loss_scale in (before, after):
+        with tf.Graph().as_default():
+            weight = V1.get_variable("w", initializer=1.0)
+            opt = LossScaleOptimizer(V1.train.GradientDescentOptimizer(0.0), loss_scale)
+            train = opt.minimize(weight * 1.0)
+            saver = V1.train.Saver([opt._state().variables["dynamic_scale"].value])
+            with tf1.session() as session:
+                if loss_scale is before:
+                    path = saver.save(session, str(tmp_path / "model.ckpt"))
+                    continue
+                saver.restore(session, path)
+                assert [session.run([train, "tfmixed/loss_scale:0"])[1] for _ in range(2)] == [scale, scale]
+                assert session.run(opt._state().read("dynamic_scale")) == scale
+
+
+class OwnMinimize(V1.train.GradientDescentOptimizer):
+    def minimize(self, loss, global_step=None, var_list=None, **named):
+        return super().minimize(loss * 2.0, global_step, var_list, **named)
+
+
+def test_an_optimizer_with_a_minimize_of_its_own_is_told_of():
+    """It is not called; the two halves are."""
+    with tf.Graph().as_default():
+        weight = V1.get_variable("w", initializer=1.0)
+        with pytest.warns(UserWarning, match="OwnMinimize has its own minimize, which is not called"):
+            train = LossScaleOptimizer(OwnMinimize(1.0)).minimize(weight * 1.0)
+        with tf1.session() as session:
+            session.run(train)
+            assert session.run(weight) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.float32, tf.float64], ids=lambda dtype: dtype.name)
+def test_gradients_of_the_loss_may_be_given(dtype):
+    """In the loss's own dtype, whatever it is scaled in."""
+    with tf.Graph().as_default():
+        weight = V1.get_variable("w", initializer=tf.zeros(2))
+        opt = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), 128)
+        train = opt.minimize(tf.cast(weight, dtype), grad_loss=tf.constant([1.0, 3.0], dtype))
+        with tf1.session() as session:
+            session.run(train)
+            np.testing.assert_array_equal(session.run(weight), [-1.0, -3.0])

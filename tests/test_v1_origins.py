@@ -1,0 +1,209 @@
+"""Which overflow counts for which step: gradients are followed from `compute_gradients` to `apply_gradients`."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf1
+from tf1 import V1
+
+from tfmixed.compat.v1 import DynamicLossScale, LossScaleOptimizer
+from tfmixed.scaling import DynamicScale
+
+RULE = DynamicScale(initial_scale=2.0**20)
+
+
+@pytest.fixture(autouse=True)
+def _own_graph():
+    with tf.Graph().as_default():
+        yield
+
+
+def scaler(rule=RULE):
+    return LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), rule)
+
+
+def weights(*names):
+    """Returns variables that start at 0, and placeholders for their gradients."""
+    made = [V1.get_variable(name, initializer=tf.zeros(2)) for name in names]
+    return made, [V1.placeholder(tf.float32, [2]) for _ in names]
+
+
+def clipped(pairs):
+    return [(tf.clip_by_value(gradient, -1.0, 1.0), variable) for gradient, variable in pairs]
+
+
+def product(variable, factor):
+    return tf.reduce_sum(variable * factor)
+
+
+GOOD, BAD = [1.0, 1.0], [1.0, np.inf]
+
+
+@pytest.mark.parametrize("shared", ["optimizer", "scale"])
+def test_two_losses_of_one_run_do_not_take_each_others_overflow(shared):
+    """As the two networks of a GAN: one is skipped however it is clipped, the other is trained."""
+    both, given = weights("generator", "discriminator")
+    scale = DynamicLossScale(2.0**20)
+    first = scaler(scale)
+    optimizers = (first, first) if shared == "optimizer" else (first, scaler(scale))
+    train = [
+        each.apply_gradients(clipped(each.compute_gradients(product(weight, factor), [weight])))
+        for each, weight, factor in zip(optimizers, both, given, strict=True)
+    ]
+    with tf1.session() as session:
+        for _ in range(30):
+            session.run(train, dict(zip(given, (BAD, GOOD), strict=True)))
+        np.testing.assert_array_equal(session.run(both), [[0.0, 0.0], [-30.0, -30.0]])
+        assert session.run(first.loss_scale) < 2.0**20
+
+
+def test_threads_that_train_at_once_skip_what_is_theirs():
+    """They share a graph and its variables."""
+    both, given = weights("a", "b")
+    optimizer = scaler()
+    train = [
+        optimizer.apply_gradients(clipped(optimizer.compute_gradients(product(weight, factor), [weight])))
+        for weight, factor in zip(both, given, strict=True)
+    ]
+    with tf1.session() as session:
+
+        def work(number):
+            for _ in range(50):
+                session.run(train[number], {given[number]: (BAD, GOOD)[number]})
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(60)
+        np.testing.assert_array_equal(session.run(both), [[0.0, 0.0], [-50.0, -50.0]])
+
+
+def test_one_optimizer_applies_what_another_has_computed():
+    """As scripts do that train some layers at another rate: both skip, and both say which variable it was."""
+    both, given = weights("body", "head")
+    slow, fast = scaler(), scaler()
+    other = V1.get_variable("other", initializer=tf.zeros(2))
+    fast.compute_gradients(product(other, given[0]), [other])  # the places of variables differ between the two
+    loss = product(both[0], given[0]) + product(both[1], given[1])
+    pairs = clipped(slow.compute_gradients(loss, both))
+    train = [slow.apply_gradients(pairs[:1]), fast.apply_gradients(pairs[1:])]
+    with tf1.session() as session:
+        session.run(train, dict(zip(given, (GOOD, BAD), strict=True)))
+        np.testing.assert_array_equal(session.run(both), np.zeros((2, 2)))
+        assert session.run([slow.skipped_steps, fast.skipped_steps]) == [1, 1]
+        for each in (slow, fast):
+            state = each._state()
+            (event,) = tf1.events(session, state)
+            assert (event.reason, event.variable) == ("overflow", "head")
+
+
+def test_gradients_for_a_summary_cost_no_step():
+    """Computed beside those that are applied: an overflow of both is one."""
+    (weight,), (given,) = weights("w")
+    optimizer = scaler()
+    loss = product(weight, given)
+    norms = [tf.norm(gradient) for gradient, _ in optimizer.compute_gradients(loss)]
+    train = optimizer.minimize(loss)
+    with tf1.session() as session:
+        for numbers in (BAD, GOOD, GOOD):
+            session.run([train, norms], {given: numbers})
+        np.testing.assert_array_equal(session.run(weight), [-2.0, -2.0])
+        assert session.run([optimizer.skipped_steps, optimizer.loss_scale]) == [1, 2.0**19]
+
+
+def test_gradients_that_leave_the_graph_are_remembered():
+    """Fetched, clipped by numpy and fed again."""
+    (weight,), (given,) = weights("w")
+    optimizer = scaler()
+    ((gradient, _),) = optimizer.compute_gradients(product(weight, given))
+    fed = V1.placeholder(tf.float32, [2])
+    train = optimizer.apply_gradients([(fed, weight)])
+    with tf1.session() as session:
+        for numbers in (BAD, GOOD):
+            session.run(train, {fed: np.clip(session.run(gradient, {given: numbers}), -1.0, 1.0)})
+        np.testing.assert_array_equal(session.run(weight), [-1.0, -1.0])
+        assert session.run(optimizer.skipped_steps) == 1
+
+
+def test_one_loss_adds_up_over_runs_while_another_is_trained():
+    """Steps of the one that share the scale forget nothing of the other."""
+    both, given = weights("slow", "quick")
+    optimizer = scaler()
+    kept = V1.get_variable("kept", initializer=tf.zeros(2), trainable=False)
+    ((gradient, _),) = clipped(optimizer.compute_gradients(product(both[0], given[0]), both[:1]))
+    add, slow = kept.assign_add(gradient), optimizer.apply_gradients([(kept, both[0])])
+    quick = optimizer.minimize(product(both[1], given[1]), var_list=both[1:])
+    with tf1.session() as session:
+        session.run(add, {given[0]: BAD})
+        session.run(quick, {given[1]: GOOD})
+        session.run(slow)
+        np.testing.assert_array_equal(session.run(both), [[0.0, 0.0], [-1.0, -1.0]])
+        names = ("pending_count", "pending_bad")
+        assert session.run([optimizer._state().read(name) for name in names]) == [0, 0]
+
+
+def test_clipping_within_a_function_and_a_branch():
+    """The way leads through what they capture."""
+    (weight,), (given,) = weights("w")
+    optimizer = scaler()
+    pairs = optimizer.compute_gradients(product(weight, given))
+    clip = tf.function(lambda gradient: tf.clip_by_value(gradient, -1.0, 1.0))
+    pairs = [(clip(gradient), variable) for gradient, variable in pairs]
+    now = V1.placeholder_with_default(True, [])
+    train = tf.cond(now, lambda: optimizer.apply_gradients(clipped(pairs)), tf.no_op)
+    with tf1.session() as session:
+        for numbers in (BAD, GOOD):
+            session.run(train, {given: numbers})
+        np.testing.assert_array_equal(session.run(weight), [-1.0, -1.0])
+        session.run(train, {given: BAD, now: False})
+        session.run(train, {given: GOOD})
+        assert session.run([optimizer.attempted_steps, optimizer.skipped_steps]) == [3, 1]
+
+
+LOOPS = """
+import sys
+import numpy as np
+import tensorflow as tf
+V1 = tf.compat.v1
+getattr(V1, sys.argv[1])()
+import test_v1_origins as tests
+
+def within(turns):  # adds up in a loop, and takes a step at its last turn
+    def turn(number, added):
+        factor = tf.where(tf.equal(number, bad), np.float32(np.inf), 1.0)
+        ((gradient, _),) = tests.clipped(optimizer.compute_gradients(tests.product(weight, factor), [weight]))
+        added += gradient
+        step = lambda: optimizer.apply_gradients([(added, weight)])
+        with V1.control_dependencies([tf.cond(tf.equal(number, turns - 1), step, tf.no_op)]):
+            return number + 1, tf.identity(added)
+    return tf.while_loop(lambda number, _: number < turns, turn, [0, tf.zeros(2)])
+
+def after(turns):  # adds up in a loop, and takes a step when it is over
+    def turn(number, added):
+        factor = tf.where(tf.equal(number, bad), np.float32(np.inf), 1.0)
+        ((gradient, _),) = tests.clipped(optimizer.compute_gradients(tests.product(weight, factor), [weight]))
+        return number + 1, added + gradient
+    _, added = tf.while_loop(lambda number, _: number < turns, turn, [0, tf.zeros(2)])
+    return optimizer.apply_gradients([(added, weight)])
+
+for train in (within, after):
+    with tf.Graph().as_default():
+        (weight,), _ = tests.weights("w")
+        optimizer, bad = tests.scaler(), V1.placeholder(tf.int32, [])
+        step = train(3)
+        with tests.tf1.session() as session:
+            for number in (-1, 0, -1, 2, 1, -1):
+                session.run(step, {bad: number})
+            print(*session.run(weight), *map(int, session.run([optimizer.attempted_steps, optimizer.skipped_steps])))
+"""
+
+
+@pytest.mark.parametrize("switch", ["disable_v2_behavior", "disable_eager_execution"])
+def test_gradients_that_add_up_in_a_loop(switch):
+    """An overflow in an earlier turn counts for the step, whether that stands within the loop or behind it."""
+    assert tf1.script(LOOPS, switch).splitlines() == ["-9.0 -9.0 6 3"] * 2
