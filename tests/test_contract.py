@@ -66,7 +66,6 @@ HOOKS = [
     ("tensorflow.python.framework.ops", "Graph._get_control_flow_context", ["self"], "know the top of a graph"),
     ("tensorflow.python.framework.ops", "Graph._attr_scope", ["self", "attr_map"], "mark gradients, inline functions"),
     ("tensorflow.python.framework.ops", "Operation._get_control_flow_context", None, "see what a branch can use"),
-    ("tensorflow.python.framework.ops", "Operation._is_stateful", None, "know what a gradient comes from"),
     ("tensorflow", "__internal__.distribute.strategy_supports_no_merge_call", [], "decide for all replicas"),
 ]
 # Set in constructors or on variables: seen on instances only.
@@ -93,6 +92,7 @@ ATTRIBUTES = {
     "_use_locking": "know how a TensorFlow 1 optimizer writes",
     "_closed": "know which sessions are open",
     "_session": "know which sessions could be made",
+    "_is_stateful": "know what a gradient comes from",
     "_current_loss_scale": "let TensorFlow's loss scale follow ours",
     "_REGISTERED_WRAPPER_OPTIMIZER_CLS": "hand out our optimizer from TensorFlow's own function",
 }
@@ -155,6 +155,9 @@ def test_private_attributes_of_tensorflow_1_are_there():
         assert isinstance(session._config, v1.ConfigProto)  # to know what it converts
     takes = list(inspect.signature(BaseSession.__init__).parameters)
     assert takes == ["self", "target", "graph", "config"]  # replaced, to reach sessions that have a configuration
+    with tf.Graph().as_default():
+        operations = (tf.constant(1.0).op, v1.get_variable("w", initializer=1.0).handle.op)
+        assert [each._is_stateful for each in operations] == [False, True], ATTRIBUTES["_is_stateful"]
     scale = v1.mixed_precision.DynamicLossScale(8.0)
     assert float(scale._current_loss_scale) == 8.0, ATTRIBUTES["_current_loss_scale"]
     wrappers = mixed_precision._REGISTERED_WRAPPER_OPTIMIZER_CLS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -84,7 +86,6 @@ def test_a_written_checkpoint_restores_with_a_plain_saver(tmp_path, kind):
     again, (scale,) = continued("mixed", by_saver(target), "loss_scale")
     np.testing.assert_allclose(again, losses, rtol=1e-4)
     assert scale == (64.0 if kind == "float32" else 128.0)
-    V1.train.update_checkpoint_state(str(tmp_path / "written"), target)
     with tf.Graph().as_default():
         _, train, loss, feed = build("mixed")
         with V1.train.MonitoredTrainingSession(
@@ -123,6 +124,165 @@ def test_what_a_checkpoint_lacks_is_named(tmp_path):
         V1.get_variable("other", initializer=1.0)
         with pytest.raises(ValueError, match="path must be a checkpoint that has other, received"):
             checkpoints.restorer(path)
+
+
+# What a Saver of another graph may have written.
+
+
+def other(wrap, cond=False, partitioner=None):
+    """Returns the optimizer and the step of a model with a layer called `cond`, or with partitioned variables."""
+    with V1.variable_scope("net", partitioner=partitioner):
+        kernel = V1.get_variable("kernel", [8, 2], initializer=V1.ones_initializer())
+        loss = tf.reduce_sum(tf.convert_to_tensor(kernel))
+        if cond:
+            with V1.variable_scope("cond"):
+                loss += tf.reduce_sum(V1.get_variable("kernel", [3], initializer=V1.zeros_initializer()))
+    opt = wrap(V1.train.AdamOptimizer(0.5))
+    return opt, opt.minimize(loss, V1.train.get_or_create_global_step())
+
+
+def other_saved(path, wrap, sharded=False, **arguments):
+    """Takes two steps and saves; returns the path and the weights of all layers."""
+    with tf.Graph().as_default():
+        _, train = other(wrap, **arguments)
+        with tf1.session() as session:
+            for _ in range(2):
+                session.run(train)
+            path = V1.train.Saver(sharded=sharded).save(session, str(path))
+            return path, session.run(V1.trainable_variables())
+
+
+def other_restored(restore, wrap, **arguments):
+    """Returns the weights of all layers, and the scale."""
+    with tf.Graph().as_default():
+        opt, _ = other(wrap, **arguments)
+        restore = restore()
+        with tf1.session() as session:
+            restore(session)
+            return session.run(V1.trainable_variables()), session.run(getattr(opt, "loss_scale", tf.constant(0.0)))
+
+
+def ours(opt):
+    return LossScaleOptimizer(opt, RULE)
+
+
+def with_theirs(opt):
+    """Ours with a loss scale object of TensorFlow's, which has variables too."""
+    return LossScaleOptimizer(opt, V1.mixed_precision.DynamicLossScale(64.0, 1))
+
+
+MODELS = {"cond": {"cond": True}, "partitioned": {"partitioner": V1.fixed_size_partitioner(2)}}
+
+
+@pytest.mark.parametrize("how", ["restorer", "command", "back"])
+@pytest.mark.parametrize("wrap", [ours, theirs], ids=["ours", "theirs"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_layer_called_cond_and_partitioned_variables_keep_their_names(tmp_path, model, wrap, how):
+    """A scope of one's own is no conditional of TensorFlow's wrapper."""
+    path, weights = other_saved(
+        tmp_path / "model.ckpt", wrap if how == "back" or wrap is theirs else RUNS["float32"], **model
+    )
+    target = str(tmp_path / "target.ckpt")
+    if how == "back":
+        checkpoints.to_float32(path, target)
+        got, _ = other_restored(by_saver(target), RUNS["float32"], **model)
+    elif how == "command":
+        checkpoints.to_mixed(path, target, RULE)
+        got, _ = other_restored(by_saver(target), ours, **model)
+    else:
+        got, _ = other_restored(by_restorer(path), ours, **model)
+    for one, another in zip(got, weights, strict=True):
+        np.testing.assert_array_equal(one, another)
+
+
+@pytest.mark.parametrize("how", ["restorer", "command"])
+@pytest.mark.parametrize(
+    ("source", "scale"), [(RUNS["float32"], 64.0), (theirs, 64.0), (ours, 64.0), (with_theirs, 256.0)]
+)
+def test_a_run_with_a_loss_scale_of_tensorflow_restores_each(tmp_path, source, scale, how):
+    """Its variables stand in the graph beside ours."""
+    path, weights = other_saved(tmp_path / "model.ckpt", source)
+    if how == "command":
+        checkpoints.to_mixed(path, tmp_path / "target.ckpt", RULE)
+        restore = by_saver(str(tmp_path / "target.ckpt"))
+    else:
+        restore = by_restorer(path)
+    got, restored = other_restored(restore, with_theirs)
+    np.testing.assert_array_equal(got[0], weights[0])
+    assert restored == scale
+
+
+def test_a_scale_of_tensorflows_is_recognized_by_both_its_variables(tmp_path):
+    """One that is called `good_steps` alone is of the model."""
+    with tf.Graph().as_default():
+        V1.get_variable("net/good_steps", initializer=7.0)
+        with tf1.session() as session:
+            path = V1.train.Saver().save(session, str(tmp_path / "model.ckpt"))
+    assert checkpoints.to_float32(path, tmp_path / "plain.ckpt") == []
+    assert tf.train.list_variables(str(tmp_path / "plain.ckpt")) == [("net/good_steps", [])]
+
+
+def test_a_sharded_checkpoint_is_read(tmp_path):
+    """All its parts."""
+    path, weights = other_saved(tmp_path / "model.ckpt", RUNS["float32"], sharded=True)
+    checkpoints.to_mixed(path, tmp_path / "target.ckpt", RULE)
+    got, _ = other_restored(by_saver(str(tmp_path / "target.ckpt")), ours)
+    np.testing.assert_array_equal(got[0], weights[0])
+
+
+def test_what_is_written_is_the_latest_of_its_folder(tmp_path):
+    """Those before stay known."""
+    path, _ = other_saved(tmp_path / "model.ckpt", RUNS["float32"])
+    checkpoints.to_mixed(path, tmp_path / "mixed.ckpt")
+    checkpoints.to_float32(tmp_path / "mixed.ckpt", tmp_path / "plain.ckpt")
+    state = V1.train.get_checkpoint_state(str(tmp_path))
+    names = [name.split("/")[-1] for name in state.all_model_checkpoint_paths]
+    assert names == ["model.ckpt", "mixed.ckpt", "plain.ckpt"]
+    assert state.model_checkpoint_path.endswith("plain.ckpt")
+
+
+def command(monkeypatch, capsys, *arguments):
+    """Returns what the command says where it refuses."""
+    monkeypatch.setattr(sys, "argv", ["checkpoints", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="2"):
+        checkpoints.main()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "object"])
+def test_what_is_no_checkpoint_is_refused_and_nothing_is_written(tmp_path, monkeypatch, capsys, damage):
+    """With its name and why, in one line."""
+    source = tmp_path / "source.ckpt"
+    if damage == "empty":
+        for ending in (".index", ".data-00000-of-00001"):
+            source.with_name(source.name + ending).write_bytes(b"")
+    elif damage == "cut":
+        other_saved(source, RUNS["float32"])
+        data = source.with_name(source.name + ".data-00000-of-00001")
+        data.write_bytes(data.read_bytes()[:20])
+    elif damage == "object":
+        tf.train.Checkpoint(variable=tf.Variable(1.0)).write(str(source))
+    said = command(monkeypatch, capsys, "to-mixed", source, tmp_path / "new" / "target.ckpt")
+    assert "error: source must be a checkpoint" in said
+    assert f"{str(source)!r}" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_target_that_exists_stays_as_it_is(tmp_path, monkeypatch, capsys):
+    """The source itself is one."""
+    path, _ = other_saved(tmp_path / "model.ckpt", RUNS["float32"])
+    for direction in ("to-mixed", "to-float32"):
+        said = command(monkeypatch, capsys, direction, path, path)
+        assert "error: target must be a new checkpoint, received" in said
+    assert not any("tfmixed" in name for name, _ in tf.train.list_variables(path))
+
+
+@pytest.mark.parametrize(("scale", "error"), [("fast", "invalid"), ("-1", "loss_scale is not one")])
+def test_a_loss_scale_that_is_none_is_refused(tmp_path, monkeypatch, capsys, scale, error):
+    """Before anything is written."""
+    path, _ = other_saved(tmp_path / "model.ckpt", RUNS["float32"])
+    assert error in command(monkeypatch, capsys, "to-mixed", path, tmp_path / "new.ckpt", "--loss-scale", scale)
+    assert not list(tmp_path.glob("new*"))
 
 
 UNDER_V1 = """

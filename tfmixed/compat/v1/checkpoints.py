@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ V1 = tf.compat.v1
 # Ours, and what TensorFlow's DynamicLossScale has in its place.
 _THEIRS = {"dynamic_scale": "current_loss_scale", "step_counter": "good_steps"}
 _OURS = re.compile(rf"(?:^|/){SCOPE}((?:_\d+)?)/(\w+)$")
-_SCALING = re.compile(rf"(^|/)({'|'.join(_THEIRS.values())})(_\d+)?$")
+_SCALING = re.compile(r"(?P<before>^|.*/)(?:current_loss_scale|good_steps)(?P<after>_\d+)?$")
 
 
 def restorer(path: str | Path) -> Callable[[Any], None]:
@@ -36,7 +36,7 @@ def restorer(path: str | Path) -> Callable[[Any], None]:
             `MixedPrecisionLossScaleOptimizer`. Variables of the scaling that it lacks start afresh.
 
     Raises:
-        ValueError: It lacks another variable of the graph.
+        ValueError: It lacks another variable of the graph, or `path` is no checkpoint.
 
     Example:
     >>> import tempfile
@@ -49,20 +49,30 @@ def restorer(path: str | Path) -> Callable[[Any], None]:
     ...     print(session.run(weight))
     1.0
     """
-    variables = {variable.op.name: variable for variable in V1.global_variables()}
-    found = _matched(variables, tf.train.load_checkpoint(str(path)).get_variable_to_shape_map(), path)
-    saver = V1.train.Saver({name: variables[own] for own, name in found.items()})
-    fresh = V1.variables_initializer([variables[name] for name in variables.keys() - found.keys()])
+    saved = _names(path, "path")
+    own = {_saved_as(variable): variable for variable in V1.global_variables()}
+    others = _renamed(own.keys() - saved, saved)
+    missing = sorted(name for name in own.keys() - saved - others.keys() if not _of_scaling(name, own))
+    if missing:
+        raise ValueError(f"path must be a checkpoint that has {', '.join(missing)}, received {str(path)!r}")
+    # As a list, for of a partitioned variable several share a name; and two may be read from one of TensorFlow's.
+    direct = [variable for variable in V1.global_variables() if _saved_as(variable) in saved]
+    savers = [V1.train.Saver(each) for each in (direct, {others[name]: own[name] for name in others}) if each]
+    fresh = V1.variables_initializer([own[name] for name in own.keys() - saved - others.keys()])
 
     def restore(session: Any) -> None:
         session.run(fresh)
-        saver.restore(session, str(path))
+        for saver in savers:
+            saver.restore(session, str(path))
 
     return restore
 
 
 def to_mixed(source: str | Path, target: str | Path, loss_scale: Any = "dynamic") -> list[str]:
     """Writes the checkpoint of a float32 run, or of TensorFlow's own wrapper, as one of a mixed run.
+
+    It becomes the latest of its folder, as one that a `Saver` writes. Where the loss scale is dynamic it has the
+    variables of TensorFlow's `DynamicLossScale` too, for scripts that make one.
 
     Args:
         source: The checkpoint.
@@ -71,16 +81,20 @@ def to_mixed(source: str | Path, target: str | Path, loss_scale: Any = "dynamic"
 
     Returns:
         The names of the variables that were added.
+
+    Raises:
+        ValueError: `source` is no checkpoint of a `Saver`, `target` is one already, or `loss_scale` is none.
     """
-    values = {_unbranched(name): value for name, value in _read(source).items()}
+    values = _read(source)
     with tf.Graph().as_default(), V1.Session() as session:
         state = scalings_of(loss_scale).here()
         session.run(V1.global_variables_initializer())
-        added = {each.value.op.name: session.run(each.value) for each in state.variables.values()}
+        wanted = {each.value.op.name: session.run(each.value) for each in state.variables.values()}
     for ours, theirs in _THEIRS.items():
-        if theirs in values and f"{SCOPE}/{ours}" in added:
-            added[f"{SCOPE}/{ours}"] = values.pop(theirs)
-    added = {name: value for name, value in added.items() if name not in values}
+        if "step_counter" in state.variables:
+            own = f"{SCOPE}/{ours}"
+            wanted[own] = wanted[theirs] = values.get(theirs, values.get(own, wanted[own]))
+    added = {name: value for name, value in wanted.items() if name not in values}
     _write(target, {**values, **added})
     return sorted(added)
 
@@ -90,49 +104,95 @@ def to_float32(source: str | Path, target: str | Path) -> list[str]:
 
     Args:
         source: The checkpoint, of this package or of TensorFlow's own wrapper.
-        target: Where to write.
+        target: Where to write. It becomes the latest of its folder.
+
+    Raises:
+        ValueError: `source` is no checkpoint of a `Saver`, or `target` is one already.
     """
     values = _read(source)
-    left_out = sorted(name for name in values if _OURS.search(name) or _SCALING.search(name))
-    _write(target, {_unbranched(name): values[name] for name in values.keys() - set(left_out)})
+    left_out = sorted(name for name in values if _of_scaling(name, values))
+    _write(target, {name: values[name] for name in values.keys() - set(left_out)})
     return left_out
 
 
-def _matched(variables: Mapping[str, Any], saved: Mapping[str, Any], path: str | Path) -> dict[str, str]:
-    """Returns the name in the checkpoint of each variable that it has."""
+def _renamed(wanted: Collection[str], saved: Collection[str]) -> dict[str, str]:
+    """Returns under which name the checkpoint has variables that it lacks under their own."""
     plain = {_unbranched(name): name for name in saved}
     found = {}
-    for own in variables:
-        ours = _OURS.search(own)
-        theirs = f"{_THEIRS.get(ours[2])}{ours[1]}" if ours else None
-        name = own if own in saved else plain.get(own, theirs)
-        if name is not None and name in saved:
-            found[own] = name
-    missing = sorted(name for name in variables.keys() - found.keys() if not _OURS.search(name))
-    if missing:
-        raise ValueError(f"path must be a checkpoint that has {', '.join(missing)}, received {str(path)!r}")
+    for name in wanted:
+        ours = _OURS.search(name)
+        other = _THEIRS.get(ours[2], "") + ours[1] if ours else plain.get(name, "")
+        if other in saved:
+            found[name] = other
     return found
 
 
 def _unbranched(name: str) -> str:
     # TensorFlow's wrapper makes the optimizer's own variables within its conditional, under whose name they stand then.
-    return re.sub(r"(^|/)cond(_\d+)?/(?=\w+$)", r"\1", name)
+    return re.sub(r"(^|/)(?:cond(?:_\d+)?/)+(?=\w+$)", r"\1", name)
+
+
+def _of_scaling(name: str, names: Collection[str]) -> bool:
+    """Returns whether a variable is one of ours, or of a `DynamicLossScale` of TensorFlow: that has two."""
+    theirs = _SCALING.match(name)
+    pair = [f"{theirs['before']}{each}{theirs['after'] or ''}" for each in _THEIRS.values()] if theirs else [""]
+    return bool(_OURS.search(name)) or all(each in names for each in pair)
+
+
+def _saved_as(variable: Any) -> str:
+    part = variable._get_save_slice_info()
+    return str(part.full_name if part else variable.op.name)
+
+
+def _names(path: str | Path, argument: str) -> set[str]:
+    try:
+        return set(tf.train.load_checkpoint(str(path)).get_variable_to_shape_map())
+    except (tf.errors.OpError, ValueError) as error:
+        raise _no_checkpoint(argument, path, error) from None
 
 
 def _read(path: str | Path) -> dict[str, Any]:
+    names = _names(path, "source")
+    if "_CHECKPOINTABLE_OBJECT_GRAPH" in names:
+        raise ValueError(f"source must be a checkpoint of a Saver, received one of tf.train.Checkpoint: {str(path)!r}")
     reader = tf.train.load_checkpoint(str(path))
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    try:
+        values = {name: reader.get_tensor(name) for name in names}
+    except (tf.errors.OpError, IndexError, RuntimeError) as error:
+        raise _no_checkpoint("source", path, error) from None
+    if not any(_SCALING.match(name) and _of_scaling(name, names) for name in names):
+        return values
+    # Under both names: a layer may be called `cond` too.
+    return {_unbranched(name): value for name, value in values.items()} | values
+
+
+def _no_checkpoint(argument: str, path: str | Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{argument} must be a checkpoint that is whole, by its name without the endings of its files, received "
+        f"{str(path)!r}: {error}"
+    )
 
 
 def _write(path: str | Path, values: Mapping[str, Any]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """Writes a checkpoint, which nobody finds before it is whole: its index comes last."""
+    if Path(f"{path}.index").exists():
+        raise ValueError(f"target must be a new checkpoint, received {str(path)!r}, which exists")
+    folder = Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
     with tf.Graph().as_default(), V1.Session() as session:
-        tensors = [tf.constant(numpy.asarray(value)) for value in values.values()]
-        session.run(
-            tf.raw_ops.SaveV2(
-                prefix=str(path), tensor_names=list(values), shape_and_slices=[""] * len(values), tensors=tensors
-            )
+        # Fed, because a graph that holds them may have 2 GB and no more.
+        fed = {V1.placeholder(numpy.asarray(value).dtype): value for value in values.values()}
+        save = tf.raw_ops.SaveV2(
+            prefix=str(path), tensor_names=list(values), shape_and_slices=[""] * len(values), tensors=list(fed)
         )
+        session.run(save, fed)
+    known = V1.train.get_checkpoint_state(str(folder))
+    older = list(known.all_model_checkpoint_paths) if known else []
+    V1.train.update_checkpoint_state(str(folder), str(path), [*older, str(path)])
+
+
+def _loss_scale(text: str) -> str | float:
+    return text if text == "dynamic" else float(text)
 
 
 def main() -> None:
@@ -142,14 +202,18 @@ def main() -> None:
     )
     parser.add_argument("direction", choices=("to-mixed", "to-float32"))
     parser.add_argument("source", help="a checkpoint, without the ending of its files")
-    parser.add_argument("target")
-    parser.add_argument("--loss-scale", default="dynamic", help='"dynamic" or a number (default: %(default)s)')
+    parser.add_argument("target", help="a new one")
+    parser.add_argument(
+        "--loss-scale", default="dynamic", type=_loss_scale, help='"dynamic" or a number (default: %(default)s)'
+    )
     given = parser.parse_args()
-    if given.direction == "to-float32":
-        print("left out:", *to_float32(given.source, given.target))
-    else:
-        scale = given.loss_scale if given.loss_scale == "dynamic" else float(given.loss_scale)
-        print("added:", *to_mixed(given.source, given.target, scale))
+    try:
+        if given.direction == "to-float32":
+            print("left out:", *to_float32(given.source, given.target))
+        else:
+            print("added:", *to_mixed(given.source, given.target, given.loss_scale))
+    except (OSError, ValueError, tf.errors.OpError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
