@@ -58,6 +58,25 @@ def test_each_change_is_logged_with_its_step(tmp_path, capsys, every):
     assert capsys.readouterr().out.splitlines() == [str(change) for change in CHANGES]
 
 
+def test_each_of_two_hooks_logs_every_change(tmp_path):
+    """However often the other one collects."""
+    with tf.Graph().as_default():
+        given = V1.placeholder(tf.float32, [2])
+        weight = V1.get_variable("w", initializer=tf.constant([1.0, 2.0]))
+        optimizer = LossScaleOptimizer(V1.train.AdamOptimizer(), RULE)
+        train = optimizer.minimize(tf.reduce_sum(weight * given), V1.train.get_or_create_global_step())
+        folders = [tmp_path / "often", tmp_path / "rarely"]
+        hooks = [
+            LossScaleHook(optimizer, folder / "loss_scale.jsonl", every=every, verbose=0)
+            for folder, every in zip(folders, (1, 100), strict=True)
+        ]
+        with V1.train.MonitoredTrainingSession(hooks=hooks, log_step_count_steps=None) as session:
+            for letter in "TTFFT":
+                session.run(train, {given: [1.0, 1.0 if letter == "T" else np.inf]})
+    for folder in folders:
+        assert log(folder)[1:-1] == CHANGES
+
+
 def test_a_run_that_goes_on_continues_the_log(tmp_path, capsys):
     """And one that starts afresh replaces it."""
     for trace in ("TTF", "FT"):

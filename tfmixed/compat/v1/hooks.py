@@ -90,6 +90,7 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         self.summary_dir = None if summary_dir is None else os.fspath(summary_dir)
         self.every = checks.count("every", every, 1)
         self.verbose = checks.count("verbose", verbose, 0)
+        self._drained = 0
         self._writer: Any = None
 
     def begin(self) -> None:
@@ -107,13 +108,15 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         """Begins the log, or goes on with it where the session stands."""
         del coord
         self._runs = 0
-        now = self._look(session)
+        values = session.run(self._values)
+        now = Snapshot(self._optimizer, values, self._paths)
         changes = now.drain_events()
         if self.path is not None:
             changes = runlog.continue_at(self.path, int(now.attempted_steps), get_args(Record), changes)
         self._tell(changes)
         self._append([runlog.describe(None, now)])
-        self._mark_drained(session, now)
+        # Nothing is marked before all hooks have looked.
+        self._drained = int(values["event_count"])
 
     def after_run(self, run_context: Any, run_values: Any) -> None:
         """Collects, each `every` runs."""
@@ -140,20 +143,17 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         if self._writer is not None:
             self._writer.flush()
 
-    def _look(self, session: Any) -> Snapshot:
-        return Snapshot(self._optimizer, session.run(self._values), self._paths)
-
     def _collect(self, session: Any) -> Snapshot:
-        now = self._look(session)
+        values = session.run(self._values)
+        # From where this hook has told: another one may have marked more as drained.
+        now = Snapshot(self._optimizer, {**values, "events_drained": self._drained}, self._paths)
         self._tell(now.drain_events())
-        self._mark_drained(session, now)
+        self._drained = int(values["event_count"])
+        session.run(self._mark, {self._count: self._drained})
         names = ("loss_scale", "skipped_steps", "gradient_norm")
         self._summarize({name: float(getattr(now, name)) for name in names}, int(now.attempted_steps))
         now.raise_if_exhausted()
         return now
-
-    def _mark_drained(self, session: Any, now: Snapshot) -> None:
-        session.run(self._mark, {self._count: now.read("event_count")})
 
     def _tell(self, changes: Sequence[Change]) -> None:
         self._append(changes)
