@@ -61,6 +61,7 @@ HOOKS = [
         ["enabled"],
         "tell tf_keras of the rewrite",
     ),
+    ("tensorflow.python.eager.context", "_create_context", [], "wait until a script has chosen eager or not"),
     ("tensorflow.python.eager.context", "export_run_metadata", [], "read the graphs of functions"),
     ("tensorflow.python.trackable.base", "Trackable._track_trackable", None, "save what an optimizer holds"),
     ("tensorflow.python.framework.ops", "Graph._get_control_flow_context", ["self"], "know the top of a graph"),

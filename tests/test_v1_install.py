@@ -278,6 +278,7 @@ def test_the_import_has_each_name_of_the_table(spelling):
 def everything():
     """Returns what could be touched: names, modules, methods, the registry."""
     from tensorflow.python.client.session import BaseSession
+    from tensorflow.python.eager import context
     from tensorflow.python.training.experimental import mixed_precision
 
     places = [tf, tf.train, tf.train.experimental, V1, V1.train, V1.train.experimental, V1.mixed_precision]
@@ -286,6 +287,7 @@ def everything():
         [{name: id(value) for name, value in vars(place).items()} for place in places],
         {name: id(module) for name, module in sys.modules.items() if name.startswith("tensorflow.contrib")},
         [V1.train.Optimizer.compute_gradients, V1.train.Optimizer.apply_gradients, BaseSession.__init__],
+        context._create_context,
         dict(mixed_precision._REGISTERED_WRAPPER_OPTIMIZER_CLS),
     )
 
@@ -419,6 +421,65 @@ def test_the_import_falls_through_to_tensorflow_1():
     assert shim.compat.as_text(b"text") == "text"
     with pytest.raises(AttributeError, match=r"neither .* nor tensorflow.compat.v1 has an attribute 'nonsense'"):
         _ = shim.nonsense
+
+
+LATE = """
+import sys
+import numpy as np
+import tensorflow as tf
+import tfmixed.compat.v1 as shim
+from tf1 import V1, X, Y, network, session
+
+if sys.argv[1] == "devices":
+    tf.config.list_physical_devices()
+shim.install()
+V1.disable_eager_execution()
+x, y, loss = network()
+opt = V1.train.AdamOptimizer(0.05)
+pairs = opt.compute_gradients(loss)
+if sys.argv[1] == "devices":
+    train = opt.apply_gradients(pairs)
+else:
+    sums = [tf.Variable(tf.zeros_like(variable), trainable=False) for _, variable in pairs]
+    turn = tf.Variable(0, trainable=False)
+
+    def add():
+        return tf.group(turn.assign_add(1), *[each.assign_add(grad) for each, (grad, _) in zip(sums, pairs)])
+
+    def apply():
+        step = opt.apply_gradients([(each + grad, variable) for each, (grad, variable) in zip(sums, pairs)])
+        with tf.control_dependencies([step]):
+            return tf.group(turn.assign(0), *[each.assign(tf.zeros_like(each)) for each in sums])
+
+    train = tf.cond(tf.equal(turn, 1), apply, add)
+with session() as opened:
+    losses = [opened.run([loss, train], {x: X, y: Y})[0] for _ in range(40)]
+assert losses[-1] < 0.6 * losses[0], losses
+assert any(variable.name.startswith("tfmixed/") for variable in V1.global_variables())
+print(shim.rewrite.is_enabled())
+"""
+
+
+@pytest.mark.parametrize("first", ["devices", "nothing"])
+def test_eager_execution_may_be_disabled_after_install(first):
+    """The variable is obeyed once a script has chosen; slots are made in the graph, whatever stood before."""
+    assert tf1.script(LATE, first, environment={"TF_ENABLE_AUTO_MIXED_PRECISION": "1"}).split() == ["True"]
+
+
+EAGER = """
+import tensorflow as tf
+import tfmixed.compat.v1 as shim
+
+shim.install()
+assert not shim.rewrite.is_enabled()
+tf.function(lambda x: x + x)(tf.ones(2))
+print(shim.rewrite.is_enabled())
+"""
+
+
+def test_functions_of_eager_code_hear_the_variable():
+    """Without a session or an optimizer of TensorFlow 1."""
+    assert tf1.script(EAGER, environment={"TF_ENABLE_AUTO_MIXED_PRECISION": "1"}).split() == ["True"]
 
 
 LEGACY = """

@@ -49,8 +49,9 @@ class Launch1:
         from tfmixed.running.wrapping import around
 
         self._tf = tensorflow
-        with _environment(_SCALING, "0" if self._wanted == "float32" else "1"):
-            v1.install()
+        # For the whole run: it is asked for at each step that is built.
+        os.environ[_SCALING] = "0" if self._wanted == "float32" else "1"
+        v1.install()
         around(v1.LossScaleOptimizer, "apply_gradients", self._apply_gradients, traced=True)
         for kind in (tensorflow.compat.v1.Session, tensorflow.compat.v1.InteractiveSession):
             around(kind, "__init__", self._open)
@@ -120,18 +121,6 @@ class Launch1:
             self.ledger.note(optimizer)
         known = self.ledger.summary() if self.ledger.has_steps else "steps unknown, no step of a loss scale was seen"
         say(f"{known}; no log: tfmixed.compat.v1.LossScaleHook writes one")
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 from tfmixed.compat.v1 import optimizer as scaling
 from tfmixed.compat.v1 import rewrite
@@ -24,17 +25,25 @@ class _Watch:
 
     plain: dict[str, Callable[..., Any]] = {}  # noqa: RUF012  # replaced, never changed
     has_enabled = False
+    create_context: Callable[[], None] = context._create_context
     odd: frozenset[tuple[str, str]] = frozenset()
 
 
 def start() -> None:
-    """Looks at the variables now, and where a session is made or a step is built: scripts set them in their `main`."""
+    """Looks at the variables now, and where a session is made or a step is built: scripts set them in their `main`.
+
+    Now, or when TensorFlow makes its context: one that is made before the script calls `disable_eager_execution` takes
+    what `tf.init_scope` makes within a conditional for eager code (TensorFlow 2.21).
+    """
     if not _Watch.plain:
         _Watch.plain = {name: getattr(Optimizer, name) for name in _METHODS}
         for name, method in _Watch.plain.items():
             setattr(Optimizer, name, _scaled(name, method))
         rewrite.hold("environment", _obey)
-        _obey()
+        if context.context_safe() is None:
+            context._create_context = _create_and_obey
+        else:
+            _obey()
 
 
 def stop() -> None:
@@ -43,6 +52,13 @@ def stop() -> None:
         setattr(Optimizer, name, method)
     _Watch.plain, _Watch.has_enabled = {}, False
     rewrite.release("environment")
+    context._create_context = _Watch.create_context
+
+
+def _create_and_obey() -> None:
+    context._create_context = _Watch.create_context
+    _Watch.create_context()
+    _obey()
 
 
 def _obey() -> None:

@@ -273,19 +273,25 @@ def _finite(values: Any) -> Any:
 
 @contextlib.contextmanager
 def branches_that_hold(variables: Sequence[Any]) -> Iterator[None]:
-    """Lets `tf.cond` make branches that may write these variables.
+    """Lets `tf.cond` make branches that may write these variables, and make slots in the graph around them.
 
     References, as TensorFlow 1's variables of old are, do not go into the functions that TensorFlow 2 makes of them.
+    And where eager execution was disabled after TensorFlow had made its context, `tf.init_scope` leaves a branch for
+    eager code (TensorFlow 2.21), unless somebody has entered the graph.
     """
-    refers = not V1.resource_variables_enabled() or any(each.dtype != each.dtype.base_dtype for each in variables)
-    if tf.executing_eagerly() or not (refers and V1.control_flow_v2_enabled()):
+    if tf.executing_eagerly():
         yield
         return
-    V1.disable_control_flow_v2()
+    refers = not V1.resource_variables_enabled() or any(each.dtype != each.dtype.base_dtype for each in variables)
+    changes = refers and V1.control_flow_v2_enabled()
+    if changes:
+        V1.disable_control_flow_v2()
     try:
-        yield
+        with V1.get_default_graph().as_default():
+            yield
     finally:
-        V1.enable_control_flow_v2()
+        if changes:
+            V1.enable_control_flow_v2()
 
 
 def _in_control_flow(graph: Any) -> bool:
