@@ -157,7 +157,8 @@ def test_many_keys():
     ours = layers.MultiHeadAttention(1, 1, **arguments)
     output, scores = ours(query, keys, return_attention_scores=True)
     np.testing.assert_allclose(numpy(scores), np.full((1, 1, 1, 70_000), 1 / 70_000), rtol=1e-5)
-    assert numpy(output) == numpy(ours(query, keys)) == 1.0
+    for each in (output, ours(query, keys)):  # the order in which a sum is taken is the machine's
+        np.testing.assert_allclose(numpy(each), 1.0, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*was passed an input with a mask")  # Keras 3.15's GroupQueryAttention hands it on

@@ -67,6 +67,12 @@ HOOKS = [
     ("tensorflow.python.framework.ops", "Graph._get_control_flow_context", ["self"], "know the top of a graph"),
     ("tensorflow.python.framework.ops", "Graph._attr_scope", ["self", "attr_map"], "mark gradients, inline functions"),
     ("tensorflow.python.framework.ops", "Operation._get_control_flow_context", None, "see what a branch can use"),
+    (
+        "tensorflow.python.ops.variables",
+        "Variable._get_save_slice_info",
+        ["self"],
+        "know the parts of a partitioned variable",
+    ),
     ("tensorflow", "__internal__.distribute.strategy_supports_no_merge_call", [], "decide for all replicas"),
 ]
 # Set in constructors or on variables: seen on instances only.

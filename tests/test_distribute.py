@@ -62,7 +62,7 @@ def test_without_an_overflow_a_run_is_that_of_the_bare_optimizer(strategy):
     """The scale is a power of two: up to the order in which TensorFlow multiplies factors."""
     outcome = trainer(strategy).fit({})
     check(outcome, [])
-    outcome.assert_same_weights(Trainer(STRATEGIES[strategy](), rule=None).fit({}), rtol=1e-6)
+    outcome.assert_same_weights(Trainer(STRATEGIES[strategy](), rule=None).fit({}), rtol=1e-5)
 
 
 INNER = {
