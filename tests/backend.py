@@ -36,6 +36,13 @@ def apply(optimizer, gradients, weights):
     take_step(optimizer, gradients, weights)
 
 
+def compiled(optimizer, weights):
+    """Returns what takes one step with gradients, for runs of hundreds: eagerly one takes TensorFlow 40 ms."""
+    if BACKEND == "tensorflow":
+        return tf.function(lambda *gradients: apply(optimizer, gradients, weights))
+    return lambda *gradients: apply(optimizer, gradients, weights)
+
+
 def take_step(optimizer, gradients, weights):
     """The same with gradients that are what the optimizer was told before."""
     if BACKEND != "jax":

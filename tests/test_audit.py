@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 
 import keras
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
+from thorough import thorough
 
 from tfmixed import LossScaleOptimizer, audit, force_float32
 
@@ -509,12 +509,14 @@ MODELS = {
 }
 
 
-# Each takes some twenty seconds; two of them show what eight do. TFMIXED_ALL_MODELS=1 runs all.
+# Each takes some twenty seconds; two of them show what eight do.
 FEW = [("resnet", "mixed_bfloat16"), ("convnext", "mixed_float16")]
-ALL = list(itertools.product(MODELS, ("mixed_float16", "mixed_bfloat16")))
+PRODUCT = itertools.product(MODELS, ("mixed_float16", "mixed_bfloat16"))
 
 
-@pytest.mark.parametrize(("name", "policy"), ALL if os.environ.get("TFMIXED_ALL_MODELS") else FEW)
+@pytest.mark.parametrize(
+    ("name", "policy"), [pytest.param(*each, marks=() if each in FEW else thorough) for each in PRODUCT]
+)
 def test_well_made_models_have_few_findings(name, policy):
     """The softmax at the end and its logarithm in the loss; for bfloat16, a long bias gradient in ResNet."""
     keras.config.set_dtype_policy(policy)

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from thorough import covering
 
 from tfmixed import GradScaler, records, scaling
 from tfmixed.callbacks import LossScaleLogger
@@ -76,8 +77,7 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("pattern", "by_hand"), covering(1, {each: each for each in PATTERNS}, [False, True]))
 def test_any_part_may_be_compiled(pattern, by_hand):
     """Scale, counters, events and weights are those of the eager loop, and there is no false alarm."""
     loop, (of_gradients, of_unscale, of_step, of_update, of_all) = Loop(), PATTERNS[pattern]
@@ -361,6 +361,7 @@ def test_a_dataset_that_ends_within_a_step_leaves_no_trace():
     assert (int(loop.scaler.attempted_steps), int(loop.scaler.skipped_steps)) == (5, 2)
 
 
+MODES = {"eager": eager, "function": tf.function}
 OLD = {
     "adam": lambda: tf.compat.v1.train.AdamOptimizer(0.1),
     "momentum": lambda: tf.compat.v1.train.MomentumOptimizer(0.1, 0.9),
@@ -368,9 +369,7 @@ OLD = {
 }
 
 
-@pytest.mark.parametrize("mode", [eager, tf.function])
-@pytest.mark.parametrize("is_keras", [False, True])
-@pytest.mark.parametrize("make", OLD.values(), ids=OLD)
+@pytest.mark.parametrize(("make", "is_keras", "mode"), covering(2, OLD, [False, True], MODES))
 def test_optimizers_of_tensorflow_1(make, is_keras, mode):
     """Weights and slots of a run without the bad steps; on variables of Keras too; their arguments are passed on."""
     results = []
@@ -469,10 +468,10 @@ def strategy():
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("kind", ["keras", "built", "old"])
-@pytest.mark.parametrize("update", ["in replicas", "outside", "compiled outside"])
-@pytest.mark.parametrize("mode", [eager, tf.function])
+@pytest.mark.parametrize(
+    ("mode", "update", "kind", "by_hand"),
+    covering(2, MODES, ["in replicas", "outside", "compiled outside"], ["keras", "built", "old"], [False, True]),
+)
 def test_two_replicas_decide_together(strategy, mode, update, kind, by_hand):
     """An overflow on the second alone: both skip, the scale backs off once, the weights stay the same bits."""
     with strategy.scope():
