@@ -34,7 +34,7 @@ def trainer(strategy):
     return Trainer(STRATEGIES[strategy]())
 
 
-PATTERNS = covering(2, ["fit", "loop"], STRATEGIES, ["first", "last", "all"], KINDS, STEPS)
+PATTERNS = covering(2, ["fit", "loop"], list(STRATEGIES), ["first", "last", "all"], list(KINDS), list(STEPS))
 
 
 @pytest.mark.parametrize(("how", "strategy", "place", "kind", "when"), PATTERNS)

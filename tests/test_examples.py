@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from thorough import thorough
 
 from tfmixed import records
 
@@ -164,6 +165,7 @@ def test_workers_skip_together_and_a_killed_one_is_started_again(tmp_path):
     assert logs[0] == logs[1]
 
 
+@thorough
 def test_workers_skip_together_in_a_loop(tmp_path):
     """With `strategy.run`, on three workers."""
     _, weights = multi_worker(tmp_path, "--loop", "--workers", "3")

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 import workers
 from replicas import KINDS, STEPS, Trainer, bad_values, check, data
+from thorough import thorough
 
 from tfmixed import distribute, records, scaling
 
@@ -22,7 +23,7 @@ def agree(outcomes):
         assert outcome.events == first.events
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=thorough), 3])
 def test_an_overflow_on_any_worker_is_skipped_by_all(tmp_path, count):
     """A loop with `strategy.run` in real processes: nothing hangs (K4), and all go on with the same weights."""
     results = workers.run(count, "worker.py", "loop", folder=tmp_path)
@@ -70,7 +71,7 @@ def flat(arrays):
     return [array.reshape(-1, array.shape[-1]) for array in arrays]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=thorough)])
 def fitted(request, tmp_path_factory):
     """The number of workers, what each says after `Model.fit`, and their folder."""
     folder = tmp_path_factory.mktemp("fit")
