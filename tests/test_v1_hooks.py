@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from tf1 import V1
 
+import tfmixed
 from tfmixed import records
+from tfmixed.callbacks import LossScaleLogger
 from tfmixed.compat.v1 import LossScaleHook, LossScaleOptimizer
 from tfmixed.errors import LossScaleExhausted
 from tfmixed.records import Progress, RunRecord, ScaleChange
@@ -56,6 +60,26 @@ def test_each_change_is_logged_with_its_step(tmp_path, capsys, every):
     assert changes == CHANGES
     assert last == Progress(4, None, 4.0, 2, pytest.approx(2**0.5))
     assert capsys.readouterr().out.splitlines() == [str(change) for change in CHANGES]
+
+
+def test_the_log_is_that_of_the_callback(tmp_path):
+    """Record by record, key by key: what `fit` and a session write of the same steps."""
+    trace = "TTFFT"
+    run(trace, tmp_path / "hook", verbose=0)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False, name="dense")])
+    model.compile(tfmixed.LossScaleOptimizer("adam", RULE), loss=lambda y, outputs: y * outputs)
+    x = np.array([[1.0, 1.0 if letter == "T" else np.inf] for letter in trace])
+    logger = LossScaleLogger(tmp_path / "callback" / "loss_scale.jsonl", verbose=0)
+    model.fit(x, np.ones((5, 1)), batch_size=1, shuffle=False, verbose=0, callbacks=[logger])
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "loss_scale.jsonl").read_text().splitlines()]
+        for name in ("hook", "callback")
+    ]
+    for ours, theirs in zip(*lines, strict=True):
+        assert list(ours) == list(theirs)
+        for odd in ("epoch", "variable", "started", "model", "gradient_norm", "optimizer"):
+            ours.pop(odd, None), theirs.pop(odd, None)
+    assert lines[0] == lines[1]
 
 
 def test_each_of_two_hooks_logs_every_change(tmp_path):

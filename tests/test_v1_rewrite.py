@@ -313,5 +313,6 @@ def test_legacy_optimizers_of_tf_keras_are_wrapped_by_its_own():
     weight = tf.Variable(1.0)
     fixed.minimize(lambda: fixed.get_scaled_loss(weight) / 64.0, [weight])
     assert np.isfinite(float(weight))
-    with pytest.raises(ValueError, match="must double and halve"):
-        enable(sgd(), loss_scale=tfmixed.DynamicScale(hysteresis=2), dtype="bfloat16")
+    for odd in ({"hysteresis": 2}, {"min_scale": 2.0}, {"growth_delay": 3}, {"tolerance": 0.1}):
+        with pytest.raises(ValueError, match="must double, halve at each overflow and stop at 1"):
+            enable(sgd(), loss_scale=tfmixed.DynamicScale(**odd), dtype="bfloat16")

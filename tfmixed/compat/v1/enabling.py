@@ -80,6 +80,10 @@ def _legacy(tf_keras: Any, opt: Any, rule: ScalingRule) -> Any:
         raise ValueError(f"opt must not scale the loss itself, received a {type(opt).__name__}: pass the one it wraps")
     if isinstance(rule, ConstantScale):
         return wrapper(opt, dynamic=False, initial_scale=rule.value)
-    if not isinstance(rule, DynamicScale) or (rule.growth_factor, rule.backoff_factor, rule.hysteresis) != (2, 0.5, 1):
-        raise ValueError(f"loss_scale must double and halve for an optimizer of tf_keras, received {rule}")
+    fixed = ("growth_factor", "backoff_factor", "hysteresis", "min_scale", "growth_delay", "tolerance")
+    if not isinstance(rule, DynamicScale) or [getattr(rule, name) for name in fixed] != [2, 0.5, 1, 1, 0, 0]:
+        raise ValueError(
+            "loss_scale must double, halve at each overflow and stop at 1 for an optimizer of tf_keras, whose own rule "
+            f"that is, received {rule}"
+        )
     return wrapper(opt, initial_scale=rule.initial_scale, dynamic_growth_steps=rule.growth_interval)
