@@ -8,6 +8,7 @@ import pytest
 from backend import needs_tensorflow, tf
 from keras import layers, ops
 from test_ranges import counted
+from thorough import covering
 
 import tfmixed
 from tfmixed import LossScaleOptimizer, measure_gradients
@@ -185,8 +186,7 @@ def test_every_layer_and_variable_of_any_model_is_there(kind):
     assert all(each.nonzeros for each in found)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "precision"), covering(1, list(KINDS), ["float32", "float16"]))
 def test_nothing_is_changed(kind, precision):
     """Weights, moving statistics, metrics, optimizer, policies: `fit` goes on to the very weights as without it."""
     results = []

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 import tf1
 from tf1 import V1, X, Y
+from thorough import covering
 
 import tfmixed.compat.v1 as shim
 from tfmixed import hardware
@@ -119,8 +120,7 @@ def bert_model(package, scaled, accumulate, factor=1.0):
     return {x: X, y: Y}, loss, bert(loss, opt, accumulate), opt
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("package", [shim, V1], ids=["import", "install"])
+@pytest.mark.parametrize(("package", "accumulate"), covering(1, {"import": shim, "install": V1}, [1, 3]))
 def test_bert(package, accumulate):
     """A batch that overflows is skipped with all that was added to it, though it was clipped."""
     shim.install()

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 import tf1
 from tf1 import V1, X, Y
+from thorough import covering
 
 from tfmixed.compat.v1 import LossScaleOptimizer, checkpoints
 from tfmixed.scaling import DynamicScale
@@ -174,9 +175,9 @@ def with_theirs(opt):
 MODELS = {"cond": {"cond": True}, "partitioned": {"partitioner": V1.fixed_size_partitioner(2)}}
 
 
-@pytest.mark.parametrize("how", ["restorer", "command", "back"])
-@pytest.mark.parametrize("wrap", [ours, theirs], ids=["ours", "theirs"])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(
+    ("model", "wrap", "how"), covering(2, MODELS, {"ours": ours, "theirs": theirs}, ["restorer", "command", "back"])
+)
 def test_a_layer_called_cond_and_partitioned_variables_keep_their_names(tmp_path, model, wrap, how):
     """A scope of one's own is no conditional of TensorFlow's wrapper."""
     path, weights = other_saved(
@@ -195,12 +196,22 @@ def test_a_layer_called_cond_and_partitioned_variables_keep_their_names(tmp_path
         np.testing.assert_array_equal(one, another)
 
 
-@pytest.mark.parametrize("how", ["restorer", "command"])
 @pytest.mark.parametrize(
-    ("source", "scale"), [(RUNS["float32"], 64.0), (theirs, 64.0), (ours, 64.0), (with_theirs, 256.0)]
+    ("run", "how"),
+    covering(
+        1,
+        {
+            "float32": (RUNS["float32"], 64.0),
+            "theirs": (theirs, 64.0),
+            "ours": (ours, 64.0),
+            "with_theirs": (with_theirs, 256.0),
+        },
+        ["restorer", "command"],
+    ),
 )
-def test_a_run_with_a_loss_scale_of_tensorflow_restores_each(tmp_path, source, scale, how):
+def test_a_run_with_a_loss_scale_of_tensorflow_restores_each(tmp_path, run, how):
     """Its variables stand in the graph beside ours."""
+    source, scale = run
     path, weights = other_saved(tmp_path / "model.ckpt", source)
     if how == "command":
         checkpoints.to_mixed(path, tmp_path / "target.ckpt", RULE)
