@@ -1,7 +1,7 @@
 """Checkpoints of float32 runs in mixed ones, and back; those of TensorFlow's own wrapper too.
 
     python -m tfmixed.compat.v1.checkpoints to-mixed run/model.ckpt-1000 mixed/model.ckpt-1000
-    python -m tfmixed.compat.v1.checkpoints to-float32 mixed/model.ckpt-1000 run/model.ckpt-1000
+    python -m tfmixed.compat.v1.checkpoints to-float32 mixed/model.ckpt-1000 float32/model.ckpt-1000
 
 The first file then lacks nothing that a mixed run asks for, so that a plain `Saver` or a `MonitoredTrainingSession`
 restores it. The way back needs no command where a plain `Saver` reads: it takes what it knows and leaves the rest.
@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 import tensorflow as tf
 
+from tfmixed import whole
 from tfmixed.compat.v1.graphs import SCOPE
 from tfmixed.compat.v1.scales import scalings_of
 
@@ -188,7 +189,8 @@ def _write(path: str | Path, values: Mapping[str, Any]) -> None:
         session.run(save, fed)
     known = V1.train.get_checkpoint_state(str(folder))
     older = list(known.all_model_checkpoint_paths) if known else []
-    V1.train.update_checkpoint_state(str(folder), str(path), [*older, str(path)])
+    state = V1.train.generate_checkpoint_state_proto(str(folder), str(path), [*older, str(path)])
+    whole.write_text(folder / "checkpoint", str(state))
 
 
 def _loss_scale(text: str) -> str | float:
