@@ -135,7 +135,7 @@ def test_each_rule_on_the_right_is_the_one_on_the_left():
     """Growth, backoff, hysteresis, and where they end: the scale after each of some thousand steps."""
     *_, rules = run()
     assert {(title, number) for title, number, _ in rules} == DOCUMENTED.keys()
-    traces = ["F" * 5 + "T" * 2100 + "FTFFTFFF" + "T" * 2500 + "F" * 60, "T" * 9000 + "F", "FT" * 40 + "T" * 3001]
+    traces = ["F" * 5 + "T" * 2100 + "FTFFTFFF" + "T" * 2500 + "F" * 60, "T" * 4500 + "F", "FT" * 40 + "T" * 3001]
     for title, number, rule in rules:
         replay, arguments = DOCUMENTED[title, number]
         for trace in traces:
