@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 from backend import modes, needs_tensorflow, tf
+from thorough import covering
 
 import tfmixed
 from tfmixed import LossScaleOptimizer, records
@@ -254,8 +255,7 @@ class KillAt(keras.callbacks.Callback):
             raise Killed
 
 
-@pytest.mark.parametrize("backup_first", [False, True])
-@pytest.mark.parametrize("frequency", ["epoch", 5])
+@pytest.mark.parametrize(("frequency", "backup_first"), covering(1, {"epoch": "epoch", "5": 5}, [False, True]))
 def test_a_restored_run_has_the_log_of_an_uninterrupted_one(tmp_path, backup_first, frequency):
     """In whatever order logger and backup are listed: no hole, no duplicate."""
     whole, path = tmp_path / "whole.jsonl", tmp_path / "scale.jsonl"
