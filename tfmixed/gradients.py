@@ -45,6 +45,11 @@ def holds_gradient(variable: Any) -> bool:
     return bool(getattr(variable, "overwrite_with_gradient", False))
 
 
+def raw(variables: Iterable[Any]) -> list[bool]:
+    """Returns which gradients of variables are not scaled: those that their variables are overwritten with."""
+    return [holds_gradient(each) for each in variables]
+
+
 def path(variable: Any) -> str:
     """Returns the name by which a variable is told from others: Keras's path, TensorFlow's name."""
     return str(getattr(variable, "path", variable.name))

@@ -6,21 +6,21 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import keras
 import numpy
 import tensorflow as tf
 from keras import ops
 
 from tfmixed import gradients
+from tfmixed.arguments import EVENT_CAPACITY
 from tfmixed.compat.v1.origins import Origins
 from tfmixed.events import NO_VARIABLE
 from tfmixed.scaling import ScalingRule
 from tfmixed.state import Outcome, ScalingState
+from tfmixed.variables import plain_variable
 from tfmixed.verdicts import Judge, Verdict
 
 V1 = tf.compat.v1
 SCOPE = "tfmixed"
-EVENT_CAPACITY = 256
 _PENDING = {
     "pending_count": numpy.int32(0),
     "pending_bad": numpy.int32(0),
@@ -75,8 +75,8 @@ class GraphState(ScalingState):
 
     def __init__(self, rule: ScalingRule, mirror: Any = None) -> None:
         self._known: dict[str, Any] = {}
-        super().__init__(rule, EVENT_CAPACITY, _add_variable)
-        self.make({**_PENDING, **_LAST}, _add_variable)
+        super().__init__(rule, EVENT_CAPACITY, plain_variable)
+        self.make({**_PENDING, **_LAST}, plain_variable)
         self._mirror = mirror
         self._graph = None if tf.executing_eagerly() else V1.get_default_graph()
         self.paths = _EAGER_PATHS if self._graph is None else _kept_by(self._graph).paths
@@ -296,7 +296,3 @@ def branches_that_hold(variables: Sequence[Any]) -> Iterator[None]:
 
 def _in_control_flow(graph: Any) -> bool:
     return graph._get_control_flow_context() is not None
-
-
-def _add_variable(shape: Any, initializer: Any, dtype: str, name: str) -> keras.Variable:
-    return keras.Variable(initializer, shape=shape, dtype=dtype, trainable=False, name=name)
