@@ -11,7 +11,7 @@ import tfmixed
 
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
-    0: ["errors", "formats", "records", "whole", "printed"],
+    0: ["errors", "formats", "outside", "records", "whole", "printed"],
     1: ["scaling", "branching", "seen", "rounding", "temporary", "structure", "workers", "variables", "gradients"],
     2: [
         "calls",
@@ -37,10 +37,9 @@ FLOORS = {
         "measuring",
         "widths",
         "sensitive",
-        "runlog",
         "taps",
     ],
-    4: ["report", "by_hand", "saving", "turn", "snapshots", "steps", "auditing"],
+    4: ["report", "runlog", "by_hand", "saving", "turn", "snapshots", "steps", "auditing"],
     5: ["logcommands", "optimizer", "iteration", "doctor", "plan", "probing"],
     6: ["lasting", "compat", "islands", "callbacks"],
     7: ["grad_scaler", "config", "bench"],

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Iterator
 
 import keras
 
-from tfmixed import hardware
+from tfmixed import hardware, outside
 from tfmixed.formats import HALF
 
 _warned: set[str] = set()
@@ -86,8 +85,7 @@ def _warn_if_slow(policy: keras.DTypePolicy) -> None:
     if half not in HALF or half in machine.main.fast or policy.name in _warned:
         return
     _warned.add(policy.name)
-    warnings.warn(
+    outside.warn(
         f"policy {policy.name!r} is slow here: {machine.reason}. Use {machine.policy!r} for speed, or go on to study "
-        f"the numerics of {half}.",
-        stacklevel=3,
+        f"the numerics of {half}."
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
 import keras
 
-from tfmixed import arguments
+from tfmixed import arguments, outside
 from tfmixed.fused import Fuser
 from tfmixed.state import Observable
 
@@ -71,11 +70,10 @@ class Saved(Observable, keras.optimizers.LossScaleOptimizer):
         inner = self._inner_by_name()
         saved = _by_name(store, inner)
         if inner.keys() != {name for name in saved if name.startswith("inner_")}:
-            warnings.warn(
+            outside.warn(
                 f"Skipping variable loading for optimizer {self.name!r}: the inner optimizer of the file has other "
                 f"variables than {type(self.inner_optimizer).__name__} here, or the optimizer is not built yet: build "
-                "it first with `optimizer.build(model.trainable_variables)`.",
-                stacklevel=2,
+                "it first with `optimizer.build(model.trainable_variables)`."
             )
             return
         self._state().restore(saved)
