@@ -11,6 +11,11 @@ import keras
 from tfmixed import hardware, outside
 from tfmixed.formats import HALF
 
+BESIDE_REWRITE = (
+    "The graph rewrite and a Keras policy for mixed precision exclude each other, received both: {} first, {} second. "
+    "Use one of them; the policy works eagerly too, the rewrite needs no change to the model."
+)
+REWRITE = "enable_mixed_precision_graph_rewrite() was called"
 _warned: set[str] = set()
 
 
@@ -72,11 +77,7 @@ def _refuse_beside_rewrite(policy: str | keras.DTypePolicy) -> None:
     # As TensorFlow's own Keras does, by the same flag; it is there as soon as TensorFlow is.
     flags = sys.modules.get("tensorflow.python.training.experimental.mixed_precision_global_state")
     if _known(policy).compute_dtype in HALF and flags and flags.is_mixed_precision_graph_rewrite_enabled():
-        raise ValueError(
-            "The graph rewrite and a Keras policy for mixed precision exclude each other, received both: "
-            f"enable_mixed_precision_graph_rewrite() was called first, set_policy({_known(policy).name!r}) "
-            "second. Use one of them; the policy works eagerly too, the rewrite needs no change to the model."
-        )
+        raise ValueError(BESIDE_REWRITE.format(REWRITE, f"set_policy({_known(policy).name!r})"))
 
 
 def _warn_if_slow(policy: keras.DTypePolicy) -> None:

@@ -15,6 +15,7 @@ from tensorflow.python.framework.test_util import IsMklEnabled
 from tensorflow.python.training.experimental import mixed_precision_global_state as flags
 
 from tfmixed import hardware, outside
+from tfmixed.policy import BESIDE_REWRITE, REWRITE
 
 _OPTIONS = {
     None: {},
@@ -24,12 +25,7 @@ _OPTIONS = {
     "bfloat16": {"auto_mixed_precision": False, "auto_mixed_precision_onednn_bfloat16": True},
 }
 _ON, _OFF = rewriter_config_pb2.RewriterConfig.ON, rewriter_config_pb2.RewriterConfig.OFF
-_TOGETHER = (
-    "The graph rewrite and a Keras policy for mixed precision exclude each other, received both: {} first, {} second. "
-    "Use one of them; the policy works eagerly too, the rewrite needs no change to the model."
-)
 _POLICY = "the Keras policy {!r} was set"
-_REWRITE = "enable_mixed_precision_graph_rewrite() was called"
 
 
 class _Switch:
@@ -53,7 +49,7 @@ def enable(dtype: str = "auto") -> str | None:
         ValueError: Another `dtype`, or Keras has a policy for mixed precision.
     """
     if _mixed():
-        raise ValueError(_TOGETHER.format(_POLICY.format(_mixed()), _REWRITE))
+        raise ValueError(BESIDE_REWRITE.format(_POLICY.format(_mixed()), REWRITE))
     chosen = _chosen(dtype)
     if chosen is not None:
         _warn_of_sessions()
@@ -98,7 +94,7 @@ def check_policy() -> None:
         ValueError: It was.
     """
     if _Switch.enabled and _mixed():
-        raise ValueError(_TOGETHER.format(_REWRITE, _POLICY.format(_mixed())))
+        raise ValueError(BESIDE_REWRITE.format(REWRITE, _POLICY.format(_mixed())))
 
 
 def hold(holder: str, before: Callable[[], None]) -> None:
