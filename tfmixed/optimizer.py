@@ -247,12 +247,11 @@ class LossScaleOptimizer(ByHand, Saved):
             unscaled = self._unscale(grads, verdict.divisor, self._trainable_variables)
             return self.inner_optimizer.stateless_apply(inner, unscaled, trainable_variables)
 
-        if not self.rule.skip_nonfinite:
-            new_trainable, new_inner = applied()
-        else:
-            new_trainable, new_inner = ops.cond(
-                verdict.finite, applied, lambda: (list(trainable_variables), list(inner))
-            )
+        def skipped() -> tuple[list[Any], list[Any]]:
+            return list(trainable_variables), list(inner)
+
+        skips = self.rule.skip_nonfinite
+        new_trainable, new_inner = ops.cond(verdict.finite, applied, skipped) if skips else applied()
         return new_trainable, new_own + new_inner
 
     def _judge(self) -> Judge:

@@ -10,15 +10,15 @@ from typing import Any, get_args
 import tensorflow as tf
 
 from tfmixed import events, runlog
+from tfmixed.compat.v1.graphs import Blaming
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
 from tfmixed.records import Change, Record, ScaleChange
 from tfmixed.scaling import checks
-from tfmixed.state import Observable
 
 V1 = tf.compat.v1
 
 
-class Snapshot(Observable):
+class Snapshot(Blaming):
     """What a scaler says of itself at one moment of a session.
 
     Args:
@@ -42,10 +42,6 @@ class Snapshot(Observable):
     def drain_events(self) -> list[Change]:
         """Returns the changes that were not drained yet; nothing is marked."""
         return events.entries(self._values, self._paths)
-
-    def _overflows(self) -> dict[str, int]:
-        culprit = int(self._values["last_culprit"])
-        return {} if culprit < 0 else {self._paths[culprit]: int(self._values["last_culprit_steps"])}
 
 
 class LossScaleHook(tf.compat.v1.train.SessionRunHook):

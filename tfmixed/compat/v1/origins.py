@@ -26,14 +26,14 @@ class Origins(NamedTuple):
 
 
 def marked(gradient: Any, found: Any) -> Any:
-    """Returns a gradient of a graph as an operation of its own, with the mark of what was found.
+    """Returns a gradient as an operation of its own, with the mark of what was found; where there is no graph, itself.
 
     Args:
         gradient: A tensor, a `tf.IndexedSlices` or None.
         found: The tensor that says so; the gradient waits for all that the graph is told to wait for.
     """
-    if gradient is None:
-        return None
+    if gradient is None or tf.executing_eagerly():
+        return gradient
     with V1.get_default_graph()._attr_scope({_ATTRIBUTE: V1.AttrValue(s=found.name.encode())}):
         if gradients.is_sparse(gradient):
             return tf.IndexedSlices(tf.identity(gradient.values), gradient.indices, gradient.dense_shape)
