@@ -258,7 +258,7 @@ _SYNC = (
 def _check_not_accumulated(grads: Sequence[Any]) -> None:
     if tf.executing_eagerly():
         return
-    kinds = {(each.values if gradients.is_sparse(each) else each).op.type for each in grads}
+    kinds = {gradients.values_of(each).op.type for each in grads}
     if any("AccumulatorTakeGradient" in kind for kind in kinds):
         raise NotImplementedError(_SYNC.format("SyncReplicasOptimizer must not wrap a LossScaleOptimizer"))
 
@@ -288,10 +288,7 @@ def _tensor(gradient: Any) -> Any:
 
 def _like(gradient: Any, variable: Any) -> Any:
     """Returns the gradient in the dtype of its variable, which TensorFlow 1's kernels insist on."""
-    dtype = variable.dtype.base_dtype
-    if gradients.is_sparse(gradient):
-        return tf.IndexedSlices(tf.cast(gradient.values, dtype), gradient.indices, gradient.dense_shape)
-    return tf.cast(gradient, dtype)
+    return gradients.with_values(gradient, lambda values: tf.cast(values, variable.dtype.base_dtype))
 
 
 def _done(step: Any) -> Any:

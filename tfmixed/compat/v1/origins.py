@@ -35,9 +35,7 @@ def marked(gradient: Any, found: Any) -> Any:
     if gradient is None or tf.executing_eagerly():
         return gradient
     with V1.get_default_graph()._attr_scope({_ATTRIBUTE: V1.AttrValue(s=found.name.encode())}):
-        if gradients.is_sparse(gradient):
-            return tf.IndexedSlices(tf.identity(gradient.values), gradient.indices, gradient.dense_shape)
-        return tf.identity(gradient)
+        return gradients.with_values(gradient, tf.identity)
 
 
 def of(grads: Sequence[Any]) -> Origins:
@@ -46,7 +44,7 @@ def of(grads: Sequence[Any]) -> Origins:
         return Origins([], complete=False)
     found: dict[int, Any] = {}
     complete, seen = True, set()
-    waiting = [(each.values if gradients.is_sparse(each) else each).op for each in grads]
+    waiting = [gradients.values_of(each).op for each in grads]
     while waiting:
         operation = waiting.pop()
         if operation in seen:
