@@ -9,10 +9,6 @@ import keras
 from tfmixed import scaling
 from tfmixed.scaling import ConstantScale, DynamicScale, ScalingRule, checks
 
-# The defaults of all that scales a loss.
-MAX_CONSECUTIVE_SKIPS = 100
-EVENT_CAPACITY = 256
-
 
 def skip_limit(max_consecutive_skips: int | None) -> int | None:
     """Returns the argument of that name, None or a whole number from 1 on.

@@ -81,8 +81,8 @@ class GradScaler(Lasting):
         rule: Any = None,
         *,
         device: str | None = None,
-        max_consecutive_skips: int | None = arguments.MAX_CONSECUTIVE_SKIPS,
-        event_capacity: int = arguments.EVENT_CAPACITY,
+        max_consecutive_skips: int | None = 100,
+        event_capacity: int = 256,
     ) -> None:
         del device
         numbers = {

@@ -65,9 +65,9 @@ class LossScaleOptimizer(ByHand, Saved):
         dynamic_growth_steps: int | None = None,
         *,
         dynamic: bool | None = None,
-        max_consecutive_skips: int | None = arguments.MAX_CONSECUTIVE_SKIPS,
+        max_consecutive_skips: int | None = 100,
         fuse: bool | Literal["auto"] = "auto",
-        event_capacity: int = arguments.EVENT_CAPACITY,
+        event_capacity: int = 256,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:

@@ -11,6 +11,9 @@ from tfmixed import arguments, outside
 from tfmixed.fused import Fuser
 from tfmixed.state import Observable
 
+# Those of the constructor, left out of a configuration so that Keras's own class can read the rest of it.
+_DEFAULTS = {"max_consecutive_skips": 100, "fuse": "auto", "event_capacity": 256}
+
 
 class Saved(Observable, keras.optimizers.LossScaleOptimizer):
     """What Keras calls of a `LossScaleOptimizer` that it saves or loads. Files of Keras's own class are read too."""
@@ -25,13 +28,9 @@ class Saved(Observable, keras.optimizers.LossScaleOptimizer):
             config |= {"initial_scale": self.initial_scale, "dynamic_growth_steps": self.dynamic_growth_steps}
         else:
             config["scale"] = self.rule.get_config()
-        # Defaults are left out, so that Keras's own class can read the rest.
-        ours = {
-            "max_consecutive_skips": (self.max_consecutive_skips, arguments.MAX_CONSECUTIVE_SKIPS),
-            "fuse": (self._fuser.fuse, "auto"),
-            "event_capacity": (self.event_capacity, arguments.EVENT_CAPACITY),
-        }
-        return {**config, **{key: value for key, (value, default) in ours.items() if value != default}}
+        own = (self.max_consecutive_skips, self._fuser.fuse, self.event_capacity)
+        given = zip(_DEFAULTS.items(), own, strict=True)
+        return {**config, **{name: value for (name, default), value in given if value != default}}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:

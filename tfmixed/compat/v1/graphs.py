@@ -10,7 +10,6 @@ import tensorflow as tf
 from keras import ops
 
 from tfmixed import gradients
-from tfmixed.arguments import EVENT_CAPACITY
 from tfmixed.compat.v1.control_flow import in_control_flow
 from tfmixed.compat.v1.origins import Origins
 from tfmixed.events import NO_VARIABLE
@@ -21,6 +20,7 @@ from tfmixed.verdicts import Judge, Verdict
 
 V1 = tf.compat.v1
 SCOPE = "tfmixed"
+EVENT_CAPACITY = 256
 _PENDING = {
     "pending_count": numpy.int32(0),
     "pending_bad": numpy.int32(0),

@@ -51,13 +51,7 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
     (2.0, 128.0)
     """
 
-    def __init__(
-        self,
-        opt: Any,
-        loss_scale: Any = "dynamic",
-        *,
-        max_consecutive_skips: int | None = arguments.MAX_CONSECUTIVE_SKIPS,
-    ) -> None:
+    def __init__(self, opt: Any, loss_scale: Any = "dynamic", *, max_consecutive_skips: int | None = 100) -> None:
         _check(opt)
         super().__init__(opt._use_locking, opt.get_name())
         self._optimizer = opt
