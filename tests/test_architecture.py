@@ -11,7 +11,7 @@ import tfmixed
 
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
-    0: ["errors", "formats", "records", "whole", "printed"],
+    0: ["errors", "formats", "outside", "records", "whole", "printed"],
     1: ["scaling", "branching", "seen", "rounding", "temporary", "structure", "workers", "variables", "gradients"],
     2: [
         "calls",
@@ -37,13 +37,12 @@ FLOORS = {
         "measuring",
         "widths",
         "sensitive",
-        "runlog",
         "taps",
     ],
-    4: ["report", "optimizer", "turn", "snapshots", "steps", "auditing"],
-    5: ["logcommands", "iteration", "compat", "doctor", "plan", "probing"],
-    6: ["grad_scaler", "islands", "callbacks"],
-    7: ["config", "bench"],
+    4: ["report", "runlog", "by_hand", "saving", "turn", "snapshots", "steps", "auditing"],
+    5: ["logcommands", "optimizer", "iteration", "doctor", "plan", "probing"],
+    6: ["lasting", "compat", "islands", "callbacks"],
+    7: ["grad_scaler", "config", "bench"],
     8: ["running"],
     9: ["cli"],
     10: ["__main__"],

@@ -250,6 +250,19 @@ def test_a_run_tells_where_values_overflow_first():
     assert "128 of 128 values overflowed: in float32 they reach 1e+06" in runs[0].risk
 
 
+def test_a_run_is_the_same_where_functions_run_eagerly():
+    """As who debugs lets them: the audit reads graphs all the same, and leaves the switch as it is."""
+    model, inputs = model_of(lambda x: x * x), np.full((2, 64), 300.0, "float32")
+    expected = audit(model, inputs)
+    tf.config.run_functions_eagerly(True)
+    try:
+        assert audit(model, inputs) == expected
+        assert tf.config.functions_run_eagerly()
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert [each.op for each in expected if each.op == "overflow"]
+
+
 def test_a_run_tells_what_vanishes_and_what_is_wrong():
     """Squares of small numbers, and an average of 90,000 threes that becomes 4."""
     vanishing = audit(model_of(lambda x: x * x), np.full((2, 64), 1e-5, "float32"))

@@ -108,6 +108,25 @@ def test_a_backend_that_is_not_there_is_one_line(tmp_path):
     assert run.stderr.splitlines()[-1].startswith("tfmixed: Keras cannot load its backend (")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's")
+@pytest.mark.parametrize("arguments", [["--help"], ["simulate", "--rule", "dynamic", "--trace", "TTF", "--json"]])
+def test_no_space_for_the_output_is_one_line(arguments):
+    """What is written late, as the interpreter ends, too."""
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "tfmixed", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert run.returncode == 2
+    assert run.stderr.splitlines() == [
+        "tfmixed: output must be written where there is space, received: No space left on device"
+    ]
+
+
 @pytest.mark.parametrize("arguments", [["nonsense"], ["doctor", "--nonsense"]])
 def test_unknown_commands_and_options_are_refused(arguments):
     """Exit code 2, as everywhere."""
@@ -231,6 +250,7 @@ def test_what_raises_in_the_users_own_code_is_no_finding(tmp_path):
 NET = """
 import keras
 import numpy
+import tensorflow
 
 
 def compiled(scale=1.0):
@@ -252,6 +272,16 @@ def alone():
 def broken():
     model, x, y = compiled()
     return model, x[:, :3], y
+
+
+def empty():
+    model, x, y = compiled()
+    return model, tensorflow.data.Dataset.from_tensor_slices((x, y)).batch(8).take(0)
+
+
+def nothing_at_all():
+    model, x, y = compiled()
+    return model, x[:0], y[:0]
 """
 
 
@@ -282,6 +312,8 @@ def test_ranges_prints_json_alone(command, tmp_path):
     [
         (["net:alone"], "model must be compiled and come with inputs and targets, received 'net:alone'"),
         (["net:nothing"], "module 'net' has no attribute 'nothing'"),
+        (["net:empty"], "data must hold a batch at least, received <_TakeDataset"),
+        (["net:nothing_at_all"], "data must hold a batch at least"),
         (["net:compiled", "--png", "ranges.docx"], "path must end in one of"),
         (["net:compiled", "--policy", "float17"], "float17"),
         (["net:compiled", "--save", "."], "--save must be a file that can be written, received '.'"),

@@ -11,6 +11,7 @@ import tfmixed
 MODULES = [
     "auditing.findings",
     "auditing.reading",
+    "by_hand",
     "callbacks.ranges",
     "callbacks.scale",
     "compat.experimental",

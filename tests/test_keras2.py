@@ -429,8 +429,21 @@ def once(optimizer, weight, *calls):
     return before - weight.numpy()[0]
 
 
-KERAS2, KERAS3 = ("get_scaled_loss", "get_unscaled_gradients", "apply"), ("scale_loss", "apply")
 not_on_jax = pytest.mark.skipif(BACKEND == "jax", reason="there all is compiled: Python sees the first step alone")
+
+
+@not_on_jax
+@pytest.mark.parametrize("method", ["apply", "apply_gradients"])
+def test_advice_points_at_the_line_of_the_loop(method):
+    """Not at one of Keras or of this package."""
+    optimizer, weight = LossScaleOptimizer("sgd", 1024.0), keras.Variable([0.0])
+    given = [ops.array([1.0])], [weight]
+    with pytest.warns(UserWarning, match="never scaled") as told:
+        optimizer.apply(*given) if method == "apply" else optimizer.apply_gradients(zip(*given, strict=True))
+    assert told[0].filename == __file__
+
+
+KERAS2, KERAS3 = ("get_scaled_loss", "get_unscaled_gradients", "apply"), ("scale_loss", "apply")
 
 
 @not_on_jax

@@ -207,6 +207,13 @@ def test_sync_replicas_is_refused_with_the_reason():
         LossScaleOptimizer(synchronous)
 
 
+@pytest.mark.parametrize("limit", [0, 2.5, True])
+def test_what_is_no_count_of_skips_is_refused(limit):
+    """As the other two adapters do."""
+    with pytest.raises(ValueError, match="max_consecutive_skips must be a whole number, at least 1"):
+        LossScaleOptimizer(V1.train.AdamOptimizer(), max_consecutive_skips=limit)
+
+
 @pytest.mark.parametrize("wrapped", [object(), tf.keras.optimizers.SGD(), LossScaleOptimizer(V1.train.AdamOptimizer())])
 def test_what_is_no_optimizer_of_tensorflow_1_is_refused(wrapped):
     """Or scales by itself."""

@@ -93,10 +93,5 @@ def known(optimizer: Any, count: int) -> list[Any] | None:
     return list(variables) if len(variables) == count else None
 
 
-def raw(variables: Iterable[Any]) -> list[bool]:
-    """Returns which gradients are not scaled: those of variables that are overwritten with them."""
-    return [gradients.holds_gradient(each) for each in variables]
-
-
 def _is_keras(optimizer: Any) -> bool:
     return isinstance(optimizer, keras.optimizers.Optimizer)

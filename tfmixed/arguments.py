@@ -10,6 +10,16 @@ from tfmixed import scaling
 from tfmixed.scaling import ConstantScale, DynamicScale, ScalingRule, checks
 
 
+def skip_limit(max_consecutive_skips: int | None) -> int | None:
+    """Returns the argument of that name, None or a whole number from 1 on.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    limit = max_consecutive_skips
+    return None if limit is None else checks.count("max_consecutive_skips", limit, 1)
+
+
 def rule_from(
     scale: Any, initial_scale: float | None, dynamic_growth_steps: int | None, dynamic: bool | None
 ) -> ScalingRule:

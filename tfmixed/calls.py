@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import keras
 
+from tfmixed import outside
 from tfmixed.branching import graph
 from tfmixed.seen import Seen
 
@@ -148,7 +148,7 @@ class Calls:
         if self.refuse is not None:
             self.refuse(advice)
         else:
-            warnings.warn(advice, stacklevel=5)
+            outside.warn(advice)
 
 
 def _place() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -20,21 +21,41 @@ from tfmixed import logcommands
 from tfmixed.errors import ConfigError, UsageError
 from tfmixed.running import command as running
 
+_OURS = f"{Path(__file__).parent}{os.sep}"
 _GREETING = re.compile(rb"I0000 .* oneDNN custom operations are on|WARNING: All log messages before absl")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+_Policy = Annotated[str | None, typer.Option(help="Dtype policy to make the model under, such as mixed_float16.")]
 
 
 def main() -> None:
     """Runs the command line; what the user can mend is one line on standard error, and exit code 2."""
     try:
-        app()
+        with _flushed():
+            app()
     except (UsageError, ConfigError) as error:
         print(f"tfmixed: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except running.Ready as ready:
         start = ready.start
     start()
+
+
+@contextlib.contextmanager
+def _flushed() -> Iterator[None]:
+    """Ends a command only when its output is written, and with one line where there is no space for it."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # closed by whoever called
+                sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter tries again as it ends
+        raise UsageError(f"output must be written where there is space, received: {error.strerror}") from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -58,7 +79,7 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Look at a model: module:function, or a .keras file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    as_json: logcommands.AsJson = False,
 ) -> None:
     """What this machine is, which policy fits it, and what makes mixed precision useless on it."""
     # What Keras or the model's own module prints must not mix with JSON.
@@ -79,22 +100,19 @@ def audit(
         str,
         typer.Argument(help="module:function that returns a model, or model, inputs and targets; or a .keras file."),
     ],
-    policy: Annotated[
-        str | None, typer.Option(help="Dtype policy to make the model under, such as mixed_float16.")
-    ] = None,
+    policy: _Policy = None,
     fail_on: Annotated[
         Literal["severe", "warning", "note", "never"],
         typer.Option(help="Exit with 1 for such findings and graver ones."),
     ] = "severe",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    as_json: logcommands.AsJson = False,
 ) -> None:
     """What in a model's forward and backward pass is unsafe in half precision; inputs, if given, run through it."""
     with contextlib.redirect_stdout(sys.stderr):
         _load_keras()
         from tfmixed.models import load_step
 
-        if policy is not None:
-            _set_policy(policy)
+        _set_policy(policy)
         with _user_code():
             found = tfmixed.audit(*load_step(model))
     print(found.to_json()) if as_json else _print(found)
@@ -108,9 +126,7 @@ def ranges(
     ],
     steps: Annotated[int, typer.Option(min=1, help="How many batches.")] = 10,
     batch: Annotated[int | None, typer.Option(min=1, help="Samples a batch, of arrays. Default: 32.")] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="Dtype policy to make the model under, such as mixed_float16.")
-    ] = None,
+    policy: _Policy = None,
     precision: Annotated[
         Literal["float32", "float16", "bfloat16"],
         typer.Option(help="float32: the true gradients. Half precision: those that come out in it."),
@@ -118,27 +134,20 @@ def ranges(
     headroom: Annotated[float, typer.Option(min=1.0, help="How many times larger gradients may become.")] = 2.0,
     save: Annotated[Path | None, typer.Option(help="Write the counts, as a line of JSON.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture, before and after scaling.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    as_json: logcommands.AsJson = False,
 ) -> None:
     """The magnitudes of a model's gradients, what float16 loses of them, and which loss scale to choose."""
     with contextlib.redirect_stdout(sys.stderr):
         _load_keras()
-        from tfmixed.models import load_step
+        from tfmixed.models import load_problem
 
         _check_picture(png)
         for option, path in (("--save", save), ("--png", png)):
             logcommands.prepare(option, path)
-        if policy is not None:
-            _set_policy(policy)
-        made, inputs, targets = load_step(model)
-        if not made.compiled or inputs is None:
-            raise UsageError(
-                f"model must be compiled and come with inputs and targets, received {model!r}: let the function return "
-                "them as `model, inputs, targets`, or `model, dataset`"
-            )
-        data = inputs if targets is None else (inputs, targets)
+        _set_policy(policy)
+        made = load_problem(model)
         with _user_code():
-            found = tfmixed.measure_gradients(made, data, steps, precision=precision, batch_size=batch)
+            found = tfmixed.measure_gradients(*made, steps, precision=precision, batch_size=batch)
     print(json.dumps(found.as_dict(headroom), indent=2)) if as_json else _print(found.explained(headroom))
     if save is not None:
         found.save(save)
@@ -165,7 +174,7 @@ def bench(
         float, typer.Option(min=0, help="GiB, for the batch that fits. 0 measures no memory: two processes a row.")
     ] = 8.0,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the times, .png or .svg.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    as_json: logcommands.AsJson = False,
 ) -> None:
     """Trains in float32, in Keras's mixed precision and in ours, by turns: time, memory and loss, side by side."""
     with contextlib.redirect_stdout(sys.stderr):
@@ -196,9 +205,17 @@ def _user_code() -> Iterator[None]:
         raise UsageError(str(error)) from error
     except UsageError:
         raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, ValueError) and error.__cause__ is None and _is_ours(error):
+            raise UsageError(str(error)) from error
         traceback.print_exc()
         raise typer.Exit(2) from None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Returns whether a check of this package raised it, and no code that it called."""
+    *_, innermost = traceback.walk_tb(error.__traceback__)
+    return innermost[0].f_code.co_filename.startswith(_OURS)
 
 
 def _print(renderable: Any) -> None:
@@ -207,9 +224,10 @@ def _print(renderable: Any) -> None:
     Console().print(renderable)
 
 
-def _set_policy(policy: str) -> None:
+def _set_policy(policy: str | None) -> None:
     try:
-        tfmixed.set_policy(policy)
+        if policy is not None:
+            tfmixed.set_policy(policy)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

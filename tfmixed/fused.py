@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import keras
 
-from tfmixed import branching, gradients
+from tfmixed import branching, gradients, outside
 from tfmixed.inner import ADAMS, branches, is_known, numbers_of, reads_scalars, scalars_read_once
 
 _LOG = logging.getLogger("tfmixed")
@@ -138,7 +137,7 @@ class Fuser:
         if fusion != self.fusion:
             _LOG.debug("update %s", fusion)
             if self.fuse is True and obstacle:
-                warnings.warn(f"fuse=True has no effect: {obstacle}", stacklevel=2)
+                outside.warn(f"fuse=True has no effect: {obstacle}")
         self.fusion = fusion
 
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import keras
 from keras import ops
 
-from tfmixed import applying, arguments, distribute, gradients, scaling, snapshots
-from tfmixed.branching import as_it_is, in_graph, in_session_graph, when
-from tfmixed.iteration import Iteration, Method
-from tfmixed.scaling import ScalingRule, checks
-from tfmixed.state import Observable, ScalingState
+from tfmixed import applying, arguments, distribute, gradients, scaling
+from tfmixed.branching import as_it_is, in_graph, when
+from tfmixed.iteration import Method
+from tfmixed.lasting import Lasting
 from tfmixed.turn import Turn
+from tfmixed.variables import plain_variable
 from tfmixed.verdicts import Judge
 
 _TORCH = scaling.PEERS["torch"].defaults
 
 
-class GradScaler(Observable):
+class GradScaler(Lasting):
     """Scales losses, unscales gradients, and steps an optimizer only if all of them are finite.
 
         scaler = GradScaler()
@@ -92,33 +91,8 @@ class GradScaler(Observable):
             "backoff_factor": backoff_factor,
             "growth_interval": growth_interval,
         }
-        self._enabled = enabled
-        self.rule = arguments.scaler_rule(rule, numbers) if enabled else scaling.ConstantScale(1.0)
-        limit = max_consecutive_skips
-        self.max_consecutive_skips = None if limit is None else checks.count("max_consecutive_skips", limit, 1)
-        self.event_capacity = checks.count("event_capacity", event_capacity, 1)
-        self._begin()
-
-    def _begin(self) -> None:
-        self._scaling: ScalingState | None = None
-        self._is_compiled = False
-        self.distribute_strategy: Any = None
-        self._turns: weakref.WeakKeyDictionary[Any, Turn] = weakref.WeakKeyDictionary()
-        self._paths: list[str] = []
-
-    def _state(self) -> ScalingState:
-        # Made on first use: PyTorch's may be made before anything else, too.
-        if in_session_graph():
-            raise NotImplementedError(
-                "GradScaler must be called eagerly or in a tf.function, received a call in a graph for a Session, "
-                "which would not run what nobody fetches: tfmixed.compat.v1 serves such graphs"
-            )
-        if self._scaling is None:
-            self.distribute_strategy = distribute.current()
-            self._iteration = Iteration(_add_variable)
-            self._scaling = ScalingState(self.rule, self.event_capacity, _add_variable)
-        self._is_compiled |= in_graph()
-        return self._scaling
+        chosen = arguments.scaler_rule(rule, numbers) if enabled else scaling.ConstantScale(1.0)
+        super().__init__(chosen, enabled, max_consecutive_skips, event_capacity)
 
     def _admit(self, optimizer: Any, grads: Sequence[Any], method: Method) -> Turn:
         """Lets an optimizer do what is its turn, and raises if it is not."""
@@ -126,7 +100,7 @@ class GradScaler(Observable):
         distribute.check_supported(optimizer)
         self._state()
         if optimizer not in self._turns:
-            self._turns[optimizer] = Turn(_add_variable)
+            self._turns[optimizer] = Turn(plain_variable)
         turn = self._turns[optimizer]
         self._iteration.check(turn, grads, method)
         return turn
@@ -136,60 +110,6 @@ class GradScaler(Observable):
         self._state()
         self._iteration.note_scale()  # whoever asks may scale by hand
         return self.loss_scale if in_graph() else float(self.loss_scale)
-
-    def is_enabled(self) -> bool:
-        """Returns whether this scaler does anything."""
-        return self._enabled
-
-    def get_growth_factor(self) -> float:
-        """Returns the factor of a growth.
-
-        Raises:
-            ValueError: The rule has none, or the scaler is not enabled; so do the next five.
-        """
-        return float(self._of_rule("growth_factor"))
-
-    def get_backoff_factor(self) -> float:
-        """Returns the factor of a backoff."""
-        return float(self._of_rule("backoff_factor"))
-
-    def get_growth_interval(self) -> int:
-        """Returns how many good iterations in a row let the scale grow."""
-        return int(self._of_rule("growth_interval"))
-
-    def set_growth_factor(self, new_factor: float) -> None:
-        """Sets the factor of a growth, before functions are compiled; so do the next two.
-
-        Raises:
-            RuntimeError: Functions were compiled with the rule as it was.
-        """
-        self._change("growth_factor", new_factor)
-
-    def set_backoff_factor(self, new_factor: float) -> None:
-        """Sets the factor of a backoff."""
-        self._change("backoff_factor", new_factor)
-
-    def set_growth_interval(self, new_interval: int) -> None:
-        """Sets how many good iterations in a row let the scale grow."""
-        self._change("growth_interval", new_interval)
-
-    def _of_rule(self, name: str) -> Any:
-        if not hasattr(self.rule, name):
-            raise ValueError(f"rule must have a {name} to get or set, received {self.rule}: see scaler.rule")
-        return getattr(self.rule, name)
-
-    def _change(self, name: str, value: Any) -> None:
-        if self._of_rule(name) != value:
-            self._take_rule(dataclasses.replace(cast("Any", self.rule), **{name: value}), name)
-            self._state().rule = self.rule
-
-    def _take_rule(self, rule: ScalingRule, argument: str) -> None:
-        if self._is_compiled and not snapshots.move_alike(rule, self.rule):
-            raise RuntimeError(
-                f"{argument} must leave the rule that functions were compiled with, {self.rule}, received {rule}: "
-                "set it before they are called"
-            )
-        self.rule = rule
 
     @as_it_is
     def scale(self, outputs: Any) -> Any:
@@ -230,14 +150,12 @@ class GradScaler(Observable):
         turn, iteration, scale = self._admit(optimizer, grads, "unscale"), self._iteration, self.loss_scale
         known, variables = iteration.known(), applying.known(optimizer, len(grads))
         turn.is_blind = variables is None
-        raw = [False] * len(grads) if variables is None else applying.raw(variables)
+        raw = [False] * len(grads) if variables is None else gradients.raw(variables)
         given = [(each, is_raw) for each, is_raw in zip(grads, raw, strict=True) if each is not None]
         judge = Judge.of_unknown(given, distribute.replicas(), self.rule.needs_amax)
 
         def decide(total: Any, _: Any) -> None:
-            verdict = judge.verdict(total, scale)
-            iteration.add(turn.keep(verdict, iteration.mark(verdict.finite)))
-            iteration.note(turn, "unscaled", known)
+            iteration.unscale(turn, judge.verdict(total, scale), known)
 
         evidence = judge.evidence([each for each, _ in given], scale, range(len(given)), distribute.replica())
         distribute.decide_together(decide, evidence, grads)
@@ -283,10 +201,7 @@ class GradScaler(Observable):
             finite = verdict.finite if self.rule.skip_nonfinite else ops.ones_like(verdict.finite)
             apply = self._application(optimizer, variables, verdict.divisor, options)
             when(finite, lambda: on_each(apply), variables=applying.written(optimizer, variables))
-            mark = iteration.mark(verdict.finite)
-            repeats = turn.has_stepped(mark)
-            iteration.add(turn.step(verdict, mark, is_row), repeats)
-            iteration.note(turn, "stepped", known)
+            iteration.step(turn, verdict, is_row, known)
             return finite
 
         return distribute.decide_together(decide, judge.evidence(grads, scale, indices, distribute.replica()), grads)
@@ -295,7 +210,7 @@ class GradScaler(Observable):
         self, optimizer: Any, variables: Sequence[Any], divisor: Any, options: Mapping[str, Any]
     ) -> Callable[[Sequence[Any]], None]:
         """Returns what divides gradients and gives them to an optimizer."""
-        raw, largest = applying.raw(variables), self.rule.bounds[1]
+        raw, largest = gradients.raw(variables), self.rule.bounds[1]
 
         def apply(grads: Sequence[Any]) -> None:
             applying.apply(optimizer, gradients.unscale_all(grads, raw, divisor, largest), variables, options)
@@ -332,62 +247,11 @@ class GradScaler(Observable):
         since = int(self._iteration.mark()) - int(self.consecutive_skips)
         return {path: count for turn in list(self._turns.values()) for path, count in turn.overflows(since).items()}
 
-    @property
-    def variables(self) -> list[keras.Variable]:
-        """What a checkpoint must hold of it: the rule's state and the counters."""
-        return snapshots.variables(self._state())
-
     def __reduce__(self) -> tuple[Any, ...]:
         limits = {name: getattr(self, name) for name in ("max_consecutive_skips", "event_capacity")}
         rule = self.rule if self._enabled else None
-        saved = {} if self._scaling is None else self.state_dict()
-        return _restored, (type(self), {**limits, "enabled": self._enabled, "rule": rule}, saved)
+        make = functools.partial(type(self), enabled=self._enabled, rule=rule, **limits)
+        return make, (), None if self._scaling is None else self.state_dict()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what `load_state_dict` needs, as plain numbers, texts and dictionaries; empty if not enabled.
-
-        PyTorch's own entries are there as far as the rule has them, and are what is loaded where others say the same.
-        Events are not: drain them before. Reads the device. To be called after `update`.
-        """
-        if not self._enabled:
-            return {}
-        return snapshots.take(self._state())
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on where the scaler of `state_dict` stood: this class's or PyTorch's.
-
-        Nothing is loaded unless all is sound. Without effect if not enabled.
-
-        Args:
-            state_dict: Of PyTorch's scaler it sets the factors too.
-
-        Raises:
-            ValueError: An entry is missing or out of range; the message names it.
-            RuntimeError: It has another rule, and functions were compiled with this one.
-        """
-        if not self._enabled:
-            return
-        rule, values = snapshots.read(state_dict, self.rule)
-        begins = not snapshots.move_alike(rule, self.rule)
-        self._take_rule(rule, "state_dict")
-        if begins:
-            self._begin()
-        state = self._state()
-        state.rule = rule
-
-        def write() -> None:
-            state.assign(values)
-            self._iteration.close(self._iteration.known())
-
-        distribute.once(write, self.distribute_strategy)
-
-
-def _restored(kind: type[GradScaler], given: Mapping[str, Any], saved: Mapping[str, Any]) -> GradScaler:
-    scaler = kind(**given)
-    if saved:
-        scaler.load_state_dict(saved)
-    return scaler
-
-
-def _add_variable(shape: Any, initializer: Any, dtype: str, name: str) -> keras.Variable:
-    return keras.Variable(initializer, shape=shape, dtype=dtype, trainable=False, name=name)
+    def __setstate__(self, state_dict: Mapping[str, Any]) -> None:
+        self.load_state_dict(state_dict)

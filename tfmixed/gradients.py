@@ -5,7 +5,7 @@ A gradient is a tensor, a `tf.IndexedSlices` or None; None stands for "no path f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -25,14 +25,12 @@ def unscale(gradient: Any, divisor: Any, largest: float) -> Any:
         divisor: float32 scalar.
         largest: What the scale can at most be.
     """
-    if gradient is None:
-        return None
-    if is_sparse(gradient):
-        return type(gradient)(unscale(gradient.values, divisor, largest), gradient.indices, gradient.dense_shape)
-    wide = widened(gradient)  # on PyTorch a scalar widens no vector
-    if largest > _LARGEST_RECIPROCAL:
-        return ops.divide(wide, divisor)
-    return ops.multiply(wide, 1.0 / divisor)
+
+    def unscaled(values: Any) -> Any:
+        wide = widened(values)  # on PyTorch a scalar widens no vector
+        return ops.divide(wide, divisor) if largest > _LARGEST_RECIPROCAL else ops.multiply(wide, 1.0 / divisor)
+
+    return None if gradient is None else with_values(gradient, unscaled)
 
 
 def unscale_all(gradients: Sequence[Any], raw: Iterable[bool], divisor: Any, largest: float) -> list[Any]:
@@ -43,6 +41,11 @@ def unscale_all(gradients: Sequence[Any], raw: Iterable[bool], divisor: Any, lar
 def holds_gradient(variable: Any) -> bool:
     """Returns whether `variable` is overwritten with its gradient as it is: the scales of float8 layers."""
     return bool(getattr(variable, "overwrite_with_gradient", False))
+
+
+def raw(variables: Iterable[Any]) -> list[bool]:
+    """Returns which gradients of variables are not scaled: those that their variables are overwritten with."""
+    return [holds_gradient(each) for each in variables]
 
 
 def path(variable: Any) -> str:
@@ -59,6 +62,13 @@ def is_sparse(gradient: Any) -> bool:
 def values_of(gradient: Any) -> Any:
     """Returns the numbers that a gradient holds, of a `tf.IndexedSlices` those of its rows."""
     return gradient.values if is_sparse(gradient) else gradient
+
+
+def with_values(gradient: Any, function: Callable[[Any], Any]) -> Any:
+    """Returns a gradient in its own sparsity that holds `function` of its numbers."""
+    if not is_sparse(gradient):
+        return function(gradient)
+    return type(gradient)(function(gradient.values), gradient.indices, gradient.dense_shape)
 
 
 def is_double(values: Any) -> bool:

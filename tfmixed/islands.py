@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
 
-from tfmixed import auditing
+from tfmixed import auditing, outside
 from tfmixed.plan import Plan
 
 Selector = str | type | Callable[[Any], bool]
@@ -117,5 +116,5 @@ def _specs(model: Any, inputs: Any) -> Any:
     try:
         return auditing.specs(model, inputs)
     except ValueError as error:
-        warnings.warn(f"force_float32 looks at known classes only: {error}", stacklevel=4)
+        outside.warn(f"force_float32 looks at known classes only: {error}")
         return None

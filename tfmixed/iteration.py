@@ -20,6 +20,7 @@ from tfmixed.events import NO_VARIABLE
 from tfmixed.state import Outcome
 from tfmixed.turn import Stage, Turn
 from tfmixed.variables import AddVariable, Variables
+from tfmixed.verdicts import Verdict
 
 _COUNT, _NUMBER = numpy.int32(0), numpy.float32(0)
 _START = {
@@ -65,7 +66,28 @@ class Iteration(Variables):
         """Returns the mark of this iteration. Made of `finite`: what a dataset's end cuts off leaves no mark."""
         return self.read("updates") + self._one_made_of(finite)
 
-    def add(self, said: Outcome, repeats: Any = False) -> None:
+    def unscale(self, turn: Turn, verdict: Verdict, known: Notes) -> None:
+        """Takes in what an optimizer's gradients said when they were unscaled.
+
+        Args:
+            known: Before all that brings the optimizer there: that holds calls too.
+        """
+        self._add(turn.keep(verdict, self.mark(verdict.finite)))
+        self._note(turn, "unscaled", known)
+
+    def step(self, turn: Turn, verdict: Verdict, is_row: Any, known: Notes) -> None:
+        """Takes in what an optimizer's gradients said when it stepped, or skipped.
+
+        Args:
+            is_row: Boolean scalar: was the last step skipped?
+            known: As in `unscale`.
+        """
+        mark = self.mark(verdict.finite)
+        repeats = turn.has_stepped(mark)
+        self._add(turn.step(verdict, mark, is_row), repeats)
+        self._note(turn, "stepped", known)
+
+    def _add(self, said: Outcome, repeats: Any = False) -> None:
         """Takes in what the gradients of one optimizer say; what they say twice counts once.
 
         Args:
@@ -103,12 +125,8 @@ class Iteration(Variables):
         stages = {turn: after.get(stage, stage) for turn, stage in known.stages.items()}
         self._write(stages, is_closed=True)
 
-    def note(self, turn: Turn, stage: Stage, known: Notes) -> None:
-        """Notes while a graph is made how far it brings an optimizer.
-
-        Args:
-            known: Before all that brings it there: that holds calls too.
-        """
+    def _note(self, turn: Turn, stage: Stage, known: Notes) -> None:
+        """Notes while a graph is made how far it brings an optimizer."""
         if in_graph():
             self._write({**known.stages, turn: stage})
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from tfmixed.scaling.replay import Outcome, Trace
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+
 
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A log of LossScaleLogger, or a folder that holds one.")],
@@ -51,7 +53,7 @@ def simulate(
     ],
     trace: Annotated[str, typer.Option(help="A log, a file of T and F, or these letters: T finite, F overflow.")],
     png: Annotated[Path | None, typer.Option(help="Write a picture, .png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What rules would have done on a recorded trace of overflows, side by side."""
     from tfmixed.scaling.replay import parse, replay

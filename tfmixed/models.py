@@ -46,6 +46,21 @@ def load_step(spec: str) -> tuple[keras.Model, Any, Any]:
     return _checked(spec, model), inputs, targets
 
 
+def load_problem(spec: str) -> tuple[keras.Model, Any]:
+    """Returns the model that `spec` names, compiled, and the data that its function returned beside it.
+
+    Raises:
+        UsageError: As for `load_model`; or it is not compiled, or comes alone.
+    """
+    model, inputs, targets = load_step(spec)
+    if not model.compiled or inputs is None:
+        raise UsageError(
+            f"model must be compiled and come with inputs and targets, received {spec!r}: let the function return "
+            "them as `model, inputs, targets`, or `model, dataset`"
+        )
+    return model, inputs if targets is None else (inputs, targets)
+
+
 def function_of(spec: str) -> Callable[[], Any]:
     """Returns the function that `"module:function"` names; the module may lie in the current directory.
 

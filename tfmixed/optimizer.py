@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import keras
@@ -12,19 +11,17 @@ from keras import ops
 
 from tfmixed import arguments, distribute, gradients
 from tfmixed.branching import as_it_is, when
+from tfmixed.by_hand import ByHand
 from tfmixed.calls import Calls
 from tfmixed.fused import Call, Fuser, Fusion
-from tfmixed.scaling import ConstantScale, checks
-from tfmixed.state import Observable, ScalingState
+from tfmixed.saving import Saved
+from tfmixed.scaling import checks
+from tfmixed.state import ScalingState
 from tfmixed.verdicts import Judge
-
-# Left out of a saved configuration, so that Keras's own class can read the rest of it.
-_MAX_CONSECUTIVE_SKIPS = 100
-_EVENT_CAPACITY = 256
 
 
 @keras.saving.register_keras_serializable(package="tfmixed")
-class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
+class LossScaleOptimizer(ByHand, Saved):
     """An optimizer that scales the loss and applies a step only if every unscaled gradient is finite.
 
     A drop-in for Keras's class of the same name: `compile` does not wrap it again, and learning rate, schedules,
@@ -68,9 +65,9 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         dynamic_growth_steps: int | None = None,
         *,
         dynamic: bool | None = None,
-        max_consecutive_skips: int | None = _MAX_CONSECUTIVE_SKIPS,
+        max_consecutive_skips: int | None = 100,
         fuse: bool | Literal["auto"] = "auto",
-        event_capacity: int = _EVENT_CAPACITY,
+        event_capacity: int = 256,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -83,8 +80,7 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
             **kwargs,
         )
         self.rule = rule
-        limit = max_consecutive_skips
-        self.max_consecutive_skips = None if limit is None else checks.count("max_consecutive_skips", limit, 1)
+        self.max_consecutive_skips = arguments.skip_limit(max_consecutive_skips)
         self.event_capacity = checks.count("event_capacity", event_capacity, 1)
         self._fuser = Fuser(fuse)
         self._calls = Calls(scales=rule.bounds != (1.0, 1.0))
@@ -121,14 +117,6 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
     def loss_scale(self, value: Any) -> None:
         self._state().set_scale(value)
 
-    def _scale(self) -> Any:
-        return self._state().read("dynamic_scale")
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether the scale can move: Keras 2's name."""
-        return not isinstance(self.rule, ConstantScale)
-
     @property
     def dynamic_scale(self) -> keras.Variable:
         """The variable that holds the scale, whatever the rule."""
@@ -151,52 +139,6 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         scaled = ops.multiply(loss, self._scale())
         self._calls.scaled([scaled])
         return scaled
-
-    @as_it_is
-    def get_scaled_loss(self, loss: Any) -> Any:
-        """Returns `loss` times the scale, in float32 at least: the first half of a loop in the style of Keras 2.
-
-        Args:
-            loss: A number, a tensor, or a callable that returns one, for which a callable is returned; or a nested
-                structure of these.
-
-        Example:
-        >>> optimizer = LossScaleOptimizer("sgd", 1024)
-        >>> float(optimizer.get_scaled_loss(2.0)), float(optimizer.get_scaled_loss(lambda: 2.0)())
-        (2048.0, 2048.0)
-        """
-        self._calls.scale("get_scaled_loss", keras.tree.flatten(loss))
-        scaled = keras.tree.map_structure(self._scaled, loss)
-        self._calls.scaled(keras.tree.flatten(scaled))
-        return scaled
-
-    def _scaled(self, loss: Any) -> Any:
-        return (lambda: self._scaled(loss())) if callable(loss) else ops.multiply(loss, self._scale())
-
-    @as_it_is
-    def get_unscaled_gradients(self, grads: Any) -> Any:
-        """Returns `grads` divided by the scale, in float32 at least: the second half of a loop in the style of Keras 2.
-
-        `apply` then takes its gradients for unscaled, clipped or not, unless they are the very ones that were given
-        here. What it skips and reports is what it is given: clip by a norm in between, not by value, which would hide
-        an overflow.
-
-        Args:
-            grads: A list, or another nested structure, of tensors, `tf.IndexedSlices` and None; or an iterator.
-
-        Example:
-        >>> optimizer = LossScaleOptimizer("sgd", 1024)
-        >>> loss = optimizer.get_scaled_loss(2.0)
-        >>> gradient, missing = optimizer.get_unscaled_gradients([ops.array(512.0), None])
-        >>> float(gradient), missing
-        (0.5, None)
-        """
-        grads = list(grads) if isinstance(grads, Iterator) else grads
-        self._calls.get_unscaled_gradients(keras.tree.flatten(grads))
-        scale, largest = self._scale(), self.rule.bounds[1]
-        unscaled = keras.tree.map_structure(lambda each: gradients.unscale(each, scale, largest), grads)
-        self._calls.unscaled(keras.tree.flatten(unscaled))
-        return unscaled
 
     def _scale_of_gradients(self, grads: Sequence[Any], indices: Sequence[int]) -> Any:
         """Returns by what the gradients that are applied are still multiplied."""
@@ -221,20 +163,7 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         grads = list(grads)
         if not grads:
             return
-        _check_any(grads)
-        if not self.built and trainable_variables is not None:
-            with keras.name_scope(self.name, caller=self):
-                self.build(list(trainable_variables))
-        if not self.built:
-            raise ValueError(
-                "trainable_variables must be passed to an optimizer that is not built, received None: pass them, or "
-                "call `optimizer.build(trainable_variables)` first"
-            )
-        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
-        if len(grads) != len(variables):
-            raise ValueError(
-                f"grads must hold one gradient a variable, received {len(grads)} for {len(variables)} variables"
-            )
+        variables = self._variables_of(grads, trainable_variables)
         distribute.check_supported(self.inner_optimizer)
         judge, indices = self._judge(), self._indices(variables)
         scale = self._scale_of_gradients(grads, indices)
@@ -244,7 +173,7 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
             verdict = judge.verdict(total, scale)
 
             def apply() -> None:
-                on_each(lambda gradients: update(gradients, verdict.divisor))
+                on_each(lambda grads: update(grads, verdict.divisor))
 
             if self.rule.skip_nonfinite:
                 when(verdict.finite, apply, variables=(*variables, *self.inner_optimizer.variables))
@@ -253,6 +182,24 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
             self._state().advance(verdict)
 
         distribute.decide_together(decide, judge.evidence(grads, scale, indices, distribute.replica()), grads)
+
+    def _variables_of(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None) -> list[Any]:
+        """Returns the variables of gradients, with which the optimizer is built from now on."""
+        _check_any(grads)
+        if not self.built:
+            if trainable_variables is None:
+                raise ValueError(
+                    "trainable_variables must be passed to an optimizer that is not built, received None: pass them, "
+                    "or call `optimizer.build(trainable_variables)` first"
+                )
+            with keras.name_scope(self.name, caller=self):
+                self.build(list(trainable_variables))
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                f"grads must hold one gradient a variable, received {len(grads)} for {len(variables)} variables"
+            )
+        return variables
 
     def _update(
         self, grads: Sequence[Any], variables: Sequence[Any], indices: Sequence[int]
@@ -300,12 +247,11 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
             unscaled = self._unscale(grads, verdict.divisor, self._trainable_variables)
             return self.inner_optimizer.stateless_apply(inner, unscaled, trainable_variables)
 
-        if not self.rule.skip_nonfinite:
-            new_trainable, new_inner = applied()
-        else:
-            new_trainable, new_inner = ops.cond(
-                verdict.finite, applied, lambda: (list(trainable_variables), list(inner))
-            )
+        def skipped() -> tuple[list[Any], list[Any]]:
+            return list(trainable_variables), list(inner)
+
+        skips = self.rule.skip_nonfinite
+        new_trainable, new_inner = ops.cond(verdict.finite, applied, skipped) if skips else applied()
         return new_trainable, new_own + new_inner
 
     def _judge(self) -> Judge:
@@ -322,8 +268,7 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
             ) from None
 
     def _unscale(self, grads: Sequence[Any], divisor: Any, variables: Sequence[Any]) -> list[Any]:
-        raw = map(gradients.holds_gradient, variables)
-        return gradients.unscale_all(grads, raw, divisor, self.rule.bounds[1])
+        return gradients.unscale_all(grads, gradients.raw(variables), divisor, self.rule.bounds[1])
 
     def _overflows(self) -> dict[str, int]:
         counts = self._state().read("overflow_counts")
@@ -335,79 +280,6 @@ class LossScaleOptimizer(Observable, keras.optimizers.LossScaleOptimizer):
         # On JAX, `fit` calls this after an exception too, with variables that may be empty: let that one through.
         if keras.backend.backend() != "jax" or sys.exc_info()[0] is None:
             self.raise_if_exhausted()
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the configuration: Keras's own four entries where they say it all."""
-        config = {"name": self.name, "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer)}
-        if self.rule == arguments.dynamic_rule(self.initial_scale, self.dynamic_growth_steps):
-            config |= {"initial_scale": self.initial_scale, "dynamic_growth_steps": self.dynamic_growth_steps}
-        else:
-            config["scale"] = self.rule.get_config()
-        ours = {
-            "max_consecutive_skips": (self.max_consecutive_skips, _MAX_CONSECUTIVE_SKIPS),
-            "fuse": (self._fuser.fuse, "auto"),
-            "event_capacity": (self.event_capacity, _EVENT_CAPACITY),
-        }
-        return {**config, **{key: value for key, (value, default) in ours.items() if value != default}}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> LossScaleOptimizer:
-        """Returns the optimizer of a configuration, one of Keras's own class included."""
-        inner = keras.saving.deserialize_keras_object(config["inner_optimizer"], custom_objects=custom_objects)
-        return cls(inner, **{key: value for key, value in config.items() if key != "inner_optimizer"})
-
-    @classmethod
-    def from_keras(cls, optimizer: keras.optimizers.LossScaleOptimizer) -> LossScaleOptimizer:
-        """Returns an optimizer that goes on where one of Keras's own class stands, with the same inner optimizer.
-
-        Args:
-            optimizer: For instance `model.optimizer` after `keras.models.load_model` of an older file. It must not
-                be used any more afterwards.
-        """
-        new = cls(
-            optimizer.inner_optimizer,
-            initial_scale=optimizer.initial_scale,
-            dynamic_growth_steps=optimizer.dynamic_growth_steps,
-        )
-        if optimizer.built:
-            new.build(optimizer._trainable_variables)
-            new._state().restore({name: getattr(optimizer, name).numpy() for name in ("dynamic_scale", "step_counter")})
-        return new
-
-    def save_own_variables(self, store: Any) -> None:
-        """Writes own variables under their names and the inner optimizer's under their numbers."""
-        for name, variable in {**self._state().variables, **self._inner_by_name()}.items():
-            store[name] = variable.numpy()
-
-    def load_own_variables(self, store: Any) -> None:
-        """Reads what `save_own_variables` wrote, or what Keras's own class wrote.
-
-        What the file does not hold, because another rule wrote it, starts afresh.
-        """
-        inner = self._inner_by_name()
-        saved = _by_name(store, inner)
-        if inner.keys() != {name for name in saved if name.startswith("inner_")}:
-            warnings.warn(
-                f"Skipping variable loading for optimizer {self.name!r}: the inner optimizer of the file has other "
-                f"variables than {type(self.inner_optimizer).__name__} here, or the optimizer is not built yet: build "
-                "it first with `optimizer.build(model.trainable_variables)`.",
-                stacklevel=2,
-            )
-            return
-        self._state().restore(saved)
-        for name, variable in inner.items():
-            variable.assign(saved[name])
-
-    def _inner_by_name(self) -> dict[str, keras.Variable]:
-        return {f"inner_{index}": variable for index, variable in enumerate(self.inner_optimizer.variables)}
-
-
-def _by_name(store: Any, inner: dict[str, Any]) -> dict[str, Any]:
-    """Returns a file's values by our names; Keras numbers its four own variables and then the inner optimizer's."""
-    numbered = ["iteration", "learning_rate", "step_counter", "dynamic_scale", *inner]
-    if set(store.keys()) == {str(number) for number in range(len(numbered))}:
-        return {name: store[str(number)] for number, name in enumerate(numbered)}
-    return {name: store[name] for name in store.keys()}  # noqa: SIM118  # an HDF5 group of Keras does not iterate
 
 
 def _check_any(grads: Sequence[Any]) -> None:

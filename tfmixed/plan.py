@@ -51,11 +51,11 @@ class Plan:
         names, sublayers = structure.activations_of(layer), structure.children(layer)
         if structure.graph_of(layer) is not None or not sensitive.is_half(layer):
             return
-        if sensitive.is_keras(layer) and sublayers:  # A wrapper, or attention: its own code is only a frame.
+        if structure.is_keras(layer) and sublayers:  # A wrapper, or attention: its own code is only a frame.
             for child in sublayers:
                 if not isinstance(layer, _ATTENTION) or isinstance(child, keras.layers.Softmax):
                     self.own_code(child)
-        elif sensitive.is_keras(layer) and names and layer.weights:
+        elif structure.is_keras(layer) and names and layer.weights:
             self._activations(layer, names)
         else:
             for child in sublayers:
@@ -170,7 +170,7 @@ class Plan:
     def _loses(self, layer: Any, parent: Any) -> bool:
         # Within a `tf.function`, what a tensor was before its cast to half is lost on the way out.
         decorated = hasattr(structure.class_of(parent).call, "python_function")
-        return not sensitive.is_keras(parent) and (decorated or layer in self._risky)
+        return not structure.is_keras(parent) and (decorated or layer in self._risky)
 
     def _keepers(self, layer: Any) -> list[Any]:
         """Returns the outermost layers around that save what was changed inside, where Keras would make it anew."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Iterator
 
 import keras
 
-from tfmixed import hardware
+from tfmixed import hardware, outside
 from tfmixed.formats import HALF
 
+BESIDE_REWRITE = (
+    "The graph rewrite and a Keras policy for mixed precision exclude each other, received both: {} first, {} second. "
+    "Use one of them; the policy works eagerly too, the rewrite needs no change to the model."
+)
+REWRITE = "enable_mixed_precision_graph_rewrite() was called"
 _warned: set[str] = set()
 
 
@@ -73,11 +77,7 @@ def _refuse_beside_rewrite(policy: str | keras.DTypePolicy) -> None:
     # As TensorFlow's own Keras does, by the same flag; it is there as soon as TensorFlow is.
     flags = sys.modules.get("tensorflow.python.training.experimental.mixed_precision_global_state")
     if _known(policy).compute_dtype in HALF and flags and flags.is_mixed_precision_graph_rewrite_enabled():
-        raise ValueError(
-            "The graph rewrite and a Keras policy for mixed precision exclude each other, received both: "
-            f"enable_mixed_precision_graph_rewrite() was called first, set_policy({_known(policy).name!r}) "
-            "second. Use one of them; the policy works eagerly too, the rewrite needs no change to the model."
-        )
+        raise ValueError(BESIDE_REWRITE.format(REWRITE, f"set_policy({_known(policy).name!r})"))
 
 
 def _warn_if_slow(policy: keras.DTypePolicy) -> None:
@@ -86,8 +86,7 @@ def _warn_if_slow(policy: keras.DTypePolicy) -> None:
     if half not in HALF or half in machine.main.fast or policy.name in _warned:
         return
     _warned.add(policy.name)
-    warnings.warn(
+    outside.warn(
         f"policy {policy.name!r} is slow here: {machine.reason}. Use {machine.policy!r} for speed, or go on to study "
-        f"the numerics of {half}.",
-        stacklevel=3,
+        f"the numerics of {half}."
     )

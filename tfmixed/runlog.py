@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib
+import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,17 @@ import keras
 
 import tfmixed
 from tfmixed import hardware, records, whole
-from tfmixed.records import Change, EventsLost, Record, RunRecord, ScaleChange
+from tfmixed.records import Change, EventsLost, Progress, Record, RunRecord, ScaleChange
+from tfmixed.state import Observable
 
 
-def append(path: Path, new: Iterable[Record]) -> None:
-    """Adds one line a record: one write each, straight to the system. A killed process loses at most the last."""
+def append(path: Path | None, new: Iterable[Record]) -> None:
+    """Adds one line a record: one write each, straight to the system. A killed process loses at most the last.
+
+    Without a path nothing is written.
+    """
+    if path is None:
+        return
     with path.open("a", encoding="utf-8", buffering=1) as file:
         for record in new:
             file.write(records.to_line(record) + "\n")
@@ -52,7 +59,7 @@ def _goes(record: Record, step: int, kinds: tuple[type[Record], ...]) -> bool:
     return isinstance(record, kinds) and record.step is not None and record.step >= step
 
 
-def describe(model: keras.Model | None, scaler: Any) -> RunRecord:
+def describe(model: keras.Model | None, scaler: Observable) -> RunRecord:
     """Returns the record of a run that begins now.
 
     Args:
@@ -78,4 +85,29 @@ def describe(model: keras.Model | None, scaler: Any) -> RunRecord:
             "Keras": keras.version(),
             backend: str(importlib.import_module(backend).__version__),
         },
+    )
+
+
+def numbers(scaler: Observable) -> dict[str, float]:
+    """Returns what a scaler has measured, as numbers. Reads the device."""
+    return {name: float(value) for name, value in scaler.measured().items()}
+
+
+def progress(step: int, epoch: int | None, numbers: Mapping[str, float], logs: Mapping[str, Any]) -> Progress:
+    """Returns the record of where a run stands after `step`.
+
+    Args:
+        step: The last attempted step, counted from 0.
+        epoch: The epoch that ended, if there are any.
+        numbers: What the function of this name returns.
+        logs: Those of `fit`, which may hold the loss.
+    """
+    norm, loss = numbers["gradient_norm"], logs.get("loss")
+    return Progress(
+        step,
+        epoch,
+        numbers["loss_scale"],
+        int(numbers["skipped_steps"]),
+        norm if math.isfinite(norm) else None,
+        float(loss) if loss is not None and math.isfinite(loss) else None,
     )

@@ -29,11 +29,6 @@ _CLASSES = (keras.layers.Softmax, keras.layers.UnitNormalization, keras.layers.N
 _POOLING = (keras.layers.AveragePooling1D, keras.layers.AveragePooling2D, keras.layers.AveragePooling3D)
 
 
-def is_keras(layer: Any) -> bool:
-    """Returns whether its `call` is Keras's."""
-    return bool(structure.class_of(layer).call.__module__.startswith("keras."))
-
-
 def is_operation(layer: Any) -> bool:
     """Returns whether it is one of the `keras.ops` in a graph."""
     return not isinstance(layer, keras.layers.Layer)
@@ -43,7 +38,9 @@ def is_plain(layer: Any) -> bool:
     """Returns whether it is cheap to compute in float32: no matrix products, nobody's own code."""
     if is_operation(layer):
         return structure.class_of(layer).__name__ not in _PRODUCTS
-    return is_keras(layer) and not (layer.weights or structure.children(layer) or isinstance(layer, keras.layers.Dot))
+    return structure.is_keras(layer) and not (
+        layer.weights or structure.children(layer) or isinstance(layer, keras.layers.Dot)
+    )
 
 
 def is_half(layer: Any) -> bool:
@@ -59,7 +56,7 @@ def half_given(layer: Any) -> str | None:
         return given if given in HALF else None
     dtypes = [tensor.dtype for node in layer._inbound_nodes for tensor in node.outputs]
     if not dtypes and not is_operation(layer):
-        dtypes = [layer.compute_dtype] if is_keras(layer) else _traced(layer)
+        dtypes = [layer.compute_dtype] if structure.is_keras(layer) else _traced(layer)
     return next((dtype for dtype in dtypes if dtype in HALF), None)
 
 
@@ -91,7 +88,7 @@ def activations(layer: Any) -> list[str]:
 
 def nonlinear(layer: Any) -> list[str]:
     """Returns the activations that end what one of Keras's layers computes."""
-    if not is_keras(layer) or isinstance(layer, keras.layers.RNN):
+    if not structure.is_keras(layer) or isinstance(layer, keras.layers.RNN):
         return []
     return [name for name in structure.activations_of(layer) if getattr(layer, name) is not keras.activations.linear]
 
@@ -121,7 +118,7 @@ def is_sensitive(layer: Any) -> bool:
 
 def _is_sensitive_operation(operation: Any) -> bool:
     name = structure.class_of(operation).__name__
-    if not is_keras(operation) or name not in _OPERATIONS | _REDUCTIONS:
+    if not structure.is_keras(operation) or name not in _OPERATIONS | _REDUCTIONS:
         # Squares overflow before their sum does.
         after = [node.operation for node in operation._outbound_nodes]
         return _is_power(operation) and any(structure.class_of(one).__name__ in _REDUCTIONS for one in after)

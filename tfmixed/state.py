@@ -161,6 +161,9 @@ class Observable:
     @property
     def loss_scale(self) -> Any:
         """The scale of the next step, a float32 scalar tensor."""
+        return self._scale()
+
+    def _scale(self) -> Any:
         return self._state().read("dynamic_scale")
 
     @property

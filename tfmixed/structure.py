@@ -12,9 +12,14 @@ def class_of(layer: Any) -> Any:
     return getattr(type(layer), "_made_as", type(layer))
 
 
+def is_keras(layer: Any) -> bool:
+    """Returns whether the `call` of a layer or operation is Keras's."""
+    return bool(class_of(layer).call.__module__.startswith("keras."))
+
+
 def graph_of(layer: Any) -> keras.Function | None:
     """Returns the functional graph that a layer runs, if that is all that its `call` does."""
-    if not class_of(layer).call.__module__.startswith("keras."):
+    if not is_keras(layer):
         return None
     if isinstance(layer, keras.Sequential):
         return layer._functional

@@ -41,6 +41,11 @@ class Variables:
             self.variables[name].assign(value)
 
 
+def plain_variable(shape: Any, initializer: Any, dtype: str, name: str) -> keras.Variable:
+    """Makes a variable that belongs to no optimizer: an `AddVariable`."""
+    return keras.Variable(initializer, shape=shape, dtype=dtype, trainable=False, name=name)
+
+
 def _variable(add_variable: AddVariable, name: str, value: Any) -> keras.Variable:
     # "int" as in Keras: int64 on TensorFlow, which would keep int32 variables off the GPU.
     dtype = "int" if value.dtype.kind == "i" else "float32"

@@ -15,7 +15,7 @@ from keras import tree
 from tfmixed import temporary
 from tfmixed.auditing.differences import Difference, Values
 from tfmixed.auditing.origins import MOVES
-from tfmixed.auditing.tracing import Step, ancestors, layer_of, scoped
+from tfmixed.auditing.tracing import Step, ancestors, functions_run_eagerly, layer_of, scoped
 from tfmixed.formats import HALF
 
 
@@ -91,7 +91,8 @@ def _run(step: Step, layers: Sequence[keras.Operation]) -> tuple[dict[str, _Tens
         paths[:] = gradients
         return [_summary(op.outputs[0]) for op in counted], [_summary(gradient) for gradient in gradients.values()]
 
-    forward, backward = tf.function(run, autograph=False)(step.inputs, step.targets)
+    with functions_run_eagerly(False):  # the graph is looked at, whatever the script set
+        forward, backward = tf.function(run, autograph=False)(step.inputs, step.targets)
     values = {op.name: _values(summary) for op, summary in zip(counted, forward, strict=True)}
     tensors = {op.name: _Tensor.of(op, layers, values.get(op.name)) for op in ops}
     return tensors, {path: _values(summary) for path, summary in zip(paths, backward, strict=True)}

@@ -85,7 +85,7 @@ class Step:
         found: dict[str, Any] = {}
 
         def traced(inputs: Any, targets: Any) -> Any:
-            with _inlining() if inlined else contextlib.nullcontext():
+            with functions_run_eagerly(inlined):  # inlined: each operation is seen in the context of its caller
                 results = self.run(inputs, targets) if backward else self.forward(inputs, targets)
             found.update(inputs=inputs, outputs=results[0], targets=targets)
             return results
@@ -148,14 +148,14 @@ def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
 
 
 @contextlib.contextmanager
-def _inlining() -> Iterator[None]:
-    """Has what a `tf.function` computes stand in the graph that calls it, where it can be seen in its context."""
+def functions_run_eagerly(wanted: bool) -> Iterator[None]:
+    """Has what a `tf.function` computes stand where it is called, or in a graph of its own, whatever the script set."""
     import tensorflow as tf
 
     before = tf.config.functions_run_eagerly()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of input pipelines, which are none of this
-        tf.config.run_functions_eagerly(True)
+        tf.config.run_functions_eagerly(wanted)
     try:
         yield
     finally:

@@ -112,8 +112,7 @@ class GradientRanges(keras.callbacks.Callback):
         self._due = self._step + self.every
         record = self._probe.record(self._step, self._epoch)
         self.last = ranges.GradientRanges(record)
-        if self.path is not None:
-            runlog.append(self.path, [record])
+        runlog.append(self.path, [record])
         if self.tensorboard is not None:
             self._write(self.last)
         if self.verbose:

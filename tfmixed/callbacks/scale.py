@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import keras
 
-from tfmixed import distribute, runlog
+from tfmixed import distribute, outside, runlog
 from tfmixed.callbacks.ranges import checked_tensorboard
 from tfmixed.errors import LossScaleExhausted
-from tfmixed.records import Change, Progress, Record, ScaleChange
+from tfmixed.records import Change, Record, ScaleChange
 from tfmixed.scaling import checks
 from tfmixed.state import Observable
 
@@ -100,7 +97,7 @@ class LossScaleLogger(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         optimizer = self._optimizer
         if optimizer is None:
-            warnings.warn(f"LossScaleLogger logs nothing: {_why_not(self.model.optimizer)}", stacklevel=2)
+            outside.warn(f"LossScaleLogger logs nothing: {_why_not(self.model.optimizer)}")
             return
         self._running = False
         if self.tensorboard is not None and self._is_chief:
@@ -132,11 +129,10 @@ class LossScaleLogger(keras.callbacks.Callback):
         if self._optimizer is None:
             return
         if logs is not None:
-            values = self._optimizer.measured()
             # Tensors: nobody waits for the device but the progress bar, which does so anyway. Elsewhere Keras has
             # waited already, and its progress bar takes numbers only.
             is_tensorflow = keras.backend.backend() == "tensorflow"
-            logs.update(values if is_tensorflow else {name: float(value) for name, value in values.items()})
+            logs.update(self._optimizer.measured() if is_tensorflow else runlog.numbers(self._optimizer))
         if self.every is not None and batch + 1 - self._collected_at >= self.every:
             self._collected_at = batch + 1
             self._collect(logs)
@@ -146,13 +142,13 @@ class LossScaleLogger(keras.callbacks.Callback):
         if optimizer is None:
             return
         self._collect(logs)
-        numbers = {name: float(value) for name, value in optimizer.measured().items()}
+        numbers = runlog.numbers(optimizer)
         if logs is not None:
             logs.update(numbers)
         step = int(optimizer.attempted_steps)
         self._write_scalars(numbers, step)
         if self._is_chief:
-            self._append([progress(step - 1, epoch, numbers, logs or {})])
+            runlog.append(self.path, [runlog.progress(step - 1, epoch, numbers, logs or {})])
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._optimizer is None:
@@ -173,7 +169,7 @@ class LossScaleLogger(keras.callbacks.Callback):
         epoch = self._epoch if self._running else None
         changes = [dataclasses.replace(change, epoch=epoch) for change in optimizer.drain_events()]
         if self._is_chief:
-            self._write(changes, int(optimizer.attempted_steps))
+            self._write(changes, optimizer)
         if self._running:
             try:
                 optimizer.raise_if_exhausted((logs or {}).get("loss"))
@@ -181,20 +177,16 @@ class LossScaleLogger(keras.callbacks.Callback):
                 self._close()  # nobody else does: `fit` ends here
                 raise
 
-    def _write(self, changes: list[Change], step: int) -> None:
+    def _write(self, changes: list[Change], optimizer: Observable) -> None:
         if self.path is not None and not self._running:
-            changes = runlog.continue_at(self.path, step, get_args(Record), changes)
+            changes = runlog.continue_at(self.path, int(optimizer.attempted_steps), get_args(Record), changes)
         self._pending += changes
-        self._append(changes)
+        runlog.append(self.path, changes)
         if not self._running:
-            self._append([runlog.describe(getattr(self, "model", None), self._optimizer)])
+            runlog.append(self.path, [runlog.describe(getattr(self, "model", None), optimizer)])
         for change in changes:
             if isinstance(change, ScaleChange):
                 self._write_scalars({"loss_scale": change.new_scale}, change.step)
-
-    def _append(self, new: Sequence[Record]) -> None:
-        if self.path is not None:
-            runlog.append(self.path, new)
 
     def _write_scalars(self, numbers: dict[str, float], step: int) -> None:
         if self._writer is None:
@@ -210,19 +202,6 @@ class LossScaleLogger(keras.callbacks.Callback):
             for event in self._pending:
                 print(event)
         self._pending = []
-
-
-def progress(step: int, epoch: int | None, numbers: dict[str, float], logs: dict[str, Any]) -> Progress:
-    """Returns the record of where a run stands after `step`."""
-    norm, loss = numbers["gradient_norm"], logs.get("loss")
-    return Progress(
-        step,
-        epoch,
-        numbers["loss_scale"],
-        int(numbers["skipped_steps"]),
-        norm if math.isfinite(norm) else None,
-        float(loss) if loss is not None and math.isfinite(loss) else None,
-    )
 
 
 def _why_not(optimizer: Any) -> str:

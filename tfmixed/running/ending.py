@@ -30,10 +30,7 @@ def as_python_does(finish: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     except SystemExit as stop:
-        # The interpreter prints a message when all is over: it would stand behind what `finish` says.
-        if stop.code is not None and not isinstance(stop.code, int):
-            print(stop.code, file=sys.stderr)
-            stop.code = 1
+        _print_message(stop)
         end()
         raise
     except BaseException as error:
@@ -46,6 +43,13 @@ def as_python_does(finish: Callable[[], None]) -> Iterator[None]:
         sys.excepthook = _say_nothing
         raise
     end()
+
+
+def _print_message(stop: SystemExit) -> None:
+    """Prints what the interpreter would print when all is over, behind what the last word says."""
+    if stop.code is not None and not isinstance(stop.code, int):
+        print(stop.code, file=sys.stderr)
+        stop.code = 1
 
 
 def _show(hook: Callable[..., Any], error: BaseException) -> None:

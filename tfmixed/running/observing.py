@@ -11,7 +11,6 @@ import keras
 
 from tfmixed import runlog
 from tfmixed.callbacks import LossScaleLogger
-from tfmixed.callbacks.scale import progress
 from tfmixed.running.ledger import Ledger
 from tfmixed.state import Observable
 
@@ -78,7 +77,8 @@ def numbers(optimizer: Any) -> tuple[int, int | None, float | None] | None:
 
 def write_log(optimizer: Any, path: Path) -> None:
     """Writes the log of what stepped without `fit`, from the changes that the device remembers."""
-    changes, measured = optimizer.drain_events(), {name: float(each) for name, each in optimizer.measured().items()}
+    changes = optimizer.drain_events()
     begin = runlog.describe(None, optimizer)
     first = dataclasses.replace(begin, step=0, loss_scale=float(optimizer.rule.start().scale))
-    runlog.append(path, [first, *changes, progress(begin.step - 1, None, measured, {})])
+    last = runlog.progress(begin.step - 1, None, runlog.numbers(optimizer), {})
+    runlog.append(path, [first, *changes, last])

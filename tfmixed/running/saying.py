@@ -7,7 +7,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-_LIBRARIES = ("keras", "tfmixed", "tensorflow", "tf_keras", "jax", "torch", "wrapt", "functools", "contextlib")
+from tfmixed import outside
 
 
 def say(what: str) -> None:
@@ -24,7 +24,7 @@ def refuse(what: str) -> NoReturn:
 
 def place() -> str:
     """Returns file and line of the code that called into the frameworks, as `train.py:12`."""
-    frame = _outside(_LIBRARIES)
+    frame = outside.caller()
     if frame is None:
         return "the script"
     file = frame.f_code.co_filename
@@ -34,7 +34,7 @@ def place() -> str:
 
 def caller(*libraries: str) -> str:
     """Returns the name of the innermost module that is neither of these libraries nor of this package."""
-    frame = _outside((*libraries, "contextlib", "functools"), but_for=__package__)
+    frame = outside.caller((*libraries, "contextlib", "functools"), but_for=__package__)
     return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
@@ -44,15 +44,3 @@ def is_within(module: str) -> bool:
     while frame is not None and frame.f_globals.get("__name__") != module:
         frame = frame.f_back
     return frame is not None
-
-
-def _outside(libraries: tuple[str, ...], but_for: str = "") -> FrameType | None:
-    """Returns the innermost frame that is of none of these libraries."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name, file = frame.f_globals.get("__name__", ""), os.path.basename(frame.f_code.co_filename)
-        known = name.partition(".")[0] in libraries or bool(but_for and name.startswith(but_for))
-        if not known and not file.startswith("__autograph_generated_file"):  # its lines are nobody's
-            return frame
-        frame = frame.f_back
-    return None

@@ -59,9 +59,8 @@ class Training:
             say(f"{place()} compiles with auto_scale_loss=False: its loss is not scaled, as the script says")
         # What Keras compiles with, it saves: the script's own, so that a file needs nothing of ours.
         given.arguments |= {"optimizer": optimizer, "auto_scale_loss": False}
-        before = getattr(
-            model, "optimizer", None
-        )  # held: compiled again with the same optimizer, a model keeps its scaler
+        # Held meanwhile: compiled again with the same optimizer, a model keeps its scaler.
+        before = getattr(model, "optimizer", None)
         result = plain(*given.args, **given.kwargs)
         self._give(model, optimizer)
         del before

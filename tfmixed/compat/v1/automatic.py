@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.eager import context
 
+from tfmixed import outside
 from tfmixed.compat.v1 import optimizer as scaling
 from tfmixed.compat.v1 import rewrite
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
@@ -77,7 +78,7 @@ def _is_on(variable: str) -> bool:
     value = os.environ.get(variable, "")
     if value.lower() not in ("", "0", "1", "false", "true") and (variable, value) not in _Watch.odd:
         _Watch.odd |= {(variable, value)}
-        rewrite.warn(f"{variable} must be 0, 1, false or true, received {value!r}: it is taken for 0")
+        outside.warn(f"{variable} must be 0, 1, false or true, received {value!r}: it is taken for 0")
     return value.lower() in ("1", "true")
 
 
@@ -100,7 +101,7 @@ def _is_plain(opt: Any) -> bool:
         return False
     own = [name for name in _METHODS if getattr(type(opt), name) is not getattr(Optimizer, name)]
     if own:
-        rewrite.warn(
+        outside.warn(
             f"{type(opt).__name__} has its own {' and '.join(own)}, so its loss is not scaled: wrap it with "
             "enable_mixed_precision_graph_rewrite"
         )

@@ -91,10 +91,9 @@ def to_mixed(source: str | Path, target: str | Path, loss_scale: Any = "dynamic"
         state = scalings_of(loss_scale).here()
         session.run(V1.global_variables_initializer())
         wanted = {each.value.op.name: session.run(each.value) for each in state.variables.values()}
-    for ours, theirs in _THEIRS.items():
-        if "step_counter" in state.variables:
-            own = f"{SCOPE}/{ours}"
-            wanted[own] = wanted[theirs] = values.get(theirs, values.get(own, wanted[own]))
+    for ours, theirs in _THEIRS.items() if "step_counter" in state.variables else ():
+        own = f"{SCOPE}/{ours}"
+        wanted[own] = wanted[theirs] = values.get(theirs, values.get(own, wanted[own]))
     added = {name: value for name, value in wanted.items() if name not in values}
     _write(target, {**values, **added})
     return sorted(added)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import keras
 import numpy
 import tensorflow as tf
 from keras import ops
 
 from tfmixed import gradients
+from tfmixed.compat.v1.control_flow import in_control_flow
 from tfmixed.compat.v1.origins import Origins
 from tfmixed.events import NO_VARIABLE
 from tfmixed.scaling import ScalingRule
-from tfmixed.state import Outcome, ScalingState
+from tfmixed.state import Observable, Outcome, ScalingState
+from tfmixed.variables import plain_variable
 from tfmixed.verdicts import Judge, Verdict
 
 V1 = tf.compat.v1
@@ -28,9 +28,6 @@ _PENDING = {
     "pending_squares": numpy.float32(0),
     "pending_amax": numpy.float32(0),
 }
-# A function that is called runs on one machine alone, and the variables may be on parameter servers: TensorFlow puts
-# the operations of one that is marked so into the graph before it gives them devices.
-_INLINED = {"_lower_as_multi_device_function": V1.AttrValue(b=True)}
 _ATTRIBUTE = "_tfmixed"
 _EAGER_PATHS: list[str] = []
 _LAST = {"last_culprit": numpy.int32(NO_VARIABLE), "last_culprit_steps": numpy.int32(0)}
@@ -75,8 +72,8 @@ class GraphState(ScalingState):
 
     def __init__(self, rule: ScalingRule, mirror: Any = None) -> None:
         self._known: dict[str, Any] = {}
-        super().__init__(rule, EVENT_CAPACITY, _add_variable)
-        self.make({**_PENDING, **_LAST}, _add_variable)
+        super().__init__(rule, EVENT_CAPACITY, plain_variable)
+        self.make({**_PENDING, **_LAST}, plain_variable)
         self._mirror = mirror
         self._graph = None if tf.executing_eagerly() else V1.get_default_graph()
         self.paths = _EAGER_PATHS if self._graph is None else _kept_by(self._graph).paths
@@ -86,7 +83,7 @@ class GraphState(ScalingState):
 
     def read(self, name: str) -> Any:
         """Returns the present value of a variable: at the top of a graph always the same tensor."""
-        at_top = name in self._known and V1.get_default_graph() is self._graph and not _in_control_flow(self._graph)
+        at_top = name in self._known and V1.get_default_graph() is self._graph and not in_control_flow(self._graph)
         if at_top:
             return self._known[name]
         # A checkpoint of a run with another rule may hold a scale that this one cannot reach.
@@ -158,6 +155,15 @@ class GraphState(ScalingState):
         return self.variables[name].value
 
 
+class Blaming(Observable):
+    """What tells of the scaling of a graph: of the variables that overflow it knows the last one alone."""
+
+    def _overflows(self) -> dict[str, int]:
+        state = self._state()
+        culprit = int(state.read("last_culprit"))
+        return {} if culprit < 0 else {self._paths[culprit]: int(state.read("last_culprit_steps"))}
+
+
 class _Kept(NamedTuple):
     """What a graph keeps.
 
@@ -198,7 +204,7 @@ class Scalings:
     def scale(self) -> Any:
         """Returns the scale of the present step; at the top of a graph it is a tensor named `tfmixed/loss_scale`."""
         state, graph = self.here(), V1.get_default_graph()
-        known = () if tf.executing_eagerly() or _in_control_flow(graph) else _kept_by(graph).states.get(self, ())
+        known = () if tf.executing_eagerly() or in_control_flow(graph) else _kept_by(graph).states.get(self, ())
         return known[1] if known else state.read("dynamic_scale")
 
     def _made_in(self, graph: Any) -> tuple[GraphState, Any]:
@@ -214,51 +220,6 @@ class Scalings:
         return self._mirror if its is graph else None
 
 
-def as_one(function: Callable[..., Any], *tensors: Any) -> Any:
-    """Returns what `function` returns of tensors.
-
-    In a graph it begins when all of them are there, its reads and writes run in the order in which they stand there,
-    and what it returns waits for them.
-    """
-    if tf.executing_eagerly():
-        return function(*tensors)
-
-    def whole(*tensors: Any) -> Any:
-        # Once it is inlined, its reads wait for nothing else.
-        with V1.control_dependencies([tf.identity(each) for each in tensors]):
-            return function(*tensors)
-
-    with V1.get_default_graph()._attr_scope(_INLINED):
-        return tf.function(whole, autograph=False)(*tensors)
-
-
-@contextlib.contextmanager
-def variables_outside(scope: str) -> Iterator[None]:
-    """Lets variables that are made within a branch have the names that they would have without it.
-
-    TensorFlow 1's conditionals put their own scope before them; a float32 checkpoint would not fit any more.
-
-    Args:
-        scope: The name scope around the branch.
-    """
-    with V1.name_scope("apply"):
-        inner = tf.get_current_name_scope()
-
-        def make(next_creator: Callable[..., Any], **arguments: Any) -> Any:
-            present = tf.get_current_name_scope()
-            wanted = (scope + present[len(inner) :]).lstrip("/") if (present + "/").startswith(inner + "/") else present
-            with tf.init_scope(), V1.name_scope(wanted + "/" if wanted else None):
-                return next_creator(**arguments)
-
-        with contextlib.ExitStack() as scopes:
-            here = V1.get_default_graph()
-            scopes.enter_context(V1.variable_creator_scope(make))
-            with tf.init_scope():  # slots are made there, whatever the branch is
-                if V1.get_default_graph() is not here:
-                    scopes.enter_context(V1.variable_creator_scope(make))
-            yield
-
-
 def _kept_by(graph: Any) -> _Kept:
     # By the graph itself, with which it ends.
     if not hasattr(graph, _ATTRIBUTE):
@@ -269,34 +230,3 @@ def _kept_by(graph: Any) -> _Kept:
 
 def _finite(values: Any) -> Any:
     return ops.where(ops.isfinite(values), values, 0.0)
-
-
-@contextlib.contextmanager
-def branches_that_hold(variables: Sequence[Any]) -> Iterator[None]:
-    """Lets `tf.cond` make branches that may write these variables, and make slots in the graph around them.
-
-    References, as TensorFlow 1's variables of old are, do not go into the functions that TensorFlow 2 makes of them.
-    And where eager execution was disabled after TensorFlow had made its context, `tf.init_scope` leaves a branch for
-    eager code (TensorFlow 2.21), unless somebody has entered the graph.
-    """
-    if tf.executing_eagerly():
-        yield
-        return
-    refers = not V1.resource_variables_enabled() or any(each.dtype != each.dtype.base_dtype for each in variables)
-    changes = refers and V1.control_flow_v2_enabled()
-    if changes:
-        V1.disable_control_flow_v2()
-    try:
-        with V1.get_default_graph().as_default():
-            yield
-    finally:
-        if changes:
-            V1.enable_control_flow_v2()
-
-
-def _in_control_flow(graph: Any) -> bool:
-    return graph._get_control_flow_context() is not None
-
-
-def _add_variable(shape: Any, initializer: Any, dtype: str, name: str) -> keras.Variable:
-    return keras.Variable(initializer, shape=shape, dtype=dtype, trainable=False, name=name)

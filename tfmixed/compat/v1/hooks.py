@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,15 +10,15 @@ from typing import Any, get_args
 import tensorflow as tf
 
 from tfmixed import events, runlog
+from tfmixed.compat.v1.graphs import Blaming
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
-from tfmixed.records import Change, Progress, Record, ScaleChange
+from tfmixed.records import Change, Record, ScaleChange
 from tfmixed.scaling import checks
-from tfmixed.state import Observable
 
 V1 = tf.compat.v1
 
 
-class Snapshot(Observable):
+class Snapshot(Blaming):
     """What a scaler says of itself at one moment of a session.
 
     Args:
@@ -43,10 +42,6 @@ class Snapshot(Observable):
     def drain_events(self) -> list[Change]:
         """Returns the changes that were not drained yet; nothing is marked."""
         return events.entries(self._values, self._paths)
-
-    def _overflows(self) -> dict[str, int]:
-        culprit = int(self._values["last_culprit"])
-        return {} if culprit < 0 else {self._paths[culprit]: int(self._values["last_culprit_steps"])}
 
 
 class LossScaleHook(tf.compat.v1.train.SessionRunHook):
@@ -114,7 +109,7 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         if self.path is not None:
             changes = runlog.continue_at(self.path, int(now.attempted_steps), get_args(Record), changes)
         self._tell(changes)
-        self._append([runlog.describe(None, now)])
+        runlog.append(self.path, [runlog.describe(None, now)])
         # Nothing is marked before all hooks have looked.
         self._drained = int(values["event_count"])
 
@@ -128,18 +123,8 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
     def end(self, session: Any) -> None:
         """Collects what is left, and writes how the run ended."""
         now = self._collect(session)
-        norm = float(now.gradient_norm)
-        self._append(
-            [
-                Progress(
-                    step=int(now.attempted_steps) - 1,
-                    epoch=None,
-                    loss_scale=float(now.loss_scale),
-                    skipped_steps=int(now.skipped_steps),
-                    gradient_norm=norm if math.isfinite(norm) else None,
-                )
-            ]
-        )
+        last = int(now.attempted_steps) - 1
+        runlog.append(self.path, [runlog.progress(last, None, runlog.numbers(now), {})])
         if self._writer is not None:
             self._writer.flush()
 
@@ -150,22 +135,17 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         self._tell(now.drain_events())
         self._drained = int(values["event_count"])
         session.run(self._mark, {self._count: self._drained})
-        names = ("loss_scale", "skipped_steps", "gradient_norm")
-        self._summarize({name: float(getattr(now, name)) for name in names}, int(now.attempted_steps))
+        self._summarize(runlog.numbers(now), int(now.attempted_steps))
         now.raise_if_exhausted()
         return now
 
     def _tell(self, changes: Sequence[Change]) -> None:
-        self._append(changes)
+        runlog.append(self.path, changes)
         for change in changes:
             if self.verbose:
                 print(change)
             if isinstance(change, ScaleChange):
                 self._summarize({"loss_scale": change.new_scale}, change.step)
-
-    def _append(self, new: Sequence[Record]) -> None:
-        if self.path is not None:
-            runlog.append(self.path, new)
 
     def _summarize(self, numbers: Mapping[str, float], step: int) -> None:
         if self._writer is None:

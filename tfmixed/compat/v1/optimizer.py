@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 from keras import ops
 
-from tfmixed import gradients
+from tfmixed import arguments, gradients
 from tfmixed.branching import as_it_is
-from tfmixed.compat.v1 import graphs, origins, rewrite
-from tfmixed.compat.v1.graphs import GraphState
+from tfmixed.compat.v1 import control_flow, origins, rewrite
+from tfmixed.compat.v1.graphs import Blaming, GraphState
 from tfmixed.compat.v1.origins import Origins
 from tfmixed.compat.v1.scales import scalings_of
-from tfmixed.state import Observable
 from tfmixed.verdicts import Judge
 
 V1 = tf.compat.v1
@@ -25,7 +24,7 @@ _SCOPE = "loss_scaling"
 _local = threading.local()
 
 
-class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
+class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
     """Wraps an optimizer of `tf.compat.v1.train`: scales the loss, and steps only if all gradients are finite.
 
     `compute_gradients` returns unscaled gradients and judges them, so that no clipping can hide an overflow;
@@ -40,7 +39,8 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
         max_consecutive_skips: As in `tfmixed.LossScaleOptimizer`; `LossScaleHook` asks.
 
     Raises:
-        ValueError: `loss_scale` is none of these, `opt` is no optimizer, or scales the loss itself.
+        ValueError: `loss_scale` is none of these, `opt` is no optimizer, or scales the loss itself, or
+            `max_consecutive_skips` is out of range.
         NotImplementedError: `opt` is a `SyncReplicasOptimizer`.
 
     Example:
@@ -56,7 +56,7 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
         super().__init__(opt._use_locking, opt.get_name())
         self._optimizer = opt
         self._scalings = scalings_of(loss_scale)
-        self.max_consecutive_skips = max_consecutive_skips
+        self.max_consecutive_skips = arguments.skip_limit(max_consecutive_skips)
         self._is_tracked = False
         self._track_trackable(opt, "base_optimizer")
 
@@ -87,11 +87,6 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
     def _paths(self) -> list[str]:  # type: ignore[override]
         return self._state().paths
 
-    def _overflows(self) -> dict[str, int]:
-        state = self._state()
-        culprit = int(state.read("last_culprit"))
-        return {} if culprit < 0 else {state.paths[culprit]: int(state.read("last_culprit_steps"))}
-
     def minimize(self, *arguments: Any, **named: Any) -> Any:
         """Returns the operation of a whole step, with the arguments of TensorFlow's: both halves in one call."""
         kind = type(self._optimizer)
@@ -117,7 +112,7 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
         """
         rewrite.check_policy()
         _check_strategy()
-        state, scale = self._state(), self.loss_scale
+        state, scale, largest = self._state(), self.loss_scale, self.rule.bounds[1]
         scaled = _scaled(loss, scale)
         if named.get("grad_loss") is not None and hasattr(scaled, "dtype"):
             named["grad_loss"] = tf.cast(named["grad_loss"], scaled.dtype)
@@ -128,14 +123,9 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
             return pairs
         grads, variables = zip(*present, strict=True)
         judge, indices = self._judge(variables), state.indices(variables)
-        largest = self.rule.bounds[1]
         with V1.name_scope(_SCOPE):
             evidence = judge.evidence(grads, scale, range(len(grads)))
-            found = graphs.as_one(
-                lambda evidence, scale: state.record(judge, evidence, scale, indices), evidence, scale
-            )
-            if tf.executing_eagerly():
-                return [(gradients.unscale(each, scale, largest), variable) for each, variable in pairs]
+            found = control_flow.as_one(lambda said, scale: state.record(judge, said, scale, indices), evidence, scale)
             with V1.control_dependencies([found]):
                 return [
                     (origins.marked(gradients.unscale(each, scale, largest), found), variable)
@@ -166,31 +156,41 @@ class LossScaleOptimizer(Observable, tf.compat.v1.train.Optimizer):
             raise ValueError(f"grads_and_vars must hold at least one gradient, received none for {names}")
         grads, variables = zip(*present, strict=True)
         _check_not_accumulated(grads)
-        state, judge = self._state(), self._judge(variables)
-        indices, before, origin = state.indices(variables), _train_ops(), origins.of(grads)
-        with V1.name_scope(_SCOPE):
-            evidence = judge.evidence(grads, ops.ones((), "float32"), range(len(grads)))
-            finite, divisor = graphs.as_one(
-                lambda evidence, *found: state.conclude(judge, evidence, indices, Origins(found, origin.complete)),
-                evidence,
-                *origin.found,
-            )
-        scope = tf.get_current_name_scope()
-
-        def step() -> Any:
-            with graphs.variables_outside(scope), _at_work():
-                # A divisor of 1 but where finite gradients would overflow in the arithmetic of the optimizer.
-                divided = [_like(gradients.unscale(each, divisor, 2.0), variable) for each, variable in present]
-                pairs = list(zip(divided, variables, strict=True))
-                return _done(self._optimizer.apply_gradients(pairs, global_step=global_step, name=name, **named))
-
-        with graphs.branches_that_hold(variables):
+        before, (finite, divisor) = _train_ops(), self._concluded(grads, variables)
+        # A divisor of 1 but where finite gradients would overflow in the arithmetic of the optimizer.
+        step = self._stepping(present, divisor, global_step=global_step, name=name, **named)
+        with control_flow.branches_that_hold(variables):
             stepped = tf.cond(finite, step, _nothing)
         if tf.executing_eagerly():
             return None
         operation = tf.group(stepped, name=name or self.get_name())
         _set_train_ops([*before, operation])
         return operation
+
+    def _concluded(self, grads: Sequence[Any], variables: Sequence[Any]) -> tuple[Any, Any]:
+        """Moves the scale, and returns whether to apply these gradients and what to divide them by."""
+        state, judge, origin = self._state(), self._judge(variables), origins.of(grads)
+        indices = state.indices(variables)
+
+        def conclude(evidence: Any, *found: Any) -> tuple[Any, Any]:
+            return state.conclude(judge, evidence, indices, Origins(found, origin.complete))
+
+        with V1.name_scope(_SCOPE):
+            evidence = judge.evidence(grads, ops.ones((), "float32"), range(len(grads)))
+            return control_flow.as_one(conclude, evidence, *origin.found)
+
+    def _stepping(self, pairs: Sequence[tuple[Any, Any]], divisor: Any, **named: Any) -> Callable[[], Any]:
+        """Returns what gives the divided gradients to the wrapped optimizer, within a branch."""
+        scope = tf.get_current_name_scope()
+
+        def step() -> Any:
+            with control_flow.variables_outside(scope), _at_work():
+                divided = [
+                    (_like(gradients.unscale(each, divisor, 2.0), variable), variable) for each, variable in pairs
+                ]
+                return _done(self._optimizer.apply_gradients(divided, **named))
+
+        return step
 
     def _judge(self, variables: Sequence[Any]) -> Judge:
         return Judge.of(self._optimizer, variables, 1, self.rule.needs_amax)
@@ -252,7 +252,7 @@ _SYNC = (
 def _check_not_accumulated(grads: Sequence[Any]) -> None:
     if tf.executing_eagerly():
         return
-    kinds = {(each.values if gradients.is_sparse(each) else each).op.type for each in grads}
+    kinds = {gradients.values_of(each).op.type for each in grads}
     if any("AccumulatorTakeGradient" in kind for kind in kinds):
         raise NotImplementedError(_SYNC.format("SyncReplicasOptimizer must not wrap a LossScaleOptimizer"))
 
@@ -282,10 +282,7 @@ def _tensor(gradient: Any) -> Any:
 
 def _like(gradient: Any, variable: Any) -> Any:
     """Returns the gradient in the dtype of its variable, which TensorFlow 1's kernels insist on."""
-    dtype = variable.dtype.base_dtype
-    if gradients.is_sparse(gradient):
-        return tf.IndexedSlices(tf.cast(gradient.values, dtype), gradient.indices, gradient.dense_shape)
-    return tf.cast(gradient, dtype)
+    return gradients.with_values(gradient, lambda values: tf.cast(values, variable.dtype.base_dtype))
 
 
 def _done(step: Any) -> Any:

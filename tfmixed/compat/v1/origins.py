@@ -26,18 +26,16 @@ class Origins(NamedTuple):
 
 
 def marked(gradient: Any, found: Any) -> Any:
-    """Returns a gradient of a graph as an operation of its own, with the mark of what was found.
+    """Returns a gradient as an operation of its own, with the mark of what was found; where there is no graph, itself.
 
     Args:
         gradient: A tensor, a `tf.IndexedSlices` or None.
         found: The tensor that says so; the gradient waits for all that the graph is told to wait for.
     """
-    if gradient is None:
-        return None
+    if gradient is None or tf.executing_eagerly():
+        return gradient
     with V1.get_default_graph()._attr_scope({_ATTRIBUTE: V1.AttrValue(s=found.name.encode())}):
-        if gradients.is_sparse(gradient):
-            return tf.IndexedSlices(tf.identity(gradient.values), gradient.indices, gradient.dense_shape)
-        return tf.identity(gradient)
+        return gradients.with_values(gradient, tf.identity)
 
 
 def of(grads: Sequence[Any]) -> Origins:
@@ -46,7 +44,7 @@ def of(grads: Sequence[Any]) -> Origins:
         return Origins([], complete=False)
     found: dict[int, Any] = {}
     complete, seen = True, set()
-    waiting = [(each.values if gradients.is_sparse(each) else each).op for each in grads]
+    waiting = [gradients.values_of(each).op for each in grads]
     while waiting:
         operation = waiting.pop()
         if operation in seen:

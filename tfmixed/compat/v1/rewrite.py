@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import inspect
-import itertools
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +14,8 @@ from tensorflow.python.client.session import BaseSession
 from tensorflow.python.framework.test_util import IsMklEnabled
 from tensorflow.python.training.experimental import mixed_precision_global_state as flags
 
-from tfmixed import hardware
+from tfmixed import hardware, outside
+from tfmixed.policy import BESIDE_REWRITE, REWRITE
 
 _OPTIONS = {
     None: {},
@@ -27,12 +25,7 @@ _OPTIONS = {
     "bfloat16": {"auto_mixed_precision": False, "auto_mixed_precision_onednn_bfloat16": True},
 }
 _ON, _OFF = rewriter_config_pb2.RewriterConfig.ON, rewriter_config_pb2.RewriterConfig.OFF
-_TOGETHER = (
-    "The graph rewrite and a Keras policy for mixed precision exclude each other, received both: {} first, {} second. "
-    "Use one of them; the policy works eagerly too, the rewrite needs no change to the model."
-)
 _POLICY = "the Keras policy {!r} was set"
-_REWRITE = "enable_mixed_precision_graph_rewrite() was called"
 
 
 class _Switch:
@@ -56,7 +49,7 @@ def enable(dtype: str = "auto") -> str | None:
         ValueError: Another `dtype`, or Keras has a policy for mixed precision.
     """
     if _mixed():
-        raise ValueError(_TOGETHER.format(_POLICY.format(_mixed()), _REWRITE))
+        raise ValueError(BESIDE_REWRITE.format(_POLICY.format(_mixed()), REWRITE))
     chosen = _chosen(dtype)
     if chosen is not None:
         _warn_of_sessions()
@@ -76,7 +69,7 @@ def disable() -> None:
         tf.compat.v1.mixed_precision.disable_mixed_precision_graph_rewrite()  # TensorFlow's own, without `install`
         return
     if not _Switch.enabled:
-        warn("the graph rewrite is switched off already")
+        outside.warn("the graph rewrite is switched off already")
         return
     tf.config.optimizer.set_experimental_options(_Switch.before)
     flags.set_mixed_precision_graph_rewrite_enabled(False)
@@ -101,7 +94,7 @@ def check_policy() -> None:
         ValueError: It was.
     """
     if _Switch.enabled and _mixed():
-        raise ValueError(_TOGETHER.format(_REWRITE, _POLICY.format(_mixed())))
+        raise ValueError(BESIDE_REWRITE.format(REWRITE, _POLICY.format(_mixed())))
 
 
 def hold(holder: str, before: Callable[[], None]) -> None:
@@ -159,16 +152,18 @@ def _chosen(dtype: Any) -> str | None:
         raise ValueError(f'dtype must be "auto", "float16" or "bfloat16", received {dtype!r}')
     native, fast, reason = _native()
     if dtype == "auto" and not fast:
-        warn(f"the graph rewrite converts nothing here: {reason}. The script goes on in float32, with its loss scale.")
+        outside.warn(
+            f"the graph rewrite converts nothing here: {reason}. The script goes on in float32, with its loss scale."
+        )
         return None
     if dtype not in ("auto", native):
         where = "GPUs of compute capability 7.0 or more" if dtype == "float16" else "CPUs, with oneDNN"
-        warn(
+        outside.warn(
             f"the graph rewrite to {dtype} converts on {where} only, and this machine has none in use: {reason}. "
             'Use dtype="auto".'
         )
     elif not fast:
-        warn(f"the graph rewrite to {dtype} is not fast here: {reason}.")
+        outside.warn(f"the graph rewrite to {dtype} is not fast here: {reason}.")
     else:
         print(f"tfmixed: graph rewrite to {native}: {reason}", file=sys.stderr)
     return native if dtype == "auto" else str(dtype)
@@ -186,20 +181,13 @@ def _native() -> tuple[str, bool, str]:
     return "bfloat16", "bfloat16" in device.fast, device.reason
 
 
-def warn(message: str) -> None:
-    """Warns at the line of the script, however deep in TensorFlow and here the reason was found."""
-    names = (str(info.frame.f_globals.get("__name__")) for info in inspect.stack(0))
-    inside = itertools.takewhile(lambda name: name.startswith(("tfmixed.", "tensorflow.")), names)
-    warnings.warn(message, stacklevel=1 + len(list(inside)))
-
-
 def _warn_of_sessions() -> None:
     sessions = [each for each in gc.get_objects() if issubclass(type(each), BaseSession)]
     # One whose constructor failed has neither a handle nor, maybe, a configuration.
     open_ones = [each for each in sessions if getattr(each, "_session", None) is not None and not each._closed]
     plain = sum(not _is_converted(each._config) for each in open_ones)
     if plain:
-        warn(
+        outside.warn(
             f"the graph rewrite reaches sessions that are made from now on; {plain} open now stay as they are. "
             "Call enable_mixed_precision_graph_rewrite() before making sessions."
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy
 import tensorflow as tf
@@ -11,7 +10,7 @@ import tensorflow as tf
 from tfmixed import scaling
 from tfmixed.compat import experimental
 from tfmixed.compat.v1.graphs import Scalings
-from tfmixed.scaling import ConstantScale, DynamicScale, DynamicState, ScalingRule
+from tfmixed.scaling import ConstantScale, DynamicScale, ScalingRule
 
 _THEIRS = tf.compat.v1.mixed_precision
 
@@ -44,6 +43,11 @@ class LossScale:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rule})"
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Returns the loss scale of a configuration."""
+        return cls(**config)
+
 
 class FixedLossScale(LossScale):
     """A loss scale that never moves; steps that are not finite are skipped all the same.
@@ -65,11 +69,6 @@ class FixedLossScale(LossScale):
     def get_config(self) -> dict[str, Any]:
         """Returns the argument of the constructor."""
         return {"loss_scale_value": self.rule.bounds[0]}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> FixedLossScale:
-        """Returns the loss scale of a configuration."""
-        return cls(**config)
 
 
 class DynamicLossScale(LossScale):
@@ -100,11 +99,6 @@ class DynamicLossScale(LossScale):
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""
         return {name: getattr(self, name) for name in ("initial_loss_scale", "increment_period", "multiplier")}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> DynamicLossScale:
-        """Returns the loss scale of a configuration."""
-        return cls(**config)
 
 
 class LossScaleManager(LossScale):
@@ -159,31 +153,17 @@ class ExponentialUpdateLossScaleManager(LossScaleManager):
         incr_ratio: float = 2,
         decr_ratio: float = 0.8,
     ) -> None:
-        rule = ExponentialUpdate(
+        rule = DynamicScale(
             initial_scale=init_loss_scale,
             growth_factor=_single(incr_ratio),
             backoff_factor=_single(decr_ratio),
             growth_interval=incr_every_n_steps,
             hysteresis=decr_every_n_nan_or_inf,
+            refill="change",
             min_scale=1.0,
             max_scale=None,
         )
         super().__init__(rule)
-
-
-@dataclass(frozen=True)
-class ExponentialUpdate(DynamicScale):
-    """`tf.contrib`'s rule: a `DynamicScale` whose hysteresis comes back at a backoff too.
-
-    Example:
-    >>> scaling.simulate(ExponentialUpdate(initial_scale=8, hysteresis=2), "FFFF")
-    [8.0, 4.0, 4.0, 2.0]
-    """
-
-    def next(self, state: DynamicState, finite: Any, amax: Any = None, xp: Any = numpy) -> DynamicState:
-        """Returns the state after one step."""
-        new = super().next(state, finite, amax, xp)
-        return new._replace(strikes_left=xp.where(new.since_change <= 0, self.hysteresis, new.strikes_left))
 
 
 def scalings_of(loss_scale: Any) -> Scalings:

@@ -1,0 +1,72 @@
+"""Losses scaled and gradients unscaled by hand, in loops in the style of Keras 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from tfmixed import gradients
+from tfmixed.branching import as_it_is
+from tfmixed.calls import Calls
+from tfmixed.scaling import ConstantScale
+from tfmixed.state import Observable
+
+
+class ByHand(Observable):
+    """What Keras 2's `LossScaleOptimizer` had and Keras 3's has not. `Calls` tells `apply` what was called."""
+
+    _calls: Calls
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the scale can move: Keras 2's name."""
+        return not isinstance(self.rule, ConstantScale)
+
+    @as_it_is
+    def get_scaled_loss(self, loss: Any) -> Any:
+        """Returns `loss` times the scale, in float32 at least: the first half of a loop in the style of Keras 2.
+
+        Args:
+            loss: A number, a tensor, or a callable that returns one, for which a callable is returned; or a nested
+                structure of these.
+
+        Example:
+        >>> optimizer = tfmixed.LossScaleOptimizer("sgd", 1024)
+        >>> float(optimizer.get_scaled_loss(2.0)), float(optimizer.get_scaled_loss(lambda: 2.0)())
+        (2048.0, 2048.0)
+        """
+        self._calls.scale("get_scaled_loss", keras.tree.flatten(loss))
+        scaled = keras.tree.map_structure(self._scaled, loss)
+        self._calls.scaled(keras.tree.flatten(scaled))
+        return scaled
+
+    def _scaled(self, loss: Any) -> Any:
+        return (lambda: self._scaled(loss())) if callable(loss) else ops.multiply(loss, self._scale())
+
+    @as_it_is
+    def get_unscaled_gradients(self, grads: Any) -> Any:
+        """Returns `grads` divided by the scale, in float32 at least: the second half of a loop in the style of Keras 2.
+
+        `apply` then takes its gradients for unscaled, clipped or not, unless they are the very ones that were given
+        here. What it skips and reports is what it is given: clip by a norm in between, not by value, which would hide
+        an overflow.
+
+        Args:
+            grads: A list, or another nested structure, of tensors, `tf.IndexedSlices` and None; or an iterator.
+
+        Example:
+        >>> optimizer = tfmixed.LossScaleOptimizer("sgd", 1024)
+        >>> loss = optimizer.get_scaled_loss(2.0)
+        >>> gradient, missing = optimizer.get_unscaled_gradients([ops.array(512.0), None])
+        >>> float(gradient), missing
+        (0.5, None)
+        """
+        grads = list(grads) if isinstance(grads, Iterator) else grads
+        self._calls.get_unscaled_gradients(keras.tree.flatten(grads))
+        scale, largest = self._scale(), self.rule.bounds[1]
+        unscaled = keras.tree.map_structure(lambda each: gradients.unscale(each, scale, largest), grads)
+        self._calls.unscaled(keras.tree.flatten(unscaled))
+        return unscaled

@@ -1,0 +1,41 @@
+"""The code outside that called into this package and the frameworks: warnings and messages name its line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from types import FrameType
+
+LIBRARIES = (
+    *("tfmixed", "keras", "tensorflow", "tf_keras", "jax", "torch", "wrapt"),
+    *("functools", "contextlib", "threading", "typer", "click"),
+)
+
+
+def caller(libraries: tuple[str, ...] = LIBRARIES, but_for: str = "") -> FrameType | None:
+    """Returns the innermost frame that is of none of these libraries; None where there is none.
+
+    Args:
+        libraries: Names of packages.
+        but_for: What the names of further modules begin with.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name, file = frame.f_globals.get("__name__", ""), os.path.basename(frame.f_code.co_filename)
+        known = name.partition(".")[0] in libraries or bool(but_for and name.startswith(but_for))
+        if not known and not file.startswith("__autograph_generated_file"):  # its lines are nobody's
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the script, however deep in the frameworks and here the reason was found."""
+    frame = caller()
+    if frame is None:  # a thread of a framework's
+        warnings.warn(message, stacklevel=2)
+        return
+    seen = frame.f_globals.setdefault("__warningregistry__", {})
+    module = frame.f_globals.get("__name__")
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, module, seen)
