@@ -315,8 +315,14 @@ def test_a_branch_stays_one_operation():
 
 @pytest.mark.parametrize("how", [{}, {"jit_compile": True}], ids=["graph", "xla"])
 def test_a_branch_returns_zeros_where_it_is_not_taken(how):
-    """Of the shape that was given."""
-    function = tf.function(lambda go, x: when(go, lambda: x + 1.0, (2,)), autograph=False, **how)
+    """Of the shape that was given, which the graph knows too."""
+
+    def taken(go, x):
+        result = when(go, lambda: x + 1.0, (2,))
+        assert result.shape == (2,)
+        return result
+
+    function = tf.function(taken, autograph=False, **how)
     for go, expected in ((True, [2.0, 3.0]), (False, [0.0, 0.0])):
         np.testing.assert_array_equal(function(tf.constant(go), tf.constant([1.0, 2.0])), expected)
 

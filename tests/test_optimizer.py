@@ -124,19 +124,6 @@ def test_a_gradient_beside_one_that_cannot_be_squared_stays_as_it_is(inner, rule
     np.testing.assert_allclose(weights[0].numpy(), np.array([1.0, 2.0]) - 1 / np.sqrt(1.1), rtol=1e-5)
 
 
-@needs_tensorflow
-@pytest.mark.parametrize("is_raw", [False, True])
-@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-def test_xla_lets_no_overflow_pass(bad, is_raw):
-    """It may compare squares instead of roots, and the square of a large limit is infinity."""
-    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 8), keras.Variable([1.0, 1.0])
-    weight.overwrite_with_gradient = is_raw
-    optimizer.build([weight])
-    tf.function(lambda gradient: apply(optimizer, [gradient], [weight]), jit_compile=True)(tf.constant([bad, 1.0]))
-    assert int(optimizer.skipped_steps) == 1
-    np.testing.assert_array_equal(weight.numpy(), [1.0, 1.0])
-
-
 def test_gradient_norm_is_unscaled_and_global():
     """The norm of the last step's unscaled gradients, in training terms."""
     optimizer = LossScaleOptimizer("sgd", 1024)
