@@ -444,6 +444,40 @@ def test_masks_pass_through():
     )
 
 
+@keras.saving.register_keras_serializable("test_islands")
+class Holder(keras.Model):
+    """A user's model that is right but for a sublayer, and makes that anew when it is loaded."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.soft = layers.Dense(4, "softmax", name="soft")
+        self.last = layers.Dense(1, dtype="float32", name="last")
+
+    def call(self, x):
+        return self.last(self.soft(x))
+
+
+def test_a_users_model_that_stays_as_it_is_keeps_what_was_changed_inside(tmp_path):
+    """A loaded one has nothing left to change."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model = Holder(name="holder")
+    model(np.ones((2, 4), "float32"))
+    assert force_float32(model) == ["soft: activation"]
+    model.save(tmp_path / "model.keras")
+    assert force_float32(keras.models.load_model(tmp_path / "model.keras")) == []
+
+
+def test_masks_of_what_is_widened_count():
+    """Padding changes nothing in an average that gets float16."""
+    keras.config.set_dtype_policy("mixed_float16")
+    ids = keras.Input((None,), dtype="int32")
+    pooled = layers.GlobalAveragePooling1D(name="pool")(layers.Embedding(5, 4, mask_zero=True)(ids))
+    model = keras.Model(ids, layers.Dense(1, dtype="float32")(pooled))
+    assert force_float32(model) == ["pool"]
+    padded, bare = (numbers(model(np.array([each])))[0] for each in ([1, 2, 0, 0], [1, 2]))
+    np.testing.assert_allclose(padded, bare, rtol=1e-6)
+
+
 PARTIAL = functools.partial(keras.activations.softmax, axis=-1)
 
 

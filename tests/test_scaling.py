@@ -310,6 +310,18 @@ def test_bounds_that_float32_has_not_are_rounded_inwards(arguments, bounds, firs
     assert rule.start().scale == first
 
 
+def test_an_exponential_that_is_rounded_up_stays_below_the_ceiling():
+    """Of gradients as small as can be, for any ceiling."""
+    for ceiling in range(2, 60):
+        (scale,) = scaling.simulate(LogMaxScale(max_scale=ceiling), None, [1e-30])
+        assert ceiling * (1 - 1e-6) <= scale <= ceiling
+
+
+def test_apex_begins_at_its_ceiling_where_that_is_lower():
+    """Its default first scale is 65,536, whatever the largest one."""
+    assert scaling.like("apex", max_scale=8.0).start().scale == 8.0
+
+
 def test_an_overflow_has_the_size_that_logmax_is_told():
     """`log_max` unless told otherwise; NVIDIA's scaler takes `2**log_max`, which brings the scale down to its floor."""
     plain = LogMaxScale(beta1=0.0, std_devs=0.0)
