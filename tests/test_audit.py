@@ -74,6 +74,7 @@ HAZARDS = {
     ),
     "epsilon": (lambda x: x / (ops.abs(x) + 1e-12), (8,), "severe", "constant", "1e-12 is 0 in float16"),
     "mask": (lambda x: ops.where(x > 0, x, -1e9), (8,), "severe", "constant", r"-1e\+09 is infinite"),
+    "exp of a quotient": (lambda x: ops.exp(ops.relu(x) / ops.relu(-x)), (8,), "severe", "exp", "above 11.1"),
     "exp into tanh": (lambda x: ops.tanh(ops.exp(x)), (8,), "severe", "exp", "above 11.1"),
     "logsumexp with another maximum": (
         keep(lambda x: ops.log(ops.sum(ops.exp(x - ops.max(x)), -1))),
@@ -117,6 +118,7 @@ SAFE = {
     "squares of bounded values": keep(lambda x: tf.reduce_sum(tf.square(tf.tanh(x)), -1)),
     "mean of bounded squares": keep(lambda x: tf.reduce_mean(tf.math.squared_difference(tf.tanh(x), 0.5), -1)),
     "exp of a negative square": lambda x: ops.exp(-ops.square(x)),
+    "a root of what is above 0": lambda x: ops.sqrt(ops.abs(x) + 1e-2),
     "a fourth root": lambda x: ops.power(ops.abs(x) + 1e-3, 0.25),
     "a comparison with what is infinite": lambda x: ops.where(x > -1e9, x, 0.0),
     "a softmax by hand": lambda x: (e := ops.exp(x - ops.max(x, -1, keepdims=True))) / ops.sum(e, -1, keepdims=True),
@@ -148,6 +150,18 @@ def test_what_is_safe_is_not_cried_about(function):
     assert found(model_of(function)) == []
 
 
+def test_few_terms_are_not_worth_a_word():
+    """A note from 32 on."""
+    for count, said in ((31, []), (32, ["note"])):
+        total = keep(lambda x, count=count: ops.sum(x[:, :count], 1))
+        assert [each.severity for each in audit(model_of(total)) if each.op == "sum"] == said
+
+
+def test_what_lies_side_by_side_does_not_stop_growing():
+    """Over the last axis TensorFlow adds up in parts."""
+    assert found(model_of(keep(lambda x: tf.reduce_mean(x, -1)), (20_000,))) == []
+
+
 def compiled(output, loss, shape=(8,)):
     """A classifier whose hidden layer is float16."""
     inputs = keras.Input(shape)
@@ -163,6 +177,12 @@ def test_a_softmax_before_a_cross_entropy(loss):
     assert found(model) == [("out", "severe", "softmax"), ("loss", "severe", "log of softmax")]
     assert "from_logits=True" in audit(model).findings[1].advice
     assert found(compiled(keras.layers.Dense(8, activation="softmax", dtype="float32"), loss)) == []
+
+
+def test_a_half_precision_softmax_at_the_end():
+    """Whoever takes its logarithm: without a loss nobody knows."""
+    inputs = keras.Input((8,))
+    assert found(keras.Model(inputs, keras.layers.Softmax(name="out")(inputs))) == [("out", "severe", "softmax")]
 
 
 def test_a_half_precision_output():
@@ -236,7 +256,11 @@ def test_bias_gradients_in_bfloat16():
     with tf.GradientTape() as tape:
         total = tf.reduce_sum(model(np.ones((1, 1024, 8), "float32")))
     assert tape.gradient(total, dense.bias.value).numpy().tolist() == [256.0] * 8
-    assert [(each.op, each.length) for each in audit(model) if each.op == "bias gradient"] == [("bias gradient", 1024)]
+    for length, said in ((1024, [1024]), (257, [257]), (256, [])):
+        model = keras.Sequential(
+            [keras.Input((length, 8)), keras.layers.Dense(8), keras.layers.Dense(1, dtype="float32")]
+        )
+        assert [each.length for each in audit(model) if each.op == "bias gradient"] == said
 
 
 def test_a_run_tells_where_values_overflow_first():

@@ -184,6 +184,31 @@ def test_sparse_and_missing_gradients_on_replicas():
 
 
 @made_up
+def test_the_norm_is_that_of_the_sum_where_replicas_agree():
+    """Two gradients of norm 5 add up to one of 10."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        weight, optimizer = keras.Variable([0.0, 0.0]), LossScaleOptimizer("sgd", 4)
+        optimizer.build([weight])
+    strategy.run(tf.function(lambda: optimizer.apply([tf.constant([12.0, 16.0])], [weight])))
+    assert float(optimizer.gradient_norm) == pytest.approx(10.0)
+
+
+@made_up
+def test_gradients_whose_sum_cannot_be_squared_poison_nothing():
+    """The square of 1.5e19 is finite, that of two of them is not: no moment of Adam is infinite."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        weight, optimizer = keras.Variable([0.0]), LossScaleOptimizer("adam", 1)
+        optimizer.build([weight])
+    step = tf.function(lambda size: optimizer.apply([size], [weight]))
+    for size in (1.5e19, 1.0):
+        strategy.run(step, (tf.constant([size]),))
+    assert all(np.isfinite(variable.numpy()).all() for variable in optimizer.variables)
+    assert (int(optimizer.skipped_steps), int(optimizer.iterations.numpy())) == (0, 2)
+
+
+@made_up
 def test_a_rule_that_needs_the_maximum_sees_that_of_all_replicas():
     """The largest gradient may be on any of them."""
     strategy, rule = mirrored(2), LogMaxScale(initial_scale=4.0, max_scale=2.0**20)

@@ -256,6 +256,13 @@ def test_a_users_own_optimizer_is_fused_if_it_can_be():
     np.testing.assert_allclose(fused, plain, rtol=1e-6)
 
 
+def test_a_users_own_optimizer_is_not_fused_where_it_steps_eagerly():
+    """There nothing is traced anew, and what it reads of Python may be another number in each step."""
+    with pytest.warns(UserWarning, match="what a user's own code reads of Python may change between eager steps"):
+        optimizer, _ = trained(Halved(0.1), True, compiled=False)
+    assert not optimizer.fused
+
+
 def test_a_fused_update_takes_any_of_its_variables():
     """Some of them, in another order, or with a gradient missing."""
     optimizer, (a, b) = LossScaleOptimizer(keras.optimizers.SGD(1.0), 2, fuse=True), variables()
@@ -266,8 +273,9 @@ def test_a_fused_update_takes_any_of_its_variables():
         optimizer.apply([two, None], [a, b])
     optimizer.apply([four, two], [b, a])
     optimizer.apply([two], [b])
-    np.testing.assert_allclose(before[0] - a.numpy(), np.full((3, 4), 2.0), rtol=1e-6)
-    np.testing.assert_allclose(before[1] - b.numpy(), np.full((3, 4), 3.0), rtol=1e-6)
+    optimizer.apply([two, two], [a, b])
+    np.testing.assert_allclose(before[0] - a.numpy(), np.full((3, 4), 3.0), rtol=1e-6)
+    np.testing.assert_allclose(before[1] - b.numpy(), np.full((3, 4), 4.0), rtol=1e-6)
 
 
 def test_fuse_is_saved_and_checked():
@@ -315,8 +323,14 @@ def test_a_branch_stays_one_operation():
 
 @pytest.mark.parametrize("how", [{}, {"jit_compile": True}], ids=["graph", "xla"])
 def test_a_branch_returns_zeros_where_it_is_not_taken(how):
-    """Of the shape that was given."""
-    function = tf.function(lambda go, x: when(go, lambda: x + 1.0, (2,)), autograph=False, **how)
+    """Of the shape that was given, which the graph knows too."""
+
+    def taken(go, x):
+        result = when(go, lambda: x + 1.0, (2,))
+        assert result.shape == (2,)
+        return result
+
+    function = tf.function(taken, autograph=False, **how)
     for go, expected in ((True, [2.0, 3.0]), (False, [0.0, 0.0])):
         np.testing.assert_array_equal(function(tf.constant(go), tf.constant([1.0, 2.0])), expected)
 

@@ -519,6 +519,15 @@ def test_a_state_of_pytorchs_is_loaded():
     assert run(scaler, "TTF") == [1024.0, 4096.0, 1024.0]
 
 
+def test_a_state_of_another_rule_brings_its_rule():
+    """With all that this one remembers, where a scaler was in use that remembers less."""
+    scaler, other = GradScaler(rule=2.0), GradScaler(rule=RULE)
+    run(scaler, "TF")
+    assert run(other, "TTT") == [8.0, 16.0, 16.0]
+    scaler.load_state_dict(other.state_dict())
+    assert run(scaler, "TF") == run(other, "TF") == [32.0, 16.0]
+
+
 def test_an_entry_of_pytorchs_counts_where_two_say_the_same():
     """Whoever edits the scale of a saved state gets it."""
     scaler = GradScaler()
@@ -532,6 +541,10 @@ BROKEN = {
     "no tracker": (lambda saved: saved.pop("_growth_tracker") and saved, "must hold '_growth_tracker'"),
     "scale 0": (lambda saved: {**saved, "scale": 0.0}, "scale must be .* above 0, received 0.0"),
     "scale inf": (lambda saved: {**saved, "scale": np.inf}, "scale must be a finite .* received inf"),
+    "scale above the rule's": (
+        lambda saved: {**saved, "rule": DynamicScale().get_config(), "scale": 2.0**30},
+        r"scale must be .* at most 1\.67772e\+07, received 1073741824\.0",
+    ),
     "factor": (lambda saved: {**saved, "growth_factor": 0.5}, "growth_factor must be .* above 1 .* received 0.5"),
     "interval": (lambda saved: {**saved, "growth_interval": 1.5}, "growth_interval must be a whole number"),
     "tracker": (lambda saved: {**saved, "_growth_tracker": "3"}, "_growth_tracker must be a whole number"),

@@ -369,6 +369,14 @@ OLD = {
 }
 
 
+def test_tensorflow_1s_own_wrapper_is_refused():
+    """It scales and unscales by itself, and no method says so."""
+    wrapper = tf.compat.v1.mixed_precision.MixedPrecisionLossScaleOptimizer(OLD["descent"](), "dynamic")
+    loop = Loop(optimizer=wrapper)
+    with pytest.raises(ValueError, match="must not scale the loss itself, received a MixedPrecisionLossScaleOptimizer"):
+        loop.step(loop.scaled(tf.constant(False)))
+
+
 @pytest.mark.parametrize(("make", "is_keras", "mode"), covering(2, OLD, [False, True], MODES))
 def test_optimizers_of_tensorflow_1(make, is_keras, mode):
     """Weights and slots of a run without the bad steps; on variables of Keras too; their arguments are passed on."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +227,34 @@ def test_a_users_code_gets_back_what_it_had(tmp_path):
         assert len(set(numbers(outputs["sum"])[0][0].astype("float16") - numbers(outputs["sum"])[0][0])) == 1
 
 
+class Exponential(keras.layers.Layer):
+    """What overflows in half precision."""
+
+    def call(self, x):
+        return ops.exp(x)
+
+
+class Mixes(keras.layers.Layer):
+    """TensorFlow adds no float32 to float16."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.part = Exponential(name="part")
+
+    def call(self, x):
+        return tf.add(self.part(x), x)
+
+
+@needs_tensorflow
+def test_a_users_code_that_takes_no_float32_gets_none():
+    """It is tried, and taken back; what is around it is computed in float32 then."""
+    keras.config.set_dtype_policy("mixed_float16")
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(1, dtype="float32")(Mixes(name="mixes")(layers.Dense(4)(inputs))))
+    assert force_float32(model) == ["mixes/part", "mixes: own code"]
+    assert np.isfinite(numbers(model(np.ones((1, 4))))[0]).all()
+
+
 @keras.saving.register_keras_serializable("test_islands")
 class Total(keras.layers.Layer):
     """Says float32 itself, too late."""
@@ -412,6 +442,60 @@ def test_masks_pass_through():
     np.testing.assert_allclose(
         numbers(model(np.array([[1, 2, 0]])))[0], numbers(model(np.array([[1, 2]])))[0], rtol=1e-6
     )
+
+
+@keras.saving.register_keras_serializable("test_islands")
+class Holder(keras.Model):
+    """A user's model that is right but for a sublayer, and makes that anew when it is loaded."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.soft = layers.Dense(4, "softmax", name="soft")
+        self.last = layers.Dense(1, dtype="float32", name="last")
+
+    def call(self, x):
+        return self.last(self.soft(x))
+
+
+def test_a_users_model_that_stays_as_it_is_keeps_what_was_changed_inside(tmp_path):
+    """A loaded one has nothing left to change."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model = Holder(name="holder")
+    model(np.ones((2, 4), "float32"))
+    assert force_float32(model) == ["soft: activation"]
+    model.save(tmp_path / "model.keras")
+    assert force_float32(keras.models.load_model(tmp_path / "model.keras")) == []
+
+
+def test_masks_of_what_is_widened_count():
+    """Padding changes nothing in an average that gets float16."""
+    keras.config.set_dtype_policy("mixed_float16")
+    ids = keras.Input((None,), dtype="int32")
+    pooled = layers.GlobalAveragePooling1D(name="pool")(layers.Embedding(5, 4, mask_zero=True)(ids))
+    model = keras.Model(ids, layers.Dense(1, dtype="float32")(pooled))
+    assert force_float32(model) == ["pool"]
+    padded, bare = (numbers(model(np.array([each])))[0] for each in ([1, 2, 0, 0], [1, 2]))
+    np.testing.assert_allclose(padded, bare, rtol=1e-6)
+
+
+PARTIAL = functools.partial(keras.activations.softmax, axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "inner", "said"),
+    [
+        ((4,), lambda x: ops.sum(ops.square(layers.Dense(4)(x)), axis=-1, keepdims=True), ["square", "sum"]),
+        ((4, 2), lambda x: layers.GlobalAveragePooling1D(name="pool")(layers.Masking()(x)), ["pool"]),
+        ((4,), lambda x: layers.Dense(4, PARTIAL, name="part")(x), ["part: activation"]),
+    ],
+    ids=["sum of squares", "average with a mask", "partial softmax"],
+)
+def test_short_ones_are_known_by_what_they_are(shape, inner, said):
+    """Inside a model that returns float32, and where no axis is long."""
+    keras.config.set_dtype_policy("mixed_float16")
+    inputs = keras.Input(shape)
+    model = keras.Model(inputs, layers.Dense(1, dtype="float32")(inner(inputs)))
+    assert [re.sub(r"_\d+", "", each) for each in force_float32(model)] == said
 
 
 def test_long_means_128():

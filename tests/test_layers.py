@@ -295,6 +295,21 @@ def test_sublayers_made_late_are_float32_too(symbolic):
     assert keras.config.dtype_policy().name == "mixed_float16"
 
 
+class BuildsHalf(BuildsLater):
+    """Another one, which gives its sublayer a policy of its own."""
+
+    def build(self, input_shape):
+        self.dense = keras.layers.Dense(1, kernel_initializer="ones", dtype="mixed_float16")
+        self.dense.build(input_shape)
+
+
+def test_sublayers_made_late_with_another_policy_are_float32_too():
+    """Whatever the wrapped layer's code says."""
+    layer = layers.Float32(BuildsHalf())
+    assert numpy(layer(np.ones((1, 70_000), "float32")))[0, 0] == 70_000.0
+    assert layer.layer.dense.compute_dtype == "float32"
+
+
 def test_time_distributed_takes_it():
     """It asks for the output shape alone."""
     layer = keras.layers.TimeDistributed(layers.Float32(keras.layers.Dense(3)))
@@ -424,6 +439,20 @@ def test_masks_pass_through():
     np.testing.assert_allclose(numpy(pooled), mean, rtol=1e-4)
     kept = layers.Float32(keras.layers.Activation("linear"))(embedded)
     np.testing.assert_array_equal(numpy(keras.src.backend.get_keras_mask(kept)), ids != 0)
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, layers.Float32], ids=["bare", "wrapped"])
+def test_a_layer_that_drops_masks_does_so_within(wrap):
+    """With Keras's own warning."""
+
+    class Doubles(keras.layers.Layer):
+        def call(self, x):
+            return x * 2
+
+    embedded = keras.layers.Embedding(3, 2, mask_zero=True)(np.array([[1, 2, 0, 0]]))
+    with pytest.warns(UserWarning, match="does not support mask"):
+        dropped = wrap(Doubles())(embedded)
+    assert keras.src.backend.get_keras_mask(dropped) is None
 
 
 def test_masks_reach_a_wrapped_lstm_in_a_saved_model(tmp_path):

@@ -144,7 +144,7 @@ def test_keras_has_not_mended_fit_on_workers(fitted):
 
 
 def test_enabling_changes_keras_and_undoing_restores_it():
-    """Twice is once, and nothing of ours stays."""
+    """Twice is once, nothing of ours stays, and it can be enabled again."""
     from keras.src.backend.tensorflow import trainer
 
     def patched():
@@ -157,6 +157,9 @@ def test_enabling_changes_keras_and_undoing_restores_it():
     assert not set(before) & set(patched())
     undo()
     assert patched() == before
+    again = distribute.enable_multi_worker_fit()
+    assert not set(before) & set(patched())
+    again()
 
 
 def test_an_unknown_keras_is_left_alone(monkeypatch):
@@ -166,8 +169,9 @@ def test_an_unknown_keras_is_left_alone(monkeypatch):
         distribute.enable_multi_worker_fit()()
 
 
-def test_one_device_fit_is_left_alone():
-    """Other strategies go on as they were."""
+def test_one_device_fit_is_left_alone(monkeypatch):
+    """Other strategies go on as they were, in Keras's own loop."""
+    monkeypatch.setattr("tfmixed.workers._loop", None)
     undo = distribute.enable_multi_worker_fit()
     try:
         check(Trainer(tf.distribute.OneDeviceStrategy("CPU:0"), steps_per_execution=4).fit({}), [])

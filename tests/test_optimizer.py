@@ -109,6 +109,21 @@ def test_unchecked_constant_scale_applies_everything():
     assert int(optimizer.skipped_steps) == 0
 
 
+@pytest.mark.parametrize(
+    ("inner", "rule", "size"),
+    [
+        ({}, ConstantScale(8.0, skip_nonfinite=False), np.inf),
+        ({"clipvalue": 1.0}, ConstantScale(8.0), 1e25),
+    ],
+    ids=["unchecked", "clipped by value"],
+)
+def test_a_gradient_beside_one_that_cannot_be_squared_stays_as_it_is(inner, rule, size):
+    """Nothing is made smaller for the sake of an infinite one that nobody checks, or of one that is clipped first."""
+    optimizer, weights = LossScaleOptimizer(keras.optimizers.Adagrad(1.0, **inner), rule), variables()
+    apply(optimizer, [ops.full((2,), 8.0), ops.array([8.0, 8.0 * size])], weights)
+    np.testing.assert_allclose(weights[0].numpy(), np.array([1.0, 2.0]) - 1 / np.sqrt(1.1), rtol=1e-5)
+
+
 def test_gradient_norm_is_unscaled_and_global():
     """The norm of the last step's unscaled gradients, in training terms."""
     optimizer = LossScaleOptimizer("sgd", 1024)
@@ -196,6 +211,14 @@ def test_variables_that_hold_their_gradient_are_not_unscaled():
     np.testing.assert_allclose(weight.numpy(), [5.0])
 
 
+def test_variables_that_hold_their_gradient_must_hold_it():
+    """What float16 has not is an overflow there too."""
+    optimizer, weight = LossScaleOptimizer("sgd", 8), keras.Variable([1.0], dtype="float16")
+    weight.overwrite_with_gradient = True
+    apply(optimizer, [ops.array([1e5])], [weight])
+    assert (int(optimizer.skipped_steps), float(weight.numpy()[0])) == (1, 1.0)
+
+
 @pytest.mark.parametrize(
     ("loss", "advice"),
     [
@@ -225,6 +248,27 @@ def test_none_never_calls_a_run_stuck():
     optimizer = LossScaleOptimizer("sgd", DynamicScale(initial_scale=4.0), max_consecutive_skips=None)
     run(optimizer, "F" * 300)
     optimizer.raise_if_exhausted()
+
+
+def test_a_scale_that_is_not_at_its_floor_has_ten_times_as_many_steps():
+    """As one with much patience: it may yet come down to where steps are finite."""
+    rule = DynamicScale(initial_scale=4.0, hysteresis=1000)
+    optimizer = LossScaleOptimizer("sgd", rule, max_consecutive_skips=4)
+    weights, _ = run(optimizer, "F" * 39)
+    optimizer.raise_if_exhausted()
+    run(optimizer, "F", weights=weights)
+    with pytest.raises(LossScaleExhausted, match="All 40 steps since step 0 had"):
+        optimizer.raise_if_exhausted()
+
+
+def test_a_finite_step_ends_the_row_that_overflows_are_counted_in():
+    """Compiled, where a step that changes nothing writes nothing, and of a constant scale."""
+    optimizer, weights = LossScaleOptimizer("sgd", 1.0, max_consecutive_skips=2), variables()
+    take = compiled(optimizer, weights)
+    for letter in "FFTFF":
+        step(optimizer, weights, letter == "T", take=take)
+    with pytest.raises(LossScaleExhausted, match=r"often: b \(2 times\)\."):
+        optimizer.raise_if_exhausted()
 
 
 # The log on the device.
@@ -263,6 +307,22 @@ def test_a_full_ring_tells_how_much_it_lost():
     assert [event.step for event in kept] == [2, 3, 4]
     run(optimizer, "F", weights=weights)
     assert [event.step for event in optimizer.drain_events()] == [5]
+
+
+def test_a_step_that_changes_nothing_leaves_a_full_ring_as_it_is():
+    """The place of the next change still holds the oldest one."""
+    optimizer = LossScaleOptimizer("sgd", event_capacity=3)
+    run(optimizer, "FFFT")
+    assert [event.step for event in optimizer.drain_events()] == [0, 1, 2]
+
+
+def test_what_was_read_stays_as_it_was():
+    """A later step moves the variables, and not the tensors that somebody holds."""
+    optimizer = LossScaleOptimizer("sgd", DynamicScale(initial_scale=8.0))
+    weights, _ = run(optimizer, "T")
+    held = optimizer.loss_scale, optimizer.attempted_steps, optimizer.skipped_steps
+    run(optimizer, "F", weights=weights)
+    assert [float(each) for each in held] == [8.0, 1.0, 0.0]
 
 
 def test_setting_the_scale_by_hand_is_logged():
@@ -511,6 +571,39 @@ def test_float64_gradients_beyond_float32_poison_nothing():
     assert int(optimizer.skipped_steps) == 1
 
 
+def test_a_scale_whose_reciprocal_is_subnormal_divides():
+    """Kernels take such a reciprocal for 0."""
+    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 2.0**127), keras.Variable([1.0])
+    take = compiled(optimizer, [weight])
+    for _ in range(2):
+        take(ops.array([2.0**125]))
+    np.testing.assert_array_equal(weight.numpy(), [0.5])
+
+
+def test_the_norm_of_float16_gradients_is_float32():
+    """The square of 300 is none of float16's numbers."""
+    optimizer = LossScaleOptimizer("sgd", 1)
+    apply(optimizer, [ops.array([300.0, 400.0], "float16")], [keras.Variable([1.0, 1.0], dtype="float16")])
+    assert float(optimizer.gradient_norm) == pytest.approx(500.0)
+
+
+@needs_tensorflow
+def test_float64_gradients_keep_their_digits():
+    """They are not rounded to float32 on the way."""
+    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 8), keras.Variable([0.0], dtype="float64")
+    apply(optimizer, [tf.constant([8.0 + 2.0**-40], tf.float64)], [weight])
+    assert float(weight.numpy()[0]) == -1.0 - 2.0**-43
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_float32_gradients_of_float64_variables_are_judged_in_their_own_range(bad):
+    """Infinity is not below float64's largest number, of which float32 makes infinity."""
+    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 1), keras.Variable([1.0], dtype="float64")
+    apply(optimizer, [tf.constant([bad], tf.float32)], [weight])
+    assert (int(optimizer.skipped_steps), float(weight.numpy()[0])) == (1, 1.0)
+
+
 def test_a_finite_gradient_whose_scaled_norm_overflows_is_applied_as_it_is():
     """Scaled, the sum of squares leaves float32; unscaled, all is well: nothing is made smaller."""
     optimizer, weights = LossScaleOptimizer(keras.optimizers.SGD(1e-13, global_clipnorm=1e30), 2**24), variables()
@@ -600,6 +693,7 @@ def test_properties_are_keras_names():
         ({"dynamic": False, "initial_scale": -3}, "initial_scale must be .* above 0, received -3"),
         ({"dynamic": "no"}, "dynamic must be True, False or None, received 'no'"),
         ({"event_capacity": 0}, "event_capacity must be a whole number, at least 1 .* received 0"),
+        ({"max_consecutive_skips": 0}, "max_consecutive_skips must be a whole number, at least 1 .* received 0"),
         ({"clipnorm": 1.0}, "set `clipnorm` on the `inner_optimizer`"),
         ({"foo": 1}, "does not support arguments: `foo`"),
     ],
@@ -622,6 +716,14 @@ def test_bad_inner_optimizers_are_refused():
 def test_keras_2_spelling_of_a_constant_scale():
     """dynamic=False, initial_scale=128 is ConstantScale(128)."""
     assert LossScaleOptimizer("sgd", dynamic=False, initial_scale=128).rule == ConstantScale(128.0)
+
+
+@pytest.mark.parametrize("scale", [2.0**-4, 0.7, 2.0**27 + 15], ids=str)
+def test_keras_spelling_of_any_first_scale(scale):
+    """Beyond the default bounds too, and where float32 has no such number: the next one within."""
+    first = float(LossScaleOptimizer("sgd", initial_scale=scale).loss_scale)
+    assert first == pytest.approx(scale, rel=2**-23)
+    assert (first >= scale) is (scale < 1)
 
 
 # Saving.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -149,6 +150,8 @@ def test_a_history_knows_what_it_does_not_know():
     history = ScaleHistory.of([*log, Progress(7, 0, 4.0, 1)])
     assert history.scale_of_each_step() == [8.0, 8.0, 8.0, None, None, 2.0, 4.0, 4.0]
     assert list(history.gaps()) == [(3, 5)]
+    back = [RUN, EventsLost(2, 5), ScaleChange(5, 8.0, 4.0, "overflow"), Progress(6, 0, 4.0, 2)]
+    assert ScaleHistory.of(back).scale_of_each_step() == [None] * 5 + [8.0, 4.0]
 
 
 def test_a_history_without_a_first_line_begins_with_its_records():
@@ -157,10 +160,17 @@ def test_a_history_without_a_first_line_begins_with_its_records():
     assert (history.first, history.scale_of_each_step()) == (4, [8.0, 4.0, 4.0])
 
 
+def test_skipped_steps_of_an_earlier_log_are_not_missed():
+    """A counter that the run began with tells of steps that this log does not speak of."""
+    assert Trace.of_log([ScaleChange(4, 8.0, 4.0, "overflow"), Progress(6, 0, 4.0, 9)]).unlisted == 0
+    assert Trace.of_log([RUN, ScaleChange(4, 8.0, 4.0, "overflow"), Progress(6, 0, 4.0, 3)]).unlisted == 2
+
+
 def test_a_step_can_change_the_scale_twice():
     """Set by hand before a step that overflows; a change that is logged twice counts once."""
     by_hand, lowered = ScaleChange(4, 8.0, 64.0, "set"), ScaleChange(4, 64.0, 32.0, "overflow")
-    history = ScaleHistory.of([RUN, by_hand, lowered, by_hand, lowered, Progress(6, 0, 32.0, 1)])
+    again = [replace(each, epoch=1) for each in (by_hand, lowered)]  # as a log has them that was read
+    history = ScaleHistory.of([RUN, *again, by_hand, lowered, Progress(6, 0, 32.0, 1)])
     assert history.changes == (by_hand, lowered)
     assert history.points()[1] == [8.0, 64.0, 32.0, 32.0]
     assert history.scale_of_each_step() == [8.0] * 4 + [64.0] + [32.0] * 2

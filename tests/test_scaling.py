@@ -261,10 +261,12 @@ def test_logmax_in_numpy_and_tensorflow_agree(rule, trace):
         ({"growth_delay": 1}, "TTTTTFTTT", [8, 8, 16, 16, 32, 16, 16, 16, 32]),
         ({"tolerance": 0.5}, "TTTTFTFF", [8, 16, 16, 32, 16, 16, 8, 4]),
         ({"tolerance": 0.5, "growth_interval": 9}, "TTTFTFF", [8, 8, 8, 8, 8, 8, 8]),
+        ({"tolerance": 0.5, "growth_interval": 9}, "FTTTF", [4, 4, 4, 4, 4]),
         ({"max_scale": 10}, "TTTT", [8, 10, 10, 10]),
         ({"min_scale": 3}, "FF", [4, 3]),
         ({"initial_scale": 2.0**127, "max_scale": None}, "TTTT", [2.0**127] * 4),
         ({"initial_scale": 2.0**-126, "min_scale": None}, "FF", [2.0**-126] * 2),
+        ({"initial_scale": 1.5 * 2.0**-126, "min_scale": None}, "FF", [1.5 * 2.0**-126] * 2),
     ],
 )
 def test_each_knob_does_what_its_docstring_says(arguments, trace, expected):
@@ -277,6 +279,59 @@ def test_a_counter_restored_above_the_interval_still_grows():
     """Keras tests for equality and would wait for the next overflow (K8)."""
     rule = DynamicScale(initial_scale=8.0)
     assert rule.next(rule.start()._replace(good_steps=np.int32(10**6)), True).scale == 16.0
+
+
+def test_strikes_are_not_counted_below_0():
+    """However long the row of overflows is, as it is at the floor."""
+    rule = DynamicScale(initial_scale=1.0, hysteresis=2)
+    state, left = rule.start(), []
+    for _ in range(4):
+        state = rule.next(state, False)
+        left.append(int(state.strikes_left))
+    assert left == [1, 0, 0, 0]
+
+
+ABOVE = float(np.nextafter(single(0.7), single(1.0)))  # float32's nearest is below 0.7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bounds", "first"),
+    [
+        ({"initial_scale": 8.0, "min_scale": 0.7, "max_scale": 2.0**27 + 15}, (ABOVE, 2.0**27), 8.0),
+        ({"initial_scale": 2.0**27 + 15, "max_scale": 2.0**27 + 15}, (1.0, 2.0**27), 2.0**27),
+        ({"initial_scale": 0.7, "min_scale": 0.7}, (ABOVE, 2.0**24), ABOVE),
+    ],
+    ids=str,
+)
+def test_bounds_that_float32_has_not_are_rounded_inwards(arguments, bounds, first):
+    """And the first scale, which may be one of them, stays between."""
+    rule = DynamicScale(**arguments)
+    assert rule.bounds == bounds
+    assert rule.start().scale == first
+
+
+def test_an_exponential_that_is_rounded_up_stays_below_the_ceiling():
+    """Of gradients as small as can be, for any ceiling."""
+    for ceiling in range(2, 60):
+        (scale,) = scaling.simulate(LogMaxScale(max_scale=ceiling), None, [1e-30])
+        assert ceiling * (1 - 1e-6) <= scale <= ceiling
+
+
+def test_apex_begins_at_its_ceiling_where_that_is_lower():
+    """Its default first scale is 65,536, whatever the largest one."""
+    assert scaling.like("apex", max_scale=8.0).start().scale == 8.0
+
+
+def test_an_overflow_has_the_size_that_logmax_is_told():
+    """`log_max` unless told otherwise; NVIDIA's scaler takes `2**log_max`, which brings the scale down to its floor."""
+    plain = LogMaxScale(beta1=0.0, std_devs=0.0)
+    amax = [1.0, INF, 1.0]
+    assert scaling.simulate(plain, None, amax) == [2.0**14, 1.0, 2.0**14]
+    told = dataclasses.replace(plain, overflow_log2=10.0)
+    assert scaling.simulate(told, None, amax) == [2.0**14, pytest.approx(64.0), 2.0**14]
+    theirs = scaling.like("openseq2seq_logmax", overflow_std_dev=0.0)
+    assert scaling.simulate(theirs, None, [1.0, INF, 1.0]) == [2.0**14, 1.0, 1.0]
+    assert scaling.simulate(LogMaxScale(std_devs=0.0), None, [1.0, INF, 1.0])[2] > 1.0
 
 
 @pytest.mark.parametrize(
@@ -310,9 +365,9 @@ BAD = [
         (DynamicScale, "initial_scale", value)
         for value in (0, -1, NAN, INF, 1e39, 1e-39, True, "8", None, 0.5, 2.0**25)
     ],
-    *[(DynamicScale, "min_scale", value) for value in (0, -1, NAN, True, "1")],
+    *[(DynamicScale, "min_scale", value) for value in (0, -1, NAN, True, "1", 1e-39)],
     *[(DynamicScale, "max_scale", value) for value in (0, INF, False, 10**400)],
-    *[(ConstantScale, "value", value) for value in (0, -8, NAN, INF, True, "8", None)],
+    *[(ConstantScale, "value", value) for value in (0, -8, NAN, INF, -INF, 1e-39, True, "8", None)],
     (ConstantScale, "skip_nonfinite", 1),
     *[(LogMaxScale, "beta1", value) for value in (1, -0.1, NAN, 1 - 1e-12)],
     *[(LogMaxScale, "beta2", value) for value in (1, "0.9")],
@@ -335,12 +390,28 @@ def test_crossed_bounds_are_refused():
         DynamicScale(initial_scale=3, min_scale=4, max_scale=2)
 
 
-@pytest.mark.parametrize(
-    "scale", ["static", "Dynamic", -1, 0, NAN, object(), True, [8], {"rule": "x"}, {"rule": ["x"]}, {}]
-)
+@pytest.mark.parametrize("scale", ["static", "Dynamic", object(), True, [8]])
 def test_get_refuses_what_is_no_scale(scale):
     """The message shows what was received."""
-    with pytest.raises(ValueError, match="received"):
+    with pytest.raises(ValueError, match=r'scale must be "dynamic", a number above 0, .* received'):
+        scaling.get(scale)
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        *[(value, "value must be .* above 0, received") for value in (-1, 0, NAN)],
+        *[(config, "rule must be one of .*, received") for config in ({"rule": "x"}, {"rule": ["x"]}, {})],
+        (
+            {"rule": "DynamicScale", "hysteresis": 2, "scale": 8},
+            r"the fields of DynamicScale do not fit, received \['hy",
+        ),
+    ],
+    ids=str,
+)
+def test_get_refuses_numbers_and_configurations_of_no_rule(scale, message):
+    """The same, as the rule says it."""
+    with pytest.raises(ValueError, match=message):
         scaling.get(scale)
 
 

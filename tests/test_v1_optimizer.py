@@ -61,6 +61,18 @@ def test_every_rule_moves_as_simulate_says(rule):
     assert counters == [12, 3, 0]
 
 
+def test_an_unchecked_scale_applies_everything():
+    """As a plain multiplication of the loss would."""
+    given, weight, loss = quadratic()
+    rule = scaling.ConstantScale(8.0, skip_nonfinite=False)
+    optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), rule)
+    train = optimizer.minimize(loss)
+    with tf1.session() as session:
+        steps(session, train, given, "F")
+        np.testing.assert_array_equal(session.run(weight), [0.0, -np.inf])
+        assert session.run(optimizer.skipped_steps) == 0
+
+
 @pytest.mark.parametrize(("letter", "bound"), [("F", 0.0), ("T", np.inf)])
 def test_the_scale_reaches_neither_0_nor_inf(letter, bound):
     """However long it goes one way."""

@@ -21,9 +21,10 @@ def number(
     most: float = math.inf,
 ) -> float:
     """Returns a finite real number as a Python float, if it is still in range as a float32."""
+    # Neither inf nor NaN is above -inf and below inf.
     if not isinstance(value, bool) and isinstance(value, Real):
         single = _float32(value)
-        if math.isfinite(single) and above < single < below and least <= single <= most:
+        if above < single < below and least <= single <= most:
             return float(value)
     limits = [(above, "above"), (least, "at least"), (below, "below"), (most, "at most")]
     wanted = " and ".join(f"{word} {limit:g}" for limit, word in limits if math.isfinite(limit))
@@ -47,11 +48,12 @@ def count(name: str, value: Any, least: int) -> int:
 
 def bounds(initial_scale: float, min_scale: float | None, max_scale: float | None) -> tuple[float, float]:
     """Returns the float32 values between which the scale may move, None meaning as far as float32 goes."""
-    low = _round(FLOAT32.smallest_normal if min_scale is None else min_scale, math.inf)
-    high = _round(FLOAT32.max if max_scale is None else max_scale, -math.inf)
+    least = FLOAT32.smallest_normal if min_scale is None else min_scale
+    most = FLOAT32.max if max_scale is None else max_scale
+    low, high = _round(least, math.inf), _round(most, -math.inf)
     if low > high:
         raise ValueError(f"min_scale must not be above max_scale, received {min_scale!r} and {max_scale!r}")
-    if not low <= initial_scale <= high and not low <= _float32(initial_scale) <= high:
+    if not least <= initial_scale <= most and not low <= _float32(initial_scale) <= high:
         raise ValueError(
             f"initial_scale must be between min_scale and max_scale, received {initial_scale!r}, "
             f"which is not between {min_scale!r} and {max_scale!r}"
@@ -74,5 +76,6 @@ def _float32(value: Any) -> float:
 
 def _round(value: float, towards: float) -> float:
     single = numpy.float32(value)
-    beyond = single > value if towards < 0 else single < value
+    exact = float(single)  # a comparison with numpy's own would round `value` too
+    beyond = exact > value if towards < 0 else exact < value
     return float(numpy.nextafter(single, numpy.float32(towards)) if beyond else single)
