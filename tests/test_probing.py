@@ -11,7 +11,7 @@ from test_ranges import counted
 from thorough import covering
 
 import tfmixed
-from tfmixed import LossScaleOptimizer, measure_gradients
+from tfmixed import LossScaleOptimizer, measure_gradients, taps
 from tfmixed.losses import SparseCategoricalCrossentropy
 from tfmixed.probing import Probe
 from tfmixed.rounding import losses
@@ -70,6 +70,14 @@ def test_planted_magnitudes_come_back_exactly(scale):
     found = by_name(measure_gradients(model, (np.ones_like(gradient), gradient), scale=scale))
     same(found["activation", "scaling"], gradient)
     same(found["weight", "kernel"], gradient)
+
+
+def test_what_is_not_finite_is_counted_apart():
+    """And is neither the largest nor the smallest magnitude."""
+    tally = taps.Tally()
+    taps.count(ops.array([1.0, -4.0, np.inf, -np.inf, np.nan, 0.0]), tally)
+    found = tally.range("w", "weight", "layer", "float32")
+    assert (found.nonfinite, found.zeros, found.nonzeros, found.largest, found.smallest) == (3, 1, 2, 4.0, 1.0)
 
 
 def test_gradients_of_a_linear_model_are_those_of_pencil_and_paper():

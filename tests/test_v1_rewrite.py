@@ -167,8 +167,9 @@ def test_on_a_gpu_it_is_float16_from_7_0_on(machine, capability, dtype, capsys):
         assert "graph rewrite to float16: compute capability " in told
         assert "has float16 tensor cores" in told
         assert tf.config.optimizer.get_experimental_options()["auto_mixed_precision"]
-        with V1.Session(graph=tf.Graph(), config=V1.ConfigProto()) as session:
-            assert session._config.graph_options.rewrite_options.auto_mixed_precision == ON
+        for config, wanted in ((V1.ConfigProto(), ON), (configured(OFF), OFF)):
+            with V1.Session(graph=tf.Graph(), config=config) as session:
+                assert session._config.graph_options.rewrite_options.auto_mixed_precision == wanted
 
 
 def test_a_dtype_that_converts_nothing_here_is_said(machine, capsys):
