@@ -144,7 +144,8 @@ def test_a_run_without_trouble_needs_no_change(log):
 def test_skipped_steps_that_left_the_scale_are_told():
     """Not those whose changes the log has lost."""
     log = (begin(), overflow(3), EventsLost(2, 20), overflow(20, 2.0**13), Progress(99, 0, 2.0**12, 9))
-    assert "5 skipped steps left the scale as it was: constant, at its floor, or patient." in words.happened(Run("", log))
+    wanted = "5 skipped steps left the scale as it was: constant, at its floor, or patient."
+    assert wanted in words.happened(Run("", log))
 
 
 def test_more_than_three_guilty_variables_are_counted():
