@@ -90,6 +90,7 @@ def test_any_config_round_trips(config, tmp_path):
         ("[log]\ntensorboard = 1", r"log\.tensorboard must be true or false, received 1"),
         ("policy = ", "is no TOML file"),
         (b"\xff\xfe\x00", "is no TOML file"),
+        pytest.param("deep = " + "[" * 10**5, "is no TOML file", id="deep"),
     ],
     ids=repr,
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 
 import ml_dtypes
 import numpy as np
@@ -108,6 +109,12 @@ def test_limits_of_scales_are_the_first_and_last_that_serve(values):
     assert rounded(values, high).overflow == 0 < rounded(values, high * 2).overflow
 
 
+def test_limits_of_scales_are_exact():
+    """A share of as much as is tolerated is tolerated; 65,520 is the first magnitude that overflows."""
+    assert needed_scale(counted([2.0**-30, *[2.0**-26] * 9]), tolerance=0.1) == 2.0**2
+    assert largest_scale(counted([65520.0])) == 0.5
+
+
 def test_any_scale_of_a_range_works():
     """2^-30 needs 2^6 to become the smallest number of float16; 2^-2 overflows at 2^18."""
     found = planted(small=[2.0**-30] * 99, large=[2.0**-2])
@@ -147,7 +154,9 @@ def test_no_more_layers_are_put_aside_than_must_be():
 
 def test_a_single_scale_is_told_as_one():
     """From and to are the same."""
-    assert planted(a=[2.0**-30], b=[2.0**9]).verdict() == "the scale 2^6 works."
+    found = planted(a=[2.0**-30], b=[2.0**9])
+    assert found.verdict() == "the scale 2^6 works."
+    assert found.working_scales() == (2.0**6, 2.0**6)
 
 
 def test_names_are_printed_as_they_are():
@@ -193,9 +202,24 @@ def test_gradients_that_are_all_zero_say_nothing():
 def test_the_suggestion_is_the_largest_power_of_two_with_headroom(largest, headroom):
     """Below 65,504 / (headroom * max|g|), and twice of it would not be."""
     scale = planted(a=[largest]).suggest_constant_scale(headroom)
-    assert scale * headroom * largest < 65504 or scale * headroom * largest == 65504 == largest * headroom
-    assert 2 * scale * headroom * largest >= 65504
+    assert scale * headroom * largest < 65504 <= 2 * scale * headroom * largest
     assert math.log2(scale).is_integer()
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [np.inf, 1.0]], ids=["zeros", "not finite"])
+def test_what_suggests_no_scale_is_printed_without_one(values):
+    """The verdict says why; as JSON too."""
+    found = planted(a=values)
+    assert found.suggested() is found.as_dict()["suggested_scale"] is None
+    assert f"float16: {found.verdict()} bfloat16: " in printed(found)
+
+
+def test_gradients_of_zeros_need_nothing():
+    """Not even where the others need something, or where no single scale suits them."""
+    zeros = {"zeros": [0.0, 0.0]}
+    assert planted(a=[2.0**-40, 2.0**20], **zeros).verdict("bfloat16").endswith("go from 2^-40 to 2^20.")
+    assert planted(a=[2.0**-45, 2.0**9], **zeros).verdict().endswith("put `a` in float32.")
+    assert "zeros/kernel all 0 100 % 0 % 0 % 0 % any" in printed(planted(a=[1.0], **zeros))
 
 
 def test_a_suggestion_says_what_it_saves_and_what_it_cannot():
@@ -216,6 +240,28 @@ def test_only_what_the_model_holds_in_half_precision_counts():
     found = GradientRanges(RangesRecord(None, None, "float32", 1.0, 1, "m", [counted([1e-3]), island]))
     assert found.verdict() == "no scale is needed."
     assert found.losses(layer="head").overflow == 1
+    assert re.search(r"head/kernel 2\^29 .. 2\^29 0 % float32 ", printed(found))
+
+
+def test_where_none_is_held_in_half_precision_all_count():
+    """As they would if the model's policy were another."""
+    found = GradientRanges(RangesRecord(None, None, "float32", 1.0, 1, "m", [counted([2.0**-30], dtype="float32")]))
+    assert found.verdict() == "any scale from 2^6 to 2^45 works."
+
+
+def test_scales_stay_within_float32():
+    """Whatever would be needed or allowed beyond."""
+    assert needed_scale(counted([2.0**-149])) == 2.0**125
+    assert largest_scale(counted([2.0**-149])) == largest_scale(counted([0.0])) == 2.0**127
+    assert largest_scale(counted([2.0**127]), "bfloat16") == 1.0
+
+
+def test_outputs_are_told_from_weights():
+    """Both may have one name."""
+    found = [counted([1.0], "a"), counted([1.0], "a", kind="activation")]
+    text = printed(GradientRanges(RangesRecord(None, None, "float32", 1.0, 1, "m", found)))
+    assert "a 2^0 .. 2^0" in text
+    assert "a (output) 2^0 .. 2^0" in text
 
 
 @pytest.mark.parametrize(
@@ -224,6 +270,8 @@ def test_only_what_the_model_holds_in_half_precision_counts():
         (lambda found: found.losses(0), "scale must be .* above 0, received 0"),
         (lambda found: found.losses(1.0, "float64"), "precision must be .*, received 'float64'"),
         (lambda found: found.losses(layer="b"), r"layer must be one of \['a'\], received 'b'"),
+        (lambda found: found.working_scales(tolerance=1.5), "tolerance must be .* at most 1, received 1.5"),
+        (lambda found: found.verdict(tolerance=-1), "tolerance must be .* at least 0 .*, received -1"),
         (lambda found: found.suggest_constant_scale(0.5), "headroom must be .* at least 1, received 0.5"),
         (lambda found: found.beside(planted(b=[1.0])), "other must hold the gradients of the same model, received"),
     ],

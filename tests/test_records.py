@@ -37,7 +37,12 @@ def test_records_read_as_sentences():
     assert str(ScaleChange(1, 3.0, 6.5, "set")) == "step 1: loss scale 3 -> 6.5 (set)"
 
 
-@pytest.mark.parametrize("line", ["", "{", "[]", "3", '{"event": "other"}', '{"event": "scale_change", "step": 1}'])
+DEEP = pytest.param('{"event": ' + "[" * 10**5, id="deep")
+
+
+@pytest.mark.parametrize(
+    "line", ["", "{", "[]", "3", '{"event": "other"}', '{"event": "scale_change", "step": 1}', DEEP]
+)
 def test_a_line_that_is_no_record_is_named(line):
     """The error shows the line."""
     with pytest.raises(ValueError, match="line must be a record of a tfmixed log, received"):
@@ -75,6 +80,8 @@ def ranges_line(**change):
         {"zeros": 10**30},
         {"octaves": {"400": [1, 0, 0, 0]}},
         {"octaves": {"0": [1, 0, 0, 10**30]}},
+        {"octaves": {"0": [1, 0, 0]}},
+        {"octaves": {"0": [1, 0, 0, 1.5]}},
     ],
     ids=str,
 )
@@ -107,11 +114,22 @@ def test_a_loss_can_be_negative():
     assert records.from_line(records.to_line(progress)) == progress
 
 
+def test_a_whole_number_can_stand_for_a_float():
+    """Other programs that write JSON drop the ".0"."""
+    assert records.from_line(records.to_line(OVERFLOW).replace("32768.0", "32768")) == OVERFLOW
+
+
+def test_gradients_that_are_all_zero_are_a_record():
+    """They have no magnitudes."""
+    (range_,) = records.from_line(ranges_line(largest=0.0, smallest=0.0, octaves={})).ranges
+    assert (range_.nonzeros, range_.zeros, range_.largest) == (0, 1, 0.0)
+
+
 def test_a_torn_last_line_is_left_out(tmp_path):
-    """A process killed while it wrote costs the last line at most; a broken line elsewhere is an error."""
+    """A process killed while it wrote costs the last line at most; a broken line elsewhere, not empty, is an error."""
     path = tmp_path / "log.jsonl"
     whole = records.to_line(OVERFLOW) + "\n"
-    path.write_text(whole + whole + whole[:20])
+    path.write_text(whole + "\n" + whole + whole[:20])
     assert records.read_log(path) == [OVERFLOW, OVERFLOW]
     path.write_text(whole[:20] + "\n" + whole)
     with pytest.raises(ValueError, match="must be a record"):

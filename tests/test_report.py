@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import html
 import io
 import os
@@ -39,6 +40,7 @@ def overflow(step, scale=2.0**15, name="conv1/kernel"):
     return ScaleChange(step, scale, scale / 2, "overflow", name, 0)
 
 
+TWO = gradient("fine", -10), gradient("lost", -60)
 CALM = (
     begin(),
     overflow(0),
@@ -86,7 +88,9 @@ def test_what_happened_is_told_in_words():
         ((begin({"rule": "ConstantScale", "value": 8.0}, 8.0), Progress(99, 0, 8.0, 4)), r"scale 2\^3 overflowed in 4"),
         ((begin(), EventsLost(7, 20), overflow(20), Progress(99, 0, 2.0**14, 8)), "7 scale changes were lost"),
         ((begin(), snapshot(gradient("a", 10)), Progress(99, 0, 2.0**15, 0)), r"too high .*: at most 2\^5 works"),
+        ((begin(scale=2.0**6), snapshot(gradient("a", 10)), Progress(99, 0, 2.0**6, 0)), r"at most 2\^5 works"),
         ((begin(), snapshot(gradient("a", -60)), Progress(99, 0, 2.0**15, 0)), r"too low .* start from 2\^74"),
+        ((begin(scale=2.0**35), snapshot(gradient("a", -60)), Progress(99, 0, 2.0**35, 0)), r"too low .* from 2\^74"),
         ((*CALM[:5], Progress(411, 0, 2.0**12, 3)), r"they need 2\^13, and `dense/bias` overflowed at 2\^13"),
         ((begin(), snapshot(gradient("a", 12), gradient("b", -60)), Progress(9, 0, 1.0, 0)), "no single scale works"),
     ],
@@ -116,11 +120,78 @@ def test_advice_on_the_start_agrees_with_the_ranges(exponent, wanted):
     assert [wanted in sentence for sentence in starts] == ([] if wanted is None else [True])
 
 
-def test_a_run_without_trouble_needs_no_change():
+@pytest.mark.parametrize(
+    "log",
+    [
+        (begin(), snapshot(gradient("a", -20)), Progress(999, 0, 2.0**15, 0)),
+        (begin(scale=2.0**5), snapshot(gradient("a", 10)), Progress(99, 0, 2.0**5, 0)),
+        (begin(scale=2.0**36), snapshot(gradient("a", -60)), Progress(99, 0, 2.0**36, 0)),
+        (begin(scale=1.0), Progress(99, 0, 1.0, 0)),
+        (begin({"rule": "ConstantScale", "value": 8.0}, 8.0), Progress(99, 0, 8.0, 0)),
+        (begin(), *(overflow(i, 8.0) for i in range(500, 1000, 99)), Progress(999, 0, 4.0, 6)),
+        (begin(), *(overflow(i, 8.0) for i in range(9, 15)), Progress(99, 0, 4.0, 6)),
+        (begin(), Progress(99, 0, 8.0, 0), overflow(100, 8.0), overflow(101, 4.0), Progress(101, 1, 2.0, 2)),
+    ],
+    ids=["amid", "highest", "lowest", "floor from the start", "constant", "few overflows", "early ones", "short epoch"],
+)
+def test_a_run_without_trouble_needs_no_change(log):
     """And says so."""
-    calm = Run("mine", (begin(), snapshot(gradient("a", -20)), Progress(999, 0, 2.0**15, 0)))
+    calm = Run("mine", log)
     assert words.advice(calm) == []
     assert "Nothing that this log shows." in text(Report([calm]))
+
+
+def test_skipped_steps_that_left_the_scale_are_told():
+    """Not those whose changes the log has lost."""
+    log = (begin(), overflow(3), EventsLost(2, 20), overflow(20, 2.0**13), Progress(99, 0, 2.0**12, 9))
+    wanted = "5 skipped steps left the scale as it was: constant, at its floor, or patient."
+    assert wanted in words.happened(Run("", log))
+
+
+def test_more_than_three_guilty_variables_are_counted():
+    """The rest has no names."""
+    log = (begin(), *(overflow(index, 2.0 ** (15 - index), name) for index, name in enumerate("aabbccde")))
+    (told,) = [each for each in words.happened(Run("", log)) if "first gradient" in each]
+    assert told.endswith("`a` in 2 of 8, `b` in 2 of 8, `c` in 2 of 8, and 2 other variables.")
+
+
+def test_losses_are_told_from_first_to_last_finite_one():
+    """And where the last one is not finite, that."""
+    log = [begin(), *(Progress(99 * epoch, epoch, 8.0, 0, 1.0, loss) for epoch, loss in enumerate([2.5, 0.5, None]))]
+    assert "The loss went from 2.5 to 0.5." in words.happened(Run("", tuple(log)))
+    assert words.happened(Run("", tuple(log)))[-1] == "The loss of the last epoch is not finite, or unknown."
+    assert words.happened(Run("", tuple(log[:-1])))[-1] == "The loss went from 2.5 to 0.5."
+
+
+def test_a_log_that_begins_later_says_where():
+    """As one of a run that went on elsewhere."""
+    log = (dataclasses.replace(begin(), step=1000), Progress(1099, 0, 2.0**15, 0))
+    assert words.happened(Run("", log))[1] == "The loss scale stayed at 2^15. The log begins at step 1,000."
+
+
+def test_the_true_ranges_are_judged_at_the_scale_of_their_step():
+    """Those of float32, before later ones of half precision; the scale has moved since."""
+    half = dataclasses.replace(snapshot(gradient("a", 3), step=500), precision="float16")
+    run = Run("", (begin(), overflow(450), snapshot(gradient("a", -37)), half, Progress(599, 0, 2.0**14, 1)))
+    assert run.ranges.record.step == 400
+    assert run.measured_at == 2.0**15
+
+
+def test_the_worst_gradient_stands_first_and_float32_loses_nothing():
+    """What the model holds in float32 has no shares, and the columns say who holds what."""
+    island = gradient("head", -60, dtype="float32")
+    rows = [line.split() for line in text(Report([Run("", (begin(), snapshot(*TWO, island)))])).splitlines()]
+    named = [row for row in rows if row and row[0] in ("fine", "lost", "head") and len(row) > 4]
+    assert [row[:2] for row in named] == [["lost", "float16"], ["fine", "float16"], ["head", "float32"]]
+    assert named[0][-6:] == ["100", "%", "0", "%", "0", "%"]
+    assert named[2][2:] == ["2^-60", "..", "2^-60", "4.8", "%"]
+
+
+def test_working_scales_of_what_is_not_finite_are_unknown():
+    """No advice on the scale but that none mends it."""
+    broken = dataclasses.replace(gradient("a", 10), nonfinite=3)
+    advice = words.advice(Run("", (begin(), snapshot(broken), Progress(99, 0, 2.0**15, 0))))
+    assert advice == ["float16: no scale mends gradients that are not finite in float32: `a`."]
 
 
 def test_skipped_steps_after_the_last_progress_are_counted():
@@ -175,6 +246,7 @@ def test_a_log_reports_all_that_is_whole(tmp_path):
         ('"largest": 9.5367431640625e-07', '"largest": Infinity'),
         ('"smallest": 9.5', '"smallest": -9.5'),
         ("411", "1" * 30),
+        ('"new_scale": 4096.0', '"new_scale": 1e300'),
     ],
 )
 def test_a_damaged_number_costs_its_line_alone(tmp_path, damage):
@@ -182,7 +254,7 @@ def test_a_damaged_number_costs_its_line_alone(tmp_path, damage):
     path = write(tmp_path / "log.jsonl", CALM)
     path.write_text(path.read_text().replace(*damage, 1))
     run = read(path)
-    assert re.match(r"Line [56] is no record", run.problems[0])
+    assert re.match(r"Line [456] is no record", run.problems[0])
     assert len(run.log) == 5
     assert "What happened" in text(Report([run]))
 
@@ -210,7 +282,10 @@ def test_a_log_without_its_first_line_says_what_is_missing(tmp_path):
 
 
 def test_a_folder_means_the_log_in_it(tmp_path):
-    """If it is the only one."""
+    """If it is the only one there; else the only one in the folders within."""
+    (tmp_path / "logs").mkdir()
+    write(tmp_path / "logs" / "inner.jsonl", CALM[1:])
+    assert read(tmp_path).log == CALM[1:]
     write(tmp_path / "a.jsonl", CALM)
     assert read(tmp_path).log == CALM
     write(tmp_path / "b.jsonl", CALM)

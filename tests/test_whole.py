@@ -14,6 +14,15 @@ def test_a_file_is_written_with_its_folders(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_reader_keeps_the_old_file(tmp_path):
+    """It is replaced, never written into: a second name of it stays as it was."""
+    path, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    whole.write_text(path, "old")
+    other.hardlink_to(path)
+    whole.write_text(path, "new")
+    assert (path.read_text(), other.read_text()) == ("new", "old")
+
+
 @pytest.mark.parametrize("write", [lambda path: whole.write_bytes(path, b"new"), whole.prepare])
 def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, write):
     """In the place of a folder there can be no file."""

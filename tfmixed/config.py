@@ -176,7 +176,7 @@ def _rule(table: dict[str, Any]) -> ScalingRule:
     known = scaling.PEERS[name].defaults if kind == "like" else [entry.name for entry in fields(RULES[name])]
     if "rule" in table and "like" in table:
         raise ConfigError(f"scaling.rule and scaling.like exclude each other, received {table['rule']!r} and {name!r}")
-    _check_keys("scaling.", values if "rule" not in table else {**values, "rule": name}, [kind, *known])
+    _check_keys("scaling.", values, [kind, *known])
     if name == "constant" and "value" not in values:
         raise ConfigError('scaling.value is missing: rule = "constant" needs the scale')
     try:

@@ -155,7 +155,8 @@ class GradientRanges:
         return Suggestion(scale, self.losses(1.0, precision), self.losses(scale, precision), precision)
 
     def verdict(self, precision: str = "float16", tolerance: float = TOLERANCE) -> str:
-        """Returns which scale to choose, as a sentence."""
+        """Returns which scale to choose, as a sentence; `tolerance` is that of `working_scales`."""
+        tolerance = checks.number("tolerance", tolerance, least=0.0, most=1.0)
         return advice.verdict(self.record, precision, tolerance)
 
     def _lost(self, scale: float, precision: str) -> tuple[int, int]:
