@@ -154,6 +154,8 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--tf1", "--no-islands", "ok.py"], r"--no-islands is for Keras's models"),
         (["--tf1", "--log-dir", "x", "ok.py"], r"--log-dir is for Keras's models"),
         (["--tf1", "--scale", "8", "ok.py"], r"--scale must be dynamic with --tf1, received '8'"),
+        (["--tf1", "--policy", "float64", "ok.py"], r"--policy must not be float64 with --tf1"),
+        (["--log-dir", "ok.py", "ok.py"], r"--log-dir must be a folder that can be written, received 'ok\.py': "),
     ],
     ids=" ".join,
 )

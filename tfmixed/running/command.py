@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tfmixed import whole
 from tfmixed.errors import UsageError
 
 
@@ -56,21 +57,36 @@ def run(
     from tfmixed.running.tf1 import Launch1
 
     if tf1:
-        _refuse_beside_tf1(config, scale, islands, log_dir)
+        _refuse_beside_tf1(config, policy, scale, islands, log_dir)
     job = Script(script, tuple(arguments or ()), module)
     job.check()
+    if log_dir is not None:
+        _check_folder(log_dir)
     folder = log_dir or Path("runs", job.name)
     wish = wishes.of_options(folder, config, policy, None if tf1 else scale, islands, resumes=log_dir is not None)
     launch = Launch1(wish) if tf1 else Launch(wish)
     raise Ready(lambda: job.run(launch.prepare, launch.finish))
 
 
-def _refuse_beside_tf1(config: Path | None, scale: str | None, islands: bool, log_dir: Path | None) -> None:
+def _check_folder(log_dir: Path) -> None:
+    try:
+        whole.prepare(log_dir / "loss_scale.jsonl")
+    except OSError as error:
+        raise UsageError(
+            f"--log-dir must be a folder that can be written, received {str(log_dir)!r}: {error}"
+        ) from None
+
+
+def _refuse_beside_tf1(
+    config: Path | None, policy: str | None, scale: str | None, islands: bool, log_dir: Path | None
+) -> None:
     """Refuses what is for Keras's models."""
     given = {"--config": config, "--no-islands": None if islands else True, "--log-dir": log_dir}
     for option, value in given.items():
         if value is not None:
             raise UsageError(f"{option} is for Keras's models, and --tf1 for scripts of TensorFlow 1: leave one out")
+    if policy == "float64":
+        raise UsageError("--policy must not be float64 with --tf1, whose rewrite converts to half precision or nothing")
     if scale not in (None, "dynamic"):
         raise UsageError(
             f"--scale must be dynamic with --tf1, received {scale!r}: another one stands in the script's own "

@@ -65,7 +65,16 @@ class Ledger:
             entry.steps, entry.skipped, entry.scale = known
 
     def log_of(self, optimizer: Any) -> Path:
-        """Returns the log of an optimizer that steps next: a new file, or that of the run that was restored."""
+        """Returns the log of an optimizer that steps next: a new file, or that of the run that was restored.
+
+        Where no file can be, it ends the run.
+        """
+        try:
+            return self._log_of(optimizer)
+        except OSError as error:
+            refuse(f"--log-dir must be a folder that can be written, received {str(self.wish.log_dir)!r}: {error}")
+
+    def _log_of(self, optimizer: Any) -> Path:
         entry = self.entry(optimizer)
         if entry.log is None:
             goes_on = len(self._found) == 1 and int(optimizer.attempted_steps) > 0
@@ -79,7 +88,10 @@ class Ledger:
         for optimizer, entry in list(self._of.items()):
             self.note(optimizer)
             if entry.steps and entry.log is None and entry.is_ours and entry.skipped is not None:
-                observing.write_log(optimizer, self.log_of(optimizer))
+                try:
+                    observing.write_log(optimizer, self._log_of(optimizer))
+                except OSError as error:  # the script has ended: its exit code stays
+                    say(f"no log ({type(error).__name__}: {error})")
         say("; ".join([self.summary(), *self._files()]))
 
     @property
@@ -136,15 +148,17 @@ def _report(logs: list[Path]) -> str:
 
 
 def claimed(folder: Path, stem: str, suffix: str) -> Path:
-    """Returns a file that was not there and is now: `stem.suffix`, or one with a number."""
+    """Returns a file that was not there and is now: `stem.suffix`, or one with a number.
+
+    Raises:
+        OSError: There can be none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = folder / f"{stem}{f'-{number}' if number > 1 else ''}{suffix}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)
         except FileExistsError:
             continue
-        except OSError as error:
-            refuse(f"--log-dir must be a folder that can be written, received {str(folder)!r}: {error}")
         return path
     raise AssertionError
