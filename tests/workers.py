@@ -57,7 +57,7 @@ def wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> list[int 
     return [process.poll() for process in processes]
 
 
-def run(count: int, script: str, *arguments: str, folder: Path, deadline: float = 150) -> list[Any]:
+def run(count: int, script: str, *arguments: str, folder: Path, deadline: float = 400) -> list[Any]:
     """Returns what each worker pickled into `FOLDER/RANK.pickle`. Fails with the end of a log if one failed or hung."""
     with started(count, script, *arguments, str(folder), folder=folder) as processes:
         codes = wait(processes, deadline)
