@@ -22,7 +22,7 @@ from tfmixed.plan import Plan
 @pytest.fixture(params=SENSITIVE)
 def case(request):
     """Makes a model, its input and what is said of it, under the global policy."""
-    make, said = request.param if isinstance(request.param, tuple) else SENSITIVE[request.param]
+    make, said = SENSITIVE[request.param]
 
     def made(policy):
         keras.utils.clear_session()
@@ -78,7 +78,9 @@ def test_values_are_those_of_float32(case):
     assert error(after, right(x)) < (5e-4 if "block" in said[0] or "cumsum" in said else 1e-5)
 
 
-@pytest.mark.parametrize(("case", "policy"), covering(1, SENSITIVE, ["mixed_float16", "float16"]), indirect=["case"])
+@pytest.mark.parametrize(
+    ("case", "policy"), covering(1, list(SENSITIVE), ["mixed_float16", "float16"]), indirect=["case"]
+)
 def test_it_is_there_again_in_a_loaded_model(case, policy, tmp_path):
     """Under another global policy, and in a clone: the same values to the bit, nothing left to change."""
     make, said = case

@@ -69,12 +69,12 @@ def run(
 
 
 def _check_folder(log_dir: Path) -> None:
+    from tfmixed.running import ledger
+
     try:
         whole.prepare(log_dir / "loss_scale.jsonl")
     except OSError as error:
-        raise UsageError(
-            f"--log-dir must be a folder that can be written, received {str(log_dir)!r}: {error}"
-        ) from None
+        raise UsageError(ledger.unwritable(log_dir, error)) from None
 
 
 def _refuse_beside_tf1(

@@ -72,7 +72,7 @@ class Ledger:
         try:
             return self._log_of(optimizer)
         except OSError as error:
-            refuse(f"--log-dir must be a folder that can be written, received {str(self.wish.log_dir)!r}: {error}")
+            refuse(unwritable(self.wish.log_dir, error))
 
     def _log_of(self, optimizer: Any) -> Path:
         entry = self.entry(optimizer)
@@ -145,6 +145,11 @@ def _report(logs: list[Path]) -> str:
     except (Exception, KeyboardInterrupt) as error:  # the script has ended: its exit code stays
         return f"no report ({type(error).__name__}: {error})"
     return f"report {path}"
+
+
+def unwritable(folder: Path, error: OSError) -> str:
+    """Returns what is said of a folder that takes no log."""
+    return f"--log-dir must be a folder that can be written, received {str(folder)!r}: {error}"
 
 
 def claimed(folder: Path, stem: str, suffix: str) -> Path:
