@@ -63,7 +63,7 @@ def update(make: Callable, shape: tuple[int, ...], count: int) -> Callable[[], N
 
         return tensorflow.function(lambda: optimizer.apply(gradients, weights), autograph=False)
     if BACKEND == "torch":
-        return lambda: optimizer.apply(gradients, weights)
+        return finished(lambda: optimizer.apply(gradients, weights))
     import jax
 
     # State in, state out, in the same order: otherwise donated buffers are of no use.
@@ -87,8 +87,8 @@ def stream() -> Callable[[], None]:
     if BACKEND == "torch":
         import torch
 
-        total, term = torch.zeros(STREAMED), torch.zeros(STREAMED)
-        return lambda: total.add_(term)
+        total, term = (torch.zeros(STREAMED, device=torch_device()) for _ in range(2))
+        return finished(lambda: total.add_(term))
     import jax
 
     term = jax.numpy.zeros(STREAMED)
@@ -98,6 +98,25 @@ def stream() -> Callable[[], None]:
     def taken() -> None:
         nonlocal total
         total = jax.block_until_ready(step(total, term))
+
+    return taken
+
+
+def torch_device() -> str:
+    """Returns where Keras puts its tensors."""
+    from keras.src.backend.torch.core import get_device
+
+    return get_device()
+
+
+def finished(run: Callable) -> Callable[[], None]:
+    """Returns a function that runs and waits for the GPU, if there is one."""
+    import torch
+
+    def taken() -> None:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     return taken
 

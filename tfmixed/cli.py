@@ -177,6 +177,9 @@ def bench(
     as_json: logcommands.AsJson = False,
 ) -> None:
     """Trains in float32, in Keras's mixed precision and in ours, by turns: time, memory and loss, side by side."""
+    # Memory is measured in processes beside this one: none of them may take the whole GPU for itself.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with contextlib.redirect_stdout(sys.stderr):
         _load_keras()
         from tfmixed import bench as benchmark
