@@ -66,13 +66,13 @@ def update(make: Callable, shape: tuple[int, ...], count: int) -> Callable[[], N
         return finished(lambda: optimizer.apply(gradients, weights))
     import jax
 
-    # State in, state out, in the same order: otherwise donated buffers are of no use.
-    step = jax.jit(lambda state: optimizer.stateless_apply(state[1], gradients, state[0]), donate_argnums=0)
+    # State in, state out, in the same order: otherwise donated buffers are of no use. Gradients are no constants.
+    step = jax.jit(lambda state, given: optimizer.stateless_apply(state[1], given, state[0]), donate_argnums=0)
     state = [weight.value for weight in weights], [variable.value for variable in optimizer.variables]
 
     def taken() -> None:
         nonlocal state
-        state = jax.block_until_ready(step(state))
+        state = jax.block_until_ready(step(state, gradients))
 
     return taken
 
