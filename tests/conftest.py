@@ -1,4 +1,5 @@
 import gc
+import os
 
 import keras
 import pytest
@@ -48,6 +49,12 @@ else:
         "v1_rewrite",
         "v1_servers",
     ]
+    if keras.backend.backend() == "jax":
+        import jax
+
+        # On GPUs and TPUs it multiplies float32 matrices in fewer bits, and adds in any order.
+        jax.config.update("jax_default_matmul_precision", "highest")
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
     collect_ignore = [f"test_{name}.py" for name in only]
 
 

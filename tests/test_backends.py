@@ -51,7 +51,7 @@ def test_stateless_apply_takes_values_to_values(jit, bad):
     for new, old in zip(state[-count:], start[-count:], strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(new), ops.convert_to_numpy(old))
     weights, state = step(state, [ops.array([4.0, 4.0])], weights)
-    np.testing.assert_allclose(ops.convert_to_numpy(weights[0]), [0.5, 1.5], rtol=1e-5)
+    np.testing.assert_allclose(ops.convert_to_numpy(weights[0]), [0.5, 1.5], rtol=1e-4)
     assert (int(optimizer.attempted_steps), float(optimizer.loss_scale)) == (0, 8.0)
     for variable, value in zip(optimizer.variables, state, strict=True):
         variable.assign(value)

@@ -3,11 +3,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import sys
 
 import keras
 import numpy as np
 import pytest
+from backend import ON_CPU
 from rich.console import Console
 
 from tfmixed import bench, plotting
@@ -49,7 +51,7 @@ def own(tmp_path, monkeypatch):
     """A module of the user's in the current folder."""
     (tmp_path / "own_networks.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     return "own_networks:tiny"
 
@@ -71,7 +73,7 @@ def test_a_report_has_all_variants_of_the_same_training(own):
     assert all(len(row.ms) == 2 and min(row.ms) > 0 and row.first_step > 0 for row in report.rows)
     float32, unscaled, keras_own, ours = report.rows
     assert keras_own.loss == pytest.approx(unscaled.loss, rel=1e-3)
-    assert ours.loss == pytest.approx(unscaled.loss, rel=1e-3)
+    assert ours.loss == pytest.approx(unscaled.loss, rel=1e-3 if ON_CPU else 1e-2)
     assert float32.loss == pytest.approx(unscaled.loss, rel=0.2)
     assert report.ratio(ours, "keras") == keras_own.median / ours.median
 

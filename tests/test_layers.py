@@ -7,7 +7,7 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
-from backend import BACKEND, WIDE, gradient
+from backend import BACKEND, WIDE, breaks_on_cpus, gradient
 from keras import ops
 
 from tfmixed import layers
@@ -187,6 +187,7 @@ def error(layer, x, expected):
     return np.nan_to_num(np.abs(values / expected - 1), nan=np.inf).max()
 
 
+@breaks_on_cpus
 @every_layer
 def test_keras_breaks_in_float16(case):
     """What the layers here are for: wrong by a hundredth and more, or rounded where Keras computes in float32."""
@@ -472,7 +473,7 @@ def test_training_passes_through():
     layer = layers.Float32(keras.layers.Dropout(0.5))
     x = np.ones((4, 100), "float32")
     assert (ops.convert_to_numpy(layer(x, training=True)) == 0).any()
-    np.testing.assert_array_equal(layer(x, training=False), x)
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer(x, training=False)), x)
 
 
 def test_a_built_layer_keeps_its_weights():

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import pytest
-from backend import BACKEND, gradient
+from backend import BACKEND, ON_CPU, breaks_on_cpus, gradient
 from keras import ops
 
 from tfmixed import losses
@@ -79,6 +79,7 @@ def error(values, expected):
     return np.nan_to_num(np.abs(numpy(values).astype("float64") / expected - 1), nan=np.inf).max()
 
 
+@breaks_on_cpus
 @overflowing
 @each
 def test_keras_functions_break_in_float16(case):
@@ -125,7 +126,7 @@ def test_classes_are_float32_under_a_floatx_of_float16(case):
     expected = case.reference(case.y, case.z)
     theirs = getattr(keras.losses, kind)(from_logits=True, reduction=None, **case.arguments)(ops.array(case.y), z)
     assert dtype(theirs) == "float16"
-    assert (error(theirs, expected) < 0.01) == (BACKEND in case.right_on)
+    assert not ON_CPU or (error(theirs, expected) < 0.01) == (BACKEND in case.right_on)
     ours = getattr(losses, kind)(reduction=None, **case.arguments)(ops.array(case.y), z)
     assert dtype(ours) == "float32"
     assert error(ours, expected) < 1e-5

@@ -90,6 +90,9 @@ def count(gradient: Any, tally: Tally, scale: float = 1.0) -> None:
         import tensorflow
 
         gradient = tensorflow.convert_to_tensor(gradient)
+    elif backend == "jax" and gradient.dtype.itemsize == 2:
+        # Through the bits of its magnitude: on GPUs XLA leaves out a rounding to 16 bits that ends in a cast to 32.
+        gradient = ops.view(ops.bitwise_and(ops.view(gradient, "uint16"), 0x7FFF), gradient.dtype)
     gradient = ops.cast(gradient, "float32")
     found = magnitudes(gradient if scale == 1 else gradient / scale)
     if backend == "tensorflow":

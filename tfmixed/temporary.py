@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -77,16 +77,11 @@ def restored(model: keras.Model) -> Iterator[None]:
 @contextlib.contextmanager
 def random_states() -> Iterator[None]:
     """Gives back the states that a user's layers and datasets may draw from: Python's, numpy's and PyTorch's."""
-    states: list[tuple[Callable[..., None], Any]] = [
-        (random.setstate, random.getstate()),
-        (numpy.random.set_state, numpy.random.get_state()),
-    ]
-    if keras.backend.backend() == "torch":
-        import torch
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(numpy.random.set_state, numpy.random.get_state())
+        if keras.backend.backend() == "torch":
+            import torch
 
-        states.append((torch.set_rng_state, torch.get_rng_state()))
-    try:
+            stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         yield
-    finally:
-        for restore, state in states:
-            restore(state)
