@@ -24,7 +24,8 @@ class LossScaleLogger(keras.callbacks.Callback):
     `TensorBoard` show them: list this callback before those. The changes are written on the device in the step that
     makes them; this callback collects them at the end of each epoch, so that watching costs no synchronization. In the
     `logs` of a batch TensorFlow has tensors; where Keras runs callbacks beside the training, they may be those of a
-    later step. A skipped step that leaves the scale as it is (a constant one, one with hysteresis left or at its floor)
+    later step. JAX has them there at the steps of `every` alone: a look at the optimizer makes Keras move all variables
+    between trainer and model. A skipped step that leaves the scale as it is (a constant one, one with hysteresis left or at its floor)
     counts in `skipped_steps` and is no line of the log.
 
     Args:
@@ -63,8 +64,9 @@ class LossScaleLogger(keras.callbacks.Callback):
         self.every = None if every is None else checks.count("every", every, 1)
         self.verbose = checks.count("verbose", verbose, 0)
         # Keras then dispatches batch ends from another thread, without waiting for the device in this one. Not where
-        # this callback itself writes optimizer variables, or where Keras moves them between trainer and model (JAX).
-        self.async_safe = every is None and keras.backend.backend() == "tensorflow"
+        # this callback itself writes optimizer variables, nor where it reads them after each batch.
+        self._backend = keras.backend.backend()
+        self.async_safe = every is None and self._backend != "torch"
         self._writer: Any = None
         self._running = False
         self._pending: list[Change] = []
@@ -126,14 +128,15 @@ class LossScaleLogger(keras.callbacks.Callback):
         self._print_pending()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        if self._optimizer is None:
+        is_due = self.every is not None and batch + 1 - self._collected_at >= self.every
+        if (self._backend == "jax" and not is_due) or self._optimizer is None:
             return
         if logs is not None:
             # Tensors: nobody waits for the device but the progress bar, which does so anyway. Elsewhere Keras has
             # waited already, and its progress bar takes numbers only.
-            is_tensorflow = keras.backend.backend() == "tensorflow"
+            is_tensorflow = self._backend == "tensorflow"
             logs.update(self._optimizer.measured() if is_tensorflow else runlog.numbers(self._optimizer))
-        if self.every is not None and batch + 1 - self._collected_at >= self.every:
+        if is_due:
             self._collected_at = batch + 1
             self._collect(logs)
 
