@@ -25,8 +25,8 @@ class LossScaleLogger(keras.callbacks.Callback):
     makes them; this callback collects them at the end of each epoch, so that watching costs no synchronization. In the
     `logs` of a batch TensorFlow has tensors; where Keras runs callbacks beside the training, they may be those of a
     later step. JAX has them there at the steps of `every` alone: a look at the optimizer makes Keras move all variables
-    between trainer and model. A skipped step that leaves the scale as it is (a constant one, one with hysteresis left or at its floor)
-    counts in `skipped_steps` and is no line of the log.
+    between trainer and model. A skipped step that leaves the scale as it is (a constant one, one with hysteresis left
+    or at its floor) counts in `skipped_steps` and is no line of the log.
 
     Args:
         path: File of JSON lines: one a change, one at the begin of a run that says what runs where, one at the end of
