@@ -153,14 +153,21 @@ def multi_worker(folder, *arguments):
 
 
 def test_workers_skip_together_and_a_killed_one_is_started_again(tmp_path):
-    """With `fit`: the survivor of a SIGKILL ends too, and after the restart all is as without it."""
-    output, weights = multi_worker(tmp_path / "whole")
-    again, weights_after_kill = multi_worker(tmp_path / "killed", "--kill")
-    assert "attempt 1: exit codes [0, 0]" in output
-    assert re.search(r"attempt 1: exit codes \[1, -9\]", again)
-    assert "attempt 2: exit codes [0, 0]" in again
-    assert len(weights) == len(weights_after_kill) == 2
-    assert len({*weights, *weights_after_kill}) == 1
+    """With `fit`: the survivor of a SIGKILL ends too, and all go on with the same weights."""
+    output, weights = multi_worker(tmp_path, "--kill")
+    assert re.search(r"attempt 1: exit codes \[1, -9\]", output)
+    assert "attempt 2: exit codes [0, 0]" in output
+    assert len(weights) == 2
+    assert len(set(weights)) == 1
+    steps = [change.step for change in records.read_changes(tmp_path / "loss_scale.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+@thorough
+def test_after_a_restart_all_is_as_without_it(tmp_path):
+    """Weights and log."""
+    (_, whole), (_, killed) = multi_worker(tmp_path / "whole"), multi_worker(tmp_path / "killed", "--kill")
+    assert len({*whole, *killed}) == 1
     logs = [records.read_changes(tmp_path / run / "loss_scale.jsonl") for run in ("whole", "killed")]
     assert logs[0] == logs[1]
 

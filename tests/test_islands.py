@@ -12,7 +12,7 @@ import pytest
 from backend import BACKEND, needs_tensorflow, tf
 from keras import layers, ops, tree
 from sensitive_models import LOGITS, SENSITIVE, STEPS, UNEVEN, Cell, Classifier, Powers, dense, through
-from thorough import covering
+from thorough import covering, thorough
 
 import tfmixed
 from tfmixed import force_float32
@@ -141,7 +141,7 @@ def test_weights_files_fit_both_ways(tmp_path):
             np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
+@pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("float16", marks=thorough)])
 def test_training_goes_on(policy, tmp_path):
     """With the optimizer's state, what was compiled before, and after loading."""
     keras.config.set_dtype_policy(policy)

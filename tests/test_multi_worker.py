@@ -23,10 +23,16 @@ def agree(outcomes):
         assert outcome.events == first.events
 
 
-@pytest.mark.parametrize("count", [pytest.param(2, marks=thorough), 3])
-def test_an_overflow_on_any_worker_is_skipped_by_all(tmp_path, count):
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=thorough)])
+def worked(request, tmp_path_factory):
+    """What each of so many workers says, and their folder."""
+    folder = tmp_path_factory.mktemp("workers")
+    return workers.run(request.param, "worker.py", folder=folder), folder
+
+
+def test_an_overflow_on_any_worker_is_skipped_by_all(worked):
     """A loop with `strategy.run` in real processes: nothing hangs (K4), and all go on with the same weights."""
-    results = workers.run(count, "worker.py", "loop", folder=tmp_path)
+    results = [result["loop"] for result in worked[0]]
     for place, kind, when in itertools.product(("first", "last", "all"), KINDS, STEPS):
         outcomes = [result[place, kind, when] for result in results]
         agree(outcomes)
@@ -35,28 +41,27 @@ def test_an_overflow_on_any_worker_is_skipped_by_all(tmp_path, count):
     check(results[0]["none",], [])
 
 
-def test_inner_optimizers_that_clip_and_average_on_two_workers(tmp_path):
+def test_inner_optimizers_that_clip_and_average(worked):
     """Their state is that of a run without the bad steps."""
-    results = workers.run(2, "worker.py", "inner", folder=tmp_path)
+    results = [result["inner_optimizers"] for result in worked[0]]
     for name, (outcome, dropped) in results[0].items():
         agree([result[name][0] for result in results])
         outcome.assert_sound()
         outcome.assert_same_weights(dropped)
 
 
-def test_a_scaler_decides_for_all_workers(tmp_path):
+def test_a_scaler_decides_for_all_workers(worked):
     """All skip the steps in which the last overflows, with update in the function of each worker and outside of it."""
-    results = workers.run(2, "worker.py", "scaler", folder=tmp_path)
+    results = [result["scaler"] for result in worked[0]]
     rule = scaling.DynamicScale(initial_scale=8.0, growth_interval=2)
-    for (steps, scales, weights, events), others in (
-        (results[0][way], results[1][way]) for way in itertools.product((False, True), repeat=2)
-    ):
-        assert (steps, scales, weights, events) == others
+    for way in itertools.product((False, True), repeat=2):
+        steps, scales, weights, events = results[0][way]
+        assert all(result[way] == results[0][way] for result in results)
         assert steps == [letter == "T" for letter in "TTFTFFTTT"]
         assert scales == scaling.simulate(rule, "TTFTFFTTT")
         np.testing.assert_allclose(weights, [0.4, 1.4], rtol=1e-4)
         assert [event.step for event in events if event.variable == "w"] == [2, 4, 5]
-    assert [result["chief"] for result in results] == [True, False]
+    assert [result["chief"] for result in results] == [True, *([False] * (len(results) - 1))]
 
 
 def alone(count, bad, **arguments):
@@ -71,11 +76,11 @@ def flat(arrays):
     return [array.reshape(-1, array.shape[-1]) for array in arrays]
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=thorough)])
-def fitted(request, tmp_path_factory):
+@pytest.fixture
+def fitted(worked):
     """The number of workers, what each says after `Model.fit`, and their folder."""
-    folder = tmp_path_factory.mktemp("fit")
-    return request.param, workers.run(request.param, "worker.py", "fit", folder=folder), folder
+    results, folder = worked
+    return len(results), [result["fit"] for result in results], folder
 
 
 @pytest.mark.parametrize("steps_per_execution", [1, 5])

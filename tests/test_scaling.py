@@ -17,6 +17,7 @@ from backend import needs_tensorflow, tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
+from thorough import thorough
 
 from tfmixed import scaling
 from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
@@ -110,7 +111,7 @@ print("done")
 
 
 @needs_tensorflow
-@pytest.mark.parametrize("behaviour", ["v1", "v2"])
+@pytest.mark.parametrize("behaviour", ["v1", pytest.param("v2", marks=thorough)])
 def test_tf1_graph(behaviour):
     """The same body in a TF1 graph, also with TF1's behaviour, where == on tensors means identity."""
     command = [sys.executable, "-c", TF1, behaviour]

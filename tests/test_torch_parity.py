@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from backend import BACKEND, tf
 from keras import ops
+from thorough import covering
 
 from tfmixed import GradScaler
 
@@ -118,8 +119,7 @@ def check(recorded, compiled=False):
 COMPILED = [False, True] if BACKEND == "tensorflow" else [False]
 
 
-@pytest.mark.parametrize("compiled", COMPILED)
-@pytest.mark.parametrize("number", range(0, LOOPS, 2 if BACKEND == "jax" else 1))
+@pytest.mark.parametrize(("number", "compiled"), covering(1, range(0, LOOPS, 2 if BACKEND == "jax" else 1), COMPILED))
 def test_every_recorded_step_of_pytorchs_is_ours(number, compiled):
     """With one to three optimizers an iteration, unscale with and without step, and update(new_scale)."""
     check(json.loads(RECORDED.read_text())[number], compiled)

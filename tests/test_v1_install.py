@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 import tf1
 from tf1 import V1, X, Y
+from thorough import thorough
 
 import tfmixed
 import tfmixed.compat.v1 as shim
@@ -460,7 +461,7 @@ print(shim.rewrite.is_enabled())
 """
 
 
-@pytest.mark.parametrize("first", ["devices", "nothing"])
+@pytest.mark.parametrize("first", ["devices", pytest.param("nothing", marks=thorough)])
 def test_eager_execution_may_be_disabled_after_install(first):
     """The variable is obeyed once a script has chosen; slots are made in the graph, whatever stood before."""
     assert tf1.script(LATE, first, environment={"TF_ENABLE_AUTO_MIXED_PRECISION": "1"}).split() == ["True"]

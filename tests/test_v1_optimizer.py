@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 import tf1
 from tf1 import V1
+from thorough import thorough
 
 from tfmixed import scaling
 from tfmixed.compat.v1 import (
@@ -479,7 +480,7 @@ np.testing.assert_allclose(*losses, rtol=1e-4)
 """
 
 
-@pytest.mark.parametrize("switch", ["disable_v2_behavior", "disable_eager_execution"])
+@pytest.mark.parametrize("switch", ["disable_v2_behavior", pytest.param("disable_eager_execution", marks=thorough)])
 def test_under_the_behavior_of_tensorflow_1(switch):
     """References for variables, its own conditionals: the same training, and the names of a float32 run."""
     numbers = tf1.script(OLD_BEHAVIOR, switch)

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 import tf1
 from tf1 import V1
+from thorough import thorough
 
 from tfmixed.compat.v1 import DynamicLossScale, LossScaleOptimizer
 from tfmixed.scaling import DynamicScale
@@ -203,7 +204,7 @@ for train in (within, after):
 """
 
 
-@pytest.mark.parametrize("switch", ["disable_v2_behavior", "disable_eager_execution"])
+@pytest.mark.parametrize("switch", ["disable_v2_behavior", pytest.param("disable_eager_execution", marks=thorough)])
 def test_gradients_that_add_up_in_a_loop(switch):
     """An overflow in an earlier turn counts for the step, whether that stands within the loop or behind it."""
     assert tf1.script(LOOPS, switch).splitlines() == ["-9.0 -9.0 6 3"] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tf1
+from thorough import thorough
 
 CLUSTER = """
 import os, socket, sys, threading
@@ -54,7 +55,7 @@ os._exit(0)  # servers have no end
 """
 
 
-@pytest.mark.parametrize("switch", ["disable_v2_behavior", "disable_eager_execution"])
+@pytest.mark.parametrize("switch", ["disable_v2_behavior", pytest.param("disable_eager_execution", marks=thorough)])
 def test_workers_share_the_scale_on_a_parameter_server(switch):
     """One after the other: each skips its overflow, and counts on from where the other stopped."""
     assert "38.0 2.0 40.0 8192.0" in tf1.script(CLUSTER, switch)

@@ -11,6 +11,12 @@ import pytest
 thorough = pytest.mark.thorough
 
 
+def few(names: Iterable[str], values: Mapping[str, Any]) -> list[Any]:
+    """Returns all values, by name; those that `names` leaves out are marked as `thorough`."""
+    names = set(names)
+    return [pytest.param(value, id=name, marks=() if name in names else thorough) for name, value in values.items()]
+
+
 def covering(strength: int, *parameters: Mapping[str, Any] | Iterable[Any]) -> list[Any]:
     """Returns all combinations of values, one of each parameter; most are marked as `thorough`.
 

@@ -1,4 +1,4 @@
-"""What one worker process of a test does: `worker.py loop|inner|fit|scaler FOLDER`."""
+"""What one worker process of the tests does: `worker.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -122,6 +122,6 @@ def scaler(_folder):
 
 
 if __name__ == "__main__":
-    kind, folder = sys.argv[1], Path(sys.argv[2])
-    result = {"loop": loop, "inner": inner_optimizers, "fit": fit, "scaler": scaler}[kind](folder)
+    folder = Path(sys.argv[1])
+    result = {each.__name__: each(folder) for each in (loop, inner_optimizers, scaler, fit)}
     (folder / f"{RANK}.pickle").write_bytes(pickle.dumps(result))
