@@ -19,7 +19,7 @@ from tfmixed.report import read  # noqa: E402
 @pytest.mark.filterwarnings("ignore:policy .* is slow here")
 def test_the_example_chooses_a_scale_and_reports_a_run(tmp_path, monkeypatch, capsys):
     """The suggested scale works, one that is 2^6 too large does not, and the pictures are those of the page."""
-    monkeypatch.setattr(sys, "argv", ["ranges.py", "--epochs", "16", "--run-dir", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["ranges.py", "--epochs", "32", "--run-dir", str(tmp_path)])
     ranges.main()
     said = capsys.readouterr().out
     assert re.search(r"An epoch with the constant scale 2\^\d+: 0 of 3 steps overflow", said)
