@@ -9,7 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backend import ON_CPU
+from backend import BACKEND, ON_CPU
 from rich.console import Console
 
 from tfmixed import bench, plotting
@@ -109,6 +109,7 @@ def test_variants_train_what_they_say():
     assert keras.config.dtype_policy().name == "float32"
 
 
+@pytest.mark.skipif(BACKEND == "jax" and not ON_CPU, reason="on a GPU XLA keeps too little of it to tell")
 def test_memory_grows_with_the_batch(own):
     """In a process of its own; the batch that fits is read off the line through two of them."""
     case = bench.Case(own, "mixed_bfloat16", 200_000)

@@ -87,7 +87,7 @@ def test_gradients_of_a_linear_model_are_those_of_pencil_and_paper():
     found = by_name(measure_gradients(model, (X, Y), batch_size=8))
     outputs = [2 * (X[i : i + 8] @ kernel + bias - Y[i : i + 8]) / 16 for i in (0, 8, 16)]
     same(found["activation", "only"], np.concatenate(outputs), rtol=1e-5)
-    same(found["weight", "kernel"], [X[8 * i : 8 * i + 8].T @ each for i, each in enumerate(outputs)], rtol=1e-4)
+    same(found["weight", "kernel"], [X[8 * i : 8 * i + 8].T @ each for i, each in enumerate(outputs)], rtol=1e-3)
     same(found["weight", "bias"], [each.sum(0) for each in outputs], rtol=1e-4)
 
 
