@@ -35,7 +35,7 @@ def test_no_module_needs_tensorflow():
 def test_stateless_apply_takes_values_to_values(jit, bad):
     """A bad step changes no weight and no inner state, and leaves the optimizer's own variables alone."""
     if jit and BACKEND != "jax":
-        pytest.skip("jit is JAX's")
+        pytest.skip("jax.jit, which other backends lack")
     weight = keras.Variable([1.0, 2.0], name="only")
     optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.5), DynamicScale(initial_scale=8.0))
     optimizer.build([weight])

@@ -248,7 +248,7 @@ def test_replicas_take_one_decision(bad_on):
     outcomes[0].assert_same_weights(outcomes[1])
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="a loop over values")
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX's alone: a loop that hands values on")
 def test_a_stateless_loop_on_jax():
     """Scale and unscale in the scope of the optimizer's values, all of it compiled."""
     import jax
