@@ -194,8 +194,27 @@ def test_a_script_of_tensorflow_1_is_scaled(tmp_path):
     assert said[1:] == [f"2 runs, 19 steps, 1 skipped, final scales 16384 to 32768; {hook}"]
 
 
+def test_a_script_of_tensorflow_1_may_import_keras_first(tmp_path):
+    """Whose import is then what imports TensorFlow."""
+    code = "import keras" + TF1.replace("range(10)", "range(5)")
+    done, said = run(tmp_path, code, "--tf1", backend="tensorflow")
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert said[1].startswith("2 runs, 14 steps, 1 skipped")
+
+
+def test_tf1_applies_nothing_to_a_script_of_keras(tmp_path):
+    """And says so, as without --tf1 of one of TensorFlow 1."""
+    done, said = run(tmp_path, BEGIN + "net(keras.Input((4,)))", "--tf1", backend="tensorflow")
+    assert done.returncode == 0, done.stderr
+    assert said == ["nothing was applied: the script took no step of TensorFlow 1 (one of Keras needs no --tf1)"]
+    code = "import keras\nimport tensorflow"
+    done, said = run(tmp_path, code, backend="tensorflow")
+    assert said == ["nothing was applied: the script made no Keras model (one of TensorFlow 1 takes --tf1)"]
+
+
 def test_tensorflow_1_needs_the_backend_tensorflow(tmp_path):
     """One line, and exit code 2."""
     done, said = run(tmp_path, TF1, "--tf1", backend="jax")
     assert done.returncode == 2
+    assert len(said) == 1
     assert said[0].startswith("--tf1: ")
