@@ -22,6 +22,8 @@ HOOKS = [
     ("keras.src.dtype_policies.dtype_policy", "dtype_policy", [], "make another policy the default"),
     ("keras.src.dtype_policies.dtype_policy", "set_dtype_policy", ["policy"], "know who sets a policy"),
     ("keras.src.saving.saving_api", "save_model", None, "save what the script made"),
+    ("keras.src.saving.saving_api", "load_model", None, "tell the steps of a run from those of a file"),
+    ("keras.src.saving.saving_api", "load_weights", None, "tell the steps of a run from those of a file"),
     (TRAINER, "TensorFlowTrainer._maybe_symbolic_build", ["self", "iterator", "data_batch"], "fit on workers"),
     (TRAINER, "TensorFlowTrainer._make_function", ["self", "step_function"], "fit on workers"),
     (TRAINER, "reduce_per_replica", ["values", "strategy", "reduction"], "fit on workers"),

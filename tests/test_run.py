@@ -113,8 +113,8 @@ def test_the_last_line_tells_how_it_ended(models):
     folder, _, said = models
     steps = 12 + 4 + 2 + 2
     assert re.fullmatch(
-        rf"4 runs, {steps} steps, \d skipped, final scales 64 to \d+, 3 layers in float32; 3 logs in \./, runs/train/; "
-        r"report runs/train/report.html",
+        rf"4 runs, {steps} steps, \d skipped, those of Keras's own scaler not counted, final scales 64 to \d+, "
+        r"3 layers in float32; 3 logs in \./, runs/train/; report runs/train/report.html",
         said[-1],
     )
     logs = {path.name: records.read_log(path) for path in sorted((folder / "runs" / "train").glob("*.jsonl"))}
@@ -214,6 +214,54 @@ def test_an_interrupted_run_says_where_it_stands_and_is_taken_up_again(tmp_path)
     assert said[-1].endswith("log here/loss_scale.jsonl; report here/report-2.html")
     log = records.read_log(tmp_path / "here" / "loss_scale.jsonl")
     assert [(each.event, each.step) for each in log] == [("run", 0), ("progress", 3), ("run", 4), ("progress", 7)]
+
+
+COUNTED = (
+    BEGIN
+    + """
+import gc
+
+def compiled():
+    model = net(keras.Input((4,)))
+    model.compile("adam", LOSS)
+    return model
+
+def dropped():
+    model = compiled()
+    for _ in range(3):
+        model.train_on_batch(x, y)
+
+dropped()
+gc.collect()
+model = compiled()
+model.fit(x, y, batch_size=16, verbose=0)
+model.save("model.keras")
+model.save_weights("model.weights.h5")
+model.fit(x, y, batch_size=8, verbose=0)
+model.load_weights("model.weights.h5")
+model.fit(x, y, batch_size=16, verbose=0)
+keras.models.load_model("model.keras").evaluate(x, y, verbose=0)
+model = keras.models.load_model("model.keras")
+for _ in range(2):
+    model.train_on_batch(x, y)
+print(int(model.optimizer.iterations))
+"""
+)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float32"])
+def test_the_steps_are_those_of_this_run(tmp_path, policy):
+    """Those of a model that the script dropped too, and none that a file brought along, whatever it takes back."""
+    done, said = run(tmp_path, COUNTED, "--policy", policy)
+    assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr
+    steps = 3 + (4 + 8 + 4) + 2
+    if policy == "float32":
+        assert said[-1] == f"3 runs, {steps} steps, no loss scale"
+        return
+    assert said[-1].startswith(f"3 runs, {steps} steps, 0 skipped, final scale 32768, 3 layers in float32; 3 logs in ")
+    logs = [records.read_log(path) for path in (tmp_path / "runs" / "train").glob("*.jsonl")]
+    assert sorted((log[0].step, log[-1].step) for log in logs) == [(0, 2), (0, 7), (4, 5)]
+    assert {log[0].optimizer for log in logs} == {"Adam"}
 
 
 FLOAT32 = (

@@ -117,6 +117,49 @@ def test_a_loop_of_its_own_in_bfloat16_is_told_what_it_lacks(tmp_path):
     assert said[-1] == "4 runs, 13 steps, no loss scale, 3 layers in float32"
 
 
+OWN_OPTIMIZERS = (
+    BEGIN
+    + """
+import tensorflow as tf
+
+class Two(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = keras.layers.Dense(1), keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.left(x) + self.right(x)
+
+    def compile(self, *optimizers):
+        super().compile()
+        self.optimizers = optimizers
+
+    def train_step(self, x):
+        for part, optimizer in zip((self.left, self.right), self.optimizers):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(self(x) ** 2)
+            weights = part.trainable_variables
+            optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights))
+        return {"loss": loss}
+
+def main():
+    model = Two()
+    model.build((None, 4))
+    model.compile(keras.optimizers.Adam(), keras.optimizers.SGD())
+    model.fit(tf.data.Dataset.from_tensor_slices(x).batch(16), epochs=2, verbose=0)
+
+main()
+"""
+)
+
+
+def test_optimizers_that_a_train_step_brings_along_are_counted(tmp_path):
+    """As those of a GAN, when the function that made them has returned."""
+    done, said = run(tmp_path, OWN_OPTIMIZERS, "--policy", "mixed_bfloat16", "--no-islands")
+    assert done.returncode == 0, done.stderr
+    assert said[-1] == "2 runs, 16 steps, no loss scale"
+
+
 TF1 = """
 import numpy as np
 import tensorflow.compat.v1 as tf
@@ -151,8 +194,27 @@ def test_a_script_of_tensorflow_1_is_scaled(tmp_path):
     assert said[1:] == [f"2 runs, 19 steps, 1 skipped, final scales 16384 to 32768; {hook}"]
 
 
+def test_a_script_of_tensorflow_1_may_import_keras_first(tmp_path):
+    """Whose import is then what imports TensorFlow."""
+    code = "import keras" + TF1.replace("range(10)", "range(5)")
+    done, said = run(tmp_path, code, "--tf1", backend="tensorflow")
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert said[1].startswith("2 runs, 14 steps, 1 skipped")
+
+
+def test_tf1_applies_nothing_to_a_script_of_keras(tmp_path):
+    """And says so, as without --tf1 of one of TensorFlow 1."""
+    done, said = run(tmp_path, BEGIN + "net(keras.Input((4,)))", "--tf1", backend="tensorflow")
+    assert done.returncode == 0, done.stderr
+    assert said == ["nothing was applied: the script took no step of TensorFlow 1 (one of Keras needs no --tf1)"]
+    code = "import keras\nimport tensorflow"
+    done, said = run(tmp_path, code, backend="tensorflow")
+    assert said == ["nothing was applied: the script made no Keras model (one of TensorFlow 1 takes --tf1)"]
+
+
 def test_tensorflow_1_needs_the_backend_tensorflow(tmp_path):
     """One line, and exit code 2."""
     done, said = run(tmp_path, TF1, "--tf1", backend="jax")
     assert done.returncode == 2
+    assert len(said) == 1
     assert said[0].startswith("--tf1: ")

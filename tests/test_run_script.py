@@ -180,7 +180,8 @@ def test_a_module_that_is_not_there_is_refused(tmp_path):
     """Where it is looked for: in the folder that Python would look in."""
     run = start("-m", "tfmixed", "run", "-m", "nowhere.train", cwd=tmp_path)
     assert run.returncode == 2
-    assert ours(run.stderr)[0].startswith("tfmixed: -m must be given the name of a module, received 'nowhere.train'")
+    (line,) = ours(run.stderr)
+    assert line.startswith("tfmixed: -m must be given the name of a module, received 'nowhere.train'")
 
 
 def test_a_broken_hook_is_shown_as_python_shows_it(tmp_path):

@@ -31,7 +31,7 @@ class Launch:
         """Has the script's own imports apply what is asked for."""
         # Where the first functions are defined: all the modules that hand them on take them from there later.
         wrapt.when_imported("keras.src.dtype_policies.dtype_policy")(self.policies.install)
-        wrapt.when_imported("keras.src.saving.saving_api")(self._save_plainly)
+        wrapt.when_imported("keras.src.saving.saving_api")(self._stand_around_files)
         wrapt.when_imported("keras")(self._apply)
         wrapt.when_imported("tf_keras")(_refuse_keras_2)
 
@@ -44,21 +44,26 @@ class Launch:
         Loops(self.policies, self.training).install()
         self.policies.ready = True
 
-    def _save_plainly(self, module: Any) -> None:
-        plain = module.save_model
+    def _stand_around_files(self, module: Any) -> None:
+        def stand_around(name: str, method: str) -> None:
+            plain = getattr(module, name)
 
-        @functools.wraps(plain)
-        def save_model(model: Any, *arguments: Any, **named: Any) -> Any:
-            return self.training.save(plain, model, *arguments, **named)
+            @functools.wraps(plain)
+            def function(*arguments: Any, **named: Any) -> Any:
+                return getattr(self.training, method)(plain, *arguments, **named)
 
-        module.save_model = save_model
+            setattr(module, name, function)
+
+        stand_around("save_model", "save")
+        stand_around("load_model", "load")
+        stand_around("load_weights", "load")
 
     def finish(self) -> None:
         """Says how the run ended."""
         if self.policies.is_settled:
             self.ledger.close()
         elif "keras" in sys.modules:
-            say("nothing was applied: the script made no Keras model")
+            say("nothing was applied: the script made no Keras model (one of TensorFlow 1 takes --tf1)")
         else:
             say("nothing was applied: the script never imported Keras (one of TensorFlow 1 takes --tf1)")
 

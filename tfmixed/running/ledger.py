@@ -21,11 +21,14 @@ class Entry:
     """What is known of one optimizer or scaler.
 
     Args:
-        steps: Those that it attempted; of one that does not count them, those that it took.
+        steps: Those that it attempted in this run; of one that does not count them, those that it took.
         skipped: How many of them were skipped; None where nobody counts.
         scale: The last loss scale; None where nothing is scaled.
         log: Its log, or None.
         is_ours: Whether the log is this run's own, and not one that the script writes.
+        source: Where it is read: what `observing.remains` returned, or None.
+        before: Steps, skipped ones and scale that it brought along from a file, less what it had done here by then;
+            None until it trains.
     """
 
     steps: int = 0
@@ -33,6 +36,8 @@ class Entry:
     scale: float | None = None
     log: Path | None = None
     is_ours: bool = True
+    source: Any = None
+    before: tuple[int, int, float | None] | None = None
 
 
 class Ledger:
@@ -56,13 +61,39 @@ class Ledger:
             self._entries.append(self._of[optimizer])
         return self._of[optimizer]
 
-    def note(self, optimizer: Any) -> None:
-        """Notes where an optimizer stands. Reads the device."""
+    def keep(self, optimizer: Any) -> None:
+        """Keeps what tells how many steps an optimizer or scaler took, should the script drop it before the end."""
         from tfmixed.running import observing
 
-        entry, known = self.entry(optimizer), observing.numbers(optimizer)
-        if known is not None:
-            entry.steps, entry.skipped, entry.scale = known
+        self.entry(optimizer).source = observing.remains(optimizer)
+
+    def begin(self, optimizer: Any) -> None:
+        """Notes what an optimizer brings along to its first step. Reads the device."""
+        if self.entry(optimizer).before is None:
+            self.restored(optimizer)
+
+    def restored(self, optimizer: Any) -> None:
+        """Notes that an optimizer goes on from what it now is; what it did until then has been noted."""
+        from tfmixed.running import observing
+
+        self.keep(optimizer)
+        entry = self.entry(optimizer)
+        steps, skipped, scale = (entry.source and observing.numbers(entry.source)) or (0, 0, None)
+        entry.before = steps - entry.steps, (skipped or 0) - (entry.skipped or 0), scale
+
+    def note(self, optimizer: Any) -> None:
+        """Notes where an optimizer stands. Reads the device."""
+        self.keep(optimizer)
+        self._note(self.entry(optimizer))
+
+    def _note(self, entry: Entry) -> None:
+        from tfmixed.running import observing
+
+        known = entry.source and observing.numbers(entry.source)
+        if known:
+            steps, skipped, entry.scale = known
+            before = entry.before or (0, 0, None)
+            entry.steps, entry.skipped = steps - before[0], None if skipped is None else skipped - before[1]
 
     def log_of(self, optimizer: Any) -> Path:
         """Returns the log of an optimizer that steps next: a new file, or that of the run that was restored.
@@ -70,14 +101,13 @@ class Ledger:
         Where no file can be, it ends the run.
         """
         try:
-            return self._log_of(optimizer)
+            return self._log_of(self.entry(optimizer), int(optimizer.attempted_steps) > 0)
         except OSError as error:
             refuse(unwritable(self.wish.log_dir, error))
 
-    def _log_of(self, optimizer: Any) -> Path:
-        entry = self.entry(optimizer)
+    def _log_of(self, entry: Entry, is_restored: bool) -> Path:
         if entry.log is None:
-            goes_on = len(self._found) == 1 and int(optimizer.attempted_steps) > 0
+            goes_on = len(self._found) == 1 and is_restored
             entry.log = self._found.pop() if goes_on else claimed(self.wish.log_dir, "loss_scale", ".jsonl")
         return entry.log
 
@@ -85,11 +115,15 @@ class Ledger:
         """Writes what is not written yet, and says how the run ended."""
         from tfmixed.running import observing
 
-        for optimizer, entry in list(self._of.items()):
-            self.note(optimizer)
+        for optimizer in list(self._of):
+            self.keep(optimizer)
+        for entry in self._entries:
+            self._note(entry)
             if entry.steps and entry.log is None and entry.is_ours and entry.skipped is not None:
+                before = entry.before or (0, 0, None)
+                first = max(before[0], 0)
                 try:
-                    observing.write_log(optimizer, self._log_of(optimizer))
+                    observing.write_log(entry.source, self._log_of(entry, first > 0), first, before[2])
                 except OSError as error:  # the script has ended: its exit code stays
                     say(f"no log ({type(error).__name__}: {error})")
         say("; ".join([self.summary(), *self._files()]))
@@ -127,7 +161,11 @@ def _scales(entries: list[Entry]) -> Iterator[str]:
         yield "no loss scale"
         return
     skips = [each.skipped for each in entries if each.skipped is not None]
-    yield f"{sum(skips)} skipped" if skips else "skipped ones not counted"
+    is_unknown = any(each.skipped is None and each.scale is not None for each in entries)
+    if skips:
+        yield f"{sum(skips)} skipped"
+    if is_unknown:
+        yield "those of Keras's own scaler not counted" if skips else "skipped ones not counted"
     yield f"final scale {scales[0]:g}" if len(scales) == 1 else f"final scales {scales[0]:g} to {scales[-1]:g}"
 
 

@@ -70,7 +70,7 @@ class Loops:
         plain(scaler, *arguments, **named)
         if scaler.is_enabled():
             self._scaled_by_script = True
-            self.training.ledger.entry(scaler)
+            self.training.ledger.keep(scaler)
 
     def _apply(self, plain: _Plain, optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
         if optimizer not in self._judged and optimizer not in self.training.left_alone:
@@ -83,10 +83,12 @@ class Loops:
         known = optimizer._trainable_variables if variables is None else variables
         if not self._scaled_by_script and self._is_float16(known):
             refuse(f"{place()} takes a step of its own with {type(optimizer).__name__}: {_ADVICE}")
-        if self.training.running or self._scaled_by_script:
+        if self._scaled_by_script:
             return
         if isinstance(optimizer, keras.optimizers.Optimizer):
-            self.training.ledger.entry(optimizer)
+            self.training.ledger.keep(optimizer)
+        if self.training.running:
+            return
         if keras.config.dtype_policy().compute_dtype in HALF and not self._said:
             self._said = True
             say(f"{place()} trains in a loop of its own: the policy holds, float32 islands and the log are for `fit`")

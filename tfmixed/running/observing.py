@@ -11,8 +11,9 @@ import keras
 
 from tfmixed import runlog
 from tfmixed.callbacks import LossScaleLogger
+from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.running.ledger import Ledger
-from tfmixed.state import Observable
+from tfmixed.state import Observable, ScalingState
 
 
 class Logger(LossScaleLogger):
@@ -60,25 +61,71 @@ class Once(keras.callbacks.Callback):
             self.model.make_train_function()
 
 
-def numbers(optimizer: Any) -> tuple[int, int | None, float | None] | None:
-    """Returns steps, skipped ones and the scale, as far as an optimizer or scaler knows them; None: nobody does."""
-    try:
-        if isinstance(optimizer, Observable):
-            if getattr(optimizer, "_scaling", optimizer) is None:  # never used, and not to be made for this
-                return None
-            steps = int(optimizer.attempted_steps)
-            return steps, int(optimizer.skipped_steps), float(optimizer.measured()["loss_scale"])
+class Remains(Observable):
+    """What an optimizer that scales knows of its steps, without its weights: it outlives the optimizer.
+
+    Args:
+        optimizer: One that is built.
+    """
+
+    def __init__(self, optimizer: LossScaleOptimizer) -> None:
+        self.rule, self.max_consecutive_skips = optimizer.rule, optimizer.max_consecutive_skips
+        self._scaling, self._paths = optimizer._state(), optimizer._paths
+        self.kind = type(optimizer.inner_optimizer).__name__
+
+    def _state(self) -> ScalingState:
+        return self._scaling
+
+
+class Count:
+    """The step count of an optimizer of Keras, and its scale if it has one: they outlive the optimizer.
+
+    Args:
+        optimizer: Not one of ours.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.iterations = optimizer.iterations
         scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and optimizer.built
-        scale = float(optimizer.dynamic_scale.numpy()) if scales else None
-        return int(optimizer.iterations.numpy()), None, scale
+        self.scale = optimizer.dynamic_scale if scales else None
+
+
+def remains(optimizer: Any) -> Any:
+    """Returns what numbers and log can be read from when a script has dropped an optimizer; None while there is none.
+
+    Small: a script that trains many models does not keep them all.
+    """
+    if isinstance(optimizer, LossScaleOptimizer):
+        return Remains(optimizer) if optimizer.built else None
+    return optimizer if isinstance(optimizer, Observable) else Count(optimizer)
+
+
+def numbers(known: Any) -> tuple[int, int | None, float | None] | None:
+    """Returns steps, skipped ones and the scale, as far as what `remains` returned knows them; None: nobody does."""
+    try:
+        if isinstance(known, Observable):
+            if getattr(known, "_scaling", known) is None:  # never used, and not to be made for this
+                return None
+            return int(known.attempted_steps), int(known.skipped_steps), float(known.measured()["loss_scale"])
+        scale = None if known.scale is None else float(known.scale.numpy())
+        return int(known.iterations.numpy()), None, scale
     except (RuntimeError, ValueError):  # JAX has taken the variables of a step that was interrupted
         return None
 
 
-def write_log(optimizer: Any, path: Path) -> None:
-    """Writes the log of what stepped without `fit`, from the changes that the device remembers."""
-    changes = optimizer.drain_events()
-    begin = runlog.describe(None, optimizer)
-    first = dataclasses.replace(begin, step=0, loss_scale=float(optimizer.rule.start().scale))
-    last = runlog.progress(begin.step - 1, None, runlog.numbers(optimizer), {})
+def write_log(known: Any, path: Path, step: int, scale: float | None) -> None:
+    """Writes the log of what stepped without `fit`, from the changes that the device remembers.
+
+    Args:
+        known: What `remains` returned.
+        path: The log.
+        step: The first step.
+        scale: The scale then; None: the rule's first.
+    """
+    changes = [each for each in known.drain_events() if each.step >= step]
+    begin = runlog.describe(None, known)
+    start = float(known.rule.start().scale) if scale is None else scale
+    kind = getattr(known, "kind", begin.optimizer)
+    first = dataclasses.replace(begin, step=step, loss_scale=start, optimizer=kind)
+    last = runlog.progress(begin.step - 1, None, runlog.numbers(known), {})
     runlog.append(path, [first, *changes, last])

@@ -67,11 +67,18 @@ class Script:
             prepare: Called when `sys.path` is the script's.
             finish: Called after its last output, once its threads have ended; not in a process that it forked.
         """
-        with ending.as_python_does(finish):
+        has_begun = False
+
+        def end() -> None:
+            if has_begun:
+                finish()
+
+        with ending.as_python_does(end):
             sys.argv[:] = [self.target, *self.arguments]
             self._enter()
             prepare()
             main, code = self._main()
+            has_begun = True
             exec(code, vars(main))
 
     @property

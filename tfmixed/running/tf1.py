@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ class Launch1:
         self.wish, self.ledger = wish, Ledger(wish)
         self._wanted = "auto" if wish.policy == "auto" else wish.policy.removeprefix("mixed_")
         self._tf: Any = None
+        self._has_keras = False
+        self._is_refused = False
         self._has_begun = False
         self._scalers: dict[Any, list[Any]] = {}  # which optimizers step in a graph
         self._sessions: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -40,15 +43,25 @@ class Launch1:
     def prepare(self) -> None:
         """Has the script's own import of TensorFlow install the shim."""
         wrapt.when_imported("tensorflow")(self._install)
+        wrapt.when_imported("keras")(self._after_keras)
+
+    def _after_keras(self, _keras: ModuleType) -> None:
+        self._has_keras = True
+        if "tensorflow" in sys.modules:
+            self._install(sys.modules["tensorflow"])
 
     def _install(self, tensorflow: ModuleType) -> None:
+        # The shim needs Keras: where the script's import of it is what imports TensorFlow, it is not done yet.
+        if self._tf is not None or ("keras" in sys.modules and not self._has_keras):
+            return
+        self._tf = tensorflow
         try:
             from tfmixed.compat import v1
         except ImportError as error:
+            self._is_refused = True
             refuse(f"--tf1: {error}")
         from tfmixed.running.wrapping import around
 
-        self._tf = tensorflow
         # For the whole run: it is asked for at each step that is built.
         os.environ[_SCALING] = "0" if self._wanted == "float32" else "1"
         v1.install()
@@ -112,8 +125,13 @@ class Launch1:
 
     def finish(self) -> None:
         """Says how the run ended."""
+        if self._is_refused:
+            return
         if self._tf is None:
             say("nothing was applied: the script never imported TensorFlow")
+            return
+        if not self._has_begun:
+            say("nothing was applied: the script took no step of TensorFlow 1 (one of Keras needs no --tf1)")
             return
         for session in list(self._sessions):
             self._look(session)

@@ -48,6 +48,8 @@ class Training:
         around(keras.Model, "make_train_function", self._make_train_function)
         around(keras.Model, "fit", self._fit)
         around(keras.Model, "train_on_batch", self._train_on_batch)
+        for kind in (keras.optimizers.LossScaleOptimizer, LossScaleOptimizer):
+            around(kind, "build", self._build, traced=True)
 
     def _compile(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:
         given = bound(plain, model, *arguments, **named)
@@ -65,6 +67,10 @@ class Training:
         self._give(model, optimizer)
         del before
         return result
+
+    def _build(self, plain: _Plain, optimizer: Any, *arguments: Any, **named: Any) -> None:
+        plain(optimizer, *arguments, **named)
+        self.ledger.keep(optimizer)
 
     def _give(self, model: Any, optimizer: Any) -> None:
         """Gives a model what scales for an optimizer of the script, if there is something to scale."""
@@ -110,7 +116,7 @@ class Training:
             model.train_function = None
             if before.built:
                 model.optimizer.build(model.trainable_variables)
-        self.ledger.entry(model.optimizer)
+        self.ledger.keep(model.optimizer)
 
     def _make_train_function(self, plain: _Plain, model: Any, force: bool = False) -> Any:
         self._prepare(model)
@@ -145,6 +151,7 @@ class Training:
         if given is None or not model.compiled:
             return plain(model, *arguments, **named)
         self._prepare(model)
+        self._begin(model)
         callbacks = given.arguments.get("callbacks")
         ours = self._callbacks(model, callbacks)
         if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -179,8 +186,22 @@ class Training:
         return [*later, Logger(self.ledger)]
 
     def _train_on_batch(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:
+        self._begin(model)
         with self._noted(model):
             return plain(model, *arguments, **named)
+
+    def _begin(self, model: Any) -> None:
+        if getattr(model, "optimizer", None) is not None:
+            self.ledger.begin(model.optimizer)
+
+    def load(self, plain: _Plain, *arguments: Any, **named: Any) -> Any:
+        """Loads a model or its weights: steps that come with them are none of this run's."""
+        for optimizer in _optimizers_of(*arguments, *named.values()):
+            self.ledger.note(optimizer)
+        result = plain(*arguments, **named)
+        for optimizer in _optimizers_of(*arguments, *named.values(), result):
+            self.ledger.restored(optimizer)
+        return result
 
     @contextlib.contextmanager
     def _noted(self, model: Any) -> Iterator[None]:
@@ -197,6 +218,13 @@ def _resolved(optimizer: Any) -> Any:
         return keras.optimizers.get(optimizer)
     except (ValueError, TypeError):
         return None
+
+
+def _optimizers_of(*values: Any) -> Iterator[Any]:
+    """Yields the optimizers of the models among these."""
+    for each in values:
+        if isinstance(each, keras.Model) and each.optimizer is not None:
+            yield each.optimizer
 
 
 def _compute_dtype(model: Any) -> str:
