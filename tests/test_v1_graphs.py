@@ -107,6 +107,59 @@ def test_an_optimizer_with_a_minimize_of_its_own_is_told_of():
             assert session.run(weight) == 0.0
 
 
+class Clipping(V1.train.GradientDescentOptimizer):
+    def compute_gradients(self, loss, *arguments, **named):
+        pairs = super().compute_gradients(loss, *arguments, **named)
+        return [(tf.clip_by_value(gradient, -1.0, 1.0), variable) for gradient, variable in pairs]
+
+
+class Around(V1.train.Optimizer):
+    def __init__(self, opt):
+        super().__init__(False, "Around")
+        self.opt = opt
+
+    def compute_gradients(self, *arguments, **named):
+        return [(2.0 * gradient, weight) for gradient, weight in self.opt.compute_gradients(*arguments, **named)]
+
+    def apply_gradients(self, *arguments, **named):
+        return self.opt.apply_gradients(*arguments, **named)
+
+
+OWN = {"clips": lambda: Clipping(1.0), "wraps": lambda: Around(Clipping(0.5))}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_clipping_in_an_optimizers_own_compute_gradients(kind):
+    """It clips what is not scaled, and hides no overflow; TensorFlow's method is as before afterwards."""
+    plain = V1.train.Optimizer.compute_gradients
+    with tf.Graph().as_default():
+        weight, given = V1.get_variable("w", initializer=tf.zeros(2)), V1.placeholder(tf.float32, [2])
+        opt = LossScaleOptimizer(OWN[kind]())
+        train = opt.minimize(tf.reduce_sum(weight * given), V1.train.get_or_create_global_step())
+        with tf1.session() as session:
+            for numbers in ([0.5, 3.0], [1.0, np.inf], [0.25, 3.0]):
+                session.run(train, {given: numbers})
+            np.testing.assert_array_equal(session.run(weight), [-0.75, -2.0])
+            assert session.run([opt.skipped_steps, opt.loss_scale, V1.train.get_global_step()]) == [1, 2.0**14, 2]
+    assert V1.train.Optimizer.compute_gradients is plain
+
+
+class OwnGradients(V1.train.GradientDescentOptimizer):
+    def compute_gradients(self, loss, var_list=None, **named):
+        return [(tf.clip_by_value(tf.gradients(loss, [weight])[0], -1.0, 1.0), weight) for weight in var_list]
+
+
+def test_an_optimizer_that_calls_tf_gradients_is_told_of():
+    """Its loss is not scaled, for who knows what becomes of the gradients before it returns them."""
+    with tf.Graph().as_default():
+        weight = V1.get_variable("w", initializer=0.0)
+        with pytest.warns(UserWarning, match="OwnGradients has its own compute_gradients, which does not call that of"):
+            train = LossScaleOptimizer(OwnGradients(1.0)).minimize(weight * 0.5, var_list=[weight])
+        with tf1.session() as session:
+            session.run(train)
+            assert session.run(weight) == -0.5
+
+
 @pytest.mark.parametrize("dtype", [tf.float16, tf.float32, tf.float64], ids=lambda dtype: dtype.name)
 def test_gradients_of_the_loss_may_be_given(dtype):
     """In the loss's own dtype, whatever it is scaled in."""

@@ -11,9 +11,9 @@ from typing import Any
 import tensorflow as tf
 from keras import ops
 
-from tfmixed import arguments, gradients
+from tfmixed import arguments, gradients, outside
 from tfmixed.branching import as_it_is
-from tfmixed.compat.v1 import control_flow, origins, rewrite
+from tfmixed.compat.v1 import control_flow, origins, overriding, rewrite
 from tfmixed.compat.v1.graphs import Blaming, GraphState
 from tfmixed.compat.v1.origins import Origins
 from tfmixed.compat.v1.scales import scalings_of
@@ -102,6 +102,8 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
     def compute_gradients(self, loss: Any, *arguments: Any, **named: Any) -> list[tuple[Any, Any]]:
         """Returns the gradients of `loss`, computed with the scale and divided by it, and their variables.
 
+        A `compute_gradients` of the wrapped optimizer's own gets them divided where it calls TensorFlow's.
+
         Args:
             loss: A tensor, or where there is no graph a function that returns one.
             *arguments: As for the wrapped optimizer.
@@ -112,16 +114,36 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
         """
         rewrite.check_policy()
         _check_strategy()
-        state, scale, largest = self._state(), self.loss_scale, self.rule.bounds[1]
+        compute = self._optimizer.compute_gradients
+        with _at_work():
+            if not overriding.has_own(self._optimizer):
+                return self._unscaled(compute, loss, *arguments, **named)
+            with overriding.going_through(self._unscaled) as calls:
+                pairs = list(compute(loss, *arguments, **named))
+        if calls:
+            return pairs
+        outside.warn(
+            f"{type(self._optimizer).__name__} has its own compute_gradients, which does not call that of "
+            "tf.compat.v1.train.Optimizer: its loss is not scaled, which float16 needs. Call "
+            "super().compute_gradients there"
+        )
+        return self._judged(pairs, ops.ones((), "float32"))
+
+    def _unscaled(self, compute: Callable[..., Any], loss: Any, *arguments: Any, **named: Any) -> list[tuple[Any, Any]]:
+        """Returns what `compute` makes of the scaled loss, unscaled and judged."""
+        scale = self.loss_scale
         scaled = _scaled(loss, scale)
         if named.get("grad_loss") is not None and hasattr(scaled, "dtype"):
             named["grad_loss"] = tf.cast(named["grad_loss"], scaled.dtype)
-        with _at_work():
-            pairs = list(self._optimizer.compute_gradients(scaled, *arguments, **named))
+        return self._judged(list(compute(scaled, *arguments, **named)), scale)
+
+    def _judged(self, pairs: list[tuple[Any, Any]], scale: Any) -> list[tuple[Any, Any]]:
+        """Returns gradients divided by the scale; what they are like is kept in mind."""
         present = [(each, variable) for each, variable in pairs if each is not None]
         if not present:
             return pairs
         grads, variables = zip(*present, strict=True)
+        state, largest = self._state(), self.rule.bounds[1]
         judge, indices = self._judge(variables), state.indices(variables)
         with V1.name_scope(_SCOPE):
             evidence = judge.evidence(grads, scale, range(len(grads)))
