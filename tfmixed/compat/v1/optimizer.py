@@ -115,7 +115,7 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
         rewrite.check_policy()
         _check_strategy()
         compute = self._optimizer.compute_gradients
-        with _at_work():
+        with at_work():
             if not overriding.has_own(self._optimizer):
                 return self._unscaled(compute, loss, *arguments, **named)
             with overriding.going_through(self._unscaled) as calls:
@@ -206,7 +206,7 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
         scope = tf.get_current_name_scope()
 
         def step() -> Any:
-            with control_flow.variables_outside(scope), _at_work():
+            with control_flow.variables_outside(scope), at_work():
                 divided = [
                     (_like(gradients.unscale(each, divisor, 2.0), variable), variable) for each, variable in pairs
                 ]
@@ -247,7 +247,8 @@ def is_at_work() -> bool:
 
 
 @contextlib.contextmanager
-def _at_work() -> Iterator[None]:
+def at_work() -> Iterator[None]:
+    """Lets optimizers that are called within it be taken for wrapped ones, in this thread."""
     _local.depth = getattr(_local, "depth", 0) + 1
     try:
         yield
