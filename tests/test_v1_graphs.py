@@ -96,15 +96,38 @@ class OwnMinimize(V1.train.GradientDescentOptimizer):
         return super().minimize(loss * 2.0, global_step, var_list, **named)
 
 
-def test_an_optimizer_with_a_minimize_of_its_own_is_told_of():
-    """It is not called; the two halves are."""
+class ClippingMinimize(V1.train.GradientDescentOptimizer):
+    def minimize(self, loss, global_step=None):
+        pairs = [(tf.clip_by_value(gradient, -2.0, 2.0), weight) for gradient, weight in self.compute_gradients(loss)]
+        return self.apply_gradients(pairs, global_step)
+
+
+@pytest.mark.parametrize("kind", [OwnMinimize, ClippingMinimize])
+def test_an_optimizer_with_a_minimize_of_its_own(kind):
+    """What it calls of itself scales the loss and skips; afterwards it is as before."""
+    with tf.Graph().as_default():
+        weight, given = V1.get_variable("w", initializer=1.0), V1.placeholder(tf.float32, [])
+        inner = kind(1.0)
+        opt, step, before = LossScaleOptimizer(inner), V1.train.get_or_create_global_step(), dict(vars(inner))
+        train = opt.minimize(weight * given, step)
+        assert vars(inner).keys() == before.keys()
+        with tf1.session() as session:
+            for number in (1.0 if kind is OwnMinimize else 3.0, np.inf):
+                session.run(train, {given: number})
+            assert session.run([weight, step, opt.skipped_steps, opt.loss_scale]) == [-1.0, 1, 1, 2.0**14]
+
+
+class Delegating(V1.train.GradientDescentOptimizer):
+    def minimize(self, loss, **named):
+        return V1.train.GradientDescentOptimizer(1.0).minimize(loss, **named)
+
+
+def test_an_optimizer_whose_minimize_is_anothers_is_told_of():
+    """Nobody sees its gradients."""
     with tf.Graph().as_default():
         weight = V1.get_variable("w", initializer=1.0)
-        with pytest.warns(UserWarning, match="OwnMinimize has its own minimize, which is not called"):
-            train = LossScaleOptimizer(OwnMinimize(1.0)).minimize(weight * 1.0)
-        with tf1.session() as session:
-            session.run(train)
-            assert session.run(weight) == 0.0
+        with pytest.warns(UserWarning, match="Delegating has its own minimize, which does not call"):
+            LossScaleOptimizer(Delegating(1.0)).minimize(weight * 1.0)
 
 
 class Clipping(V1.train.GradientDescentOptimizer):

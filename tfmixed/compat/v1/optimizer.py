@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -89,14 +89,17 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
 
     def minimize(self, *arguments: Any, **named: Any) -> Any:
         """Returns the operation of a whole step, with the arguments of TensorFlow's: both halves in one call."""
-        kind = type(self._optimizer)
-        if kind.minimize is not V1.train.Optimizer.minimize:
-            warnings.warn(
-                f"{kind.__name__} has its own minimize, which is not called: what it does beyond compute_gradients and "
-                "apply_gradients is left out. Call these two, which hand all arguments on",
-                stacklevel=2,
+        opt = self._optimizer
+        if type(opt).minimize is V1.train.Optimizer.minimize:
+            return super().minimize(*arguments, **named)
+        with overriding.taking(opt, self.compute_gradients, self.apply_gradients) as calls:
+            train = opt.minimize(*arguments, **named)
+        if "apply_gradients" not in calls:
+            outside.warn(
+                f"{type(opt).__name__} has its own minimize, which does not call its apply_gradients: its steps are "
+                "not checked, and none is skipped. Call compute_gradients and apply_gradients"
             )
-        return super().minimize(*arguments, **named)
+        return train
 
     @as_it_is
     def compute_gradients(self, loss: Any, *arguments: Any, **named: Any) -> list[tuple[Any, Any]]:
@@ -114,7 +117,7 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
         """
         rewrite.check_policy()
         _check_strategy()
-        compute = self._optimizer.compute_gradients
+        compute = functools.partial(type(self._optimizer).compute_gradients, self._optimizer)
         with at_work():
             if not overriding.has_own(self._optimizer):
                 return self._unscaled(compute, loss, *arguments, **named)
@@ -210,7 +213,7 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
                 divided = [
                     (_like(gradients.unscale(each, divisor, 2.0), variable), variable) for each, variable in pairs
                 ]
-                return _done(self._optimizer.apply_gradients(divided, **named))
+                return _done(type(self._optimizer).apply_gradients(self._optimizer, divided, **named))
 
         return step
 

@@ -1,4 +1,4 @@
-"""Optimizers with a `compute_gradients` of their own: the loss is scaled where that calls TensorFlow's."""
+"""Optimizers with a `compute_gradients` or `minimize` of their own: scaled are the calls that these make."""
 
 from __future__ import annotations
 
@@ -66,3 +66,29 @@ def _method(self: Any, *arguments: Any, **named: Any) -> Any:
         return around(plain, *arguments, **named)
     finally:
         _local.present = present
+
+
+@contextlib.contextmanager
+def taking(opt: Any, *methods: Callable[..., Any]) -> Iterator[set[str]]:
+    """Lets what an optimizer calls of itself by the names of these methods be them.
+
+    Yields:
+        The names of those that were called, in the end.
+    """
+    calls = set[str]()
+
+    def noted(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls.add(method.__name__)
+            return method(*arguments, **named)
+
+        return call
+
+    own, before = vars(opt), dict(vars(opt))
+    own.update({method.__name__: noted(method) for method in methods})
+    try:
+        yield calls
+    finally:
+        for name in (method.__name__ for method in methods):
+            own.pop(name, None)
+            own.update({name: before[name]} if name in before else {})
