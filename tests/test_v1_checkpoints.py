@@ -223,6 +223,52 @@ def test_a_run_with_a_loss_scale_of_tensorflow_restores_each(tmp_path, run, how)
     assert restored == scale
 
 
+def two(wrap):
+    """Returns the steps of two optimizers in one graph, as those of a GAN, and their slots' decays."""
+    steps = [
+        wrap(V1.train.AdamOptimizer(0.5, beta1=beta1)).minimize(V1.get_variable(name, initializer=1.0) ** 2)
+        for name, beta1 in (("critic", 0.5), ("generator", 0.25))
+    ]
+    return steps, [each for each in V1.global_variables() if "beta1_power" in each.name]
+
+
+TWO = """
+import sys
+import numpy as np
+import tensorflow as tf
+getattr(tf.compat.v1, sys.argv[1])()
+import test_v1_checkpoints as tests
+from tfmixed.compat.v1 import checkpoints
+from test_v1_checkpoints import RUNS, V1
+
+for kind in ("float32", "theirs", "mixed"):
+    path = f"{sys.argv[2]}/{kind}/model.ckpt"
+    with tf.Graph().as_default():
+        steps, decays = tests.two(RUNS[kind])
+        with tests.tf1.session() as session:
+            for each in (0, 0, 1):
+                session.run(steps[each])
+            expected = session.run([*decays, *V1.trainable_variables()])
+            V1.train.Saver().save(session, path)
+    assert len({*expected}) == 4, expected
+    if kind != "mixed":
+        checkpoints.to_mixed(path, path + "-mixed", optimizers=2)
+    with tf.Graph().as_default():
+        steps, decays = tests.two(RUNS["mixed"])
+        for restore in (checkpoints.restorer(path), tests.by_saver(path + ("" if kind == "mixed" else "-mixed"))()):
+            with tests.tf1.session() as session:
+                restore(session)
+                np.testing.assert_array_equal(session.run([*decays, *V1.trainable_variables()]), expected)
+                session.run(steps)
+"""
+
+
+@pytest.mark.parametrize("switch", ["disable_v2_behavior", "disable_eager_execution"])
+def test_two_optimizers_in_one_graph(tmp_path, switch):
+    """Each gets its own variables back, whoever wrote them; TensorFlow's wrapper names them by its conditionals."""
+    tf1.script(TWO, switch, tmp_path)
+
+
 def test_a_scale_of_tensorflows_is_recognized_by_both_its_variables(tmp_path):
     """One that is called `good_steps` alone is of the model."""
     with tf.Graph().as_default():

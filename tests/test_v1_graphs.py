@@ -96,15 +96,91 @@ class OwnMinimize(V1.train.GradientDescentOptimizer):
         return super().minimize(loss * 2.0, global_step, var_list, **named)
 
 
-def test_an_optimizer_with_a_minimize_of_its_own_is_told_of():
-    """It is not called; the two halves are."""
+class ClippingMinimize(V1.train.GradientDescentOptimizer):
+    def minimize(self, loss, global_step=None):
+        pairs = [(tf.clip_by_value(gradient, -2.0, 2.0), weight) for gradient, weight in self.compute_gradients(loss)]
+        return self.apply_gradients(pairs, global_step)
+
+
+@pytest.mark.parametrize("kind", [OwnMinimize, ClippingMinimize])
+def test_an_optimizer_with_a_minimize_of_its_own(kind):
+    """What it calls of itself scales the loss and skips; afterwards it is as before."""
+    with tf.Graph().as_default():
+        weight, given = V1.get_variable("w", initializer=1.0), V1.placeholder(tf.float32, [])
+        inner = kind(1.0)
+        opt, step, before = LossScaleOptimizer(inner), V1.train.get_or_create_global_step(), dict(vars(inner))
+        train = opt.minimize(weight * given, step)
+        assert vars(inner).keys() == before.keys()
+        with tf1.session() as session:
+            for number in (1.0 if kind is OwnMinimize else 3.0, np.inf):
+                session.run(train, {given: number})
+            assert session.run([weight, step, opt.skipped_steps, opt.loss_scale]) == [-1.0, 1, 1, 2.0**14]
+
+
+class Delegating(V1.train.GradientDescentOptimizer):
+    def minimize(self, loss, **named):
+        return V1.train.GradientDescentOptimizer(1.0).minimize(loss, **named)
+
+
+def test_an_optimizer_whose_minimize_is_anothers_is_told_of():
+    """Nobody sees its gradients."""
     with tf.Graph().as_default():
         weight = V1.get_variable("w", initializer=1.0)
-        with pytest.warns(UserWarning, match="OwnMinimize has its own minimize, which is not called"):
-            train = LossScaleOptimizer(OwnMinimize(1.0)).minimize(weight * 1.0)
+        with pytest.warns(UserWarning, match="Delegating has its own minimize, which does not call"):
+            LossScaleOptimizer(Delegating(1.0)).minimize(weight * 1.0)
+
+
+class Clipping(V1.train.GradientDescentOptimizer):
+    def compute_gradients(self, loss, *arguments, **named):
+        pairs = super().compute_gradients(loss, *arguments, **named)
+        return [(tf.clip_by_value(gradient, -1.0, 1.0), variable) for gradient, variable in pairs]
+
+
+class Around(V1.train.Optimizer):
+    def __init__(self, opt):
+        super().__init__(False, "Around")
+        self.opt = opt
+
+    def compute_gradients(self, *arguments, **named):
+        return [(2.0 * gradient, weight) for gradient, weight in self.opt.compute_gradients(*arguments, **named)]
+
+    def apply_gradients(self, *arguments, **named):
+        return self.opt.apply_gradients(*arguments, **named)
+
+
+OWN = {"clips": lambda: Clipping(1.0), "wraps": lambda: Around(Clipping(0.5))}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_clipping_in_an_optimizers_own_compute_gradients(kind):
+    """It clips what is not scaled, and hides no overflow; TensorFlow's method is as before afterwards."""
+    plain = V1.train.Optimizer.compute_gradients
+    with tf.Graph().as_default():
+        weight, given = V1.get_variable("w", initializer=tf.zeros(2)), V1.placeholder(tf.float32, [2])
+        opt = LossScaleOptimizer(OWN[kind]())
+        train = opt.minimize(tf.reduce_sum(weight * given), V1.train.get_or_create_global_step())
+        with tf1.session() as session:
+            for numbers in ([0.5, 3.0], [1.0, np.inf], [0.25, 3.0]):
+                session.run(train, {given: numbers})
+            np.testing.assert_array_equal(session.run(weight), [-0.75, -2.0])
+            assert session.run([opt.skipped_steps, opt.loss_scale, V1.train.get_global_step()]) == [1, 2.0**14, 2]
+    assert V1.train.Optimizer.compute_gradients is plain
+
+
+class OwnGradients(V1.train.GradientDescentOptimizer):
+    def compute_gradients(self, loss, var_list=None, **named):
+        return [(tf.clip_by_value(tf.gradients(loss, [weight])[0], -1.0, 1.0), weight) for weight in var_list]
+
+
+def test_an_optimizer_that_calls_tf_gradients_is_told_of():
+    """Its loss is not scaled, for who knows what becomes of the gradients before it returns them."""
+    with tf.Graph().as_default():
+        weight = V1.get_variable("w", initializer=0.0)
+        with pytest.warns(UserWarning, match="OwnGradients has its own compute_gradients, which does not call that of"):
+            train = LossScaleOptimizer(OwnGradients(1.0)).minimize(weight * 0.5, var_list=[weight])
         with tf1.session() as session:
             session.run(train)
-            assert session.run(weight) == 0.0
+            assert session.run(weight) == -0.5
 
 
 @pytest.mark.parametrize("dtype", [tf.float16, tf.float32, tf.float64], ids=lambda dtype: dtype.name)

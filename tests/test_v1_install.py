@@ -276,6 +276,9 @@ def test_the_import_has_each_name_of_the_table(spelling):
         assert found is operator.attrgetter(path)(tf)
 
 
+METHODS = ("compute_gradients", "apply_gradients")
+
+
 def everything():
     """Returns what could be touched: names, modules, methods, the registry."""
     from tensorflow.python.client.session import BaseSession
@@ -287,7 +290,8 @@ def everything():
     return (
         [{name: id(value) for name, value in vars(place).items()} for place in places],
         {name: id(module) for name, module in sys.modules.items() if name.startswith("tensorflow.contrib")},
-        [V1.train.Optimizer.compute_gradients, V1.train.Optimizer.apply_gradients, BaseSession.__init__],
+        [vars(kind)[name] for kind in (V1.train.Optimizer, V1.train.SyncReplicasOptimizer) for name in METHODS],
+        BaseSession.__init__,
         context._create_context,
         dict(mixed_precision._REGISTERED_WRAPPER_OPTIMIZER_CLS),
     )
@@ -408,6 +412,33 @@ def test_the_variable_scales_nobody_who_scales_or_applies_by_himself(monkeypatch
             session.run(once)
             session.run(own)
             assert session.run(weight) == 0.25
+
+
+WAITING = """
+import os, sys, warnings
+import tensorflow as tf
+V1 = tf.compat.v1
+import tfmixed.compat.v1
+tfmixed.compat.v1.install()
+with tf.Graph().as_default(), warnings.catch_warnings(record=True) as said:
+    weight, step = V1.get_variable("w", initializer=1.0), V1.train.get_or_create_global_step()
+    opt = V1.train.SyncReplicasOptimizer(V1.train.GradientDescentOptimizer(0.25), 1, total_num_replicas=1)
+    train = opt.minimize(weight * 1.0, global_step=step)
+    assert not [variable for variable in V1.global_variables() if "tfmixed" in variable.name]
+    hook = opt.make_session_run_hook(is_chief=True, num_tokens=0)
+    with V1.train.MonitoredTrainingSession(hooks=[hook]) as session:
+        for _ in range(2):
+            session.run(train)
+        print(*map(float, session.run([weight, step])), "so its loss is not scaled" in str(said[-1].message))
+        sys.stdout.flush()
+        os._exit(0)  # its queue ends late
+"""
+
+
+def test_the_variable_leaves_replicas_that_wait_for_each_other_alone():
+    """They train as without it, and a warning says why they are not scaled."""
+    environment = {"TF_ENABLE_AUTO_MIXED_PRECISION_LOSS_SCALING": "1"}
+    assert tf1.script(WAITING, environment=environment).split() == ["0.5", "2.0", "True"]
 
 
 def test_the_import_falls_through_to_tensorflow_1():

@@ -399,6 +399,54 @@ def train_name(train):
     return train.name.split("/")[-1]
 
 
+class OwnSlots(V1.train.Optimizer):
+    """Makes its variables when it applies, and lets them start with tensors."""
+
+    def __init__(self):
+        super().__init__(False, "OwnSlots")
+
+    def apply_gradients(self, grads_and_vars, global_step=None, name=None):
+        updates = []
+        for gradient, weight in grads_and_vars:
+            drawn = tf.random.normal(weight.shape, seed=1)
+            first = tf.Variable(drawn / tf.norm(drawn), trainable=False, name="first")
+            second = V1.get_variable("second", initializer=drawn + tf.zeros_like(weight), trainable=False)
+            updates += [weight.assign_sub(0.1 * gradient + first), second.assign(drawn)]
+        return tf.group(*updates, name=name)
+
+
+START_WITH_TENSORS = """
+import sys
+import numpy as np
+import tensorflow as tf
+V1 = tf.compat.v1
+getattr(V1, sys.argv[1])()
+import test_v1_optimizer as tests
+from tfmixed.compat.v1 import LossScaleOptimizer
+
+runs = []
+for wrap in (lambda opt: opt, LossScaleOptimizer):
+    with tf.Graph().as_default():
+        V1.set_random_seed(1)
+        given, weight, loss = tests.quadratic()
+        train = wrap(tests.OwnSlots()).minimize(loss)
+        own = {each.name: each for each in V1.global_variables() if not each.name.startswith("tfmixed")}
+        with tests.tf1.session() as session:
+            first, second = session.run([own["first:0"], own["second:0"]])
+            np.testing.assert_allclose(first, second / np.linalg.norm(second), rtol=1e-5)
+            session.run(train, {given: [1.0, 1.0]})
+            runs.append((set(own), session.run(weight) + first))
+assert runs[0][0] == runs[1][0]
+np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("switch", ["disable_v2_behavior", "disable_eager_execution"])
+def test_variables_of_an_optimizer_may_start_with_tensors(switch):
+    """Which are the same for two that start with the same; their names are those of a float32 run."""
+    tf1.script(START_WITH_TENSORS, switch)
+
+
 def test_an_unchanged_monitored_session_resumes(tmp_path):
     """Weights, scale and counters come back from its own checkpoints."""
     seen = []

@@ -131,6 +131,23 @@ def test_gradients_that_leave_the_graph_are_remembered():
         assert session.run(optimizer.skipped_steps) == 1
 
 
+def test_gradients_of_an_imported_graph(tmp_path):
+    """Whatever name it is imported under: what they were found to be like has another one there."""
+    (weight,), (given,) = weights("w")
+    ((gradient, _),) = scaler().compute_gradients(product(weight, given))
+    V1.train.export_meta_graph(str(tmp_path / "model.meta"))
+    with tf.Graph().as_default() as graph:
+        V1.train.import_meta_graph(str(tmp_path / "model.meta"), import_scope="old")
+        gradient, given = (graph.get_tensor_by_name(f"old/{each.name}") for each in (gradient, given))
+        optimizer = scaler()
+        train = optimizer.apply_gradients([(gradient, V1.trainable_variables()[0])])
+        with tf1.session() as session:
+            for numbers in (BAD, GOOD):
+                session.run(train, {given: numbers})
+            np.testing.assert_array_equal(session.run(V1.trainable_variables()), [[-1.0, -1.0]])
+            assert session.run(optimizer.skipped_steps) == 1
+
+
 def test_one_loss_adds_up_over_runs_while_another_is_trained():
     """Steps of the one that share the scale forget nothing of the other."""
     both, given = weights("slow", "quick")

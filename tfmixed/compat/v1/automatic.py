@@ -14,7 +14,7 @@ from tfmixed.compat.v1 import optimizer as scaling
 from tfmixed.compat.v1 import rewrite
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
 
-Optimizer = tf.compat.v1.train.Optimizer
+Optimizer, SyncReplicas = tf.compat.v1.train.Optimizer, tf.compat.v1.train.SyncReplicasOptimizer
 _BOTH = "TF_ENABLE_AUTO_MIXED_PRECISION"
 _REWRITE, _SCALING = f"{_BOTH}_GRAPH_REWRITE", f"{_BOTH}_LOSS_SCALING"
 _METHODS = ("compute_gradients", "apply_gradients")
@@ -24,7 +24,7 @@ _ATTRIBUTE = "_tfmixed_scaler"
 class _Watch:
     """What is to be undone, and what was done already."""
 
-    plain: dict[str, Callable[..., Any]] = {}  # noqa: RUF012  # replaced, never changed
+    plain: dict[tuple[Any, str], Callable[..., Any]] = {}  # noqa: RUF012  # replaced, never changed
     has_enabled = False
     create_context: Callable[[], None] = context._create_context
     odd: frozenset[tuple[str, str]] = frozenset()
@@ -37,9 +37,9 @@ def start() -> None:
     what `tf.init_scope` makes within a conditional for eager code (TensorFlow 2.21).
     """
     if not _Watch.plain:
-        _Watch.plain = {name: getattr(Optimizer, name) for name in _METHODS}
-        for name, method in _Watch.plain.items():
-            setattr(Optimizer, name, _scaled(name, method))
+        _Watch.plain = {(kind, name): getattr(kind, name) for kind in (Optimizer, SyncReplicas) for name in _METHODS}
+        for (kind, name), method in _Watch.plain.items():
+            setattr(kind, name, _scaled(name, method) if kind is Optimizer else _unscaled(method))
         rewrite.hold("environment", _obey)
         if context.context_safe() is None:
             context._create_context = _create_and_obey
@@ -49,8 +49,8 @@ def start() -> None:
 
 def stop() -> None:
     """Undoes `start`."""
-    for name, method in _Watch.plain.items():
-        setattr(Optimizer, name, method)
+    for (kind, name), method in _Watch.plain.items():
+        setattr(kind, name, method)
     _Watch.plain, _Watch.has_enabled = {}, False
     rewrite.release("environment")
     context._create_context = _Watch.create_context
@@ -94,10 +94,23 @@ def _scaled(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+def _unscaled(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Any, *arguments: Any, **named: Any) -> Any:
+        if _asks(_SCALING) and not scaling.is_at_work():
+            outside.warn(
+                "SyncReplicasOptimizer would wait for ever at the first skipped step, so its loss is not scaled, nor "
+                "are its gradients checked"
+            )
+        with scaling.at_work():
+            return plain(self, *arguments, **named)
+
+    return method
+
+
 def _is_plain(opt: Any) -> bool:
     """Returns whether both halves of a step go through the methods that are wrapped here."""
     scales = (LossScaleOptimizer, tf.compat.v1.mixed_precision.MixedPrecisionLossScaleOptimizer)
-    if isinstance(opt, (*scales, tf.compat.v1.train.SyncReplicasOptimizer)):
+    if isinstance(opt, (*scales, SyncReplicas)):
         return False
     own = [name for name in _METHODS if getattr(type(opt), name) is not getattr(Optimizer, name)]
     if own:

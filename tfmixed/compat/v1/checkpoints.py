@@ -21,6 +21,7 @@ import tensorflow as tf
 from tfmixed import whole
 from tfmixed.compat.v1.graphs import SCOPE
 from tfmixed.compat.v1.scales import scalings_of
+from tfmixed.scaling import checks
 
 V1 = tf.compat.v1
 # Ours, and what TensorFlow's DynamicLossScale has in its place.
@@ -69,7 +70,7 @@ def restorer(path: str | Path) -> Callable[[Any], None]:
     return restore
 
 
-def to_mixed(source: str | Path, target: str | Path, loss_scale: Any = "dynamic") -> list[str]:
+def to_mixed(source: str | Path, target: str | Path, loss_scale: Any = "dynamic", optimizers: int = 1) -> list[str]:
     """Writes the checkpoint of a float32 run, or of TensorFlow's own wrapper, as one of a mixed run.
 
     It becomes the latest of its folder, as one that a `Saver` writes. Where the loss scale is dynamic it has the
@@ -79,21 +80,26 @@ def to_mixed(source: str | Path, target: str | Path, loss_scale: Any = "dynamic"
         source: The checkpoint.
         target: Where to write.
         loss_scale: That of the mixed run, as for its optimizer.
+        optimizers: How many scale their losses in one graph, each with a scale of its own, as those of a GAN.
 
     Returns:
         The names of the variables that were added.
 
     Raises:
-        ValueError: `source` is no checkpoint of a `Saver`, `target` is one already, or `loss_scale` is none.
+        ValueError: `source` is no checkpoint of a `Saver`, `target` is one already, `loss_scale` is none, or
+            `optimizers` is below 1.
     """
-    values = _read(source)
+    checks.count("optimizers", optimizers, 1)
+    values, wanted = _read(source), dict[str, Any]()
     with tf.Graph().as_default(), V1.Session() as session:
         state = scalings_of(loss_scale).here()
         session.run(V1.global_variables_initializer())
-        wanted = {each.value.op.name: session.run(each.value) for each in state.variables.values()}
-    for ours, theirs in _THEIRS.items() if "step_counter" in state.variables else ():
-        own = f"{SCOPE}/{ours}"
-        wanted[own] = wanted[theirs] = values.get(theirs, values.get(own, wanted[own]))
+        fresh = {each.value.op.name.split("/")[-1]: session.run(each.value) for each in state.variables.values()}
+    for suffix in ["", *(f"_{number}" for number in range(1, optimizers))]:
+        wanted |= {f"{SCOPE}{suffix}/{name}": value for name, value in fresh.items()}
+        for ours, theirs in _THEIRS.items() if "step_counter" in state.variables else ():
+            own, their = f"{SCOPE}{suffix}/{ours}", theirs + suffix
+            wanted[own] = wanted[their] = values.get(their, values.get(own, wanted[own]))
     added = {name: value for name, value in wanted.items() if name not in values}
     _write(target, {**values, **added})
     return sorted(added)
@@ -117,8 +123,7 @@ def to_float32(source: str | Path, target: str | Path) -> list[str]:
 
 def _renamed(wanted: Collection[str], saved: Collection[str]) -> dict[str, str]:
     """Returns under which name the checkpoint has variables that it lacks under their own."""
-    plain = {_unbranched(name): name for name in saved}
-    found = {}
+    plain, found = _unbranched(saved), {}
     for name in wanted:
         ours = _OURS.search(name)
         other = _THEIRS.get(ours[2], "") + ours[1] if ours else plain.get(name, "")
@@ -127,9 +132,23 @@ def _renamed(wanted: Collection[str], saved: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _unbranched(name: str) -> str:
-    # TensorFlow's wrapper makes the optimizer's own variables within its conditional, under whose name they stand then.
-    return re.sub(r"(^|/)(?:cond(?:_\d+)?/)+(?=\w+$)", r"\1", name)
+def _unbranched(saved: Collection[str]) -> dict[str, str]:
+    """Returns the names that variables would have outside of the branches of TensorFlow's wrapper, and their own.
+
+    It makes the optimizer's own variables within its conditional, under whose name they stand then. Those of a second
+    optimizer have a number outside: `cond_1/beta1_power` and `cond_3/beta1_power` are `beta1_power` and
+    `beta1_power_1`.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in sorted(saved, key=lambda name: [int(number) for number in re.findall(r"cond_(\d+)/", name)]):
+        plain = re.sub(r"(^|/)(?:cond(?:_\d+)?/)+(?=\w+$)", r"\1", name)
+        if plain not in saved:
+            alike.setdefault(plain, []).append(name)
+    return {
+        f"{plain}_{number}" if number else plain: name
+        for plain, names in alike.items()
+        for number, name in enumerate(names)
+    }
 
 
 def _of_scaling(name: str, names: Collection[str]) -> bool:
@@ -163,7 +182,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     if not any(_SCALING.match(name) and _of_scaling(name, names) for name in names):
         return values
     # Under both names: a layer may be called `cond` too.
-    return {_unbranched(name): value for name, value in values.items()} | values
+    return {plain: values[name] for plain, name in _unbranched(names).items()} | values
 
 
 def _no_checkpoint(argument: str, path: str | Path, error: Exception) -> ValueError:
@@ -207,12 +226,15 @@ def main() -> None:
     parser.add_argument(
         "--loss-scale", default="dynamic", type=_loss_scale, help='"dynamic" or a number (default: %(default)s)'
     )
+    parser.add_argument(
+        "--optimizers", default=1, type=int, help="how many scale in one graph, as in a GAN (default: %(default)s)"
+    )
     given = parser.parse_args()
     try:
         if given.direction == "to-float32":
             print("left out:", *to_float32(given.source, given.target))
         else:
-            print("added:", *to_mixed(given.source, given.target, given.loss_scale))
+            print("added:", *to_mixed(given.source, given.target, given.loss_scale, given.optimizers))
     except (OSError, ValueError, tf.errors.OpError) as error:
         parser.error(str(error))
 

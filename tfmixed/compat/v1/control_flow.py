@@ -9,6 +9,8 @@ from typing import Any
 import tensorflow as tf
 
 V1 = tf.compat.v1
+# What has no value of its own outside of its branch or loop.
+_OF_CONTROL_FLOW = ("Merge", "RefMerge", "Enter", "RefEnter", "Exit", "NextIteration", "Placeholder")
 # A function that is called runs on one machine alone, and the variables may be on parameter servers: TensorFlow puts
 # the operations of one that is marked so into the graph before it gives them devices.
 _INLINED = {"_lower_as_multi_device_function": V1.AttrValue(b=True)}
@@ -36,19 +38,21 @@ def as_one(function: Callable[..., Any], *tensors: Any) -> Any:
 def variables_outside(scope: str) -> Iterator[None]:
     """Lets variables that are made within a branch have the names that they would have without it.
 
-    TensorFlow 1's conditionals put their own scope before them; a float32 checkpoint would not fit any more.
+    TensorFlow 1's conditionals put their own scope before them; a float32 checkpoint would not fit any more. Tensors
+    that such variables start with are computed outside too: TensorFlow takes no others.
 
     Args:
         scope: The name scope around the branch.
     """
     with V1.name_scope("apply"):
-        inner = tf.get_current_name_scope()
+        inner, copies = tf.get_current_name_scope(), dict[Any, Any]()
 
         def make(next_creator: Callable[..., Any], **arguments: Any) -> Any:
             present = tf.get_current_name_scope()
             wanted = (scope + present[len(inner) :]).lstrip("/") if (present + "/").startswith(inner + "/") else present
             with tf.init_scope(), V1.name_scope(wanted + "/" if wanted else None):
-                return next_creator(**arguments)
+                first = _outside(arguments.get("initial_value"), copies)
+                return next_creator(**arguments if first is None else {**arguments, "initial_value": first})
 
         with contextlib.ExitStack() as scopes:
             here = V1.get_default_graph()
@@ -80,6 +84,40 @@ def branches_that_hold(variables: Sequence[Any]) -> Iterator[None]:
     finally:
         if changes:
             V1.enable_control_flow_v2()
+
+
+def _outside(tensor: Any, copies: dict[Any, Any]) -> Any:
+    """Returns a tensor of a branch, computed again in the present graph; None where that cannot be, or need not.
+
+    Args:
+        tensor: What a variable is to start with.
+        copies: Operations that were copied, by those of the branch: two variables may start with the same numbers.
+    """
+    graph = V1.get_default_graph()
+    if tf.executing_eagerly() or not isinstance(tensor, tf.Tensor):
+        return None
+    operation = tensor.op
+    if operation.graph is graph and operation._get_control_flow_context() is None:
+        return tensor
+    for outer, inner in getattr(operation.graph, "captures", ()):
+        if inner is tensor:
+            return _outside(outer, copies)
+    if operation.type in ("Switch", "RefSwitch"):  # how a branch of TensorFlow 1 knows what is outside
+        return _outside(operation.inputs[0], copies)
+    if operation not in copies:
+        copies[operation] = _copied(operation, copies)
+    return copies[operation] and copies[operation].outputs[tensor.value_index]
+
+
+def _copied(operation: Any, copies: dict[Any, Any]) -> Any:
+    attributes = {name: value for name, value in operation.node_def.attr.items() if not name.startswith("_")}
+    if operation.type in _OF_CONTROL_FLOW or any(each.HasField("func") for each in attributes.values()):
+        return None
+    inputs = [_outside(each, copies) for each in operation.inputs]
+    if any(each is None for each in inputs):
+        return None
+    dtypes = [each.dtype for each in operation.outputs]
+    return V1.get_default_graph().create_op(operation.type, inputs, dtypes, attrs=attributes, name=operation.name)
 
 
 def in_control_flow(graph: Any) -> bool:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 from keras import ops
 
-from tfmixed import arguments, gradients
+from tfmixed import arguments, gradients, outside
 from tfmixed.branching import as_it_is
-from tfmixed.compat.v1 import control_flow, origins, rewrite
+from tfmixed.compat.v1 import control_flow, origins, overriding, rewrite
 from tfmixed.compat.v1.graphs import Blaming, GraphState
 from tfmixed.compat.v1.origins import Origins
 from tfmixed.compat.v1.scales import scalings_of
@@ -89,18 +89,23 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
 
     def minimize(self, *arguments: Any, **named: Any) -> Any:
         """Returns the operation of a whole step, with the arguments of TensorFlow's: both halves in one call."""
-        kind = type(self._optimizer)
-        if kind.minimize is not V1.train.Optimizer.minimize:
-            warnings.warn(
-                f"{kind.__name__} has its own minimize, which is not called: what it does beyond compute_gradients and "
-                "apply_gradients is left out. Call these two, which hand all arguments on",
-                stacklevel=2,
+        opt = self._optimizer
+        if type(opt).minimize is V1.train.Optimizer.minimize:
+            return super().minimize(*arguments, **named)
+        with overriding.taking(opt, self.compute_gradients, self.apply_gradients) as calls:
+            train = opt.minimize(*arguments, **named)
+        if "apply_gradients" not in calls:
+            outside.warn(
+                f"{type(opt).__name__} has its own minimize, which does not call its apply_gradients: its steps are "
+                "not checked, and none is skipped. Call compute_gradients and apply_gradients"
             )
-        return super().minimize(*arguments, **named)
+        return train
 
     @as_it_is
     def compute_gradients(self, loss: Any, *arguments: Any, **named: Any) -> list[tuple[Any, Any]]:
         """Returns the gradients of `loss`, computed with the scale and divided by it, and their variables.
+
+        A `compute_gradients` of the wrapped optimizer's own gets them divided where it calls TensorFlow's.
 
         Args:
             loss: A tensor, or where there is no graph a function that returns one.
@@ -112,16 +117,36 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
         """
         rewrite.check_policy()
         _check_strategy()
-        state, scale, largest = self._state(), self.loss_scale, self.rule.bounds[1]
+        compute = functools.partial(type(self._optimizer).compute_gradients, self._optimizer)
+        with at_work():
+            if not overriding.has_own(self._optimizer):
+                return self._unscaled(compute, loss, *arguments, **named)
+            with overriding.going_through(self._unscaled) as calls:
+                pairs = list(compute(loss, *arguments, **named))
+        if calls:
+            return pairs
+        outside.warn(
+            f"{type(self._optimizer).__name__} has its own compute_gradients, which does not call that of "
+            "tf.compat.v1.train.Optimizer: its loss is not scaled, which float16 needs. Call "
+            "super().compute_gradients there"
+        )
+        return self._judged(pairs, ops.ones((), "float32"))
+
+    def _unscaled(self, compute: Callable[..., Any], loss: Any, *arguments: Any, **named: Any) -> list[tuple[Any, Any]]:
+        """Returns what `compute` makes of the scaled loss, unscaled and judged."""
+        scale = self.loss_scale
         scaled = _scaled(loss, scale)
         if named.get("grad_loss") is not None and hasattr(scaled, "dtype"):
             named["grad_loss"] = tf.cast(named["grad_loss"], scaled.dtype)
-        with _at_work():
-            pairs = list(self._optimizer.compute_gradients(scaled, *arguments, **named))
+        return self._judged(list(compute(scaled, *arguments, **named)), scale)
+
+    def _judged(self, pairs: list[tuple[Any, Any]], scale: Any) -> list[tuple[Any, Any]]:
+        """Returns gradients divided by the scale; what they are like is kept in mind."""
         present = [(each, variable) for each, variable in pairs if each is not None]
         if not present:
             return pairs
         grads, variables = zip(*present, strict=True)
+        state, largest = self._state(), self.rule.bounds[1]
         judge, indices = self._judge(variables), state.indices(variables)
         with V1.name_scope(_SCOPE):
             evidence = judge.evidence(grads, scale, range(len(grads)))
@@ -184,11 +209,11 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
         scope = tf.get_current_name_scope()
 
         def step() -> Any:
-            with control_flow.variables_outside(scope), _at_work():
+            with control_flow.variables_outside(scope), at_work():
                 divided = [
                     (_like(gradients.unscale(each, divisor, 2.0), variable), variable) for each, variable in pairs
                 ]
-                return _done(self._optimizer.apply_gradients(divided, **named))
+                return _done(type(self._optimizer).apply_gradients(self._optimizer, divided, **named))
 
         return step
 
@@ -225,7 +250,8 @@ def is_at_work() -> bool:
 
 
 @contextlib.contextmanager
-def _at_work() -> Iterator[None]:
+def at_work() -> Iterator[None]:
+    """Lets optimizers that are called within it be taken for wrapped ones, in this thread."""
     _local.depth = getattr(_local, "depth", 0) + 1
     try:
         yield

@@ -65,7 +65,7 @@ def of(grads: Sequence[Any]) -> Origins:
 def _mark(operation: Any) -> Any:
     try:
         return operation.graph.get_tensor_by_name(operation.get_attr(_ATTRIBUTE).decode())
-    except ValueError:
+    except (ValueError, KeyError):  # there is no mark; or what it names, after an import under another name
         return None
 
 
