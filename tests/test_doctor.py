@@ -58,8 +58,8 @@ def test_all_is_measured():
     measured = doctor.examine(measure=True).measured
     assert [speed.dtype for speed in measured.speeds] == ["float32", "bfloat16", "float16"]
     assert all(speed.matmul_tflops > 0 and speed.conv_tflops > 0 for speed in measured.speeds)
-    assert 1e-4 < measured.of("float32").matmul_tflops < 1e4
-    assert 0.1 < measured.bandwidth_gb_s < 1e5
+    assert 1e-6 < measured.of("float32").matmul_tflops < 1e6
+    assert 1e-3 < measured.bandwidth_gb_s < 1e5
 
 
 def test_rates_are_medians_of_runs_in_turns():
