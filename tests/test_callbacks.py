@@ -88,6 +88,16 @@ def test_other_callbacks_can_use_the_values_of_a_batch(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"at_8.keras", "at_16.keras"}
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="where Keras moves variables for whoever looks at them")
+@pytest.mark.parametrize(("every", "batches"), [(None, []), (4, [3, 7, 11])])
+def test_on_jax_batches_are_looked_at_where_asked(every, batches):
+    """A look at the optimizer costs more than a small step."""
+    seen = []
+    keep = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append((batch, dict(logs))))
+    fit(LossScaleLogger(every=every, verbose=0), keep)
+    assert [batch for batch, logs in seen if "loss_scale" in logs] == batches
+
+
 def test_console_has_one_row_a_change(capsys):
     """The rows come between the progress bars; verbose=0 prints none."""
     model, _ = fit(LossScaleLogger())
