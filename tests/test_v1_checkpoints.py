@@ -382,3 +382,10 @@ def test_the_command_of_the_page(tmp_path):
     assert "tfmixed/dynamic_scale" in tf1.script(code, "to-float32", mixed, plain)
     np.testing.assert_allclose(continued("mixed", by_saver(str(mixed)))[0], losses, rtol=1e-4)
     np.testing.assert_allclose(continued("float32", by_saver(str(plain)))[0], losses, rtol=1e-4)
+
+
+def test_a_graph_has_one_optimizer_at_least(tmp_path):
+    """Nothing is read or written before that is said."""
+    with pytest.raises(ValueError, match=r"optimizers must be .* received 0"):
+        checkpoints.to_mixed(tmp_path / "none", tmp_path / "mixed", optimizers=0)
+    assert list(tmp_path.iterdir()) == []
