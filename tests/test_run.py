@@ -264,6 +264,29 @@ def test_the_steps_are_those_of_this_run(tmp_path, policy):
     assert {log[0].optimizer for log in logs} == {"Adam"}
 
 
+HANDED_ON = (
+    BEGIN
+    + """
+models = [net(keras.Input((4,))) for _ in range(2)]
+for model in models:
+    model.compile("adam", LOSS)
+    model.optimizer.build(model.trainable_variables)
+models[0].fit(x, y, batch_size=16, verbose=0)
+for other, variable in zip(models[1].optimizer.variables, models[0].optimizer.variables):
+    other.assign(variable)
+models[1].fit(x, y, batch_size=16, verbose=0)
+print(int(model.optimizer.iterations))
+"""
+)
+
+
+def test_steps_that_one_optimizer_hands_on_to_another_count_once(tmp_path):
+    """By its variables, as checkpoints of TensorFlow do it."""
+    done, said = run(tmp_path, HANDED_ON, "--policy", "mixed_float16")
+    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
+    assert said[-1].startswith("2 runs, 8 steps, 0 skipped, ")
+
+
 FLOAT32 = (
     BEGIN
     + """
