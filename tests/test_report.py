@@ -155,6 +155,22 @@ def test_more_than_three_guilty_variables_are_counted():
     assert told.endswith("`a` in 2 of 8, `b` in 2 of 8, `c` in 2 of 8, and 2 other variables.")
 
 
+def test_what_a_log_lacks_is_not_told():
+    """Three guilty variables have no others beside them, no steps no numbers, no overflows no names."""
+    three = (begin(), *(overflow(index, 2.0 ** (15 - index), name) for index, name in enumerate("abc")))
+    assert not any("other variables" in each for each in words.happened(Run("", three)))
+    assert words.happened(Run("", (begin(),)))[0] == "No step is in the log."
+    calm = words.happened(Run("", (begin(), Progress(99, 0, 2.0**15, 0))))
+    assert not any("first gradient" in each for each in calm)
+
+
+@pytest.mark.parametrize(("count", "told"), [(4, False), (5, True)])
+def test_five_skipped_steps_are_a_descent(count, told):
+    """Four are the search for the scale."""
+    log = (begin(), *(overflow(step, 2.0 ** (15 - step)) for step in range(count)), Progress(999, 0, 2.0**9, count))
+    assert any("on the way down" in each for each in words.advice(Run("", log))) is told
+
+
 def test_losses_are_told_from_first_to_last_finite_one():
     """And where the last one is not finite, that."""
     log = [begin(), *(Progress(99 * epoch, epoch, 8.0, 0, 1.0, loss) for epoch, loss in enumerate([2.5, 0.5, None]))]
