@@ -78,7 +78,7 @@ class Ledger:
 
         self.keep(optimizer)
         entry = self.entry(optimizer)
-        steps, skipped, scale = (entry.source and observing.numbers(entry.source)) or (0, 0, None)
+        steps, skipped, scale = observing.numbers(entry.source) or (0, 0, None)
         entry.before = steps - entry.steps, (skipped or 0) - (entry.skipped or 0), scale
 
     def note(self, optimizer: Any) -> None:
@@ -89,8 +89,8 @@ class Ledger:
     def _note(self, entry: Entry) -> None:
         from tfmixed.running import observing
 
-        known = entry.source and observing.numbers(entry.source)
-        if known:
+        known = observing.numbers(entry.source)
+        if known is not None:
             steps, skipped, entry.scale = known
             before = entry.before or (0, 0, None)
             entry.steps, entry.skipped = steps - before[0], None if skipped is None else skipped - before[1]

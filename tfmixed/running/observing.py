@@ -102,6 +102,8 @@ def remains(optimizer: Any) -> Any:
 
 def numbers(known: Any) -> tuple[int, int | None, float | None] | None:
     """Returns steps, skipped ones and the scale, as far as what `remains` returned knows them; None: nobody does."""
+    if known is None:
+        return None
     try:
         if isinstance(known, Observable):
             if getattr(known, "_scaling", known) is None:  # never used, and not to be made for this

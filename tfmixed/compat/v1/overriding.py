@@ -10,6 +10,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfmixed import temporary
+
 Optimizer = tf.compat.v1.train.Optimizer
 _lock = threading.Lock()
 _local = threading.local()
@@ -84,11 +86,7 @@ def taking(opt: Any, *methods: Callable[..., Any]) -> Iterator[set[str]]:
 
         return call
 
-    own, before = vars(opt), dict(vars(opt))
-    own.update({method.__name__: noted(method) for method in methods})
-    try:
+    with contextlib.ExitStack() as stack:
+        for method in methods:
+            temporary.put(stack, opt, method.__name__, noted(method))
         yield calls
-    finally:
-        for name in (method.__name__ for method in methods):
-            own.pop(name, None)
-            own.update({name: before[name]} if name in before else {})
