@@ -231,3 +231,36 @@ def test_a_rule_that_needs_the_maximum_sees_that_of_all_replicas():
         step(tf.constant(sizes))
         scales.append(float(optimizer.loss_scale))
     np.testing.assert_allclose(scales, scaling.simulate(rule, "TTT", [2.0, 1.0, 4.0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("style", ["Keras 2", "Keras 3"])
+def test_several_optimizers_in_one_step_are_independent(style):
+    """Weights and norms are those of unscaled steps, and no warning says that a loss was not scaled."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        weights = [keras.Variable([1.0, 1.0]) for _ in range(3)]
+        optimizers = [LossScaleOptimizer(keras.optimizers.SGD(0.5), 1024.0) for _ in weights]
+        for optimizer, weight in zip(optimizers, weights, strict=True):
+            optimizer.build([weight])
+
+    def of_replica():
+        scale = "get_scaled_loss" if style == "Keras 2" else "scale_loss"
+        with tf.GradientTape(persistent=True) as tape:
+            losses = [
+                getattr(optimizer, scale)(tf.reduce_sum(weight.value) / 2)
+                for optimizer, weight in zip(optimizers, weights, strict=True)
+            ]
+        grads = [tape.gradient(loss, [weight.value]) for loss, weight in zip(losses, weights, strict=True)]
+        if style == "Keras 2":
+            grads = [
+                [tf.clip_by_norm(gradient, 10.0) for gradient in optimizer.get_unscaled_gradients(own)]
+                for optimizer, own in zip(optimizers, grads, strict=True)
+            ]
+        for optimizer, own, weight in zip(optimizers, grads, weights, strict=True):
+            optimizer.apply_gradients(zip(own, [weight], strict=True))
+
+    for step in (lambda: strategy.run(of_replica), tf.function(lambda: strategy.run(of_replica))):
+        step()
+    for optimizer, weight in zip(optimizers, weights, strict=True):
+        np.testing.assert_array_equal(weight.numpy(), [0.0, 0.0])
+        assert float(optimizer.gradient_norm) == pytest.approx(2**0.5)

@@ -31,7 +31,7 @@ def pair(name="w", start=(1.0, 2.0)):
 
 def scaled(scaler, *values):
     """Returns the gradient of a scaled loss."""
-    return ops.convert_to_tensor(np.array(values, "float32") * np.float32(scaler.get_scale()))
+    return scaler.scale(ops.convert_to_tensor(np.array(values, "float32")))
 
 
 def step(scaler, optimizer, weight, *values):

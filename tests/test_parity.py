@@ -32,8 +32,7 @@ class ByOptimizer:
         self.scaler, self.weights = LossScaleOptimizer(keras.optimizers.Adam(0.1), rule), weights
 
     def step(self, gradients):
-        scale = self.scaler.loss_scale
-        apply(self.scaler, [ops.convert_to_tensor(each) * scale for each in gradients], self.weights)
+        apply(self.scaler, [self.scaler.scale_loss(each) for each in gradients], self.weights)
 
 
 class ByScaler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 from test_run import BEGIN, line_of, run
 
 from tfmixed import records
@@ -67,6 +68,72 @@ def test_a_tape_is_scaled_and_a_loop_that_would_not_be_is_refused(tmp_path):
     where = f"train.py:{line_of(TAPE, '# refused')}"
     assert said[-2].startswith(f"{where} takes a step of its own with Adam: under float16 its gradients would be those")
     assert said[-1].startswith("3 runs, 36 steps, 0 skipped")
+
+
+TAPES = (
+    BEGIN
+    + STEP
+    + """
+class Looks(Own):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        grads = tape.gradient(loss, self.trainable_variables)
+        scale = getattr(self.optimizer, "loss_scale", None)
+        self.optimizer.apply_gradients(zip(grads, self.trainable_variables))
+        return {"loss": loss}
+
+class Several(Own):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape(persistent=True) as tape:
+            out = self(x, training=True)
+            losses = self.compute_loss(x, y, out), 1e-6 * tf.reduce_mean(tf.cast(out, tf.float32))
+        grads = [tape.gradient(loss, self.trainable_variables) for loss in losses]
+        with tf.GradientTape() as another:
+            loss = 1e-6 * tf.reduce_mean(tf.cast(self(x), tf.float32))
+        grads.append(another.gradient(loss, self.trainable_variables, output_gradients=tf.constant(2.0)))
+        total = [tf.clip_by_norm(sum(parts), 1.0) for parts in zip(*grads)]
+        self.optimizer.apply_gradients(zip(total, self.trainable_variables))
+        return {"loss": loss}
+
+class Scales(Own):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            scaled = loss = self.compute_loss(x, y, self(x, training=True))
+            if hasattr(self.optimizer, "scale_loss"):
+                scaled = self.optimizer.scale_loss(loss) + 0.0
+        self.optimizer.apply_gradients(zip(tape.gradient(scaled, self.trainable_variables), self.trainable_variables))
+        return {"loss": loss}
+
+def main():
+    for kind in (Looks, Several, Scales):
+        for eagerly in (False, True):
+            print([float(abs(each).sum()) for each in trained(kind, "sgd", run_eagerly=eagerly).get_weights()])
+
+def trained(kind, optimizer, **named):  # longer steps: what float16 loses shows
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    model = kind(inputs, keras.layers.Dense(1)(keras.layers.Dense(4, activation="tanh")(inputs)))
+    model.compile(keras.optimizers.SGD(1e4), lambda y, out: 1e-6 * keras.ops.mean(keras.ops.square(out - y)), **named)
+    model.fit(x, y, epochs=1, batch_size=16, shuffle=False, verbose=0)
+    return model
+
+main()
+"""
+)
+
+
+def test_every_tape_of_a_train_step_is_scaled_or_left_to_its_script(tmp_path):
+    """Several tapes and seeds, a step that reads the scale and one that scales itself: as in float32."""
+    outputs = []
+    for policy in ("float32", "mixed_float16"):
+        done, said = run(tmp_path, TAPES, "--policy", policy)
+        assert done.returncode == 0, done.stderr
+        outputs.append(np.array([eval(line) for line in done.stdout.splitlines()]))
+    np.testing.assert_allclose(outputs[1], outputs[0], rtol=0.01, atol=1e-3)
 
 
 LOOPS = (

@@ -1,4 +1,4 @@
-"""Losses scaled and gradients unscaled by hand, in loops in the style of Keras 2."""
+"""Keras 2-compatible `get_scaled_loss` and `get_unscaled_gradients`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ByHand(Observable):
         >>> float(optimizer.get_scaled_loss(2.0)), float(optimizer.get_scaled_loss(lambda: 2.0)())
         (2048.0, 2048.0)
         """
-        self._calls.scale("get_scaled_loss", keras.tree.flatten(loss))
+        self._calls.scale("loss scaled", keras.tree.flatten(loss))
         scaled = keras.tree.map_structure(self._scaled, loss)
         self._calls.scaled(keras.tree.flatten(scaled))
         return scaled
@@ -65,8 +65,11 @@ class ByHand(Observable):
         (0.5, None)
         """
         grads = list(grads) if isinstance(grads, Iterator) else grads
-        self._calls.get_unscaled_gradients(keras.tree.flatten(grads))
-        scale, largest = self._scale(), self.rule.bounds[1]
-        unscaled = keras.tree.map_structure(lambda each: gradients.unscale(each, scale, largest), grads)
+        self._calls.unscale(keras.tree.flatten(grads))
+        unscaled = self._divided(grads)
         self._calls.unscaled(keras.tree.flatten(unscaled))
         return unscaled
+
+    def _divided(self, grads: Any) -> Any:
+        scale, largest = self._scale(), self.rule.bounds[1]
+        return keras.tree.map_structure(lambda gradient: gradients.unscale(gradient, scale, largest), grads)

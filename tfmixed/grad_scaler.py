@@ -107,8 +107,6 @@ class GradScaler(Lasting):
 
     def get_scale(self) -> Any:
         """Returns the scale as a float; where it is not known, because a graph is being made, as a tensor."""
-        self._state()
-        self._iteration.note_scale()  # whoever asks may scale by hand
         return self.loss_scale if in_graph() else float(self.loss_scale)
 
     @as_it_is
@@ -122,7 +120,7 @@ class GradScaler(Lasting):
             return outputs
         if isinstance(outputs, Iterator):
             return map(self.scale, outputs)
-        scale = self.loss_scale
+        scale = self._state().read("dynamic_scale")
         self._iteration.note_scale()
         return keras.tree.map_structure(lambda output: ops.multiply(output, scale), outputs)
 

@@ -110,7 +110,6 @@ class LossScaleOptimizer(ByHand, Saved):
     @property
     def loss_scale(self) -> Any:
         """The scale of the next step, a float32 scalar tensor. Assigning to it is logged as a change by hand."""
-        self._calls.loss_scale()
         return self._scale()
 
     @loss_scale.setter
@@ -135,14 +134,14 @@ class LossScaleOptimizer(ByHand, Saved):
     @as_it_is
     def scale_loss(self, loss: Any) -> Any:
         """Returns `loss` times the scale, in float32 at least: most scales are too large for float16."""
-        self._calls.scale("scale_loss", [loss])
+        self._calls.scale("scaled", [loss])
         scaled = ops.multiply(loss, self._scale())
         self._calls.scaled([scaled])
         return scaled
 
-    def _scale_of_gradients(self, grads: Sequence[Any], indices: Sequence[int]) -> Any:
-        """Returns by what the gradients that are applied are still multiplied."""
-        return ops.ones((), "float32") if self._calls.apply(grads, indices) else self._scale()
+    def _scale_of_gradients(self, grads: Sequence[Any]) -> Any:
+        """Returns the factor of the gradients that are applied: 1 if they are unscaled, else the scale."""
+        return ops.ones((), "float32") if self._calls.are_unscaled(grads) else self._scale()
 
     @as_it_is
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
@@ -166,7 +165,7 @@ class LossScaleOptimizer(ByHand, Saved):
         variables = self._variables_of(grads, trainable_variables)
         distribute.check_supported(self.inner_optimizer)
         judge, indices = self._judge(), self._indices(variables)
-        scale = self._scale_of_gradients(grads, indices)
+        scale = self._scale_of_gradients(grads)
         update = self._update(grads, variables, indices)
 
         def decide(total: Any, on_each: Any) -> None:
@@ -238,7 +237,7 @@ class LossScaleOptimizer(ByHand, Saved):
         values, inner = optimizer_variables[: len(own)], optimizer_variables[len(own) :]
         with keras.StatelessScope(state_mapping=list(zip(own, values, strict=True))) as scope:
             judge, indices = self._judge(), self._indices(self._trainable_variables)
-            scale = self._scale_of_gradients(grads, indices)
+            scale = self._scale_of_gradients(grads)
             verdict = judge.verdict(judge.evidence(grads, scale, indices), scale)
             self._state().advance(verdict)
         new_own = [scope.get_current_value(variable) for variable in own]
@@ -277,6 +276,7 @@ class LossScaleOptimizer(ByHand, Saved):
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Does what Keras does at the end of `fit`, and raises if all was in vain; see `raise_if_exhausted`."""
         super().finalize_variable_values(var_list)
+        self._calls.end_fit()
         # On JAX, `fit` calls this after an exception too, with variables that may be empty: let that one through.
         if keras.backend.backend() != "jax" or sys.exc_info()[0] is None:
             self.raise_if_exhausted()

@@ -50,15 +50,17 @@ class ScalingState(Variables):
 
     def __init__(self, rule: ScalingRule, capacity: int, add_variable: AddVariable) -> None:
         self.rule = rule
-        start = rule.start()
-        self._names = [self.name_of(field) for field in start._fields]
-        values = {
-            **dict(zip(self._names, start, strict=True)),
+        self._names = [self.name_of(field) for field in rule.start()._fields]
+        super().__init__({**self.initial(rule), **events.start(capacity)}, add_variable)
+
+    @classmethod
+    def initial(cls, rule: ScalingRule) -> dict[str, Any]:
+        """Returns the first values of the rule's state and of the counters by variable name, NumPy scalars."""
+        return {
+            **{cls.name_of(field): value for field, value in rule.start()._asdict().items()},
             **dict.fromkeys(("attempted_steps", "skipped_steps", "consecutive_skips"), numpy.int32(0)),
             "gradient_norm": numpy.float32(0),
-            **events.start(capacity),
         }
-        super().__init__(values, add_variable)
 
     @staticmethod
     def name_of(field: str) -> str:
@@ -164,33 +166,38 @@ class Observable:
         return self._scale()
 
     def _scale(self) -> Any:
-        return self._state().read("dynamic_scale")
+        return self._read("dynamic_scale")
+
+    def _read(self, name: str) -> Any:
+        # No variables are made to read a first value. A graph needs them, since they change later.
+        if getattr(self, "_scaling", self) is None and not in_graph():
+            return ops.convert_to_tensor(ScalingState.initial(self.rule)[name])
+        return self._state().read(name)
 
     @property
     def attempted_steps(self) -> Any:
         """Steps so far, applied or skipped: an integer scalar tensor."""
-        return self._state().read("attempted_steps")
+        return self._read("attempted_steps")
 
     @property
     def skipped_steps(self) -> Any:
         """Steps skipped so far: an integer scalar tensor."""
-        return self._state().read("skipped_steps")
+        return self._read("skipped_steps")
 
     @property
     def consecutive_skips(self) -> Any:
         """Steps skipped since the last one that was applied: an integer scalar tensor."""
-        return self._state().read("consecutive_skips")
+        return self._read("consecutive_skips")
 
     @property
     def gradient_norm(self) -> Any:
         """Global L2 norm of the last step's unscaled gradients, before clipping: a float32 scalar tensor."""
-        return self._state().read("gradient_norm")
+        return self._read("gradient_norm")
 
     def measured(self) -> dict[str, Any]:
         """Returns scale, skipped steps and gradient norm by name, for who watches: nobody scales a loss by these."""
-        state = self._state()
         names = {"loss_scale": "dynamic_scale", "skipped_steps": "skipped_steps", "gradient_norm": "gradient_norm"}
-        return {name: state.read(variable) for name, variable in names.items()}
+        return {name: self._read(variable) for name, variable in names.items()}
 
     def drain_events(self) -> list[Change]:
         """Returns the changes of the scale since the last call, oldest first, and forgets them.

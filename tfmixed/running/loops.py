@@ -99,16 +99,17 @@ class Loops:
         return any(not wanted.isdisjoint(_identities(layer.trainable_variables)) for layer in float16)
 
     def _gradient(self, plain: _Plain, tape: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:
-        seeded = any(each is not None for each in (*rest[:1], named.get("output_gradients")))
-        is_plain = seeded or not self.training.models or caller("tensorflow").startswith("keras.")
+        is_plain = not self.training.models or caller("tensorflow").startswith("keras.")
         optimizer = None if is_plain else self._owner(sources)
-        if optimizer is None or optimizer._calls.expects_scaled:
+        if optimizer is None or optimizer._calls.has_scaled(keras.tree.flatten(target)):
             return plain(tape, target, sources, *rest, **named)
-        from tensorflow import nest
-
-        named["output_gradients"] = nest.map_structure(lambda each: _scale_like(optimizer, each), target)
-        named |= dict(zip(("unconnected_gradients",), rest[1:], strict=False))
-        return optimizer.get_unscaled_gradients(plain(tape, target, sources, **named))
+        named |= dict(zip(("output_gradients", "unconnected_gradients"), rest, strict=False))
+        named["output_gradients"] = _scaled_seeds(optimizer, target, named.get("output_gradients"))
+        grads = plain(tape, target, sources, **named)
+        if optimizer._calls.state in ("scaled", "loss scaled"):  # by the script, which goes on with scaled gradients
+            return optimizer._divided(grads)
+        optimizer._calls.scale("loss scaled", [])
+        return optimizer.get_unscaled_gradients(grads)
 
     def _owner(self, sources: Any) -> Any:
         """Returns the optimizer, ours, of the model whose variables these are; None where there is none."""
@@ -129,7 +130,15 @@ def _identities(variables: Iterable[Any]) -> set[int]:
     return {*map(id, variables), *(id(each.value) for each in variables if isinstance(each, keras.Variable))}
 
 
-def _scale_like(optimizer: Any, target: Any) -> Any:
+def _scaled_seeds(optimizer: Any, target: Any, seeds: Any) -> Any:
+    """Returns the gradients that backpropagation starts from, ones unless given, times the scale."""
     import tensorflow as tf
 
-    return tf.cast(optimizer.get_scaled_loss(tf.ones_like(target, tf.float32)), target.dtype)
+    targets = tf.nest.flatten(target)
+    given = [None] * len(targets) if seeds is None else tf.nest.flatten(seeds)
+    scale = optimizer.loss_scale
+    seeds = [
+        tf.cast(scale * (tf.ones_like(each, tf.float32) if seed is None else tf.cast(seed, tf.float32)), each.dtype)
+        for each, seed in zip(targets, given, strict=True)
+    ]
+    return tf.nest.pack_sequence_as(target, seeds)

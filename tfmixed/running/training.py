@@ -86,7 +86,7 @@ class Training:
         elif rule is not None and optimizer not in self.left_alone:
             scaler = self._scalers.get(optimizer, lambda: None)() or LossScaleOptimizer(optimizer, rule)
             self._scalers[optimizer] = weakref.ref(scaler)
-            scaler._calls.refuse = _refuse_calls
+            scaler._calls.warn = _refuse_calls
             self.models.add(model)
             return scaler
         return optimizer
