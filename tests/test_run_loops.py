@@ -130,7 +130,7 @@ def test_every_tape_of_a_train_step_is_scaled_or_left_to_its_script(tmp_path):
     """Several tapes and seeds, a step that reads the scale and one that scales itself: as in float32."""
     outputs = []
     for policy in ("float32", "mixed_float16"):
-        done, said = run(tmp_path, TAPES, "--policy", policy)
+        done, _ = run(tmp_path, TAPES, "--policy", policy)
         assert done.returncode == 0, done.stderr
         outputs.append(np.array([eval(line) for line in done.stdout.splitlines()]))
     np.testing.assert_allclose(outputs[1], outputs[0], rtol=0.01, atol=1e-3)
