@@ -110,6 +110,18 @@ def test_what_keras_cannot_compile_on_replicas_is_refused_by_name(make, request)
     eager.fit({}).assert_same_weights(Trainer(mirrored(2), make, rule=None, run_eagerly=True).fit({}))
 
 
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="from Keras 3.15 on")
+def test_parts_of_a_multi_optimizer_are_refused_too():
+    """By the part's name."""
+    for name, make in BRANCHING.items():
+        inner = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(make()))
+        with mirrored(2).scope():
+            weight = keras.Variable([1.0])
+            optimizer = LossScaleOptimizer(inner)
+            with pytest.raises(NotImplementedError, match=rf"SGD\({name}=\d\) branches"):
+                tf.function(optimizer.build)([weight])
+
+
 def test_keras_still_cannot_compile_them_by_itself():
     """The day this fails, the refusal above can go."""
     with pytest.raises(RuntimeError, match="merge_call"):

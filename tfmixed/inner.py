@@ -71,7 +71,9 @@ def python_state(inner: keras.optimizers.Optimizer) -> tuple[tuple[Any, ...], li
     for part in parts(inner):
         rate = part._learning_rate
         schedule = vars(rate) if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule) else {}
-        found += [("", part), *vars(part).items(), *schedule.items()]
+        # What is private besides is Keras's own: variables, and caches that an update fills.
+        public = (item for each in (vars(part), schedule) for item in each.items() if not item[0].startswith("_"))
+        found += [("", part), ("", rate), *public]
     return tuple((name, _frozen(value)) for name, value in found), [value for _, value in found]
 
 
