@@ -171,6 +171,25 @@ def test_apply_outside_of_run_is_refused():
 
 
 @made_up
+@pytest.mark.parametrize(
+    ("dtype", "size", "skips"), [("float32", 1.2e19, 1), ("float32", 4e18, 0), ("float16", 4e4, 1)]
+)
+def test_the_sum_over_replicas_must_be_finite_too(dtype, size, skips):
+    """With its norm: each replica alone may have what all together may not."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        weights = [keras.Variable(np.ones(2), dtype=dtype, name=name) for name in "ab"]
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1e-18), 1)
+        optimizer.build(weights)
+    gradients = tf.constant([1.0, 1.0]), tf.constant([1.0, size])
+    strategy.run(tf.function(lambda: optimizer.apply(gradients, weights)))
+    assert optimizer._overflows() == {"a": 0, "b": skips}
+    for copy in strategy.experimental_local_results(weights[1].value):
+        assert np.isfinite(copy.numpy()).all()
+        assert np.array_equal(copy.numpy(), [1.0, 1.0]) == bool(skips)
+
+
+@made_up
 def test_sparse_and_missing_gradients_on_replicas():
     """Slices and None pass through the joint decision."""
     strategy = mirrored(2)

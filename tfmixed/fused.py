@@ -115,7 +115,8 @@ class Fuser:
         missing = tuple(each is None for each in call.grads)
         state, held = python_state(call.inner)
         key = tuple(zip(call.indices, missing, strict=True)), state
-        self._functions[key] = self._functions.pop(key, None) or (_compile(call), held)
+        known = self._functions.pop(key, None)
+        self._functions[key] = known or (_compile(call), held)
         if len(self._functions) > _MOST_FUNCTIONS:
             del self._functions[next(iter(self._functions))]  # the one that was not used for the longest time
         return self._functions[key][0]

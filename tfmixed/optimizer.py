@@ -22,7 +22,7 @@ from tfmixed.verdicts import Judge
 
 @keras.saving.register_keras_serializable(package="tfmixed")
 class LossScaleOptimizer(ByHand, Saved):
-    """An optimizer that scales the loss and applies a step only if every unscaled gradient is finite.
+    """An optimizer that scales the loss and applies a step only if every unscaled gradient, and their norm, is finite.
 
     A drop-in for Keras's class of the same name: `compile` does not wrap it again, and learning rate, schedules,
     `iterations`, clipping, weight decay, EMA and gradient accumulation are the inner optimizer's. A skipped step leaves

@@ -99,10 +99,11 @@ class Judge(NamedTuple):
         values = {index: values_of(each) for index, each in zip(indices, gradients, strict=True) if each is not None}
         count = len(self.limits)
         scaled = ops.stack([_sum_of_squares(values[index]) if index in values else 0.0 for index in range(count)])
-        is_raw = [index in self.raw for index in range(count)]
-        quick = scaled / ops.square(ops.where(is_raw, 1.0, scale) if self.raw else scale)
-        # Said of each number on its own: a compiler must have no root or square to move to the other side.
-        safe = ops.all(quick <= [min(limit**2, FLOAT32.max / _MARGIN) for limit in self.limits])  # NaN compares False
+        factor = ops.square(scale)
+        if self.raw:
+            factor = ops.where(ops.convert_to_tensor([index in self.raw for index in range(count)]), 1.0, factor)
+        quick, bounds = scaled / factor, [min(limit**2, FLOAT32.max / _MARGIN) for limit in self.limits]
+        safe = ops.all(quick <= ops.convert_to_tensor(bounds, "float32"))  # NaN compares False
         for known in (scale >= _SURE_SCALES[0], scale <= _SURE_SCALES[1]):
             safe = ops.logical_and(safe, known)
 
