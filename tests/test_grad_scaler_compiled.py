@@ -550,10 +550,17 @@ def test_step_outside_of_run_is_refused(strategy):
         loop.step([tf.ones(2)])
 
 
-def test_what_keras_cannot_compile_on_replicas_is_refused_by_name(strategy):
-    """As with the optimizer."""
+WRAPS = [lambda inner: inner]
+if hasattr(keras.optimizers, "MultiOptimizer"):  # from Keras 3.15 on
+    WRAPS += [lambda inner: keras.optimizers.MultiOptimizer(lambda _: inner)]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_what_keras_cannot_compile_on_replicas_is_refused_by_name(strategy, wrap):
+    """As with the optimizer; parts of a `MultiOptimizer` too, which it may know only when it is built."""
     with strategy.scope():
-        loop = Loop(optimizer=keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), weight=keras.Variable([1.0]))
+        inner = wrap(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+        loop = Loop(optimizer=inner, weight=keras.Variable([1.0]))
 
     @tf.function
     def step():

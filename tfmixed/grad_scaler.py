@@ -97,7 +97,6 @@ class GradScaler(Lasting):
     def _admit(self, optimizer: Any, grads: Sequence[Any], method: Method) -> Turn:
         """Lets an optimizer do what is its turn, and raises if it is not."""
         applying.check(optimizer)
-        distribute.check_supported(optimizer)
         self._state()
         if optimizer not in self._turns:
             self._turns[optimizer] = Turn(plain_variable)
@@ -190,6 +189,7 @@ class GradScaler(Lasting):
         known = iteration.known()
         turn.check_raw(variables)
         applying.build(optimizer, variables)
+        distribute.check_supported(optimizer)  # of a `MultiOptimizer` the parts may not be known before
         indices = turn.watch(variables, self._paths)
         present = [index for index, each in zip(indices, grads, strict=True) if each is not None]
         was_unscaled, is_row = turn.is_unscaled(iteration.mark()), self.consecutive_skips > 0

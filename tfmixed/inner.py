@@ -56,10 +56,8 @@ def reads_scalars(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -
 
 def is_known(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> bool:
     """Returns whether all that an update runs is Keras's own code."""
-    members = parts(inner)
-    return _is_of_keras(
-        [*members, *(each._learning_rate for each in members), *(each.constraint for each in variables)]
-    )
+    rates = [part._learning_rate for part in parts(inner)]
+    return _is_of_keras([*parts(inner), *rates, *(each.constraint for each in variables)])
 
 
 def python_state(inner: keras.optimizers.Optimizer) -> tuple[tuple[Any, ...], list[Any]]:
@@ -102,7 +100,7 @@ def largest_gradient(optimizer: Any, dtype: str) -> float:
         dtype: Of floating-point numbers.
     """
     largest = float(ml_dtypes.finfo(dtype).max)
-    if largest > FLOAT32.max / 2:
+    if largest > FLOAT32.max / 2:  # bfloat16's is a little below
         return FLOAT32.max
     root, limit = math.sqrt(largest), largest
     for part in parts(optimizer)[1:] or [optimizer]:
@@ -114,7 +112,8 @@ def largest_gradient(optimizer: Any, dtype: str) -> float:
 
 def parts(inner: Any) -> list[Any]:
     """Returns an optimizer and, if it is a `MultiOptimizer`, those that it hands variables to."""
-    return [inner, *getattr(inner, "optimizers", ())]
+    members = getattr(inner, "optimizers", None)
+    return [inner, *(members if isinstance(members, list | tuple) else ())]
 
 
 def _is_linear(optimizer: Any) -> bool:
@@ -127,7 +126,7 @@ def _is_linear(optimizer: Any) -> bool:
         from tensorflow.compat.v1 import train
 
         kinds, name = (train.GradientDescentOptimizer, train.MomentumOptimizer), "_resource_apply_dense"
-    step = getattr(type(optimizer), name, None)
+    step = getattr(getattr(optimizer, name, None), "__func__", None)
     return any(step is getattr(kind, name) for kind in kinds)
 
 
