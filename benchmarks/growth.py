@@ -53,7 +53,7 @@ class Point(NamedTuple):
 def check(shape: tuple[int, ...], count: int) -> Callable[[], object]:
     """Returns the finite check alone: all that is looked at before the update."""
     gradients = [tf.random.stateless_normal(shape, (0, index)) for index in range(count)]
-    judge, scale = Judge(dtypes=("float32",) * count, elements=1, squares=True), tf.constant(2.0**15)
+    judge, scale = Judge.of_unknown([False] * count, 1, needs_amax=False), tf.constant(2.0**15)
     return tf.function(lambda: judge.evidence(gradients, scale, range(count)), autograph=False)
 
 

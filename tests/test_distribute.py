@@ -110,6 +110,18 @@ def test_what_keras_cannot_compile_on_replicas_is_refused_by_name(make, request)
     eager.fit({}).assert_same_weights(Trainer(mirrored(2), make, rule=None, run_eagerly=True).fit({}))
 
 
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="from Keras 3.15 on")
+def test_parts_of_a_multi_optimizer_are_refused_too():
+    """By the part's name."""
+    for name, make in BRANCHING.items():
+        inner = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(make()))
+        with mirrored(2).scope():
+            weight = keras.Variable([1.0])
+            optimizer = LossScaleOptimizer(inner)
+            with pytest.raises(NotImplementedError, match=rf"SGD\({name}=\d\) branches"):
+                tf.function(optimizer.build)([weight])
+
+
 def test_keras_still_cannot_compile_them_by_itself():
     """The day this fails, the refusal above can go."""
     with pytest.raises(RuntimeError, match="merge_call"):
@@ -156,6 +168,25 @@ def test_apply_outside_of_run_is_refused():
         weight, optimizer = keras.Variable([1.0]), LossScaleOptimizer("sgd")
         with pytest.raises(RuntimeError, match=r"in a replica context, .* `strategy\.run`"):
             optimizer.apply([tf.ones(1)], [weight])
+
+
+@made_up
+@pytest.mark.parametrize(
+    ("dtype", "size", "skips"), [("float32", 1.2e19, 1), ("float32", 4e18, 0), ("float16", 4e4, 1)]
+)
+def test_the_sum_over_replicas_must_be_finite_too(dtype, size, skips):
+    """With its norm: each replica alone may have what all together may not."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        weights = [keras.Variable(np.ones(2), dtype=dtype, name=name) for name in "ab"]
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1e-18), 1)
+        optimizer.build(weights)
+    gradients = tf.constant([1.0, 1.0]), tf.constant([1.0, size])
+    strategy.run(tf.function(lambda: optimizer.apply(gradients, weights)))
+    assert optimizer._overflows() == {"a": 0, "b": skips}
+    for copy in strategy.experimental_local_results(weights[1].value):
+        assert np.isfinite(copy.numpy()).all()
+        assert np.array_equal(copy.numpy(), [1.0, 1.0]) == bool(skips)
 
 
 @made_up

@@ -374,16 +374,42 @@ def test_a_gradient_may_be_missing_among_large_and_small(missing):
     assert int(optimizer.iterations) == 1
 
 
+def constant(rate):
+    return keras.optimizers.schedules.PiecewiseConstantDecay([10**6], [rate, rate])
+
+
 def test_hyperparameters_that_change_between_steps_count():
-    """What is compiled has kept the old ones."""
+    """What is compiled has kept the old ones. Those of a schedule and numbers of NumPy too."""
+    changes = [
+        lambda inner: setattr(inner, "clipvalue", 1.0),
+        lambda inner: setattr(inner, "clipvalue", 0.5),
+        lambda inner: setattr(inner, "clipvalue", np.float32(0.25)),
+        lambda inner: setattr(inner, "clipvalue", np.float32(0.125)),
+        lambda inner: inner._learning_rate.values.__setitem__(0, 2.0),
+    ]
     for fuse in (True, False):
         weight = keras.Variable(np.zeros((2, 2), "float32"))
-        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, clipvalue=1.0), 2, fuse=fuse)
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(constant(1.0)), 2, fuse=fuse)
         optimizer.build([weight])
-        optimizer.apply([tf.fill((2, 2), 8.0)], [weight])
-        optimizer.inner_optimizer.clipvalue = 0.5
-        optimizer.apply([tf.fill((2, 2), 8.0)], [weight])
-        np.testing.assert_allclose(weight.numpy(), -1.5)
+        for change in changes:
+            change(optimizer.inner_optimizer)
+            optimizer.apply([tf.fill((2, 2), 8.0)], [weight])
+        np.testing.assert_allclose(weight.numpy(), -(1 + 0.5 + 0.25 + 0.125 + 2 * 0.125))
+
+
+def test_a_schedule_that_is_replaced_counts_whatever_its_id():
+    """A new object gets the id of one that is gone. What was compiled for the oldest ones is forgotten."""
+    weight, first = keras.Variable(np.zeros((2, 2), "float32")), None
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(constant(0.5)), 2, fuse=True)
+    optimizer.build([weight])
+    for number in range(18):
+        optimizer.inner_optimizer.learning_rate = schedule = constant(2.0**-number)
+        first, before = first or weakref.ref(schedule), weight.numpy()
+        del schedule
+        optimizer.apply([tf.fill((2, 2), 2.0)], [weight])
+        np.testing.assert_allclose(before - weight.numpy(), 2.0**-number, rtol=1e-4)
+    gc.collect()
+    assert first() is None
 
 
 class Counting(keras.optimizers.schedules.LearningRateSchedule):

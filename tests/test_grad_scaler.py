@@ -628,12 +628,20 @@ def scales_itself():
     return optimizer
 
 
+def a_part_scales():
+    part = keras.optimizers.SGD()
+    optimizer = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(part))
+    part.loss_scale_factor = 8.0
+    return optimizer
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: LossScaleOptimizer("sgd"), "must not scale the loss itself, received a LossScaleOptimizer: pass the"),
         (lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "auto_scale_loss=False"),
         (scales_itself, r"optimizer\.loss_scale_factor must be None, received 8\.0"),
+        *[(a_part_scales, "received 8.0 of a SGD")] * hasattr(keras.optimizers, "MultiOptimizer"),  # from Keras 3.15 on
     ],
 )
 def test_optimizers_that_scale_by_themselves_are_refused(make, message):

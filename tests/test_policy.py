@@ -5,6 +5,7 @@ import sys
 
 import keras
 import pytest
+from backend import needs_tensorflow
 
 from tfmixed import hardware, policy_scope, set_policy
 
@@ -14,6 +15,21 @@ def test_auto_takes_what_the_hardware_is_fast_in_and_says_why(capsys):
     machine = hardware.describe()
     assert set_policy("auto").name == keras.config.dtype_policy().name == machine.policy
     assert capsys.readouterr().err == f"tfmixed: policy {machine.policy}: {machine.reason}\n"
+
+
+@needs_tensorflow
+def test_auto_asks_for_what_tensorflow_shows_each_time(monkeypatch):
+    """Not for GPUs that `set_visible_devices` hides."""
+    import tensorflow as tf
+
+    visible, details = ["a GPU"], {"a GPU": {"compute_capability": (7, 0)}}
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: visible if kind == "GPU" else [])
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", details.get)
+    with policy_scope("auto") as policy:
+        assert policy.name == "mixed_float16"
+    visible.clear()
+    with policy_scope("auto") as policy:
+        assert policy.name == hardware.cpu().policy
 
 
 ONCE = """

@@ -152,14 +152,30 @@ def test_an_overflow_is_remembered_over_runs_of_the_session():
         assert session.run(optimizer.skipped_steps) == 1
 
 
-def test_finite_gradients_beyond_float32s_square_are_applied():
-    """Adam would make inf of their squares: they are made smaller, as by the other optimizers."""
+def test_a_norm_that_float32_cannot_hold_is_an_overflow():
+    """As the other optimizers say; no clipping hides it."""
     given, weight, loss = quadratic()
     optimizer = LossScaleOptimizer(V1.train.AdamOptimizer(0.5), 1.0)
-    train = optimizer.minimize(loss)
+    pairs = optimizer.compute_gradients(loss)
+    train = optimizer.apply_gradients([(tf.clip_by_value(gradient, -1.0, 1.0), each) for gradient, each in pairs])
     with tf1.session() as session:
-        session.run(train, {given: [1e30, 1e30]})
-        np.testing.assert_allclose(session.run(weight), [0.5, 1.5], rtol=1e-4)
+        session.run(train, {given: [1e30, 1.0]})
+        assert session.run(optimizer.skipped_steps) == 1
+        np.testing.assert_array_equal(session.run(weight), [1.0, 2.0])
+
+
+def test_gradients_of_float16_variables_are_looked_at_as_they_are_applied():
+    """Clipped by the script they can be squared, and unclipped they cannot."""
+    for clip, skipped in ((lambda gradient: tf.clip_by_value(gradient, -1.0, 1.0), 0), (lambda gradient: gradient, 1)):
+        with tf.Graph().as_default(), tf1.session() as session:
+            weight = V1.get_variable("w", initializer=tf.constant([1.0, 2.0], tf.float16))
+            optimizer = LossScaleOptimizer(V1.train.AdamOptimizer(0.5), 1.0)
+            pairs = optimizer.compute_gradients(tf.reduce_sum(1000.0 * tf.cast(weight, tf.float32)))
+            train = optimizer.apply_gradients([(clip(gradient), variable) for gradient, variable in pairs])
+            session.run(V1.global_variables_initializer())
+            session.run(train)
+            assert session.run(optimizer.skipped_steps) == skipped
+            assert np.isfinite(session.run(optimizer.variables())[1]).all()
 
 
 def test_sparse_gradients_stay_sparse():

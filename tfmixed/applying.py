@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from tfmixed import gradients
+from tfmixed.inner import parts
 
 
 def check(optimizer: Any) -> None:
@@ -24,9 +25,10 @@ def check(optimizer: Any) -> None:
             f"optimizer must not scale the loss itself, received a {type(optimizer).__name__}: pass the one that it "
             "wraps. Under mixed_float16 `compile(..., auto_scale_loss=False)` keeps Keras from wrapping it"
         )
-    factor = getattr(optimizer, "loss_scale_factor", None)
-    if factor is not None:
-        raise ValueError(f"optimizer.loss_scale_factor must be None, received {factor}")
+    for part in parts(optimizer):
+        factor = getattr(part, "loss_scale_factor", None)
+        if factor is not None:
+            raise ValueError(f"optimizer.loss_scale_factor must be None, received {factor} of a {type(part).__name__}")
 
 
 def _scales(optimizer: Any) -> bool:

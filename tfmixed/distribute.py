@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from tfmixed import workers
+from tfmixed.inner import branches
 
 # The versions of Keras whose `Model.fit` on several workers lacks just what `enable_multi_worker_fit` adds.
 _FIT_TESTED = ("3.14", "3.15")
@@ -29,11 +30,10 @@ def check_supported(inner: Any) -> None:
         return
     import tensorflow
 
-    names = ("gradient_accumulation_steps", "ema_overwrite_frequency")
-    branches = [f"{name}={getattr(inner, name)}" for name in names if getattr(inner, name, None)]
-    if branches and _merges() and not tensorflow.executing_eagerly():
+    branching = branches(inner)
+    if branching and _merges() and not tensorflow.executing_eagerly():
         raise NotImplementedError(
-            f"{type(inner).__name__}({', '.join(branches)}) branches within each replica, which Keras cannot compile "
+            f"{', '.join(branching)} branches within each replica, which Keras cannot compile "
             "under a strategy of several replicas. Compile the model with `run_eagerly=True`, train on one device, or "
             "leave the argument out."
         )

@@ -17,12 +17,13 @@ from typing import Any, Literal, NamedTuple
 import keras
 
 from tfmixed import branching, gradients, outside
-from tfmixed.inner import ADAMS, branches, is_known, numbers_of, reads_scalars, scalars_read_once
+from tfmixed.inner import ADAMS, branches, is_known, python_state, reads_scalars, scalars_read_once
 
 _LOG = logging.getLogger("tfmixed")
 # Elements of a variable from which XLA's kernels are faster than TensorFlow's and worth compiling:
 # `python benchmarks/growth.py` shows where they part.
 _WORTH_COMPILING = 2**16
+_MOST_FUNCTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Fusion:
         return f"{'fused' if self.active else 'not fused'}: {self.reason}"
 
 
-# Unscales gradients by a divisor and applies them to their variables.
+# Unscales gradients by a scale and applies them to their variables.
 Update = Callable[[Sequence[Any], Sequence[Any], Any], None]
 # The same for variables that are settled.
 Step = Callable[[Sequence[Any], Any], None]
@@ -79,7 +80,8 @@ class Fuser:
             raise ValueError(f'fuse must be "auto", True or False, received {fuse!r}')
         self.fuse = fuse
         self.fusion = Fusion(False, "no step was taken yet")
-        self._functions: dict[Any, tuple[Any, str | None]] = {}
+        # What is compiled, by what it read of Python, with the objects that it read: their ids stand in the key.
+        self._functions: dict[Any, tuple[tuple[Any, str | None], list[Any]]] = {}
 
     def fused(self, call: Call) -> Step:
         """Returns the update of a call's variables, compiled as far as that is possible and faster."""
@@ -97,24 +99,27 @@ class Fuser:
         function, refusal = self._compiled(call.at(large))
         self._decided(refusal, f"{len(large)} of {len(variables)} variables, the large ones")
 
-        def fused(grads: Sequence[Any], divisor: Any) -> None:
+        def fused(grads: Sequence[Any], scale: Any) -> None:
             if small:
                 with scalars_read_once(inner, variables, counts=False):
-                    update([grads[place] for place in small], [variables[place] for place in small], divisor)
-            function(divisor, *(grads[place] for place in large if grads[place] is not None))
+                    update([grads[place] for place in small], [variables[place] for place in small], scale)
+            function(scale, *(grads[place] for place in large if grads[place] is not None))
 
         return _plain(call) if refusal else fused
 
     def _compiled(self, call: Call) -> tuple[Any, str | None]:
-        # What a function reads of Python it keeps. Keras's own optimizers hold plain numbers, which are part of the
-        # key; what a user's own holds nobody knows: compiled anew with each trace.
+        # A function keeps what it reads of Python. What Keras's own optimizers hold is part of the key; what a user's
+        # own reads is not known: compiled again with each trace.
         if not is_known(call.inner, call.variables):
             return _compile(call)
         missing = tuple(each is None for each in call.grads)
-        key = tuple(zip(call.indices, missing, strict=True)), numbers_of(call.inner)
-        if key not in self._functions:
-            self._functions[key] = _compile(call)
-        return self._functions[key]
+        state, held = python_state(call.inner)
+        key = tuple(zip(call.indices, missing, strict=True)), state
+        known = self._functions.pop(key, None)
+        self._functions[key] = known or (_compile(call), held)
+        if len(self._functions) > _MOST_FUNCTIONS:
+            del self._functions[next(iter(self._functions))]  # the one that was not used for the longest time
+        return self._functions[key][0]
 
     def _places(self, inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> list[int]:
         """Returns which variables are worth compiling: the large ones, or all where they depend on each other."""
@@ -142,24 +147,24 @@ class Fuser:
 
 
 def _plain(call: Call) -> Step:
-    def plain(grads: Sequence[Any], divisor: Any) -> None:
+    def plain(grads: Sequence[Any], scale: Any) -> None:
         with scalars_read_once(call.inner, call.variables):
-            call.update(grads, call.variables, divisor)
+            call.update(grads, call.variables, scale)
 
     return plain
 
 
 def _compile(call: Call) -> tuple[Any, str | None]:
-    """Returns a compiled function of the divisor and all gradients, and why XLA cannot compile it: None if it can."""
+    """Returns a compiled function of the scale and all gradients, and why XLA cannot compile it: None if it can."""
     import tensorflow as tf
 
     update, inner, grads, variables, _ = call
     places = [place for place, each in enumerate(grads) if each is not None]
     count = len(grads)  # a function that knew the gradients would keep them alive
 
-    def dense(divisor: Any, *values: Any) -> None:
+    def dense(scale: Any, *values: Any) -> None:
         by_place = dict(zip(places, values, strict=True))
-        update([by_place.get(place) for place in range(count)], variables, divisor)
+        update([by_place.get(place) for place in range(count)], variables, scale)
 
     function = tf.function(dense, jit_compile=True, autograph=False)
     # Keras's own code can be compiled, as the tests show; a user's may hold anything, and is asked beforehand.

@@ -97,7 +97,6 @@ class GradScaler(Lasting):
     def _admit(self, optimizer: Any, grads: Sequence[Any], method: Method) -> Turn:
         """Lets an optimizer do what is its turn, and raises if it is not."""
         applying.check(optimizer)
-        distribute.check_supported(optimizer)
         self._state()
         if optimizer not in self._turns:
             self._turns[optimizer] = Turn(plain_variable)
@@ -149,13 +148,13 @@ class GradScaler(Lasting):
         known, variables = iteration.known(), applying.known(optimizer, len(grads))
         turn.is_blind = variables is None
         raw = [False] * len(grads) if variables is None else gradients.raw(variables)
-        given = [(each, is_raw) for each, is_raw in zip(grads, raw, strict=True) if each is not None]
-        judge = Judge.of_unknown(given, distribute.replicas(), self.rule.needs_amax)
+        given, of_given = zip(*(pair for pair in zip(grads, raw, strict=True) if pair[0] is not None), strict=True)
+        judge = Judge.of_unknown(of_given, distribute.replicas(), self.rule.needs_amax)
 
         def decide(total: Any, _: Any) -> None:
-            iteration.unscale(turn, judge.verdict(total, scale), known)
+            iteration.unscale(turn, judge.verdict(total), known)
 
-        evidence = judge.evidence([each for each, _ in given], scale, range(len(given)), distribute.replica())
+        evidence = judge.evidence(given, scale, range(len(given)), distribute.replica())
         distribute.decide_together(decide, evidence, grads)
         unscaled = gradients.unscale_all(grads, raw, scale, self.rule.bounds[1])
         turn.hand_out(grads, unscaled)
@@ -188,6 +187,7 @@ class GradScaler(Lasting):
         known = iteration.known()
         turn.check_raw(variables)
         applying.build(optimizer, variables)
+        distribute.check_supported(optimizer)  # of a `MultiOptimizer` the parts may not be known before
         indices = turn.watch(variables, self._paths)
         present = [index for index, each in zip(indices, grads, strict=True) if each is not None]
         was_unscaled, is_row = turn.is_unscaled(iteration.mark()), self.consecutive_skips > 0
@@ -195,9 +195,9 @@ class GradScaler(Lasting):
         judge = Judge.of(optimizer, turn.trained, distribute.replicas(), self.rule.needs_amax)
 
         def decide(total: Any, on_each: Any) -> Any:
-            verdict = turn.complete(judge.verdict(total, scale), was_unscaled, present)
+            verdict = turn.complete(judge.verdict(total), was_unscaled, present)
             finite = verdict.finite if self.rule.skip_nonfinite else ops.ones_like(verdict.finite)
-            apply = self._application(optimizer, variables, verdict.divisor, options)
+            apply = self._application(optimizer, variables, scale, options)
             when(finite, lambda: on_each(apply), variables=applying.written(optimizer, variables))
             iteration.step(turn, verdict, is_row, known)
             return finite
@@ -205,13 +205,13 @@ class GradScaler(Lasting):
         return distribute.decide_together(decide, judge.evidence(grads, scale, indices, distribute.replica()), grads)
 
     def _application(
-        self, optimizer: Any, variables: Sequence[Any], divisor: Any, options: Mapping[str, Any]
+        self, optimizer: Any, variables: Sequence[Any], scale: Any, options: Mapping[str, Any]
     ) -> Callable[[Sequence[Any]], None]:
         """Returns what divides gradients and gives them to an optimizer."""
         raw, largest = gradients.raw(variables), self.rule.bounds[1]
 
         def apply(grads: Sequence[Any]) -> None:
-            applying.apply(optimizer, gradients.unscale_all(grads, raw, divisor, largest), variables, options)
+            applying.apply(optimizer, gradients.unscale_all(grads, raw, scale, largest), variables, options)
 
         return apply
 

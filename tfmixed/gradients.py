@@ -15,27 +15,27 @@ from keras import ops
 _LARGEST_RECIPROCAL = 2.0**126
 
 
-def unscale(gradient: Any, divisor: Any, largest: float) -> Any:
-    """Returns `gradient / divisor` in its own sparsity, in float32 at least, as Keras does.
+def unscale(gradient: Any, scale: Any, largest: float) -> Any:
+    """Returns `gradient / scale` in its own sparsity, in float32 at least, as Keras does.
 
     Multiplies by the reciprocal: a division takes twice the time of all the rest of a compiled update.
 
     Args:
         gradient: Tensor of any shape and floating dtype, `tf.IndexedSlices`, or None.
-        divisor: float32 scalar.
+        scale: float32 scalar.
         largest: What the scale can at most be.
     """
 
     def unscaled(values: Any) -> Any:
         wide = widened(values)  # on PyTorch a scalar widens no vector
-        return ops.divide(wide, divisor) if largest > _LARGEST_RECIPROCAL else ops.multiply(wide, 1.0 / divisor)
+        return ops.divide(wide, scale) if largest > _LARGEST_RECIPROCAL else ops.multiply(wide, 1.0 / scale)
 
     return None if gradient is None else with_values(gradient, unscaled)
 
 
-def unscale_all(gradients: Sequence[Any], raw: Iterable[bool], divisor: Any, largest: float) -> list[Any]:
+def unscale_all(gradients: Sequence[Any], raw: Iterable[bool], scale: Any, largest: float) -> list[Any]:
     """Returns all of them unscaled, but for those that never were scaled."""
-    return [each if is_raw else unscale(each, divisor, largest) for each, is_raw in zip(gradients, raw, strict=True)]
+    return [each if is_raw else unscale(each, scale, largest) for each, is_raw in zip(gradients, raw, strict=True)]
 
 
 def holds_gradient(variable: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,13 +78,8 @@ def describe() -> Hardware:
     >>> describe().policy in ("float32", "mixed_bfloat16", "mixed_float16")
     True
     """
-    return _describe(_backend())
-
-
-@functools.cache
-def _describe(backend: str) -> Hardware:
     accelerators = {"tensorflow": _tensorflow_devices, "torch": _torch_devices, "jax": _jax_devices}
-    return Hardware((cpu(), *accelerators.get(backend, tuple)()))
+    return Hardware((cpu(), *accelerators.get(_backend(), tuple)()))
 
 
 def cpu(features: frozenset[str] | None = None, name: str | None = None) -> Device:
@@ -136,9 +130,10 @@ def _backend() -> str:
 def _tensorflow_devices() -> tuple[Device, ...]:
     import tensorflow as tf
 
-    details = [tf.config.experimental.get_device_details(device) for device in tf.config.list_physical_devices("GPU")]
+    # Not the physical ones: `tf.config.set_visible_devices` hides some, and may be called again.
+    details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
     gpus = [gpu(detail.get("device_name", "GPU"), detail.get("compute_capability")) for detail in details]
-    return (*gpus, *(tpu(device.name) for device in tf.config.list_physical_devices("TPU")))
+    return (*gpus, *(tpu(device.name) for device in tf.config.get_visible_devices("TPU")))
 
 
 def _torch_devices() -> tuple[Device, ...]:

@@ -22,7 +22,7 @@ from tfmixed.verdicts import Judge
 
 @keras.saving.register_keras_serializable(package="tfmixed")
 class LossScaleOptimizer(ByHand, Saved):
-    """An optimizer that scales the loss and applies a step only if every unscaled gradient is finite.
+    """An optimizer that scales the loss and applies a step only if every unscaled gradient, and their norm, is finite.
 
     A drop-in for Keras's class of the same name: `compile` does not wrap it again, and learning rate, schedules,
     `iterations`, clipping, weight decay, EMA and gradient accumulation are the inner optimizer's. A skipped step leaves
@@ -169,10 +169,10 @@ class LossScaleOptimizer(ByHand, Saved):
         update = self._update(grads, variables, indices)
 
         def decide(total: Any, on_each: Any) -> None:
-            verdict = judge.verdict(total, scale)
+            verdict = judge.verdict(total)
 
             def apply() -> None:
-                on_each(lambda grads: update(grads, verdict.divisor))
+                on_each(lambda grads: update(grads, scale))
 
             if self.rule.skip_nonfinite:
                 when(verdict.finite, apply, variables=(*variables, *self.inner_optimizer.variables))
@@ -205,8 +205,8 @@ class LossScaleOptimizer(ByHand, Saved):
     ) -> Callable[[Sequence[Any], Any], None]:
         """Returns what unscales gradients and applies them, fused where that is possible and faster."""
 
-        def apply(grads: Sequence[Any], variables: Sequence[Any], divisor: Any) -> None:
-            self.inner_optimizer.apply(self._unscale(grads, divisor, variables), list(variables))
+        def apply(grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> None:
+            self.inner_optimizer.apply(self._unscale(grads, scale, variables), list(variables))
 
         return self._fuser.fused(Call(apply, self.inner_optimizer, grads, variables, indices))
 
@@ -238,12 +238,12 @@ class LossScaleOptimizer(ByHand, Saved):
         with keras.StatelessScope(state_mapping=list(zip(own, values, strict=True))) as scope:
             judge, indices = self._judge(), self._indices(self._trainable_variables)
             scale = self._scale_of_gradients(grads)
-            verdict = judge.verdict(judge.evidence(grads, scale, indices), scale)
+            verdict = judge.verdict(judge.evidence(grads, scale, indices))
             self._state().advance(verdict)
         new_own = [scope.get_current_value(variable) for variable in own]
 
         def applied() -> tuple[list[Any], list[Any]]:
-            unscaled = self._unscale(grads, verdict.divisor, self._trainable_variables)
+            unscaled = self._unscale(grads, scale, self._trainable_variables)
             return self.inner_optimizer.stateless_apply(inner, unscaled, trainable_variables)
 
         def skipped() -> tuple[list[Any], list[Any]]:
@@ -266,8 +266,8 @@ class LossScaleOptimizer(ByHand, Saved):
                 f"trainable_variables must be among those that the optimizer was built with ({known}), received {names}"
             ) from None
 
-    def _unscale(self, grads: Sequence[Any], divisor: Any, variables: Sequence[Any]) -> list[Any]:
-        return gradients.unscale_all(grads, gradients.raw(variables), divisor, self.rule.bounds[1])
+    def _unscale(self, grads: Sequence[Any], scale: Any, variables: Sequence[Any]) -> list[Any]:
+        return gradients.unscale_all(grads, gradients.raw(variables), scale, self.rule.bounds[1])
 
     def _overflows(self) -> dict[str, int]:
         counts = self._state().read("overflow_counts")

@@ -96,18 +96,18 @@ class GraphState(ScalingState):
         self.paths += [name for name in dict.fromkeys(names) if name not in self.paths]
         return [self.paths.index(name) for name in names]
 
-    def record(self, judge: Judge, evidence: Any, scale: Any, indices: Sequence[int]) -> Any:
+    def record(self, judge: Judge, evidence: Any, indices: Sequence[int]) -> Any:
         """Keeps in mind what gradients were found to be like when they were computed; returns it, as a vector."""
-        found = Found.of(judge.verdict(evidence, scale), indices)
+        found = Found.of(judge.verdict(evidence), indices)
         self._add(1, found.bad, found.squares)
         known, amax = self.read("pending_culprit"), self.read("pending_amax")
         culprit = ops.where(found.bad > 0, ops.cast(found.culprit, known.dtype), known)
         self.assign({"pending_culprit": culprit, "pending_amax": ops.maximum(amax, found.amax)})
         return ops.stack(found)
 
-    def conclude(self, judge: Judge, evidence: Any, indices: Sequence[int], origins: Origins) -> tuple[Any, Any]:
-        """Ends a step: moves the scale, and returns whether to apply the gradients and what to divide them by."""
-        verdict = judge.verdict(evidence, ops.ones((), "float32"))
+    def conclude(self, judge: Judge, evidence: Any, indices: Sequence[int], origins: Origins) -> Any:
+        """Ends a step: moves the scale, and returns whether to apply the gradients."""
+        verdict = judge.verdict(evidence)
         now = Found.of(verdict, indices)
         before = self._told(origins.found) if origins.complete else self._remembered(now, origins.found)
         finite = ops.logical_and(verdict.finite, before.bad <= 0)
@@ -117,7 +117,7 @@ class GraphState(ScalingState):
         self._note_culprit(finite, culprit)
         if self._mirror is not None:
             self._mirror.assign(self.read("dynamic_scale"))
-        return finite if self.rule.skip_nonfinite else ops.ones_like(finite), verdict.divisor
+        return finite if self.rule.skip_nonfinite else ops.ones_like(finite)
 
     def _told(self, found: Sequence[Any]) -> Found:
         """Returns what tensors say, each of one computation, and takes back what was remembered of them."""

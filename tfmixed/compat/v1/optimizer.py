@@ -147,10 +147,11 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
             return pairs
         grads, variables = zip(*present, strict=True)
         state, largest = self._state(), self.rule.bounds[1]
-        judge, indices = self._judge(variables), state.indices(variables)
+        # Clipping may follow: that it fits its variable and its optimizer is asked of what is applied.
+        judge, indices = Judge.of_unknown([False] * len(grads), 1, self.rule.needs_amax), state.indices(variables)
         with V1.name_scope(_SCOPE):
             evidence = judge.evidence(grads, scale, range(len(grads)))
-            found = control_flow.as_one(lambda said, scale: state.record(judge, said, scale, indices), evidence, scale)
+            found = control_flow.as_one(lambda said: state.record(judge, said, indices), evidence)
             with V1.control_dependencies([found]):
                 return [
                     (origins.marked(gradients.unscale(each, scale, largest), found), variable)
@@ -181,9 +182,8 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
             raise ValueError(f"grads_and_vars must hold at least one gradient, received none for {names}")
         grads, variables = zip(*present, strict=True)
         _check_not_accumulated(grads)
-        before, (finite, divisor) = _train_ops(), self._concluded(grads, variables)
-        # A divisor of 1 but where finite gradients would overflow in the arithmetic of the optimizer.
-        step = self._stepping(present, divisor, global_step=global_step, name=name, **named)
+        before, finite = _train_ops(), self._concluded(grads, variables)
+        step = self._stepping(present, global_step=global_step, name=name, **named)
         with control_flow.branches_that_hold(variables):
             stepped = tf.cond(finite, step, _nothing)
         if tf.executing_eagerly():
@@ -192,33 +192,28 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
         _set_train_ops([*before, operation])
         return operation
 
-    def _concluded(self, grads: Sequence[Any], variables: Sequence[Any]) -> tuple[Any, Any]:
-        """Moves the scale, and returns whether to apply these gradients and what to divide them by."""
-        state, judge, origin = self._state(), self._judge(variables), origins.of(grads)
-        indices = state.indices(variables)
+    def _concluded(self, grads: Sequence[Any], variables: Sequence[Any]) -> Any:
+        """Moves the scale, and returns whether to apply these gradients."""
+        state, origin = self._state(), origins.of(grads)
+        judge, indices = Judge.of(self._optimizer, variables, 1, self.rule.needs_amax), state.indices(variables)
 
-        def conclude(evidence: Any, *found: Any) -> tuple[Any, Any]:
+        def conclude(evidence: Any, *found: Any) -> Any:
             return state.conclude(judge, evidence, indices, Origins(found, origin.complete))
 
         with V1.name_scope(_SCOPE):
             evidence = judge.evidence(grads, ops.ones((), "float32"), range(len(grads)))
             return control_flow.as_one(conclude, evidence, *origin.found)
 
-    def _stepping(self, pairs: Sequence[tuple[Any, Any]], divisor: Any, **named: Any) -> Callable[[], Any]:
-        """Returns what gives the divided gradients to the wrapped optimizer, within a branch."""
+    def _stepping(self, pairs: Sequence[tuple[Any, Any]], **named: Any) -> Callable[[], Any]:
+        """Returns what gives the gradients to the wrapped optimizer, within a branch."""
         scope = tf.get_current_name_scope()
 
         def step() -> Any:
             with control_flow.variables_outside(scope), at_work():
-                divided = [
-                    (_like(gradients.unscale(each, divisor, 2.0), variable), variable) for each, variable in pairs
-                ]
-                return _done(type(self._optimizer).apply_gradients(self._optimizer, divided, **named))
+                fitting = [(_like(each, variable), variable) for each, variable in pairs]
+                return _done(type(self._optimizer).apply_gradients(self._optimizer, fitting, **named))
 
         return step
-
-    def _judge(self, variables: Sequence[Any]) -> Judge:
-        return Judge.of(self._optimizer, variables, 1, self.rule.needs_amax)
 
     def get_slot(self, var: Any, name: str) -> Any:
         """Returns a slot of the wrapped optimizer, or None."""
