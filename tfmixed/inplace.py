@@ -129,6 +129,29 @@ class Float32Activation:
         return cls(**config)
 
 
+@keras.saving.register_keras_serializable("tfmixed")
+class Float32Regularizer(keras.regularizers.Regularizer):
+    """A regularizer that computes its loss in float32, whatever the dtype of what it is given.
+
+    Args:
+        regularizer: What Keras takes as a regularizer.
+
+    Example:
+    >>> regularizer = Float32Regularizer(keras.regularizers.L2(1.0))
+    >>> float(regularizer(ops.cast([300.0], "float16")))
+    90000.0
+    """
+
+    def __init__(self, regularizer: Any) -> None:
+        self.regularizer = keras.regularizers.get(regularizer)
+
+    def __call__(self, x: Any) -> Any:
+        return _widen(self.regularizer(_widen(ops.convert_to_tensor(x))))
+
+    def get_config(self) -> dict[str, Any]:
+        return {"regularizer": keras.regularizers.serialize(self.regularizer)}
+
+
 def convert(x: Any, dtype: str | None) -> Any:
     """Casts between the floating dtypes. What was float32 before a cast to half is found again, with all its bits.
 
