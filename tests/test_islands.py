@@ -699,3 +699,59 @@ def test_clones_need_no_registered_class():
     assert force_float32(model, "mine")[0] == "mine"
     clone = keras.models.clone_model(model)
     assert clone.get_layer("mine").compute_dtype == "float32"
+
+
+@keras.saving.register_keras_serializable("test_islands")
+class AddsLoss(layers.Layer):
+    """A user's layer with an added loss, and a regularizer that its config does not hold."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.activity_regularizer = keras.regularizers.L2(1.0)
+
+    def call(self, x):
+        self.add_loss(ops.mean(ops.abs(x)))
+        return x
+
+    def get_config(self):
+        return {"name": self.name, "dtype": self.dtype_policy.name}
+
+
+ADDING = {
+    "activity_regularizer": (lambda: layers.Dense(8, activity_regularizer="l2", name="a"), ["a: activity regularizer"]),
+    "layer": (lambda: layers.ActivityRegularization(l2=1.0, name="a"), ["a: activity regularizer"]),
+    "recurrent": (
+        lambda: keras.Sequential([layers.Reshape((2, 8)), layers.GRU(8, activity_regularizer="l1", name="a")], name="in"),
+        ["in/a: activity regularizer"],
+    ),
+    "variables": (
+        lambda: layers.Dense(8, kernel_regularizer="l2", bias_regularizer="l1", name="a", dtype="float16"),
+        ["a: weight regularizer"],
+    ),
+    "own_code": (lambda: AddsLoss(name="a"), ["a"]),
+}
+KINDS = [pytest.param(kind, marks=[needs_tensorflow][: kind == "own_code"]) for kind in ADDING]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_that_layers_add_are_float32(kind, tmp_path):
+    """Squares of 300 overflow in float16; and TensorFlow adds no half-precision loss to a float32 one."""
+    make, said = ADDING[kind]
+    keras.config.set_dtype_policy("mixed_float16")
+    model = keras.Sequential([keras.Input((16,)), make(), layers.Dense(1, name="last")])
+    model.set_weights([np.full(each.shape, 1.0) for each in model.weights])
+    x, y = np.full((4, 16), 300.0, "float32"), np.zeros((4, 1), "float32")
+    assert force_float32(model) == [*said, "last: output"]
+    assert force_float32(model) == []
+    model.compile("sgd", "mse", run_eagerly=True)
+    loss = model.evaluate(x, y, verbose=0)
+    assert np.isfinite(loss)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    assert force_float32(loaded) == []
+    for each in (model, loaded):
+        each.compile("sgd", "mse", run_eagerly=True)
+        each(x)
+        assert dtypes(each.losses) == {"float32"}
+        assert each.evaluate(x, y, verbose=0) == pytest.approx(loss, rel=1e-3)
+        assert each.fit(x, y, verbose=0).history["loss"][0] == pytest.approx(loss, rel=1e-3)

@@ -37,6 +37,7 @@ class Forced(keras.Operation):
     _made_as: Any  # the old class
     _computes: str | None = None  # None: as the policy says
     _gives: str | None = None  # the dtype of floating outputs; None: as computed
+    _adds: str | None = None  # the dtype of the losses of its regularizers; None: as computed
     _later: dict[str, Any] = {}  # noqa: RUF012 - what waits for sublayers to be made, by their places
 
     def __init_subclass__(cls, **_: Any) -> None:
@@ -65,6 +66,18 @@ class Forced(keras.Operation):
         if self._computes is not None:
             args, kwargs = tree.map_structure(lambda x: _respec(x, self._computes), (args, kwargs))
         return tree.map_structure(lambda x: _respec(x, self._gives), super().compute_output_spec(*args, **kwargs))
+
+    @property
+    def activity_regularizer(self) -> Any:
+        regularizer = vars(self).get("activity_regularizer")
+        return None if regularizer is None else Float32Regularizer(regularizer)
+
+    @activity_regularizer.setter
+    def activity_regularizer(self, value: Any) -> None:
+        vars(self)["activity_regularizer"] = value
+
+    def add_loss(self, loss: Any) -> None:
+        super().add_loss(tree.map_structure(_widen, loss))
 
     def get_config(self) -> dict[str, Any]:
         with _as_before(self):
@@ -225,23 +238,26 @@ def swapped(layer: Any) -> Any:
 
 def change_of(layer: Any) -> dict[str, Any]:
     """Returns what was changed in a layer or operation, as `put` takes it."""
-    change = {key: getattr(layer, f"_{key}", None) for key in ("computes", "gives")}
+    change = {key: getattr(layer, f"_{key}", None) for key in ("computes", "gives", "adds")}
     change["activations"] = [
         name for name in activations_of(layer) if isinstance(getattr(layer, name), Float32Activation)
     ]
     return {key: value for key, value in change.items() if value}
 
 
-def put(layer: Any, computes: str | None = None, gives: str | None = None, activations: Any = ()) -> set[str]:
-    """Changes a layer or operation in place, and returns which of the three that were new to it."""
-    wanted = {"computes": computes, "gives": gives, "activations": activations}
+def put(
+    layer: Any, computes: str | None = None, gives: str | None = None, adds: str | None = None, activations: Any = ()
+) -> set[str]:
+    """Changes a layer or operation in place, and returns which of the four that were new to it."""
+    wanted = {"computes": computes, "gives": gives, "adds": adds}
     old = change_of(layer)
     for name in set(activations) - set(old.get("activations", ())):
         setattr(layer, name, Float32Activation(getattr(layer, name)))
-    for key in ("computes", "gives"):
-        if wanted[key] is not None and wanted[key] != old.get(key):
-            _set(swapped(layer), f"_{key}", wanted[key])
+    for key, dtype in wanted.items():
+        if dtype is not None and dtype != old.get(key):
+            _set(swapped(layer), f"_{key}", dtype)
             _cast_constants(layer)
+            _widen_regularizers(layer)
     return {key for key, value in change_of(layer).items() if value != old.get(key)}
 
 
@@ -252,6 +268,17 @@ def _cast_constants(layer: Any) -> None:
             layer.finalize_state()
         else:
             layer.build(*layer._build_shapes_dict.values())
+
+
+def _widen_regularizers(layer: Any) -> None:
+    for variable in half_regularized(layer) if getattr(layer, "_adds", None) else ():
+        variable.regularizer = Float32Regularizer(variable.regularizer)
+
+
+def half_regularized(layer: Any) -> list[Any]:
+    """Returns a layer's own variables in half precision whose regularizer computes in it."""
+    own = [each for each in getattr(layer, "_trainable_variables", ()) if each.dtype in HALF]
+    return [each for each in own if each.regularizer and not isinstance(each.regularizer, Float32Regularizer)]
 
 
 def saves_children(layer: Any) -> bool:
@@ -286,6 +313,7 @@ def _repeat(layer: Forced) -> None:
             found.dtype_policy = policy
         put(found, **{key: value for key, value in change.items() if key != "policy"})
     _set(layer, "_later", {})
+    _widen_regularizers(layer)
     retype(layer)
 
 

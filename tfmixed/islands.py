@@ -27,8 +27,9 @@ def force_float32(
     of any layer, whose matrix product stays half; `Attention`, `UnitNormalization`, `Normalization`,
     `Dot(normalize=True)`; average pooling over 128 elements or more, over masked sequences too; of the `keras.ops`
     in a functional graph: softmax, exponentials, norms, products, and sums over long or unknown axes or of squares;
-    what the model returns; on TensorFlow the code of one's own layers in which `audit` finds something severe. Whatever
-    is named instead is forced whole, with its matrix products and all that is in it.
+    what the model returns; losses of activity regularizers, and of weight regularizers where the weights are half
+    precision; on TensorFlow the code of one's own layers in which `audit` finds something severe, or that adds a loss
+    in half precision. Whatever is named instead is forced whole, with its matrix products and all that is in it.
 
     In functional and Sequential graphs what is forced gives float32. In the `call` of a user's own class it gives the
     dtype that it gave before, since TensorFlow refuses to mix them.
@@ -42,8 +43,8 @@ def force_float32(
     Returns:
         What was changed now, in the order of the model, a path each: the names of the layers from the model's own on,
         joined by `/`, and where not all of that layer was changed, what was: `"block/mha/softmax"`,
-        `"predictions: activation"`, `"logits: output"`, `"block: own code"` (all but its sublayers). Nothing for what
-        was changed before, or is float32 anyway.
+        `"predictions: activation"`, `"hidden: activity regularizer"`, `"logits: output"`, `"block: own code"` (all but
+        its sublayers). Nothing for what was changed before, or is float32 anyway.
 
     Raises:
         ValueError: The model is not built; a name or pattern matches nothing.

@@ -91,10 +91,19 @@ def outputs(trace: Trace) -> Iterator[Found]:
     for tensor in {id(each.op): each for each in trace.outputs}.values():
         dtype, node = tensor.dtype.name, nodes.get(id(tensor.op))
         if dtype in HALF:
-            digits = "3 digits and 65,504 at most" if dtype == "float16" else "2 digits"
-            risk = f"the model's output is {dtype}: losses and metrics get {digits}"
+            risk = f"the model's output is {dtype}: losses and metrics get {_digits(dtype)}"
             advice = "make the last layer's output float32: force_float32(model), or dtype='float32' for its activation"
             yield node, node.layer if node else None, Hazard("output", dtype, "warning", risk, advice)
+
+
+def losses(trace: Trace) -> Iterator[Found]:
+    """Yields losses that layers add in half precision."""
+    nodes = {id(node.op): node for node in trace.nodes}
+    for layer, tensor in trace.losses:
+        if (dtype := tensor.dtype.name) in HALF:
+            risk = f"the loss that it adds is {dtype}: {_digits(dtype)}"
+            advice = "force_float32(model), or cast what it is computed from to float32"
+            yield nodes.get(id(tensor.op)), layer, Hazard("added loss", dtype, "warning", risk, advice)
 
 
 def variables(model: keras.Model) -> Iterator[Found]:
@@ -141,6 +150,10 @@ def _padded(model: keras.Model, work: Counter[Any]) -> Iterator[Found]:
             risk = f"no multiple of {_MULTIPLE}: {', '.join(found)}; matrix units pad with zeros"
             advice = "choose a multiple where the data allows it"
             yield None, layer, Hazard("width", layer.compute_dtype, "note", risk, advice)
+
+
+def _digits(dtype: str) -> str:
+    return "3 digits and 65,504 at most" if dtype == "float16" else "2 digits"
 
 
 def _multiplications(op: Any) -> int:
