@@ -630,3 +630,18 @@ def test_weight_regularizers_are_blamed_on_the_layers_of_the_weights():
     assert ("adds", "severe", "norm") in found(model)
     force_float32(model)
     assert found(model) == [("adds", "severe", "variables")]
+
+
+@pytest.mark.parametrize("mode", ["float8", "int4"])
+@pytest.mark.filterwarnings("ignore:Layer InputLayer")
+def test_quantized_layers_are_read_as_they_compute(mode):
+    """By name, with and without data; the float32 that they are compared with is quantized too."""
+    hidden, out = keras.layers.Dense(16, "relu", name="hidden"), keras.layers.Dense(3, "softmax", name="out")
+    model = keras.Sequential([keras.Input((8,)), hidden, out])
+    model.quantize(mode)
+    model.compile("sgd", "mse")
+    for given in ((), (np.ones((2, 8)), np.ones((2, 3)))):
+        assert ("out", "severe", "softmax") in found(model, *given)
+        assert not [each for each in audit(model, *given) if each.layer not in ("out", "hidden", "loss")]
+    force_float32(model)
+    assert found(model, np.ones((2, 8)), np.ones((2, 3))) == []

@@ -4,6 +4,7 @@ import functools
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -721,8 +722,10 @@ ADDING = {
     "activity_regularizer": (lambda: layers.Dense(8, activity_regularizer="l2", name="a"), ["a: activity regularizer"]),
     "layer": (lambda: layers.ActivityRegularization(l2=1.0, name="a"), ["a: activity regularizer"]),
     "recurrent": (
-        lambda: keras.Sequential([layers.Reshape((2, 8)), layers.GRU(8, activity_regularizer="l1", name="a")], name="in"),
-        ["in/a: activity regularizer"],
+        lambda: keras.Sequential(
+            [layers.Reshape((2, 8)), layers.GRU(8, activity_regularizer="l1", name="a")], name="b"
+        ),
+        ["b/a: activity regularizer"],
     ),
     "variables": (
         lambda: layers.Dense(8, kernel_regularizer="l2", bias_regularizer="l1", name="a", dtype="float16"),
@@ -755,3 +758,65 @@ def test_losses_that_layers_add_are_float32(kind, tmp_path):
         assert dtypes(each.losses) == {"float32"}
         assert each.evaluate(x, y, verbose=0) == pytest.approx(loss, rel=1e-3)
         assert each.fit(x, y, verbose=0).history["loss"][0] == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode"), [("mixed_float16", "float8"), ("mixed_bfloat16", "int8"), ("mixed_float16", "int4")]
+)
+@pytest.mark.parametrize("first", ["quantize", "force"])
+@pytest.mark.filterwarnings("ignore:Layer InputLayer")
+def test_quantized_layers(policy, mode, first, tmp_path):
+    """Keras calls another method of theirs, and quantizes nothing that is not exactly of its own class."""
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(policy)
+    hidden = layers.Dense(8, "relu", activity_regularizer="l2", name="hidden")
+    model = keras.Sequential([keras.Input((4,)), hidden, layers.Dense(3, "softmax", name="out")])
+    x = ops.convert_to_tensor(np.linspace(-1, 1, 32).reshape(8, 4), "float32")
+    before = numbers(model(x))[0]
+    said = ["hidden: activity regularizer", "out: activation"]
+    if first == "quantize":
+        model.quantize(mode)
+        assert force_float32(model) == said
+    else:
+        assert force_float32(model) == said
+        model.quantize(mode)
+    assert [layer.quantization_mode for layer in model.layers] == [mode] * 2
+    assert force_float32(model) == []
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [layer.quantization_mode for layer in loaded.layers] == [mode] * 2
+    for each in (model, loaded):
+        assert dtypes([each(x), each.losses]) == {"float32"} == dtypes(each.outputs)
+        assert numbers(each(x))[0] == pytest.approx(before, abs=0.2)
+    assert numbers(loaded(x))[0] == pytest.approx(numbers(model(x))[0], abs=1e-6)
+
+
+class Counted(layers.Layer):
+    """A user's layer that counts its calls and warns."""
+
+    calls = 0
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x):
+        Counted.calls += 1
+        warnings.warn("called", stacklevel=1)
+        return self.function(x)
+
+
+@needs_tensorflow
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("function", "runs"), [(ops.relu, 1), (lambda x: x + 1e-12, 3), (ops.exp, 2)], ids=["safe", "constant", "unsafe"]
+)
+def test_code_of_ones_own_runs_as_often_as_the_docs_say(function, runs):
+    """Once, once more for constants, and again after something was forced in it; its warnings are kept for training."""
+    keras.config.set_dtype_policy("mixed_float16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = keras.Sequential([keras.Input((4,)), Counted(function, name="mine"), layers.Dense(1, name="last")])
+    Counted.calls = 0
+    assert "last: output" in force_float32(model)
+    assert Counted.calls == runs

@@ -56,11 +56,21 @@ class Forced(keras.Operation):
         return convert(x, "float32") if self._computes == "float32" else x
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
+        return self._converted(super().call, args, kwargs)
+
+    def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
+        return self._converted(super().quantized_call, args, kwargs)
+
+    def _converted(self, call: Any, args: Any, kwargs: Any) -> Any:
         # Keras builds a loaded model by its `call` alone, which leaves out the casts of `__call__`.
         dtype = self.compute_dtype if self._later and self.autocast else self._computes
         args, kwargs = tree.map_structure(lambda x: convert(x, dtype), (args, kwargs))
-        outputs = super().call(*args, **kwargs)
-        return tree.map_structure(lambda x: convert(x, self._gives), outputs)
+        return tree.map_structure(lambda x: convert(x, self._gives), call(*args, **kwargs))
+
+    @property
+    def quantize(self) -> Any:
+        """The method of the layer as it was made: Keras quantizes only what is exactly of one of its classes."""
+        return functools.partial(_quantize, self)
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         if self._computes is not None:
@@ -204,6 +214,11 @@ def _as_before(layer: Any) -> Iterator[None]:
         yield
     finally:
         _set(layer, "__class__", now)
+
+
+def _quantize(layer: Any, *args: Any, **kwargs: Any) -> None:
+    with _as_before(layer):
+        layer.quantize(*args, **kwargs)
 
 
 @contextlib.contextmanager

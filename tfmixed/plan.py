@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from tfmixed import auditing, inplace, sensitive, structure
+from tfmixed import auditing, inplace, outside, sensitive, structure
 from tfmixed.formats import HALF
 
 _ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
@@ -34,15 +34,18 @@ class Plan:
         self._traced: Any = None  # the specs of inputs with which the model can be traced
         self._risky: list[Any] = []  # what may give what half precision does not hold
 
-    def sensitive(self, specs: Any) -> None:
-        """Forces all that goes wrong in half precision, as far as classes and, with specs of inputs, a trace tell."""
+    def sensitive(self, inputs: Any = None) -> None:
+        """Forces all that goes wrong in half precision, as far as classes and a trace tell.
+
+        Args:
+            inputs: A batch, if need be.
+        """
         for layer in self.inside:
             if sensitive.is_sensitive(layer):
                 self.own_code(layer)
             elif names := sensitive.activations(layer):
                 self._activations(layer, names)
-        self._traced = specs
-        self._risky, adding = ([], []) if specs is None else auditing.unsafe(self.model, specs)
+        adding = self._read(inputs)
         for layer in [*self._risky, *adding]:
             self.own_code(layer)
         for layer in adding:
@@ -50,6 +53,19 @@ class Plan:
         for layer in [self.model, *self.inside]:
             self._regularizers(layer)
         self._output(self.model)
+
+    def _read(self, inputs: Any) -> list[Any]:
+        """Traces a model that can be, for what is risky, and returns the layers that add a loss in half precision."""
+        if keras.backend.backend() != "tensorflow" or not isinstance(self.model, keras.Model):
+            return []
+        try:
+            specs = auditing.specs(self.model, inputs)
+            self._risky, adding = auditing.unsafe(self.model, specs)
+        except ValueError as error:
+            outside.warn(f"force_float32 looks at known classes only: {error}")
+            return []
+        self._traced = specs
+        return adding
 
     def own_code(self, layer: Any) -> None:
         """Forces what a layer's own `call` computes; of Keras's layers with weights, only the activation."""
@@ -67,6 +83,11 @@ class Plan:
                 self._want(child)  # It gives float32 into float32 code.
             self._want(layer, computes="float32")
             self._report(layer, "own code" if sublayers else "")
+
+    @property
+    def is_final(self) -> bool:
+        """Returns whether nothing was found in the code: what is right in float32 shows what it was given wrong."""
+        return not self._risky
 
     def whole(self, layer: Any) -> None:
         """Forces a layer and all that is in it."""

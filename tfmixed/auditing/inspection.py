@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -30,27 +30,43 @@ _CLIPS = frozenset(["Minimum", "Maximum", "ClipByValue"])
 _COMPARISONS = frozenset(["Greater", "Less", "GreaterEqual", "LessEqual", "Equal", "NotEqual", "Cast"])
 
 
-def constants(half: Trace, full: Trace, context: Context) -> Iterator[Found]:
-    """Yields constants that half precision turned into 0 or infinity, by the same constants of the float32 trace."""
-    originals = {node.name: node.op.outputs[0] for node in full.nodes if node.op.type == "Const"}
-    for node in half.nodes:
-        if node.op.type == "Const" and not node.backward and node.name in originals:
-            users = list(context.users(node.op))
-            cast = [each.outputs[0].dtype.name for each in users if each.type == "Cast"]
-            dtype = next((each for each in [node.op.outputs[0].dtype.name, *cast] if each in HALF), None)
-            before, after = (origins.value(each) for each in (originals[node.name], node.op.outputs[0]))
-            hazard = _constant(before, after, dtype, {each.type for each in users}) if dtype else None
-            if hazard:
+def constants(half: Trace, trace_full: Callable[[], Trace], context: Context) -> Iterator[Found]:
+    """Yields constants that half precision turned into 0 or infinity.
+
+    Args:
+        half: The trace.
+        trace_full: Returns the trace in float32, whose constants are what these were. Called if one is in doubt.
+        context: That of the trace.
+    """
+    doubtful = list(_doubtful(half, context))
+    full = trace_full().nodes if doubtful else ()
+    originals = {node.name: node.op.outputs[0] for node in full if node.op.type == "Const"}
+    for node, held, dtype, users in doubtful:
+        before = origins.value(originals[node.name]) if node.name in originals else None
+        if before is not None and before.shape == held.shape and before.dtype.kind == "f":
+            hazard = _constant(before, held, dtype, users)
+            if hazard is not None:
                 yield node, node.layer, hazard
 
 
-def _constant(before: Any, after: Any, dtype: str, users: set[str]) -> Hazard | None:
-    if before is None or after is None or before.shape != after.shape or before.dtype.kind != "f":
-        return None
-    with numpy.errstate(over="ignore"):
-        held = after.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype("float32")
-    if users <= _COMPARISONS:
-        return None
+def _doubtful(half: Trace, context: Context) -> Iterator[tuple[Node, Any, str, set[str]]]:
+    """Yields constants that are 0 or infinite in half precision, with their values, dtype and users."""
+    for node in half.nodes:
+        if node.op.type != "Const" or node.backward:
+            continue
+        users = list(context.users(node.op))
+        cast = [each.outputs[0].dtype.name for each in users if each.type == "Cast"]
+        dtype = next((each for each in [node.op.outputs[0].dtype.name, *cast] if each in HALF), None)
+        types, after = {each.type for each in users}, origins.value(node.op.outputs[0])
+        if dtype is None or after is None or types <= _COMPARISONS:
+            continue
+        with numpy.errstate(over="ignore"):
+            held = after.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype("float32")
+        if ((held == 0) | numpy.isinf(held)).any():
+            yield node, held, dtype, types
+
+
+def _constant(before: Any, held: Any, dtype: str, users: set[str]) -> Hazard | None:
     if (infinite := numpy.isinf(held) & numpy.isfinite(before)).any() and not users & _CLIPS:
         advice = "use a number that it holds, such as -3e4 for a mask, or compute in float32"
         risk = f"{before[infinite].flat[0]:g} is infinite in {dtype}"

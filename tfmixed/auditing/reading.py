@@ -73,28 +73,21 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
 
 
 def specs(model: keras.Model, inputs: Any = None) -> Any:
-    """Returns the `tf.TensorSpec` of inputs with which a model can be traced.
+    """Returns the `tf.TensorSpec` of a model's inputs.
 
     Raises:
-        ValueError: There are none.
+        ValueError: The model does not tell them, and none are given.
     """
-    found = specs_of(model) if inputs is None else specs_from(_tensors(inputs))
-    if (error := _trace_error(model, found)) is not None:
-        raise _untraceable(found, error) from error
-    return found
+    return specs_of(model) if inputs is None else specs_from(_tensors(inputs))
 
 
 def is_traceable(model: keras.Model, inputs: Any) -> bool:
     """Tells whether a model can be called with inputs of these `tf.TensorSpec`."""
-    return _trace_error(model, inputs) is None
-
-
-def _trace_error(model: keras.Model, inputs: Any) -> Exception | None:
     try:
         Step(model, inputs).trace(backward=False)
-    except Exception as error:  # whatever the user's code raises
-        return error
-    return None
+    except Exception:  # whatever the user's code raises
+        return False
+    return True
 
 
 def unsafe(model: keras.Model, inputs: Any) -> tuple[list[keras.Operation], list[keras.Operation]]:
@@ -106,9 +99,15 @@ def unsafe(model: keras.Model, inputs: Any) -> tuple[list[keras.Operation], list
 
     Returns:
         Those with a severe hazard that float32 repairs, and those that add a loss in half precision.
+
+    Raises:
+        ValueError: The model cannot be called with these inputs.
     """
     step = Step(model, inputs)
-    half = step.trace(backward=False)
+    try:
+        half = step.trace(backward=False)
+    except Exception as error:  # whatever the user's code raises
+        raise _untraceable(inputs, error) from error
     found = _of_graph(step, half, _context(half, None))
     layers = [
         layer
@@ -172,8 +171,11 @@ def _tensors(structure: Any) -> Any:
 
 def _of_graph(step: Step, half: Trace, context: Context) -> Iterator[Found]:
     """Yields what single operations and constants of a traced step say."""
-    with temporary.in_float32(structure.paths(step.model)):
-        full = step.trace(backward=False)  # of which the constants alone are looked at
+
+    def full() -> Trace:
+        with temporary.in_float32(structure.paths(step.model)):
+            return step.trace(backward=False)
+
     yield from _of_operations(half, context)
     yield from inspection.constants(half, full, context)
 

@@ -97,8 +97,10 @@ class Step:
             found.update(inputs=inputs, outputs=results[0], targets=targets)
             return results
 
-        # TensorFlow warns of constants that overflow, which are looked at below.
-        with scoped(self.model) as layers, numpy.errstate(over="ignore"):
+        # TensorFlow warns of constants that overflow, which are looked at below; what the model's own code has to say,
+        # it says when it is called.
+        with scoped(self.model) as layers, numpy.errstate(over="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             function = tf.function(traced, autograph=False)
             graph = function.get_concrete_function(self.inputs, self.targets).graph
             flat = [tensors(found[part]) for part in ("inputs", "outputs", "targets")]
@@ -151,7 +153,8 @@ def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
     layers = list(structure.paths(model))
     with contextlib.ExitStack() as stack:
         for number, layer in enumerate(layers):
-            temporary.put(stack, layer, "call", _in_scope(f"{_CALL}{number}", layer.call))
+            name = structure.call_of(layer)
+            temporary.put(stack, layer, name, _in_scope(f"{_CALL}{number}", getattr(layer, name)))
             owners = [(each, "_regularizer") for each in getattr(layer, "_trainable_variables", ())]
             for owner, name in [(layer, "activity_regularizer"), *owners]:
                 if (regularizer := vars(owner).get(name)) is not None:
