@@ -594,3 +594,54 @@ def test_a_transformer_has_few_findings(policy):
     )
     assert len(force_float32(model)) == 2
     assert [(each.severity, each.op) for each in audit(model)] == []
+
+
+class AddsLoss(keras.layers.Layer):
+    """A user's layer that adds a loss."""
+
+    def call(self, x):
+        self.add_loss(keras.ops.sum(keras.ops.square(x)))
+        return x
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: keras.layers.Dense(64, activity_regularizer="l2", name="adds"),
+        lambda: keras.layers.ActivityRegularization(l2=1.0, name="adds"),
+        lambda: AddsLoss(name="adds"),
+    ],
+)
+def test_losses_are_blamed_on_the_layers_that_add_them(layer):
+    """And `force_float32` repairs them, as the advice says. The losses of the last call stay what they were."""
+    model = keras.Sequential([keras.Input((64,)), layer(), keras.layers.Dense(1, dtype="float32", name="head")])
+    model(np.ones((2, 64)))
+    before = model.losses
+    assert found(model) == [("adds", "severe", "norm"), ("adds", "warning", "added loss")]
+    assert all(one is other for one, other in zip(before, model.losses, strict=True))
+    force_float32(model)
+    assert found(model, np.ones((2, 64))) == []
+
+
+def test_weight_regularizers_are_blamed_on_the_layers_of_the_weights():
+    """Where the variables are float16."""
+    layer = keras.layers.Dense(64, kernel_regularizer="l2", name="adds", dtype="float16")
+    model = keras.Sequential([keras.Input((64,)), layer, keras.layers.Dense(1, dtype="float32", name="head")])
+    assert ("adds", "severe", "norm") in found(model)
+    force_float32(model)
+    assert found(model) == [("adds", "severe", "variables")]
+
+
+@pytest.mark.parametrize("mode", ["float8", "int4"])
+@pytest.mark.filterwarnings("ignore:Layer InputLayer")
+def test_quantized_layers_are_read_as_they_compute(mode):
+    """By name, with and without data; the float32 that they are compared with is quantized too."""
+    hidden, out = keras.layers.Dense(16, "relu", name="hidden"), keras.layers.Dense(3, "softmax", name="out")
+    model = keras.Sequential([keras.Input((8,)), hidden, out])
+    model.quantize(mode)
+    model.compile("sgd", "mse")
+    for given in ((), (np.ones((2, 8)), np.ones((2, 3)))):
+        assert ("out", "severe", "softmax") in found(model, *given)
+        assert not [each for each in audit(model, *given) if each.layer not in ("out", "hidden", "loss")]
+    force_float32(model)
+    assert found(model, np.ones((2, 8)), np.ones((2, 3))) == []

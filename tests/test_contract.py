@@ -91,6 +91,8 @@ ATTRIBUTES = {
     "_flash_attention": "leave flash kernels in half precision",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
     "_layers": "find sublayers",
+    "_losses": "know the layers that add losses",
+    "_regularizer": "know what regularizes a variable",
     "_build_shapes_dict": "trace what a layer gives",
     "_inbound_nodes": "find what an operation is given",
     "_outbound_nodes": "find who takes it",
@@ -133,6 +135,9 @@ def test_private_attributes_are_there():
     assert not any(layer._flash_attention for layer in attention), ATTRIBUTES["_flash_attention"]
     assert model._layers[1] is dense, ATTRIBUTES["_layers"]
     assert dense._build_shapes_dict == {"input_shape": (None, 2)}, ATTRIBUTES["_build_shapes_dict"]
+    dense.kernel.regularizer = keras.regularizers.L2()
+    assert vars(dense.kernel)["_regularizer"] is dense.kernel.regularizer, ATTRIBUTES["_regularizer"]
+    assert dense._losses == [], ATTRIBUTES["_losses"]
     graph = model._functional
     assert graph.outputs[0]._keras_history[0] is dense, ATTRIBUTES["_keras_history"]
     assert graph._nodes_by_depth[0] == dense._inbound_nodes, ATTRIBUTES["_nodes_by_depth"]

@@ -4,6 +4,7 @@ import functools
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -699,3 +700,123 @@ def test_clones_need_no_registered_class():
     assert force_float32(model, "mine")[0] == "mine"
     clone = keras.models.clone_model(model)
     assert clone.get_layer("mine").compute_dtype == "float32"
+
+
+@keras.saving.register_keras_serializable("test_islands")
+class AddsLoss(layers.Layer):
+    """A user's layer with an added loss, and a regularizer that its config does not hold."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.activity_regularizer = keras.regularizers.L2(1.0)
+
+    def call(self, x):
+        self.add_loss(ops.mean(ops.abs(x)))
+        return x
+
+    def get_config(self):
+        return {"name": self.name, "dtype": self.dtype_policy.name}
+
+
+ADDING = {
+    "activity_regularizer": (lambda: layers.Dense(8, activity_regularizer="l2", name="a"), ["a: activity regularizer"]),
+    "layer": (lambda: layers.ActivityRegularization(l2=1.0, name="a"), ["a: activity regularizer"]),
+    "recurrent": (
+        lambda: keras.Sequential(
+            [layers.Reshape((2, 8)), layers.GRU(8, activity_regularizer="l1", name="a")], name="b"
+        ),
+        ["b/a: activity regularizer"],
+    ),
+    "variables": (
+        lambda: layers.Dense(8, kernel_regularizer="l2", bias_regularizer="l1", name="a", dtype="float16"),
+        ["a: weight regularizer"],
+    ),
+    "own_code": (lambda: AddsLoss(name="a"), ["a"]),
+}
+KINDS = [pytest.param(kind, marks=[needs_tensorflow][: kind == "own_code"]) for kind in ADDING]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_that_layers_add_are_float32(kind, tmp_path):
+    """Squares of 300 overflow in float16; and TensorFlow adds no half-precision loss to a float32 one."""
+    make, said = ADDING[kind]
+    keras.config.set_dtype_policy("mixed_float16")
+    model = keras.Sequential([keras.Input((16,)), make(), layers.Dense(1, name="last")])
+    model.set_weights([np.full(each.shape, 1.0) for each in model.weights])
+    x, y = np.full((4, 16), 300.0, "float32"), np.zeros((4, 1), "float32")
+    assert force_float32(model) == [*said, "last: output"]
+    assert force_float32(model) == []
+    model.compile("sgd", "mse", run_eagerly=True)
+    loss = model.evaluate(x, y, verbose=0)
+    assert np.isfinite(loss)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    assert force_float32(loaded) == []
+    for each in (model, loaded):
+        each.compile("sgd", "mse", run_eagerly=True)
+        each(x)
+        assert dtypes(each.losses) == {"float32"}
+        assert each.evaluate(x, y, verbose=0) == pytest.approx(loss, rel=1e-3)
+        assert each.fit(x, y, verbose=0).history["loss"][0] == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode"), [("mixed_float16", "float8"), ("mixed_bfloat16", "int8"), ("mixed_float16", "int4")]
+)
+@pytest.mark.parametrize("first", ["quantize", "force"])
+@pytest.mark.filterwarnings("ignore:Layer InputLayer")
+def test_quantized_layers(policy, mode, first, tmp_path):
+    """Keras calls another method of theirs, and quantizes nothing that is not exactly of its own class."""
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(policy)
+    hidden = layers.Dense(8, "relu", activity_regularizer="l2", name="hidden")
+    model = keras.Sequential([keras.Input((4,)), hidden, layers.Dense(3, "softmax", name="out")])
+    x = ops.convert_to_tensor(np.linspace(-1, 1, 32).reshape(8, 4), "float32")
+    before = numbers(model(x))[0]
+    said = ["hidden: activity regularizer", "out: activation"]
+    if first == "quantize":
+        model.quantize(mode)
+        assert force_float32(model) == said
+    else:
+        assert force_float32(model) == said
+        model.quantize(mode)
+    assert [layer.quantization_mode for layer in model.layers] == [mode] * 2
+    assert force_float32(model) == []
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [layer.quantization_mode for layer in loaded.layers] == [mode] * 2
+    for each in (model, loaded):
+        assert dtypes([each(x), each.losses]) == {"float32"} == dtypes(each.outputs)
+        assert numbers(each(x))[0] == pytest.approx(before, abs=0.2)
+    assert numbers(loaded(x))[0] == pytest.approx(numbers(model(x))[0], abs=1e-6)
+
+
+class Counted(layers.Layer):
+    """A user's layer that counts its calls and warns."""
+
+    calls = 0
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x):
+        Counted.calls += 1
+        warnings.warn("called", stacklevel=1)
+        return self.function(x)
+
+
+@needs_tensorflow
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("function", "runs"), [(ops.relu, 1), (lambda x: x + 1e-12, 3), (ops.exp, 2)], ids=["safe", "constant", "unsafe"]
+)
+def test_code_of_ones_own_runs_as_often_as_the_docs_say(function, runs):
+    """Once, once more for constants, and again after something was forced in it; its warnings are kept for training."""
+    keras.config.set_dtype_policy("mixed_float16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = keras.Sequential([keras.Input((4,)), Counted(function, name="mine"), layers.Dense(1, name="last")])
+    Counted.calls = 0
+    assert "last: output" in force_float32(model)
+    assert Counted.calls == runs

@@ -6,13 +6,12 @@ wait for each other in a collective for ever.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
-from tfmixed import workers
+from tfmixed import outside, workers
 from tfmixed.inner import branches
 
 # The versions of Keras whose `Model.fit` on several workers lacks just what `enable_multi_worker_fit` adds.
@@ -154,10 +153,9 @@ def enable_multi_worker_fit() -> Callable[[], None]:
             f"{keras.backend.backend()}"
         )
     if keras.__version__.rpartition(".")[0] not in _FIT_TESTED:
-        warnings.warn(
+        outside.warn(
             f"enable_multi_worker_fit changes nothing: it knows Keras {', '.join(_FIT_TESTED)}, and this is "
-            f"{keras.__version__}. Try `fit` as it is, or train in a loop with `strategy.run`.",
-            stacklevel=2,
+            f"{keras.__version__}. Try `fit` as it is, or train in a loop with `strategy.run`."
         )
         return lambda: None
     return workers.patch()

@@ -37,6 +37,7 @@ class Forced(keras.Operation):
     _made_as: Any  # the old class
     _computes: str | None = None  # None: as the policy says
     _gives: str | None = None  # the dtype of floating outputs; None: as computed
+    _adds: str | None = None  # the dtype of the losses of its regularizers; None: as computed
     _later: dict[str, Any] = {}  # noqa: RUF012 - what waits for sublayers to be made, by their places
 
     def __init_subclass__(cls, **_: Any) -> None:
@@ -55,16 +56,38 @@ class Forced(keras.Operation):
         return convert(x, "float32") if self._computes == "float32" else x
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
+        return self._converted(super().call, args, kwargs)
+
+    def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
+        return self._converted(super().quantized_call, args, kwargs)
+
+    def _converted(self, call: Any, args: Any, kwargs: Any) -> Any:
         # Keras builds a loaded model by its `call` alone, which leaves out the casts of `__call__`.
         dtype = self.compute_dtype if self._later and self.autocast else self._computes
         args, kwargs = tree.map_structure(lambda x: convert(x, dtype), (args, kwargs))
-        outputs = super().call(*args, **kwargs)
-        return tree.map_structure(lambda x: convert(x, self._gives), outputs)
+        return tree.map_structure(lambda x: convert(x, self._gives), call(*args, **kwargs))
+
+    @property
+    def quantize(self) -> Any:
+        """The method of the layer as it was made: Keras quantizes only what is exactly of one of its classes."""
+        return functools.partial(_quantize, self)
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         if self._computes is not None:
             args, kwargs = tree.map_structure(lambda x: _respec(x, self._computes), (args, kwargs))
         return tree.map_structure(lambda x: _respec(x, self._gives), super().compute_output_spec(*args, **kwargs))
+
+    @property
+    def activity_regularizer(self) -> Any:
+        regularizer = vars(self).get("activity_regularizer")
+        return None if regularizer is None else Float32Regularizer(regularizer)
+
+    @activity_regularizer.setter
+    def activity_regularizer(self, value: Any) -> None:
+        vars(self)["activity_regularizer"] = value
+
+    def add_loss(self, loss: Any) -> None:
+        super().add_loss(tree.map_structure(_widen, loss))
 
     def get_config(self) -> dict[str, Any]:
         with _as_before(self):
@@ -129,6 +152,29 @@ class Float32Activation:
         return cls(**config)
 
 
+@keras.saving.register_keras_serializable("tfmixed")
+class Float32Regularizer(keras.regularizers.Regularizer):
+    """A regularizer that computes its loss in float32, whatever the dtype of what it is given.
+
+    Args:
+        regularizer: What Keras takes as a regularizer.
+
+    Example:
+    >>> regularizer = Float32Regularizer(keras.regularizers.L2(1.0))
+    >>> float(regularizer(ops.cast([300.0], "float16")))
+    90000.0
+    """
+
+    def __init__(self, regularizer: Any) -> None:
+        self.regularizer = keras.regularizers.get(regularizer)
+
+    def __call__(self, x: Any) -> Any:
+        return _widen(self.regularizer(_widen(ops.convert_to_tensor(x))))
+
+    def get_config(self) -> dict[str, Any]:
+        return {"regularizer": keras.regularizers.serialize(self.regularizer)}
+
+
 def convert(x: Any, dtype: str | None) -> Any:
     """Casts between the floating dtypes. What was float32 before a cast to half is found again, with all its bits.
 
@@ -170,6 +216,11 @@ def _as_before(layer: Any) -> Iterator[None]:
         _set(layer, "__class__", now)
 
 
+def _quantize(layer: Any, *args: Any, **kwargs: Any) -> None:
+    with _as_before(layer):
+        layer.quantize(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def as_before(model: Any) -> Iterator[None]:
     """Has a model, and all in it, look as before anything was changed: what is saved then needs nothing of ours."""
@@ -202,23 +253,26 @@ def swapped(layer: Any) -> Any:
 
 def change_of(layer: Any) -> dict[str, Any]:
     """Returns what was changed in a layer or operation, as `put` takes it."""
-    change = {key: getattr(layer, f"_{key}", None) for key in ("computes", "gives")}
+    change = {key: getattr(layer, f"_{key}", None) for key in ("computes", "gives", "adds")}
     change["activations"] = [
         name for name in activations_of(layer) if isinstance(getattr(layer, name), Float32Activation)
     ]
     return {key: value for key, value in change.items() if value}
 
 
-def put(layer: Any, computes: str | None = None, gives: str | None = None, activations: Any = ()) -> set[str]:
-    """Changes a layer or operation in place, and returns which of the three that were new to it."""
-    wanted = {"computes": computes, "gives": gives, "activations": activations}
+def put(
+    layer: Any, computes: str | None = None, gives: str | None = None, adds: str | None = None, activations: Any = ()
+) -> set[str]:
+    """Changes a layer or operation in place, and returns which of the four that were new to it."""
+    wanted = {"computes": computes, "gives": gives, "adds": adds}
     old = change_of(layer)
     for name in set(activations) - set(old.get("activations", ())):
         setattr(layer, name, Float32Activation(getattr(layer, name)))
-    for key in ("computes", "gives"):
-        if wanted[key] is not None and wanted[key] != old.get(key):
-            _set(swapped(layer), f"_{key}", wanted[key])
+    for key, dtype in wanted.items():
+        if dtype is not None and dtype != old.get(key):
+            _set(swapped(layer), f"_{key}", dtype)
             _cast_constants(layer)
+            _widen_regularizers(layer)
     return {key for key, value in change_of(layer).items() if value != old.get(key)}
 
 
@@ -229,6 +283,17 @@ def _cast_constants(layer: Any) -> None:
             layer.finalize_state()
         else:
             layer.build(*layer._build_shapes_dict.values())
+
+
+def _widen_regularizers(layer: Any) -> None:
+    for variable in half_regularized(layer) if getattr(layer, "_adds", None) else ():
+        variable.regularizer = Float32Regularizer(variable.regularizer)
+
+
+def half_regularized(layer: Any) -> list[Any]:
+    """Returns a layer's own variables in half precision whose regularizer computes in it."""
+    own = [each for each in getattr(layer, "_trainable_variables", ()) if each.dtype in HALF]
+    return [each for each in own if each.regularizer and not isinstance(each.regularizer, Float32Regularizer)]
 
 
 def saves_children(layer: Any) -> bool:
@@ -263,6 +328,7 @@ def _repeat(layer: Forced) -> None:
             found.dtype_policy = policy
         put(found, **{key: value for key, value in change.items() if key != "policy"})
     _set(layer, "_later", {})
+    _widen_regularizers(layer)
     retype(layer)
 
 

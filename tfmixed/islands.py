@@ -9,7 +9,6 @@ from typing import Any
 
 import keras
 
-from tfmixed import auditing, outside
 from tfmixed.plan import Plan
 
 Selector = str | type | Callable[[Any], bool]
@@ -27,8 +26,9 @@ def force_float32(
     of any layer, whose matrix product stays half; `Attention`, `UnitNormalization`, `Normalization`,
     `Dot(normalize=True)`; average pooling over 128 elements or more, over masked sequences too; of the `keras.ops`
     in a functional graph: softmax, exponentials, norms, products, and sums over long or unknown axes or of squares;
-    what the model returns; on TensorFlow the code of one's own layers in which `audit` finds something severe. Whatever
-    is named instead is forced whole, with its matrix products and all that is in it.
+    what the model returns; losses of activity regularizers, and of weight regularizers where the weights are half
+    precision; on TensorFlow the code of one's own layers in which `audit` finds something severe, or that adds a loss
+    in half precision. Whatever is named instead is forced whole, with its matrix products and all that is in it.
 
     In functional and Sequential graphs what is forced gives float32. In the `call` of a user's own class it gives the
     dtype that it gave before, since TensorFlow refuses to mix them.
@@ -42,8 +42,8 @@ def force_float32(
     Returns:
         What was changed now, in the order of the model, a path each: the names of the layers from the model's own on,
         joined by `/`, and where not all of that layer was changed, what was: `"block/mha/softmax"`,
-        `"predictions: activation"`, `"logits: output"`, `"block: own code"` (all but its sublayers). Nothing for what
-        was changed before, or is float32 anyway.
+        `"predictions: activation"`, `"hidden: activity regularizer"`, `"logits: output"`, `"block: own code"` (all but
+        its sublayers). Nothing for what was changed before, or is float32 anyway.
 
     Raises:
         ValueError: The model is not built; a name or pattern matches nothing.
@@ -65,21 +65,18 @@ def force_float32(
     if not model.built:
         raise ValueError(f"model must be built, received {model!r}: call it on data, or `model.build(input_shape)`")
     made: list[str] = []
-    # What is right in float32 shows what it was given wrong: until nothing more is found.
-    while new := [each for each in _force_once(model, layers, inputs) if each not in made]:
+    while True:
+        plan = Plan(model)
+        for selector in layers if isinstance(layers, (list, tuple, set)) else [layers]:
+            if selector == "sensitive":
+                plan.sensitive(inputs)
+            else:
+                for layer in _matching(plan, selector):
+                    plan.whole(layer)
+        new = [each for each in plan.make() if each not in made]
         made += new
-    return made
-
-
-def _force_once(model: keras.layers.Layer, layers: Any, inputs: Any) -> list[str]:
-    plan = Plan(model)
-    for selector in layers if isinstance(layers, (list, tuple, set)) else [layers]:
-        if selector == "sensitive":
-            plan.sensitive(_specs(model, inputs))
-        else:
-            for layer in _matching(plan, selector):
-                plan.whole(layer)
-    return plan.make()
+        if not new or plan.is_final:
+            return made
 
 
 def _matching(plan: Plan, selector: Selector) -> list[Any]:
@@ -107,14 +104,3 @@ def _named(plan: Plan, pattern: str) -> list[Any]:
         near = difflib.get_close_matches(pattern, known, n=5, cutoff=0.4) or known[:5]
         raise ValueError(f"layers must match layers of the model, received {pattern!r}, which is near {near}")
     return found
-
-
-def _specs(model: Any, inputs: Any) -> Any:
-    """Returns the specs of inputs with which a model can be traced; None if there are none."""
-    if keras.backend.backend() != "tensorflow" or not isinstance(model, keras.Model):
-        return None
-    try:
-        return auditing.specs(model, inputs)
-    except ValueError as error:
-        outside.warn(f"force_float32 looks at known classes only: {error}")
-        return None

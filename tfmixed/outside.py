@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
 from types import FrameType
 
 LIBRARIES = (
     *("tfmixed", "keras", "tensorflow", "tf_keras", "jax", "torch", "wrapt"),
-    *("functools", "contextlib", "threading", "typer", "click"),
+    *("functools", "contextlib", "threading", "typer", "click", "optree", "numpy", "absl", "runpy"),
 )
 
 
 def caller(libraries: tuple[str, ...] = LIBRARIES, but_for: str = "") -> FrameType | None:
     """Returns the innermost frame that is of none of these libraries; None where there is none.
 
+    A thread of a framework's, such as a replica, works for what the main thread waits in.
+
     Args:
         libraries: Names of packages.
         but_for: What the names of further modules begin with.
     """
-    frame: FrameType | None = sys._getframe(1)
+    main = sys._current_frames().get(threading.main_thread().ident or 0)
+    return _innermost(sys._getframe(1), libraries, but_for) or _innermost(main, libraries, but_for)
+
+
+def _innermost(frame: FrameType | None, libraries: tuple[str, ...], but_for: str) -> FrameType | None:
     while frame is not None:
         name, file = frame.f_globals.get("__name__", ""), os.path.basename(frame.f_code.co_filename)
         known = name.partition(".")[0] in libraries or bool(but_for and name.startswith(but_for))
@@ -33,7 +40,7 @@ def caller(libraries: tuple[str, ...] = LIBRARIES, but_for: str = "") -> FrameTy
 def warn(message: str) -> None:
     """Warns at the line of the script, however deep in the frameworks and here the reason was found."""
     frame = caller()
-    if frame is None:  # a thread of a framework's
+    if frame is None:  # a command of ours
         warnings.warn(message, stacklevel=2)
         return
     seen = frame.f_globals.setdefault("__warningregistry__", {})

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from tfmixed import auditing, inplace, sensitive, structure
+from tfmixed import auditing, inplace, outside, sensitive, structure
 from tfmixed.formats import HALF
 
 _ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
@@ -29,22 +29,43 @@ class Plan:
             for child in structure.children(parent):
                 self._parents[child].append(parent)
         self._wanted: dict[Any, dict[str, Any]] = {}
-        self._reports: dict[Any, tuple[str, list[Any]]] = {}
+        self._adding: set[Any] = set()  # layers whose losses are to be float32
+        self._reports: dict[Any, dict[str, list[Any]]] = {}
         self._traced: Any = None  # the specs of inputs with which the model can be traced
         self._risky: list[Any] = []  # what may give what half precision does not hold
 
-    def sensitive(self, specs: Any) -> None:
-        """Forces all that goes wrong in half precision, as far as classes and, with specs of inputs, a trace tell."""
+    def sensitive(self, inputs: Any = None) -> None:
+        """Forces all that goes wrong in half precision, as far as classes and a trace tell.
+
+        Args:
+            inputs: A batch, if need be.
+        """
         for layer in self.inside:
             if sensitive.is_sensitive(layer):
                 self.own_code(layer)
             elif names := sensitive.activations(layer):
                 self._activations(layer, names)
-        self._traced = specs
-        self._risky = [] if specs is None else auditing.unsafe(self.model, specs)
-        for layer in self._risky:
+        adding = self._read(inputs)
+        for layer in [*self._risky, *adding]:
             self.own_code(layer)
+        for layer in adding:
+            self._add(layer, "added loss")
+        for layer in [self.model, *self.inside]:
+            self._regularizers(layer)
         self._output(self.model)
+
+    def _read(self, inputs: Any) -> list[Any]:
+        """Traces a model that can be, for what is risky, and returns the layers that add a loss in half precision."""
+        if keras.backend.backend() != "tensorflow" or not isinstance(self.model, keras.Model):
+            return []
+        try:
+            specs = auditing.specs(self.model, inputs)
+            self._risky, adding = auditing.unsafe(self.model, specs)
+        except ValueError as error:
+            outside.warn(f"force_float32 looks at known classes only: {error}")
+            return []
+        self._traced = specs
+        return adding
 
     def own_code(self, layer: Any) -> None:
         """Forces what a layer's own `call` computes; of Keras's layers with weights, only the activation."""
@@ -63,6 +84,11 @@ class Plan:
             self._want(layer, computes="float32")
             self._report(layer, "own code" if sublayers else "")
 
+    @property
+    def is_final(self) -> bool:
+        """Returns whether nothing was found in the code: what is right in float32 shows what it was given wrong."""
+        return not self._risky
+
     def whole(self, layer: Any) -> None:
         """Forces a layer and all that is in it."""
         members = [layer, *structure.descendants(layer)]
@@ -70,13 +96,17 @@ class Plan:
             if structure.graph_of(one) is None and sensitive.is_half(one):
                 self._want(one, computes="float32")
                 self._report(layer, "", members)
+            self._regularizers(one)
 
     def make(self) -> list[str]:
         """Changes the layers, and returns the reports of those that were not so before."""
         gives = {layer: "float32" if self._gives_wide(layer) else self._back(layer) for layer in self._wanted}
+        changes = {layer: {**change, "gives": gives[layer]} for layer, change in self._wanted.items()}
+        for layer in self._adding:
+            changes.setdefault(layer, {})["adds"] = "float32"
         changed = set()
-        for layer, change in self._wanted.items():
-            if inplace.put(layer, **change, gives=gives[layer]):
+        for layer, change in changes.items():
+            if inplace.put(layer, **change):
                 changed.add(layer)
                 for keeper in self._keepers(layer):
                     inplace.swapped(keeper)
@@ -86,7 +116,7 @@ class Plan:
             inplace.retype(self.model)
             _forget_functions([self.model, *self.inside])
         order = [layer for layer in [*self.inside, self.model] if layer in self._reports]
-        reports = [(self.paths[layer], *self._reports[layer]) for layer in order]
+        reports = [(self.paths[layer], *each) for layer in order for each in self._reports[layer].items()]
         return [f"{path}: {what}" if what else path for path, what, of in reports if changed & set(of)]
 
     def _activations(self, layer: Any, names: list[str]) -> None:
@@ -94,6 +124,19 @@ class Plan:
         if names and sensitive.is_half(layer):
             self._want(layer, activations=names)
             self._report(layer, "activation")
+
+    def _regularizers(self, layer: Any) -> None:
+        """Has the losses of a layer's regularizers computed in float32."""
+        if inplace.half_regularized(layer):
+            self._add(layer, "weight regularizer")
+        regularizer = getattr(layer, "activity_regularizer", None)
+        if regularizer and not isinstance(regularizer, inplace.Float32Regularizer) and sensitive.half_given(layer):
+            self._add(layer, "activity regularizer")
+
+    def _add(self, layer: Any, what: str) -> None:
+        """Makes losses that a layer adds float32."""
+        self._adding.add(layer)
+        self._report(layer, what)
 
     def _output(self, layer: Any) -> None:
         """Makes what a layer gives float32, since the model returns it."""
@@ -133,8 +176,11 @@ class Plan:
                 self._want_around(parent)
 
     def _report(self, layer: Any, what: str, members: list[Any] | None = None) -> None:
-        if not what or layer not in self._reports:
-            self._reports[layer] = (what, members or [layer])
+        reports = self._reports.setdefault(layer, {})
+        if not what:
+            reports.clear()
+        if "" not in reports:
+            reports[what] = members or [layer]
 
     def _gives_wide(self, layer: Any) -> bool:
         """Returns whether what is around a layer takes float32 from it: graphs, and code that computes in float32."""

@@ -195,7 +195,8 @@ class Probe:
         with contextlib.ExitStack() as stack:
             for layer in layers:
                 tally = self._outputs.setdefault(layer, taps.Tally())
-                temporary.put(stack, layer, "call", taps.tapped(layer.call, tally, self.scale))
+                name = structure.call_of(layer)
+                temporary.put(stack, layer, name, taps.tapped(getattr(layer, name), tally, self.scale))
             yield
 
     def _count(self, grads: Iterable[Any], variables: Iterable[Any]) -> None:

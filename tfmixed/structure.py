@@ -59,3 +59,18 @@ def activations_of(layer: Any) -> list[str]:
     # Recurrent layers have properties that show their cell's; a layer as activation is a sublayer.
     found = {name: vars(layer).get(name) for name in ("activation", "recurrent_activation")}
     return [name for name, value in found.items() if callable(value) and not isinstance(value, keras.layers.Layer)]
+
+
+def call_of(layer: Any) -> str:
+    """Returns the name of the method with which a layer or operation computes."""
+    return "quantized_call" if getattr(layer, "quantization_mode", None) else "call"
+
+
+def policy_for(layer: keras.layers.Layer, policy: str) -> keras.DTypePolicy:
+    """Returns a dtype policy for a layer that is quantized as the layer is."""
+    before, wanted = layer.dtype_policy, keras.dtype_policies.get(policy)
+    if isinstance(before, keras.dtype_policies.DTypePolicyMap):
+        before = before[layer.path]
+    if before.quantization_mode is None:
+        return wanted
+    return type(before).from_config({**before.get_config(), "source_name": wanted.name})

@@ -12,6 +12,8 @@ import numpy
 from keras import ops
 from keras.src.backend.common import global_state
 
+from tfmixed import structure
+
 
 def put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
     """Gives an object an attribute of its own until the stack is left; Keras and PyTorch do not notice."""
@@ -35,12 +37,11 @@ def global_policy(policy: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def with_policy(layers: Iterable[keras.Operation], policy: str) -> Iterator[None]:
-    """Gives layers, operations left out, another dtype policy."""
-    wanted = keras.dtype_policies.get(policy)
+    """Gives layers, operations left out, another dtype policy; what is quantized stays so."""
     with contextlib.ExitStack() as stack:
         for each in layers:
             if isinstance(each, keras.layers.Layer):  # not `dtype_policy`, which would write into a DTypePolicyMap
-                put(stack, each, "_dtype_policy", wanted)
+                put(stack, each, "_dtype_policy", structure.policy_for(each, policy))
         yield
 
 

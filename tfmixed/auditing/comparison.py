@@ -92,7 +92,9 @@ def _run(step: Step, layers: Sequence[keras.Operation]) -> tuple[dict[str, _Tens
         return [_summary(op.outputs[0]) for op in counted], [_summary(gradient) for gradient in gradients.values()]
 
     with functions_run_eagerly(False):  # the graph is looked at, whatever the script set
-        forward, backward = tf.function(run, autograph=False)(step.inputs, step.targets)
+        # Not called as it is: of functions made from one code again and again TensorFlow warns.
+        function = tf.function(run, autograph=False).get_concrete_function(step.inputs, step.targets)
+        forward, backward = function(step.inputs, step.targets)
     values = {op.name: _values(summary) for op, summary in zip(counted, forward, strict=True)}
     tensors = {op.name: _Tensor.of(op, layers, values.get(op.name)) for op in ops}
     return tensors, {path: _values(summary) for path, summary in zip(paths, backward, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -30,27 +30,43 @@ _CLIPS = frozenset(["Minimum", "Maximum", "ClipByValue"])
 _COMPARISONS = frozenset(["Greater", "Less", "GreaterEqual", "LessEqual", "Equal", "NotEqual", "Cast"])
 
 
-def constants(half: Trace, full: Trace, context: Context) -> Iterator[Found]:
-    """Yields constants that half precision turned into 0 or infinity, by the same constants of the float32 trace."""
-    originals = {node.name: node.op.outputs[0] for node in full.nodes if node.op.type == "Const"}
-    for node in half.nodes:
-        if node.op.type == "Const" and not node.backward and node.name in originals:
-            users = list(context.users(node.op))
-            cast = [each.outputs[0].dtype.name for each in users if each.type == "Cast"]
-            dtype = next((each for each in [node.op.outputs[0].dtype.name, *cast] if each in HALF), None)
-            before, after = (origins.value(each) for each in (originals[node.name], node.op.outputs[0]))
-            hazard = _constant(before, after, dtype, {each.type for each in users}) if dtype else None
-            if hazard:
+def constants(half: Trace, trace_full: Callable[[], Trace], context: Context) -> Iterator[Found]:
+    """Yields constants that half precision turned into 0 or infinity.
+
+    Args:
+        half: The trace.
+        trace_full: Returns the trace in float32, whose constants are what these were. Called if one is in doubt.
+        context: That of the trace.
+    """
+    doubtful = list(_doubtful(half, context))
+    full = trace_full().nodes if doubtful else ()
+    originals = {node.name: node.op.outputs[0] for node in full if node.op.type == "Const"}
+    for node, held, dtype, users in doubtful:
+        before = origins.value(originals[node.name]) if node.name in originals else None
+        if before is not None and before.shape == held.shape and before.dtype.kind == "f":
+            hazard = _constant(before, held, dtype, users)
+            if hazard is not None:
                 yield node, node.layer, hazard
 
 
-def _constant(before: Any, after: Any, dtype: str, users: set[str]) -> Hazard | None:
-    if before is None or after is None or before.shape != after.shape or before.dtype.kind != "f":
-        return None
-    with numpy.errstate(over="ignore"):
-        held = after.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype("float32")
-    if users <= _COMPARISONS:
-        return None
+def _doubtful(half: Trace, context: Context) -> Iterator[tuple[Node, Any, str, set[str]]]:
+    """Yields constants that are 0 or infinite in half precision, with their values, dtype and users."""
+    for node in half.nodes:
+        if node.op.type != "Const" or node.backward:
+            continue
+        users = list(context.users(node.op))
+        cast = [each.outputs[0].dtype.name for each in users if each.type == "Cast"]
+        dtype = next((each for each in [node.op.outputs[0].dtype.name, *cast] if each in HALF), None)
+        types, after = {each.type for each in users}, origins.value(node.op.outputs[0])
+        if dtype is None or after is None or types <= _COMPARISONS:
+            continue
+        with numpy.errstate(over="ignore"):
+            held = after.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype("float32")
+        if ((held == 0) | numpy.isinf(held)).any():
+            yield node, held, dtype, types
+
+
+def _constant(before: Any, held: Any, dtype: str, users: set[str]) -> Hazard | None:
     if (infinite := numpy.isinf(held) & numpy.isfinite(before)).any() and not users & _CLIPS:
         advice = "use a number that it holds, such as -3e4 for a mask, or compute in float32"
         risk = f"{before[infinite].flat[0]:g} is infinite in {dtype}"
@@ -91,10 +107,19 @@ def outputs(trace: Trace) -> Iterator[Found]:
     for tensor in {id(each.op): each for each in trace.outputs}.values():
         dtype, node = tensor.dtype.name, nodes.get(id(tensor.op))
         if dtype in HALF:
-            digits = "3 digits and 65,504 at most" if dtype == "float16" else "2 digits"
-            risk = f"the model's output is {dtype}: losses and metrics get {digits}"
+            risk = f"the model's output is {dtype}: losses and metrics get {_digits(dtype)}"
             advice = "make the last layer's output float32: force_float32(model), or dtype='float32' for its activation"
             yield node, node.layer if node else None, Hazard("output", dtype, "warning", risk, advice)
+
+
+def losses(trace: Trace) -> Iterator[Found]:
+    """Yields losses that layers add in half precision."""
+    nodes = {id(node.op): node for node in trace.nodes}
+    for layer, tensor in trace.losses:
+        if (dtype := tensor.dtype.name) in HALF:
+            risk = f"the loss that it adds is {dtype}: {_digits(dtype)}"
+            advice = "force_float32(model), or cast what it is computed from to float32"
+            yield nodes.get(id(tensor.op)), layer, Hazard("added loss", dtype, "warning", risk, advice)
 
 
 def variables(model: keras.Model) -> Iterator[Found]:
@@ -141,6 +166,10 @@ def _padded(model: keras.Model, work: Counter[Any]) -> Iterator[Found]:
             risk = f"no multiple of {_MULTIPLE}: {', '.join(found)}; matrix units pad with zeros"
             advice = "choose a multiple where the data allows it"
             yield None, layer, Hazard("width", layer.compute_dtype, "note", risk, advice)
+
+
+def _digits(dtype: str) -> str:
+    return "3 digits and 65,504 at most" if dtype == "float16" else "2 digits"
 
 
 def _multiplications(op: Any) -> int:

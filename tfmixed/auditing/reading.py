@@ -20,6 +20,7 @@ from tfmixed.auditing.findings import Audit, Finding
 from tfmixed.auditing.hazards import SEVERITIES, Context, Found
 from tfmixed.auditing.inputs import specs_from, specs_of, targets_for
 from tfmixed.auditing.tracing import Node, Step, Trace
+from tfmixed.formats import HALF
 
 _OURS = f"{Path(__file__).parents[1]}{os.sep}"
 
@@ -61,7 +62,7 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     step, half = _step(model, specs, given[1])
     context = _context(half, given[0])
     found = [*_of_graph(step, half, context), *inspection.casts(half, context), *inspection.outputs(half)]
-    found += [*inspection.variables(model), *inspection.speed(model, half, context)]
+    found += [*inspection.losses(half), *inspection.variables(model), *inspection.speed(model, half, context)]
     if inputs is not None:
         found += differences.found_in(list(comparison.differences(Step(model, *given))), model)
     dtypes = [layer.compute_dtype for layer in model._flatten_layers(include_self=False, recursive=True)]
@@ -72,48 +73,58 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
 
 
 def specs(model: keras.Model, inputs: Any = None) -> Any:
-    """Returns the `tf.TensorSpec` of inputs with which a model can be traced.
+    """Returns the `tf.TensorSpec` of a model's inputs.
 
     Raises:
-        ValueError: There are none.
+        ValueError: The model does not tell them, and none are given.
     """
-    found = specs_of(model) if inputs is None else specs_from(_tensors(inputs))
-    if (error := _trace_error(model, found)) is not None:
-        raise _untraceable(found, error) from error
-    return found
+    return specs_of(model) if inputs is None else specs_from(_tensors(inputs))
 
 
 def is_traceable(model: keras.Model, inputs: Any) -> bool:
     """Tells whether a model can be called with inputs of these `tf.TensorSpec`."""
-    return _trace_error(model, inputs) is None
-
-
-def _trace_error(model: keras.Model, inputs: Any) -> Exception | None:
     try:
         Step(model, inputs).trace(backward=False)
-    except Exception as error:  # whatever the user's code raises
-        return error
-    return None
+    except Exception:  # whatever the user's code raises
+        return False
+    return True
 
 
-def unsafe(model: keras.Model, inputs: Any) -> list[keras.Operation]:
-    """Returns the layers whose own code has a severe hazard that float32 mends, as far as reading alone tells.
+def unsafe(model: keras.Model, inputs: Any) -> tuple[list[keras.Operation], list[keras.Operation]]:
+    """Returns the layers whose own code needs float32, as far as reading alone tells: for hazards, and for losses.
 
     Args:
         model: As in `audit`.
         inputs: What `specs` returned.
+
+    Returns:
+        Those with a severe hazard that float32 repairs, and those that add a loss in half precision.
+
+    Raises:
+        ValueError: The model cannot be called with these inputs.
     """
     step = Step(model, inputs)
-    half = step.trace(backward=False)
+    try:
+        half = step.trace(backward=False)
+    except Exception as error:  # whatever the user's code raises
+        raise _untraceable(inputs, error) from error
     found = _of_graph(step, half, _context(half, None))
-    layers = [layer for _, layer, hazard in found if hazard.severity == "severe"]
+    layers = [
+        layer
+        for node, layer, hazard in found
+        if hazard.severity == "severe" and not (node is not None and node.is_regularizer)
+    ]
     # The logarithm of a half-precision softmax or sigmoid is mended where that is computed.
     owner = {id(node.op): node.layer for node in half.nodes}
     for node in half.nodes:
         made = functions.probabilities(node.op)
         if made is not None and node.layer in layers:
             layers.append(owner.get(id(made[0])))
-    return list({id(layer): layer for layer in layers if layer is not None}.values())
+    inside = list(structure.paths(model))
+    adding = [
+        layer for layer, loss in half.losses if loss.dtype.name in HALF and tracing.stands_in(loss.op, layer, inside)
+    ]
+    return [list({id(each): each for each in group if each is not None}.values()) for group in (layers, adding)]
 
 
 def _step(model: keras.Model, specs: Any, targets: Any) -> tuple[Step, Trace]:
@@ -160,8 +171,11 @@ def _tensors(structure: Any) -> Any:
 
 def _of_graph(step: Step, half: Trace, context: Context) -> Iterator[Found]:
     """Yields what single operations and constants of a traced step say."""
-    with temporary.in_float32(structure.paths(step.model)):
-        full = step.trace(backward=False)  # of which the constants alone are looked at
+
+    def full() -> Trace:
+        with temporary.in_float32(structure.paths(step.model)):
+            return step.trace(backward=False)
+
     yield from _of_operations(half, context)
     yield from inspection.constants(half, full, context)
 

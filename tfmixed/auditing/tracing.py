@@ -16,9 +16,9 @@ from keras import ops, tree
 
 from tfmixed import structure, temporary
 
-# A name scope for each layer's call. Keras's own scopes do not tell layers of like names apart.
-_SCOPE = "tfmixed.call."
-_LAYER = re.compile(re.escape(_SCOPE) + r"(\d+)")
+# A name scope for each layer's call, and for its regularizers. Keras's own do not tell layers of like names apart.
+_CALL, _REGULARIZER = "tfmixed.call.", "tfmixed.regularizer."
+_LAYER = re.compile(rf"(?:{re.escape(_CALL)}|{re.escape(_REGULARIZER)})(\d+)")
 _BACKWARD = "gradient_tape/"
 _FUNCTIONS = ("f", "cond", "body", "then_branch", "else_branch", "branches")
 
@@ -30,8 +30,8 @@ class Node:
     Args:
         op: The `tf.Operation`.
         name: Its name, after those of the operations that call the functions that it stands in.
-        layer: In whose own call it stands: a layer, or an operation that is a node of a functional model; None for
-            what stands in none, such as the loss.
+        layer: In whose own call or regularizer it stands: a layer, or an operation that is a node of a functional
+            model; None for what stands in none, such as the loss.
         backward: Does it belong to the gradient?
     """
 
@@ -39,6 +39,11 @@ class Node:
     name: str
     layer: keras.Operation | None
     backward: bool
+
+    @property
+    def is_regularizer(self) -> bool:
+        """True if it stands in a regularizer of the layer."""
+        return _REGULARIZER in self.name and self.name.rfind(_REGULARIZER) > self.name.rfind(_CALL)
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,14 @@ class Trace:
         inputs: The placeholders of the inputs.
         outputs: The model's output tensors.
         targets: The placeholders of the targets.
+        losses: Those that layers add, each with its layer.
     """
 
     nodes: tuple[Node, ...]
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
     targets: tuple[Any, ...]
+    losses: tuple[tuple[keras.layers.Layer, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,15 @@ class Step:
             found.update(inputs=inputs, outputs=results[0], targets=targets)
             return results
 
-        # TensorFlow warns of constants that overflow, which are looked at below.
-        with scoped(self.model) as layers, numpy.errstate(over="ignore"):
+        # TensorFlow warns of constants that overflow, which are looked at below; what the model's own code has to say,
+        # it says when it is called.
+        with scoped(self.model) as layers, numpy.errstate(over="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             function = tf.function(traced, autograph=False)
             graph = function.get_concrete_function(self.inputs, self.targets).graph
             flat = [tensors(found[part]) for part in ("inputs", "outputs", "targets")]
-            return Trace(tuple(_nodes(graph, layers)), *flat)
+            losses = tuple((layer, loss) for layer in layers for loss in getattr(layer, "_losses", ()))
+            return Trace(tuple(_nodes(graph, layers)), *flat, losses)
 
     def run(self, inputs: Any, targets: Any) -> tuple[Any, Any, dict[str, Any]]:
         """Returns the model's outputs, its loss, and the gradients of that by the paths of the variables."""
@@ -139,11 +149,18 @@ def loss_scale(model: keras.Model) -> Any:
 
 @contextlib.contextmanager
 def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
-    """Gives each layer's call a name scope that tells its number in the list that it yields."""
+    """Gives each layer's call and regularizers a name scope that tells its number in the list that it yields."""
     layers = list(structure.paths(model))
     with contextlib.ExitStack() as stack:
         for number, layer in enumerate(layers):
-            temporary.put(stack, layer, "call", _in_scope(f"{_SCOPE}{number}", layer.call))
+            name = structure.call_of(layer)
+            temporary.put(stack, layer, name, _in_scope(f"{_CALL}{number}", getattr(layer, name)))
+            owners = [(each, "_regularizer") for each in getattr(layer, "_trainable_variables", ())]
+            for owner, name in [(layer, "activity_regularizer"), *owners]:
+                if (regularizer := vars(owner).get(name)) is not None:
+                    temporary.put(stack, owner, name, _in_scope(f"{_REGULARIZER}{number}", regularizer))
+            if (losses := getattr(layer, "_losses", None)) is not None:  # those of the trace are symbolic
+                stack.callback(losses.__setitem__, slice(None), list(losses))
         yield layers
 
 
@@ -166,6 +183,11 @@ def layer_of(name: str, layers: Sequence[keras.Operation]) -> keras.Operation | 
     """Returns the innermost layer whose call an operation of that name stands in."""
     numbers = _LAYER.findall(name)
     return layers[int(numbers[-1])] if numbers else None
+
+
+def stands_in(op: Any, layer: keras.Operation, layers: Sequence[keras.Operation]) -> bool:
+    """Returns whether an operation stands in a layer's call, or in one that this makes."""
+    return any(layers[int(number)] is layer for number in re.findall(rf"{re.escape(_CALL)}(\d+)", op.name))
 
 
 def ancestors(tensors: Sequence[Any]) -> set[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from tfmixed import temporary
+from tfmixed import structure, temporary
 
 PACKAGE = "tfmixed"
 
@@ -107,7 +107,7 @@ def _cast(outputs: Any, dtype: str | None) -> Any:
 
 def _force_float32(layer: keras.layers.Layer) -> None:
     for inner in layer._flatten_layers():
-        inner.dtype_policy = "float32"
+        inner.dtype_policy = structure.policy_for(inner, "float32")
 
 
 @contextlib.contextmanager
