@@ -60,8 +60,13 @@ def measure_gradients(
     """
     checks.count("steps", steps, 1)
     probe = Probe(model, precision, scale)
+    batches = itertools.islice(_batches(data, batch_size), steps)
     with temporary.random_states():  # PyTorch's loaders draw from them
-        for batch in itertools.islice(_batches(data, batch_size), steps):
+        first = list(itertools.islice(batches, 1))
+    for batch in first:
+        probe.build(batch)  # what that draws, `fit` would have drawn
+    with temporary.random_states():
+        for batch in itertools.chain(first, batches):
             probe.measure(batch)
     if not probe.batches:
         raise ValueError(f"data must hold a batch at least, received {data!r:.200}")
@@ -124,6 +129,14 @@ class Probe:
         self._outputs: dict[Any, taps.Tally] = {}
         self._weights: dict[int, tuple[Any, taps.Tally]] = {}  # by the identity of the variable
         self._step: Callable[..., Any] | None = None
+        self._seeds = temporary.seed_generator()
+
+    def build(self, batch: Any) -> None:
+        """Builds what is not built yet, the optimizers apart."""
+        with untaken(self.model, self._count, self.scale):
+            self.model._symbolic_build(data_batch=_without_optionals(batch))
+        self._paths = structure.paths(self.model)
+        self._step = compiled(self.model)
 
     def measure(self, batch: Any, state: Any = None) -> None:
         """Counts the gradients of one batch, as `train_step` takes it.
@@ -132,15 +145,11 @@ class Probe:
             batch: Inputs, targets and sample weights.
             state: On JAX within `fit`, the values of all variables, which the trainer then holds.
         """
-        batch = _without_optionals(batch)
+        if self._step is None:
+            self.build(batch)
         without_taking = untaken(self.model, self._count, self.scale)
-        with temporary.random_states(), temporary.restored(self.model), without_taking:
-            if self._step is None:
-                self.model._symbolic_build(data_batch=batch)
-                self._paths = structure.paths(self.model)
-                self._step = compiled(self.model)
-            with self._in_precision(), self._tapped():
-                self._step(batch, state)
+        with temporary.states(self.model, self._seeds), without_taking, self._in_precision(), self._tapped():
+            self._step(_without_optionals(batch), state)
         if not self._weights and self.model.trainable_variables:
             raise ValueError(
                 f"model must hold the optimizers that its train_step uses, received {self.model!r:.100}, of which none "

@@ -139,9 +139,12 @@ def loss_scale(model: keras.Model) -> Any:
 
 @contextlib.contextmanager
 def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
-    """Gives each layer's call a name scope that tells its number in the list that it yields."""
+    """Gives each layer's call a name scope that tells its number in the list that it yields.
+
+    What the calls change in random states and added losses is restored.
+    """
     layers = list(structure.paths(model))
-    with contextlib.ExitStack() as stack:
+    with temporary.states(model), contextlib.ExitStack() as stack:
         for number, layer in enumerate(layers):
             temporary.put(stack, layer, "call", _in_scope(f"{_SCOPE}{number}", layer.call))
         yield layers
