@@ -45,13 +45,33 @@ def with_policy(layers: Iterable[keras.Operation], policy: str) -> Iterator[None
 
 @contextlib.contextmanager
 def in_float32(layers: Iterable[keras.Operation]) -> Iterator[None]:
-    """Makes all layers of a model compute in float32 and give it, and those that they make meanwhile."""
+    """Makes all layers of a model compute in float32 and give it, and those that they make meanwhile.
+
+    GPUs multiply with all bits of it, too.
+    """
     layers = list(layers)
-    with with_policy(layers, "float32"), global_policy("float32"), contextlib.ExitStack() as stack:
+    with with_policy(layers, "float32"), global_policy("float32"), _all_bits(), contextlib.ExitStack() as stack:
         for each in layers:
             for name in ("output_dtype", "_gives"):  # what our own layers cast to
                 if vars(each).get(name) is not None:
                     put(stack, each, name, "float32")
+        yield
+
+
+@contextlib.contextmanager
+def _all_bits() -> Iterator[None]:
+    backend = keras.backend.backend()
+    with contextlib.ExitStack() as stack:
+        if backend == "tensorflow":
+            from tensorflow import config
+
+            before = config.experimental.tensor_float_32_execution_enabled()
+            stack.callback(config.experimental.enable_tensor_float_32_execution, before)
+            config.experimental.enable_tensor_float_32_execution(False)
+        elif backend == "jax":
+            import jax
+
+            stack.enter_context(jax.default_matmul_precision("highest"))
         yield
 
 
@@ -63,16 +83,24 @@ def states(model: keras.Model, seeds: keras.random.SeedGenerator | None = None) 
         model: The model whose layers are called.
         seeds: Keras's global generator of seeds meanwhile, which a traced function must outlive. Defaults to a new one.
     """
-    losses = [(layer._losses, list(layer._losses)) for layer in model._flatten_layers()]
     before = global_state.get_global_attribute("global_seed_generator")
-    with random_states():
+    with random_states(), added_losses(model):
         global_state.set_global_attribute("global_seed_generator", seeds or seed_generator())
         try:
             yield
         finally:
             global_state.set_global_attribute("global_seed_generator", before)
-            for held, old in losses:
-                held[:] = old
+
+
+@contextlib.contextmanager
+def added_losses(model: keras.Model) -> Iterator[None]:
+    """Restores the losses that a model's layers added in their last call."""
+    losses = [(layer._losses, list(layer._losses)) for layer in model._flatten_layers()]
+    try:
+        yield
+    finally:
+        for held, old in losses:
+            held[:] = old
 
 
 def seed_generator() -> keras.random.SeedGenerator:
@@ -104,9 +132,9 @@ def variables(model: keras.Model, traced: Any = None) -> Iterator[None]:
 def _handles(model: keras.Model) -> Iterator[Any]:
     import tensorflow
 
-    held = tensorflow.train.TrackableView(model).descendants()
-    found = [each for each in held if isinstance(each, tensorflow.Variable)]
-    found += [each.value for each in (*model.variables, *model.metrics_variables)]
+    held = [*tensorflow.train.TrackableView(model).descendants(), *model.variables, *model.metrics_variables]
+    found = [each.value if isinstance(each, keras.Variable) else each for each in held]
+    found = [each for each in found if isinstance(each, tensorflow.Variable)]
     for variable in {id(each): each for each in found}.values():
         yield from (part.handle for part in model.distribute_strategy.experimental_local_results(variable))
 

@@ -73,7 +73,7 @@ class Step:
     targets: Any = None
 
     def trace(self, backward: bool = True) -> Trace:
-        """Traces the step as it trains, forward alone if asked to. Runs nothing and changes nothing."""
+        """Traces the step as it trains, forward alone if asked to. Runs no operation."""
         try:
             return self._traced(backward, inlined=True)
         except Exception:  # what needs AutoGraph within its own `tf.function`

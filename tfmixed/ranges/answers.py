@@ -96,6 +96,8 @@ class GradientRanges:
     def losses(self, scale: float = 1.0, precision: str = "float16", layer: str | None = None) -> Losses:
         """Returns what half precision loses at a scale: counts over all gradients held in it, or over those of a layer.
 
+        Rounding noise does not count.
+
         Raises:
             ValueError: The scale is not above 0, there is no such format, or no such layer.
         """
@@ -103,7 +105,7 @@ class GradientRanges:
         chosen = self.half if layer is None else [each for each in self if each.layer == layer]
         if not chosen and layer is not None:
             raise ValueError(f"layer must be one of {sorted({each.layer for each in self})}, received {layer!r}")
-        return sum((losses(each.octaves, scale, precision) for each in chosen), Losses())
+        return sum((losses(each.octaves, scale, precision) for each in chosen if not each.noise), Losses())
 
     def underflow(self, scale: float = 1.0, precision: str = "float16") -> float:
         """Returns the share, 0 to 1, of all values other than 0 that are flushed to 0 at a scale."""
