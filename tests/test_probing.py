@@ -11,7 +11,7 @@ from test_ranges import counted
 from thorough import covering
 
 import tfmixed
-from tfmixed import LossScaleOptimizer, measure_gradients, taps
+from tfmixed import LossScaleOptimizer, measure_gradients, taps, temporary
 from tfmixed.losses import SparseCategoricalCrossentropy
 from tfmixed.probing import Probe
 from tfmixed.rounding import losses
@@ -213,6 +213,145 @@ def test_nothing_is_changed(kind, precision):
         results.append(state(model))
     for value, other in zip(*results, strict=True):
         np.testing.assert_array_equal(value, other)
+
+
+class Restless(layers.Layer):
+    """Changes and draws whatever a layer can, in each training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = self.add_weight(shape=(), initializer="zeros", trainable=False)
+        if tf is not None:
+            self.raw, self.generator = tf.Variable(0.0, trainable=False), tf.random.Generator.from_seed(5)
+        if keras.backend.backend() == "torch":
+            self.register_buffer("held", ops.zeros(()))
+
+    def call(self, x, training=False):
+        if not training:
+            return x
+        self.kept.assign(self.kept + 1)
+        factor = 1 + 0.1 * self.kept
+        if keras.backend.backend() != "jax":  # where a compiled step must not draw from the global generator
+            factor += keras.random.uniform(())
+        if tf is not None:
+            factor += self.raw.assign_add(1.0) + self.generator.uniform(()) + tf.random.uniform(())
+        if keras.backend.backend() == "torch":
+            self.held += 1
+            factor += self.held
+        return x * ops.cast(factor, x.dtype)
+
+
+def restless(**compile_arguments):
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input(batch_shape=(8, 3, 2))
+    outputs = layers.Dense(2, name="last")(Restless()(layers.GRU(4, stateful=True)(inputs)))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", loss="mse", metrics=["mae"], **compile_arguments)
+    return model
+
+
+LOOKS = {
+    "callback": lambda _: None,
+    "measured": lambda model: measure_gradients(model, (X.reshape(24, 3, 2), Y), steps=2, batch_size=8),
+}
+if tf is not None:
+    LOOKS |= {
+        "read": tfmixed.audit,
+        "audited": lambda model: tfmixed.audit(model, X[:8].reshape(8, 3, 2), Y[:8]),
+        "forced": lambda model: tfmixed.force_float32(model, "last"),
+    }
+
+
+def restless_training(look=None, **compile_arguments):
+    """Trains, looks, and trains on: all that came of it, and what is drawn afterwards."""
+    model, x = restless(**compile_arguments), X.reshape(24, 3, 2)
+    callbacks = [tfmixed.callbacks.GradientRanges(every=2)] if look == "callback" else []
+    model.fit(x, Y, batch_size=8, verbose=0, callbacks=callbacks)
+    if look is not None:
+        LOOKS[look](model)
+    model.fit(x, Y, batch_size=8, verbose=0)
+    drawn = [random.random(), np.random.random(), keras.random.uniform(())]
+    if tf is not None:
+        drawn += [model.layers[2].raw, model.layers[2].generator.state, tf.random.uniform(())]
+    return [*state(model), *map(ops.convert_to_numpy, drawn)]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("look", LOOKS)
+def test_states_and_random_numbers_are_as_without_it(look, eager):
+    """Of stateful layers, raw variables, generators and buffers, in compiled and in eager steps: to the bit."""
+    for value, other in zip(
+        restless_training(look, run_eagerly=eager), restless_training(run_eagerly=eager), strict=True
+    ):
+        np.testing.assert_array_equal(value, other)
+
+
+@needs_tensorflow
+def test_what_only_the_graph_knows_is_restored():
+    """A variable that no attribute of the model leads to, never read but counted up."""
+    count, model = tf.Variable(0), linear()
+
+    def counted_loss(y, x):
+        count.assign_add(1)
+        return ops.mean(ops.square(y - x), axis=-1)
+
+    model.compile("sgd", loss=counted_loss)
+    measure_gradients(model, (X, Y))
+    tfmixed.audit(model, X, Y)
+    assert int(count) == 0
+
+
+def test_what_is_built_draws_as_fit_would():
+    """Layers inside layers, which take their seeds from Python's random numbers."""
+
+    class Late(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.last = layers.MultiHeadAttention(1, 2), layers.Dense(2)
+
+        def call(self, x):
+            return self.last(self.attention(x, x)[:, 0])
+
+    results = []
+    for measured in (False, True):
+        keras.utils.set_random_seed(1)
+        model = Late()
+        model.compile("sgd", loss="mse")
+        if measured:
+            measure_gradients(model, (X.reshape(24, 3, 2), Y), steps=1)
+        model.fit(X.reshape(24, 3, 2), Y, verbose=0)
+        results.append([*model.get_weights(), random.random()])
+    for value, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
+def test_added_losses_stay_those_of_the_last_call():
+    """Not those of a graph, which nothing can read any more."""
+    model, data = own()
+    model(data[0])
+    before = float(model.losses[0])
+    measure_gradients(model, data, steps=1)
+    if tf is not None:
+        tfmixed.audit(model, data[0])
+    assert [float(loss) for loss in model.losses] == [before]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch's own modules")
+def test_modules_of_pytorch_keep_gradients_and_modes():
+    """Of a loop that has called `backward` and is about to step; a wrapped module in inference stays there."""
+    import torch
+
+    wrapped = keras.layers.TorchModuleWrapper(torch.nn.BatchNorm1d(6))
+    model = keras.Sequential([keras.Input((6,)), wrapped, layers.Dense(2)])
+    model.compile("sgd", loss="mse")
+    ops.sum(model(X, training=False)).backward()
+    before = [None if each.grad is None else each.grad.clone() for each in model.parameters()]
+    buffers = [each.clone() for each in model.buffers()]
+    measure_gradients(model, (X, Y))
+    assert not wrapped.module.training
+    for one, other in zip(before, [each.grad for each in model.parameters()], strict=True):
+        assert one is other is None or bool((one == other).all())
+    assert all(bool((one == other).all()) for one, other in zip(buffers, model.buffers(), strict=True))
 
 
 def test_random_states_of_python_and_numpy_stay():
@@ -507,3 +646,76 @@ def test_bad_arguments_are_named(call, message):
     """With what was received and what to do."""
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def noise(model, data, **arguments):
+    found = measure_gradients(model, data, steps=2, batch_size=8, **arguments)
+    return {each.name for each in found if each.noise}, found
+
+
+def normalized():
+    """Two products before normalizations, one of them behind another, and one after."""
+    inputs = keras.Input((6, 6, 2))
+    x = layers.BatchNormalization(name="n1")(layers.Conv2D(3, 3, name="c1")(inputs))
+    x = layers.BatchNormalization(name="n2")(layers.Conv2D(3, 3, name="c2")(x))
+    model = keras.Model(inputs, layers.Dense(2, name="d")(layers.Flatten()(layers.ReLU()(x))))
+    model.compile("sgd", loss="mse")
+    return model, (RNG.normal(size=(24, 6, 6, 2)).astype("float32"), Y)
+
+
+def attentive():
+    inputs = keras.Input((5, 4))
+    x = layers.LayerNormalization()(inputs)
+    x = layers.MultiHeadAttention(2, 3, name="a")(x, x) + inputs
+    model = keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling1D()(layers.Dense(4, "gelu")(x))))
+    model.compile("sgd", loss="mse")
+    return model, (RNG.normal(size=(24, 5, 4)).astype("float32"), Y)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_sums_that_cancel_are_noise(precision):
+    """What is added to all values alike before a normalization over the batch, and the bias of attention's keys."""
+    for (model, data), wanted in [
+        (normalized(), {"c1/bias", "n1/beta", "c2/bias"}),
+        (attentive(), {"a/key/bias"}),
+    ]:
+        found, ranges = noise(model, data, precision=precision, scale=2.0**10)
+        assert found == wanted
+        assert not {each.name for each in ranges.half} & wanted
+
+
+@pytest.mark.parametrize("kind", ["functional", "own", "sequence"])
+def test_what_is_summed_for_good_is_not_noise(kind):
+    """Dense, recurrent and embedding layers, with dropout and without."""
+    model, data = KINDS[kind]()
+    assert noise(model, data)[0] == set()
+
+
+def test_small_gradients_are_not_noise():
+    """However small: what is far below float16's reach is what a scale is for."""
+    model, data = normalized()
+    model.compile("sgd", loss=lambda y, x: 2.0**-40 * ops.mean(ops.square(y - x), axis=-1))
+    found, ranges = noise(model, data)
+    assert found == {"c1/bias", "n1/beta", "c2/bias"}
+    assert ranges.underflow() > 0.9
+    low, high = ranges.working_scales()
+    assert 1 < low < high
+
+
+def test_perturbed_gradients_are_off_by_a_sixteenth():
+    """Up and down about as often; zeros stay zeros."""
+    values = RNG.normal(size=(100, 10)).astype("float32")
+    ratios = ops.convert_to_numpy(taps.perturb(ops.array(values))) / values
+    np.testing.assert_allclose(np.abs(ratios - 1), 1 / 16, rtol=1e-5)
+    assert 400 < (ratios > 1).sum() < 600
+    assert not ops.convert_to_numpy(taps.perturb(ops.zeros(3))).any()
+
+
+@needs_tensorflow
+def test_float32_on_gpus_is_all_of_it():
+    """TensorFloat-32 keeps 11 bits of each factor; what the script has set is set again."""
+    enabled = tf.config.experimental.tensor_float_32_execution_enabled
+    before = enabled()
+    with temporary.in_float32([]):
+        assert not enabled()
+    assert enabled() == before

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
 import re
@@ -247,6 +248,30 @@ def test_where_none_is_held_in_half_precision_all_count():
     """As they would if the model's policy were another."""
     found = GradientRanges(RangesRecord(None, None, "float32", 1.0, 1, "m", [counted([2.0**-30], dtype="float32")]))
     assert found.verdict() == "any scale from 2^6 to 2^45 works."
+
+
+def test_noise_decides_nothing_and_is_flagged():
+    """Unless it overflowed: such a step is skipped whatever the gradient should have been."""
+    real, tiny = counted([2.0**10], "real"), dataclasses.replace(counted([2.0**-40], "tiny"), noise=True)
+
+    def of(*ranges):
+        return GradientRanges(RangesRecord(None, None, "float32", 1.0, 1, "m", list(ranges)))
+
+    assert of(real, dataclasses.replace(tiny, noise=False)).working_scales() is None
+    assert of(real, tiny).working_scales() == of(real).working_scales()
+    assert of(real, tiny).verdict() == of(real).verdict()
+    assert of(real, tiny).losses() == of(real).losses()
+    assert not of(tiny).losses(layer="tiny").nonzeros
+    assert "Rounding noise, which decides nothing: `tiny`" in str(of(real, tiny))
+    assert "not finite" in of(real, dataclasses.replace(tiny, nonfinite=1)).verdict()
+
+
+def test_ranges_of_earlier_versions_are_read():
+    """They say nothing of noise."""
+    record = planted(w=[1.0]).record
+    line = records.to_line(record).replace(', "noise": false', "")
+    assert "noise" not in line
+    assert records.from_line(line) == record
 
 
 def test_scales_stay_within_float32():

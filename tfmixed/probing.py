@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import keras
@@ -33,9 +33,15 @@ def measure_gradients(
     """Returns the magnitudes of a model's gradients: of the output of each layer, and of each variable.
 
     It runs the training step that `fit` would run, a `train_step` of one's own included, up to the optimizer, which is
-    told nothing. Weights, moving statistics, metrics, and the random states of Keras, numpy and Python are afterwards
-    as they were. What is not built yet is built, as in `fit`. Only counts stay in memory. The method is that of
-    Micikevicius et al., "Mixed Precision Training" (2017), figure 3.
+    told nothing. What is not built yet is built, as in `fit`. All variables that the step uses are afterwards as they
+    were, and so are the random states of Keras, TensorFlow, PyTorch, numpy and Python; attributes that a layer sets in
+    Python are not. Only counts stay in memory. The method is that of Micikevicius et al., "Mixed Precision Training"
+    (2017), figure 3.
+
+    Gradients that are 0 in theory, such as that of a bias before a batch normalization, are rounding noise: their terms
+    cancel. They are flagged and decide nothing. The first batch shows them: it runs once more in float32, with the
+    gradients that flow back into each layer larger or smaller by a sixteenth. A sum changes by about as much, and one
+    that cancels to less than 2^-10 of its terms, which is what float16 rounds each of them by, to 64 times itself.
 
     Args:
         model: A compiled model, under any dtype policy.
@@ -60,8 +66,13 @@ def measure_gradients(
     """
     checks.count("steps", steps, 1)
     probe = Probe(model, precision, scale)
+    batches = itertools.islice(_batches(data, batch_size), steps)
     with temporary.random_states():  # PyTorch's loaders draw from them
-        for batch in itertools.islice(_batches(data, batch_size), steps):
+        first = list(itertools.islice(batches, 1))
+    for batch in first:
+        probe.build(batch)  # what that draws, `fit` would have drawn
+    with temporary.random_states():
+        for batch in itertools.chain(first, batches):
             probe.measure(batch)
     if not probe.batches:
         raise ValueError(f"data must hold a batch at least, received {data!r:.200}")
@@ -121,9 +132,18 @@ class Probe:
         self.model, self.precision, self.scale = model, checked_precision(precision), checks.scale("scale", scale)
         self.batches = 0
         self._paths: dict[Any, str] = {}
-        self._outputs: dict[Any, taps.Tally] = {}
-        self._weights: dict[int, tuple[Any, taps.Tally]] = {}  # by the identity of the variable
-        self._step: Callable[..., Any] | None = None
+        self._noise: set[Any] = set()
+        self._seeds = temporary.seed_generator()
+
+    def build(self, batch: Any) -> None:
+        """Builds what is not built yet, the optimizers apart."""
+        with untaken(self.model, lambda *_: None, self.scale), temporary.added_losses(self.model):
+            self.model._symbolic_build(data_batch=_without_optionals(batch))
+        self._paths = structure.paths(self.model)
+        self._step = _CountedStep(self.model, self._paths, self.precision, self.scale)
+        exact = self.precision == "float32"
+        self._exact = self._step if exact else _CountedStep(self.model, self._paths, "float32", self.scale)
+        self._perturbed = _CountedStep(self.model, self._paths, "float32", self.scale, perturbed=True)
 
     def measure(self, batch: Any, state: Any = None) -> None:
         """Counts the gradients of one batch, as `train_step` takes it.
@@ -132,21 +152,29 @@ class Probe:
             batch: Inputs, targets and sample weights.
             state: On JAX within `fit`, the values of all variables, which the trainer then holds.
         """
+        if not self._paths:
+            self.build(batch)
         batch = _without_optionals(batch)
-        without_taking = untaken(self.model, self._count, self.scale)
-        with temporary.random_states(), temporary.restored(self.model), without_taking:
-            if self._step is None:
-                self.model._symbolic_build(data_batch=batch)
-                self._paths = structure.paths(self.model)
-                self._step = compiled(self.model)
-            with self._in_precision(), self._tapped():
-                self._step(batch, state)
-        if not self._weights and self.model.trainable_variables:
+        with temporary.states(self.model, self._seeds):
+            self._step.run(batch, state)
+        if not self._step.weights and self.model.trainable_variables:
             raise ValueError(
                 f"model must hold the optimizers that its train_step uses, received {self.model!r:.100}, of which none "
                 "was given a gradient: a step may have been taken. Make the optimizer an attribute of the model"
             )
+        if not self.batches:
+            self._find_noise(batch, state)
         self.batches += 1
+
+    def _find_noise(self, batch: Any, state: Any) -> None:
+        """Finds the gradients that are rounding noise: in float32 they change out of all proportion if perturbed."""
+        for step in (self._exact, self._perturbed):
+            if step is not self._step:
+                step.clear()
+                with temporary.states(self.model, self._seeds):
+                    step.run(batch, state)
+        exact, perturbed = self._exact.tallies, self._perturbed.tallies
+        self._noise = {key for key in exact.keys() & perturbed.keys() if exact[key].cancels(perturbed[key])}
 
     def record(self, step: int | None = None, epoch: int | None = None) -> RangesRecord:
         """Returns what was counted since the last record, in the order of the layers, and starts anew.
@@ -158,30 +186,56 @@ class Probe:
         layers = [self.model, *structure.descendants(self.model)]  # what is inside a layer right behind it
         ranges = [each for layer in layers for each in self._ranges(layer, self._paths[layer])]
         record = RangesRecord(step, epoch, self.precision, self.scale, self.batches, str(self.model.name), ranges)
-        for tally in self._tallies():
-            tally.clear()
+        self._step.clear()
         self.batches = 0
         return record
 
-    def _tallies(self) -> Iterator[taps.Tally]:
-        yield from self._outputs.values()
-        yield from (tally for _, tally in self._weights.values())
-
     def _ranges(self, layer: Any, path: str) -> Iterator[GradientRange]:
-        if layer in self._outputs and self._outputs[layer].counts.any():
-            yield self._outputs[layer].range(path, "activation", path, _given(layer))
+        tallies = self._step.tallies
+        if (key := id(layer)) in tallies and tallies[key].counts.any():
+            yield tallies[key].range(path, "activation", path, _given(layer), key in self._noise)
         for variable in getattr(layer, "_trainable_variables", ()):
-            if id(variable) in self._weights:
-                _, tally = self._weights[id(variable)]
-                yield tally.range(gradients.path(variable), "weight", path, layer.compute_dtype)
+            if (key := id(variable)) in tallies:
+                name = gradients.path(variable)
+                yield tallies[key].range(name, "weight", path, layer.compute_dtype, key in self._noise)
+
+
+class _CountedStep:
+    """A model's training step, run without being taken, with its gradients counted.
+
+    Args:
+        model: A compiled model.
+        paths: All that is inside it.
+        precision: What to compute in.
+        scale: What the loss is multiplied by, and the gradients divided by before they are counted.
+        perturbed: Are the gradients that flow back into layers perturbed? Defaults to False.
+    """
+
+    def __init__(
+        self, model: keras.Model, paths: Iterable[Any], precision: Precision, scale: float, perturbed: bool = False
+    ) -> None:
+        self.model, self.paths, self.precision, self.scale, self.perturbed = model, paths, precision, scale, perturbed
+        self.tallies: dict[int, taps.Tally] = {}  # by the identity of the layer or the variable
+        self.weights: dict[int, Any] = {}  # the variables, which stay as long as their identities count
+        self._step = compiled(model)
+
+    def run(self, batch: Any, state: Any) -> None:
+        """Counts the gradients of one batch."""
+        with untaken(self.model, self._count, self.scale), self._in_precision(), self._tapped():
+            self._step(batch, state)
+
+    def clear(self) -> None:
+        """Forgets what was counted."""
+        for tally in self.tallies.values():
+            tally.clear()
 
     @contextlib.contextmanager
     def _in_precision(self) -> Iterator[None]:
         if self.precision == "float32":
-            with temporary.in_float32(self._paths):
+            with temporary.in_float32(self.paths):
                 yield
             return
-        layers = [layer for layer in self._paths if isinstance(layer, keras.layers.Layer)]
+        layers = [layer for layer in self.paths if isinstance(layer, keras.layers.Layer)]
         half = [layer for layer in layers if layer.compute_dtype in HALF]
         with temporary.with_policy(half or layers, f"mixed_{self.precision}"):
             yield
@@ -190,20 +244,21 @@ class Probe:
     def _tapped(self) -> Iterator[None]:
         """Has the layers' outputs counted on the way back."""
         layers = [
-            layer for layer in self._paths if isinstance(layer, keras.layers.Layer) and not structure.graph_of(layer)
+            layer for layer in self.paths if isinstance(layer, keras.layers.Layer) and not structure.graph_of(layer)
         ]
         with contextlib.ExitStack() as stack:
             for layer in layers:
-                tally = self._outputs.setdefault(layer, taps.Tally())
+                tally = self.tallies.setdefault(id(layer), taps.Tally())
                 name = structure.call_of(layer)
-                temporary.put(stack, layer, name, taps.tapped(getattr(layer, name), tally, self.scale))
+                tapped = taps.tapped(getattr(layer, name), tally, self.scale, self.perturbed)
+                temporary.put(stack, layer, name, tapped)
             yield
 
     def _count(self, grads: Iterable[Any], variables: Iterable[Any]) -> None:
         for gradient, variable in zip(grads, variables, strict=True):
             if gradient is not None:
-                _, tally = self._weights.setdefault(id(variable), (variable, taps.Tally()))
-                taps.count(gradient, tally, self.scale)
+                self.weights[id(variable)] = variable
+                taps.count(gradient, self.tallies.setdefault(id(variable), taps.Tally()), self.scale)
 
 
 def _given(layer: Any) -> str:

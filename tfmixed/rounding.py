@@ -17,8 +17,12 @@ POWERS = range(-126, 128)  # of two, that are a normal float32
 
 
 def held_in_half(record: RangesRecord) -> list[GradientRange]:
-    """Returns the gradients that are held in half precision when the model trains; all of them where none is."""
-    return [each for each in record.ranges if each.dtype in HALF] or list(record.ranges)
+    """Returns the gradients that are held in half precision when the model trains; all of them where none is.
+
+    Rounding noise is left out, unless it overflowed: that skips a step like any other.
+    """
+    held = [each for each in record.ranges if each.dtype in HALF] or record.ranges
+    return [each for each in held if not each.noise or each.nonfinite]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ Count = Callable[[Iterable[Any], Iterable[Any]], None]
 
 
 def compiled(model: keras.Model) -> Callable[[Any, Any], Any]:
-    """Returns what runs the training step of a batch, as `fit` would run it.
+    """Returns what runs the training step of a batch, as `fit` would run it, and restores the variables.
 
     Its second argument is, on JAX within `fit`, the values of all variables, and None else.
     """
@@ -25,11 +26,22 @@ def compiled(model: keras.Model) -> Callable[[Any, Any], Any]:
     if backend == "jax":
         return _jax_step(model)
     if backend == "torch" or model.run_eagerly:
-        return lambda batch, _: model.train_step(batch)
+        return functools.partial(_eager_step, model)
     import tensorflow
 
     function = tensorflow.function(model.train_step, autograph=False, reduce_retracing=True)
-    return lambda batch, _: function(batch)
+    return functools.partial(_traced_step, model, function)
+
+
+def _eager_step(model: keras.Model, batch: Any, _: Any) -> None:
+    with temporary.variables(model):
+        model.train_step(batch)
+
+
+def _traced_step(model: keras.Model, function: Any, batch: Any, _: Any) -> None:
+    traced = function.get_concrete_function(batch)
+    with temporary.variables(model, traced):
+        traced(batch)
 
 
 def _jax_step(model: keras.Model) -> Callable[..., Any]:

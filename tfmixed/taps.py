@@ -21,6 +21,8 @@ OCTAVES, PARTS = 256, 4  # exponents of float32; see `GradientRange`
 _MANTISSA_BITS, _BIAS = 23, 127
 _FIRST_PART, _SECOND_PART = 2**23 - 2**13, 2**23 - 2**12  # mantissas of 2 - 2^-10 and 2 - 2^-11
 _FINITE = 255 << _MANTISSA_BITS  # the bits of infinity
+_PERTURBATION = 1 / 16
+_HASH = -1_640_531_535  # 2^32 divided by the golden ratio, as an int32
 
 
 class Tally:
@@ -39,7 +41,7 @@ class Tally:
         self.counts += numpy.asarray(counts)
         self.smallest, self.largest = min(self.smallest, int(smallest)), max(self.largest, int(largest))
 
-    def range(self, name: str, kind: Kind, layer: str, dtype: str) -> GradientRange:
+    def range(self, name: str, kind: Kind, layer: str, dtype: str, noise: bool = False) -> GradientRange:
         """Returns what was counted, as a record."""
         octaves = self.counts.reshape(OCTAVES, PARTS).tolist()
         (zeros, *subnormal), nonfinite = octaves[0], sum(octaves[-1])
@@ -54,7 +56,16 @@ class Tally:
             largest=_magnitude(self.largest),
             smallest=_magnitude(self.smallest) if self.largest else 0.0,
             octaves={exponent: parts for exponent, parts in found.items() if any(parts)},
+            noise=noise,
         )
+
+    def cancels(self, perturbed: Tally) -> bool:
+        """Returns whether this gradient cancels to less than 2^-10 of what it is the sum of.
+
+        Args:
+            perturbed: The same gradient, of a step whose taps perturb.
+        """
+        return _magnitude(perturbed.largest) > 2.0**10 * _PERTURBATION * _magnitude(self.largest)
 
 
 def _magnitude(bits: int) -> float:
@@ -107,22 +118,41 @@ def count(gradient: Any, tally: Tally, scale: float = 1.0) -> None:
         tally.add(*map(ops.convert_to_numpy, found))
 
 
-def tap(tensor: Any, tally: Tally, scale: float = 1.0) -> Any:
-    """Returns a tensor of the same values whose gradient is counted, divided by `scale`."""
-    return _TAPS[keras.backend.backend()](tensor, functools.partial(count, tally=tally, scale=scale))
+def tap(tensor: Any, tally: Tally, scale: float = 1.0, perturbed: bool = False) -> Any:
+    """Returns a tensor of the same values whose gradient is counted, divided by `scale`.
+
+    Args:
+        tensor: A floating tensor.
+        tally: Where its gradient is added.
+        scale: What the gradient is divided by before it is counted.
+        perturbed: Should what flows on be what `perturb` makes of it? Defaults to False.
+    """
+
+    def backward(gradient: Any) -> Any:
+        count(gradient, tally, scale)
+        return perturb(gradient) if perturbed else gradient
+
+    return _TAPS[keras.backend.backend()](tensor, backward)
 
 
-def tapped(call: Callable[..., Any], tally: Tally, scale: float) -> Callable[..., Any]:
+def perturb(gradient: Any) -> Any:
+    """Returns a gradient with each value larger or smaller by a sixteenth, which of both its own bits decide."""
+    bits = _bits(ops.reshape(ops.cast(gradient, "float32"), (-1,)))
+    factors = ops.where(ops.less(bits * _HASH, 0), 1 + _PERTURBATION, 1 - _PERTURBATION)
+    return gradient * ops.cast(ops.reshape(factors, ops.shape(gradient)), gradient.dtype)
+
+
+def tapped(call: Callable[..., Any], tally: Tally, scale: float, perturbed: bool = False) -> Callable[..., Any]:
     """Returns a layer's `call` with taps on all that it gives, which stays what it is to Keras and to `inplace`."""
 
     def tap_one(x: Any) -> Any:
         if not _is_dense_float(x):
             return x
-        y = tap(x, tally, scale)
+        y = tap(x, tally, scale, perturbed)
         if (mask := get_tensor_attr(x, "_keras_mask")) is not None:
             set_tensor_attr(y, "_keras_mask", mask)
         if (wide := get_tensor_attr(x, "_tfmixed_wide")) is not None:
-            set_tensor_attr(y, "_tfmixed_wide", tap(wide, tally, scale))
+            set_tensor_attr(y, "_tfmixed_wide", tap(wide, tally, scale, perturbed))
         return y
 
     @functools.wraps(call)
@@ -138,39 +168,31 @@ def _is_dense_float(x: Any) -> bool:
     return "float" in keras.backend.standardize_dtype(x.dtype)
 
 
-def _tap_tensorflow(tensor: Any, counted: Callable[[Any], None]) -> Any:
+def _tap_tensorflow(tensor: Any, through: Callable[[Any], Any]) -> Any:
     import tensorflow
 
     @tensorflow.custom_gradient  # type: ignore[untyped-decorator]
     def identity(tensor: Any) -> Any:
-        def backward(gradient: Any) -> Any:
-            counted(gradient)
-            return gradient
-
-        return tensorflow.identity(tensor), backward
+        return tensorflow.identity(tensor), through
 
     return identity(tensor)
 
 
-def _tap_jax(tensor: Any, counted: Callable[[Any], None]) -> Any:
+def _tap_jax(tensor: Any, through: Callable[[Any], Any]) -> Any:
     import jax
 
     @jax.custom_vjp  # type: ignore[untyped-decorator]
     def identity(tensor: Any) -> Any:
         return tensor
 
-    def backward(_: None, gradient: Any) -> tuple[Any]:
-        counted(gradient)
-        return (gradient,)
-
-    identity.defvjp(lambda tensor: (tensor, None), backward)
+    identity.defvjp(lambda tensor: (tensor, None), lambda _, gradient: (through(gradient),))
     return identity(tensor)
 
 
-def _tap_torch(tensor: Any, counted: Callable[[Any], None]) -> Any:
+def _tap_torch(tensor: Any, through: Callable[[Any], Any]) -> Any:
     if tensor.requires_grad:
         tensor = tensor.view_as(tensor)  # what is written in place later does not take the hook along
-        tensor.register_hook(counted)
+        tensor.register_hook(through)
     return tensor
 
 

@@ -41,9 +41,8 @@ def differences(step: Step) -> Iterator[Difference]:
     is left out, and what depends on another that parted, or on random numbers, since half precision draws others.
     """
     with scoped(step.model) as layers, _quiet(layers):
-        with temporary.restored(step.model):
-            half, half_gradients = _run(step, layers)
-        with temporary.restored(step.model), temporary.in_float32(layers):
+        half, half_gradients = _run(step, layers)
+        with temporary.in_float32(layers):
             full, full_gradients = _run(step, layers)
     found = dict(_differences(half, full))
     tainted: set[str] = set()
@@ -92,9 +91,10 @@ def _run(step: Step, layers: Sequence[keras.Operation]) -> tuple[dict[str, _Tens
         return [_summary(op.outputs[0]) for op in counted], [_summary(gradient) for gradient in gradients.values()]
 
     with functions_run_eagerly(False):  # the graph is looked at, whatever the script set
-        # Not called as it is: of functions made from one code again and again TensorFlow warns.
-        function = tf.function(run, autograph=False).get_concrete_function(step.inputs, step.targets)
-        forward, backward = function(step.inputs, step.targets)
+        # Not called as it is: TensorFlow warns of functions that are made from one code again and again.
+        traced = tf.function(run, autograph=False).get_concrete_function(step.inputs, step.targets)
+        with temporary.variables(step.model, traced):
+            forward, backward = traced(step.inputs, step.targets)
     values = {op.name: _values(summary) for op, summary in zip(counted, forward, strict=True)}
     tensors = {op.name: _Tensor.of(op, layers, values.get(op.name)) for op in ops}
     return tensors, {path: _values(summary) for path, summary in zip(paths, backward, strict=True)}

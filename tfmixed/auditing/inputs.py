@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import tree
 
+from tfmixed import temporary
 from tfmixed.auditing.tracing import tensors
 
 
@@ -50,9 +51,11 @@ def targets_for(model: keras.Model, inputs: Any) -> Any:
     if losses is None or type(model).compute_loss is not keras.Model.compute_loss:
         return None
     # Traced where no graph tells: Keras's own shape inference does not cast inputs as a call does (3.15).
-    graph = isinstance(model, (keras.Function, keras.Sequential))
-    call = None if graph else tf.function(model, autograph=False).get_concrete_function(inputs)
-    outputs = tensors(model.outputs if call is None else call.structured_outputs)
+    if isinstance(model, (keras.Function, keras.Sequential)):
+        outputs = tensors(model.outputs)
+    else:
+        with temporary.states(model):
+            outputs = tensors(tf.function(model, autograph=False).get_concrete_function(inputs).structured_outputs)
     sparse = ["sparse" in _name(loss) for loss in tree.flatten(losses)]
     if len(sparse) not in (1, len(outputs)):
         return None

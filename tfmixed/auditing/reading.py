@@ -29,7 +29,8 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     """Reads what a model's training step computes in half precision, and tells what can go wrong.
 
     The step is traced forward and backward, so that `keras.ops`, `tf.*` and custom layers are seen alike; the loss is
-    that of `compile`. Nothing in the model changes.
+    that of `compile`. Variables and random states are afterwards as they were; attributes that a layer sets in Python
+    are not.
 
     Args:
         model: A built model.

@@ -80,7 +80,7 @@ class Step:
     targets: Any = None
 
     def trace(self, backward: bool = True) -> Trace:
-        """Traces the step as it trains, forward alone if asked to. Runs nothing and changes nothing."""
+        """Traces the step as it trains, forward alone if asked to. Runs no operation."""
         try:
             return self._traced(backward, inlined=True)
         except Exception:  # what needs AutoGraph within its own `tf.function`
@@ -149,9 +149,12 @@ def loss_scale(model: keras.Model) -> Any:
 
 @contextlib.contextmanager
 def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
-    """Gives each layer's call and regularizers a name scope that tells its number in the list that it yields."""
+    """Gives each layer's call and regularizers a name scope that tells its number in the list that it yields.
+
+    What the calls change in random states and added losses is restored.
+    """
     layers = list(structure.paths(model))
-    with contextlib.ExitStack() as stack:
+    with temporary.states(model), contextlib.ExitStack() as stack:
         for number, layer in enumerate(layers):
             name = structure.call_of(layer)
             temporary.put(stack, layer, name, _in_scope(f"{_CALL}{number}", getattr(layer, name)))
@@ -159,8 +162,6 @@ def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
             for owner, name in [(layer, "activity_regularizer"), *owners]:
                 if (regularizer := vars(owner).get(name)) is not None:
                     temporary.put(stack, owner, name, _in_scope(f"{_REGULARIZER}{number}", regularizer))
-            if (losses := getattr(layer, "_losses", None)) is not None:  # those of the trace are symbolic
-                stack.callback(losses.__setitem__, slice(None), list(losses))
         yield layers
 
 

@@ -31,7 +31,8 @@ def plot_layers(record: RangesRecord, scale: float = 1.0, *, theme: Theme = "lig
         width: Inches; below 6 it is laid out for a phone.
 
     Returns:
-        A matplotlib figure; save it with `save`. It grows with the layers. What is exactly 0 has a column of its own.
+        A matplotlib figure; save it with `save`. It grows with the layers. What is exactly 0 has a column of its own,
+        and rounding noise is left out.
 
     Example:
     >>> ranges = [GradientRange("d/kernel", "weight", "d", "float16", 1, 0, 2.0**-30, 2.0**-30, {-30: (4, 0, 0, 0)})]
@@ -60,12 +61,14 @@ def plot_layers(record: RangesRecord, scale: float = 1.0, *, theme: Theme = "lig
 
 
 def _row(record: RangesRecord, kind: str, layer: str) -> list[GradientRange]:
-    return [each for each in record.ranges if (each.kind, each.layer) == (kind, layer)]
+    return [each for each in record.ranges if (each.kind, each.layer) == (kind, layer) and not each.noise]
 
 
 def _span(record: RangesRecord, scale: float) -> tuple[int, int]:
     """Returns the first octave that is drawn, and the one after the last: all values, and all limits."""
-    octaves = [octave for octave in zones.pooled(record.ranges) if -80 <= octave < 40]
+    octaves = [
+        octave for octave in zones.pooled(each for each in record.ranges if not each.noise) if -80 <= octave < 40
+    ]
     limits = [limit - math.log2(scale) for limit in zones.LIMITS]
     return math.floor(min([limits[0] - 4, *octaves])), math.ceil(max([limits[-1] + 4, *(each + 1 for each in octaves)]))
 

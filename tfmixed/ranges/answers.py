@@ -65,7 +65,7 @@ class GradientRanges:
     """The magnitudes of a model's gradients, and what they say. Prints as a table; iterates over its `GradientRange`s.
 
     Only gradients that the model holds in half precision count for its advice, or all of them in a model that has
-    none yet. `tfmixed.measure_gradients` makes one.
+    none yet. Those that are rounding noise do not. `tfmixed.measure_gradients` makes one.
 
     Args:
         record: What was measured.
@@ -90,11 +90,13 @@ class GradientRanges:
 
     @property
     def half(self) -> list[GradientRange]:
-        """Those that are held in half precision when the model trains; all of them where none is."""
+        """Those that count: held in half precision when the model trains, all of them where none is; no noise."""
         return held_in_half(self.record)
 
     def losses(self, scale: float = 1.0, precision: str = "float16", layer: str | None = None) -> Losses:
         """Returns what half precision loses at a scale: counts over all gradients held in it, or over those of a layer.
+
+        Rounding noise does not count.
 
         Raises:
             ValueError: The scale is not above 0, there is no such format, or no such layer.
@@ -103,7 +105,7 @@ class GradientRanges:
         chosen = self.half if layer is None else [each for each in self if each.layer == layer]
         if not chosen and layer is not None:
             raise ValueError(f"layer must be one of {sorted({each.layer for each in self})}, received {layer!r}")
-        return sum((losses(each.octaves, scale, precision) for each in chosen), Losses())
+        return sum((losses(each.octaves, scale, precision) for each in chosen if not each.noise), Losses())
 
     def underflow(self, scale: float = 1.0, precision: str = "float16") -> float:
         """Returns the share, 0 to 1, of all values other than 0 that are flushed to 0 at a scale."""
@@ -203,6 +205,8 @@ class GradientRanges:
         """
         record = self.record
         told = [f"{len(self)} gradients of {record.model}, {record.batches} batches in {record.precision}"]
+        if noise := [f"`{each.name}`" for each in self if each.noise]:
+            told.append(f"Rounding noise, which decides nothing: {', '.join(noise)}")
         told.append(f"float16: {self.verdict()}")
         if (scale := self.suggested(headroom)) is not None:
             told.append(scale.explanation)
@@ -238,7 +242,7 @@ class GradientRanges:
         """Returns a table of each gradient: its magnitudes, what is lost at scale 1, and which scales suit it alone.
 
         "to 0", "subnormal" and "overflow" are shares of the values other than 0. Those that the model holds in float32
-        say so instead.
+        say so instead, and those that are rounding noise.
         """
         return tables.table(self.record, precision)
 

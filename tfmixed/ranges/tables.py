@@ -16,7 +16,7 @@ def table(record: RangesRecord, precision: str) -> Table:
     half = held_in_half(record)
     for each in record.ranges:
         if not any(each is one for one in half):
-            made.add_row(*_known(each), "", "", "", each.dtype)
+            made.add_row(*_known(each), "", "", "", "noise" if each.noise else each.dtype)
             continue
         lost = losses(each.octaves, 1.0, precision)
         counts = (percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow))

@@ -135,6 +135,7 @@ class GradientRange:
             2^e (2 - 2^-10); from there up to 2^e (2 - 2^-11); the rest. These are the limits at which float16 rounds to
             its smallest number, to its smallest normal one, and to infinity, so that counts are exact for each power
             of two as a scale. Exponent -127 holds what is subnormal in float32.
+        noise: Is it rounding noise, a sum that cancels to nearly 0 by theory? Then it decides nothing.
     """
 
     name: str
@@ -146,6 +147,7 @@ class GradientRange:
     largest: float
     smallest: float
     octaves: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
+    noise: bool = False
 
     @property
     def nonzeros(self) -> int:

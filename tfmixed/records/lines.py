@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -73,13 +73,18 @@ _hints = functools.cache(get_type_hints)
 
 
 def _made(kind: Any, values: dict[str, Any]) -> Any:
-    read = {name: _read(values[name], wanted) for name, wanted in _hints(kind).items() if name != "event"}
+    given = {each.name for each in fields(kind) if each.name in values or _is_required(each)}
+    read = {name: _read(values[name], wanted) for name, wanted in _hints(kind).items() if name in given}
     if any(type(each) in (int, float) and each < 0 for name, each in read.items() if name != _SIGNED):
         raise ValueError("a count, magnitude or scale is below 0")
     made = kind(**read)
     if isinstance(made, GradientRange) and made.nonzeros and not 0 < made.smallest <= made.largest < 2.0**128:
         raise ValueError("the magnitudes of a gradient are no float32, or contradict one another")
     return made
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _read(value: Any, wanted: Any) -> Any:

@@ -120,6 +120,7 @@ def _lost(ranges: GradientRanges, scale: float, held: str, alike: bool) -> Table
             counts = [percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow)]
             worst = lost.share(lost.zero + lost.overflow), lost.share(lost.subnormal)
         name = each.name if each.kind == "weight" else f"{each.name} ({each.kind})"
+        name += " (rounding noise)" if each.noise else ""
         of = (name,) if alike else (name, each.dtype)
         rows.append((worst, (*of, span(each), percent(share_of_zeros(each)), *counts)))
     rows.sort(key=lambda row: row[0], reverse=True)
