@@ -408,3 +408,86 @@ def test_bad_arguments_are_named(arguments):
     (name, value), *_ = arguments.items()
     with pytest.raises(ValueError, match=f"{name} must be a whole number.*received {value}"):
         LossScaleLogger(**arguments)
+
+
+ALL = [3, 5, 9]  # the steps of one epoch that change the scale
+
+
+def test_each_of_two_loggers_logs_every_change(tmp_path):
+    """However often the other one collects; and who drains the changes meanwhile gets them all too."""
+
+    class Drains(keras.callbacks.Callback):
+        drained = ()
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.drained += tuple(each.step for each in self.model.optimizer.drain_events())
+
+    paths, drains = [tmp_path / "often.jsonl", tmp_path / "rarely.jsonl"], Drains()
+    often, rarely = LossScaleLogger(paths[0], every=2, verbose=0), LossScaleLogger(paths[1], verbose=0)
+    model, _ = fit(often, drains, rarely)
+    assert [steps(path) for path in paths] == [ALL, ALL]
+    assert list(drains.drained) == ALL
+    assert model.optimizer.drain_events() == []
+
+
+def test_what_was_logged_can_still_be_drained():
+    """`drain_events` tells of the changes since its own last call."""
+    model, _ = fit(LossScaleLogger(verbose=0))
+    assert [each.step for each in model.optimizer.drain_events()] == ALL
+
+
+def test_a_logger_that_starts_later_starts_there(tmp_path):
+    """Nothing of an earlier `fit` that was logged is in its log, and no change is lost between them."""
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    model, _ = fit(LossScaleLogger(first, verbose=0))
+    model.optimizer.loss_scale = 4.0
+    model.fit(*data(), batch_size=8, shuffle=False, verbose=0, callbacks=[LossScaleLogger(second, verbose=0)])
+    assert steps(first) == ALL
+    assert steps(second)[0] == 12
+    assert records.read_changes(second)[0].reason == "set"
+
+
+def test_lost_changes_are_counted_for_each_reader(tmp_path):
+    """A logger that collects often enough has lost none."""
+    optimizer = LossScaleOptimizer("sgd", RULE, event_capacity=2)
+    fit(LossScaleLogger(tmp_path / "log.jsonl", every=4, verbose=0), optimizer=optimizer)
+    assert steps(tmp_path / "log.jsonl") == ALL
+    lost, *kept = optimizer.drain_events()
+    assert (lost.count, [each.step for each in kept]) == (1, ALL[1:])
+
+
+def test_a_restored_optimizer_tells_of_what_nobody_had_read():
+    """Of those that were read before it was saved, nothing."""
+    optimizer = LossScaleOptimizer("sgd", RULE)
+    model, _ = fit(LossScaleLogger(verbose=0), optimizer=optimizer)
+    optimizer.loss_scale = 4.0
+    store = {}
+    optimizer.save_own_variables(store)
+    assert [each.step for each in optimizer.drain_events()] == [*ALL, 12]
+    for new in (LossScaleOptimizer("sgd", RULE), optimizer):  # in a new process, and in this one
+        new.build(model.trainable_variables)
+        new.load_own_variables(store)
+        assert [each.step for each in new.drain_events()] == [12]
+
+
+def test_two_trainings_on_one_path_keep_a_whole_log_each(tmp_path):
+    """The second one, in another process, starts while the first one runs."""
+    path = tmp_path / "log.jsonl"
+    script = f"""
+        import sys
+        sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
+        from test_callbacks import fit
+        from tfmixed.callbacks import LossScaleLogger
+
+        fit(LossScaleLogger({str(path)!r}, verbose=0))
+    """
+
+    class Other(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 4:
+                subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=120, check=True)
+
+    fit(LossScaleLogger(path, every=1, verbose=0), Other())
+    for each in (path, tmp_path / "log-2.jsonl"):
+        assert [record.event for record in records.read_log(each)] == ["run", *["scale_change"] * 3, "progress"]
+        assert steps(each) == ALL

@@ -10,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 import tfmixed
-from tfmixed import cli
+from tfmixed import cli, records
 from tfmixed.cli import app
+from tfmixed.records import Progress, ScaleChange
 
 HEAVY = {"tensorflow", "keras", "numpy", "matplotlib", "jax", "torch"}
 
@@ -335,3 +336,65 @@ def test_ranges_shows_what_the_users_own_code_raises(command, tmp_path):
     run = command("ranges", "net:broken")
     assert run.returncode == 2
     assert "Traceback" in run.stderr
+
+
+NO_LOGS = {
+    "text": b"notes\nof mine\n",
+    "line": b"notes",
+    "empty": b"",
+    "binary": b"\x7fELF\0\xff\n",
+    "utf16": "x\n".encode("utf-16"),
+    "newer": b'{"event": "run", "format": 2}\n',
+}
+READERS = [["report"], ["simulate", "--rule", "dynamic", "--trace"]]
+LINES = "".join(f"{records.to_line(each)}\n" for each in (ScaleChange(2, 8.0, 4.0, "overflow"), Progress(9, 0, 4.0, 1)))
+
+
+@pytest.mark.parametrize("way", READERS, ids=lambda way: way[0])
+@pytest.mark.parametrize("content", NO_LOGS.values(), ids=NO_LOGS)
+def test_a_file_that_is_no_log_is_refused_in_one_line(command, tmp_path, way, content):
+    """Text, nothing, bytes, another encoding, a log of a later version."""
+    (tmp_path / "notes.txt").write_bytes(content)
+    run = command(*way, "notes.txt")
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert run.stderr.startswith(("tfmixed: RUN must be", "tfmixed: trace must"))
+
+
+@pytest.mark.parametrize("way", READERS, ids=lambda way: way[0])
+def test_a_path_or_log_of_odd_bytes_is_read(command, tmp_path, way):
+    """A folder and a file whose names are not UTF-8, a byte order mark, the line ends of another system."""
+    lines = LINES
+    names = [os.fsdecode(name) for name in (b"caf\xe9", b"caf\xe9/log\xff.jsonl", b"bom.jsonl", b"crlf.jsonl")]
+    (tmp_path / names[0]).mkdir()
+    for name, text in zip(names[1:], (lines, "\ufeff" + lines, lines.replace("\n", "\r\n")), strict=True):
+        (tmp_path / name).write_bytes(text.encode())
+    outputs = []
+    for name in names:
+        run = command(*way, name)
+        assert (run.returncode, run.stderr) == (0, "")
+        outputs.append(run.stdout.encode())  # as a terminal does
+    assert way == ["report"] or len({*outputs}) == 1
+
+
+def test_a_page_of_a_path_of_odd_bytes_is_written(command, tmp_path):
+    """Its own path, too; the name stands in it with the odd bytes spelled out."""
+    name, page = (os.fsdecode(b"caf\xe9" + suffix) for suffix in (b".jsonl", b".html"))
+    (tmp_path / name).write_text(LINES)
+    assert command("report", name, "--html", page).returncode == 0
+    assert "caf\\xe9.jsonl" in (tmp_path / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("way", READERS, ids=lambda way: way[0])
+@pytest.mark.parametrize("name", ["nothing", "x" * 300, "."])
+def test_a_path_without_a_log_is_refused_in_one_line(command, way, name):
+    """Also one that no file system allows."""
+    run = command(*way, name)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("picture", ["/proc/nowhere/a.png", "net.py/a.png", "."])
+def test_bench_measures_nothing_for_a_picture_that_cannot_be_written(command, tmp_path, picture):
+    """What takes minutes is not lost at its end."""
+    (tmp_path / "net.py").write_text(NET)
+    run = command("bench", "mlp", "--plot", picture)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)

@@ -703,6 +703,8 @@ def test_properties_are_keras_names():
         ({"dynamic_growth_steps": 0}, "dynamic_growth_steps must be a whole number, at least 1 .* received 0"),
         ({"dynamic": False, "initial_scale": -3}, "initial_scale must be .* above 0, received -3"),
         ({"dynamic": "no"}, "dynamic must be True, False or None, received 'no'"),
+        ({"dynamic": 1.0}, "dynamic must be True, False or None, received 1.0"),
+        ({"dynamic": 0, "initial_scale": 8}, "dynamic must be True, False or None, received 0"),
         ({"event_capacity": 0}, "event_capacity must be a whole number, at least 1 .* received 0"),
         ({"max_consecutive_skips": 0}, "max_consecutive_skips must be a whole number, at least 1 .* received 0"),
         ({"clipnorm": 1.0}, "set `clipnorm` on the `inner_optimizer`"),

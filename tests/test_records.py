@@ -140,3 +140,54 @@ def test_a_missing_log_is_an_error(tmp_path):
     """As with any file."""
     with pytest.raises(FileNotFoundError):
         records.read_log(tmp_path / "none.jsonl")
+
+
+def test_a_file_says_its_format():
+    """In the line that begins a run, and in ranges, which may be a file by themselves; a line without one is of 1."""
+    assert json.loads(records.to_line(BEGIN))["format"] == records.FORMAT == 1
+    assert json.loads(records.to_line(records.from_line(ranges_line())))["format"] == 1
+    values = json.loads(records.to_line(BEGIN))
+    del values["format"]
+    assert records.from_line(json.dumps(values)) == BEGIN
+
+
+BEGIN = records.RunRecord(0, 8.0, "2026-01-01T00:00:00+00:00", "net", "mixed_float16", {}, "Adam", ["CPU"], {})
+
+
+def test_fields_come_and_go():
+    """A field with a default may be missing, and one that is unknown is ignored, within ranges too."""
+    change = {"event": "scale_change", "step": 1, "old_scale": 2.0, "new_scale": 1.0, "reason": "overflow"}
+    assert records.from_line(json.dumps({**change, "device": [1]})) == ScaleChange(1, 2.0, 1.0, "overflow")
+    line = json.loads(ranges_line(octaves={}, share=0.5))
+    del line["ranges"][0]["octaves"]
+    assert records.from_line(json.dumps(line)).ranges[0].octaves == {}
+
+
+@pytest.mark.parametrize("format_", [2, 10**6])
+def test_a_newer_format_is_refused_by_its_number(tmp_path, format_):
+    """Whatever else the line holds."""
+    (tmp_path / "log.jsonl").write_text(json.dumps({"event": "news", "format": format_}) + "\n")
+    with pytest.raises(ValueError, match=f"format must be at most 1 .*update.*format={format_}"):
+        records.read_log(tmp_path / "log.jsonl")
+
+
+@pytest.mark.parametrize("format_", ["2", None, 1.5, True, -1])
+def test_a_format_that_is_no_number_is_refused(format_):
+    """As other values are."""
+    with pytest.raises(ValueError, match="line must be a record"):
+        records.from_line(json.dumps({**json.loads(records.to_line(BEGIN)), "format": format_}))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")], ids=["bom", "crlf"]
+)
+def test_what_editors_do_to_a_file_does_not_matter(tmp_path, change):
+    """A byte order mark before the first line, or the line ends of another system."""
+    (tmp_path / "log.jsonl").write_bytes(change(f"{records.to_line(BEGIN)}\n{records.to_line(OVERFLOW)}\n").encode())
+    assert records.read_log(tmp_path / "log.jsonl") == [BEGIN, OVERFLOW]
+
+
+def test_zeros_at_the_end_of_a_log_are_left_out(tmp_path):
+    """As a machine that lost its power leaves them."""
+    (tmp_path / "log.jsonl").write_text(records.to_line(OVERFLOW) + "\n" + "\0" * 50)
+    assert records.read_log(tmp_path / "log.jsonl") == [OVERFLOW]

@@ -1,6 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
 
 import pytest
 
@@ -47,3 +55,135 @@ def test_a_file_that_is_not_there_is_an_empty_log(tmp_path):
     """It is made with its folder."""
     assert runlog.continue_at(tmp_path / "new" / "log.jsonl", 6, (ScaleChange,), TOLD) == TOLD
     assert records.read_log(tmp_path / "new" / "log.jsonl") == []
+
+
+@pytest.mark.parametrize("content", ["precious notes", "notes\n", '{"a": 1}', "\x7fELF"])
+def test_a_file_that_is_no_log_stays(tmp_path, content):
+    """Also where it has one line without an end, as a log of a killed run may have."""
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="must be a log"):
+        runlog.begin(path, 0, (ScaleChange,))
+    assert path.read_text() == content
+
+
+def test_lines_that_stay_are_not_rewritten(path):
+    """What a later version added to them stays in the file."""
+    lines = path.read_text().splitlines()
+    lines[0] = lines[0].replace("}", ', "device": "GPU:0"}')
+    path.write_text("".join(f"{line}\n" for line in lines) + '{"event": "sca')
+    runlog.continue_at(path, 4, (ScaleChange, RangesRecord))
+    assert path.read_text().splitlines() == [*lines[:4], *lines[5:7]]
+
+
+def test_a_log_of_a_newer_format_is_not_touched(path):
+    """The error names the format."""
+    path.write_text(old := path.read_text() + '{"event": "run", "format": 2}\n')
+    with pytest.raises(ValueError, match=r"must be a log.*format=2"):
+        runlog.continue_at(path, 3, (ScaleChange,))
+    assert path.read_text() == old
+
+
+def test_a_log_behind_a_link_keeps_link_and_mode(path):
+    """When lines of it go."""
+    path.chmod(0o640)
+    link = path.with_name("link")
+    link.symlink_to(path.name)
+    runlog.begin(link, 3, (ScaleChange,))
+    runlog.append(link, [HALVED[5]])
+    runlog.release(link)
+    assert link.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert records.read_changes(path) == [*HALVED[:3], HALVED[5]]
+
+
+def test_a_log_can_be_a_pipe(tmp_path):
+    """It is not read, and open from the begin of the run to its end."""
+    pipe, seen = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: seen.append(pipe.read_text()))
+    reader.start()
+    assert runlog.begin(pipe, 0, (ScaleChange,), TOLD[:1]) == (pipe, TOLD[:1])
+    for change in HALVED[:2]:
+        runlog.append(pipe, [change])
+    runlog.release(pipe)
+    reader.join(timeout=60)
+    assert [records.from_line(line) for line in seen[0].splitlines()] == HALVED[:2]
+
+
+WRITER = """
+    import os, sys, time
+    from pathlib import Path
+    from tfmixed import runlog
+    from tfmixed.records import Progress
+    path = runlog.claim(Path(sys.argv[1]))
+    runlog.continue_at(path, 1, (Progress,))
+    runlog.append(path, [Progress(7, 0, 1.0, 0)])
+    if os.fork() == 0:
+        time.sleep(60)
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def another_process(path):
+    """A training that has the log, and a worker process that it forked; killed at the end."""
+    command = [sys.executable, "-c", textwrap.dedent(WRITER), str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_log_that_another_process_writes_stays_its_own(tmp_path):
+    """The later training gets a new file with a number, whatever files there are; a killed one leaves the path free."""
+    path = tmp_path / "log.jsonl"
+    (tmp_path / "log-2.jsonl").write_text("of an earlier run")
+    with another_process(path) as process:
+        with pytest.warns(UserWarning, match="being written by another training"):
+            own = runlog.claim(path)
+        assert own == tmp_path / "log-3.jsonl"
+        with pytest.warns(UserWarning, match="being written"):
+            assert runlog.claim(path) == own  # a second callback of this training
+        runlog.continue_at(own, 0, (ScaleChange,))
+        runlog.append(own, HALVED[:1])
+        process.kill()
+        process.wait(timeout=60)
+        assert runlog.claim(path) == path  # though its worker lives
+        runlog.release(path)
+    runlog.release(own)
+    assert [each.step for each in records.read_log(path)] == [7]
+    assert records.read_log(own) == HALVED[:1]
+    assert (tmp_path / "log-2.jsonl").read_text() == "of an earlier run"
+
+
+def test_a_log_that_another_thread_writes_stays_its_own(path):
+    """A training that was interrupted in this thread, or in one that has ended, keeps no log."""
+    assert runlog.claim(path) == runlog.claim(path) == path
+    taken = []
+
+    def claim():
+        taken.append(runlog.claim(path))
+
+    thread = threading.Thread(target=claim)
+    with pytest.warns(UserWarning, match="being written"):
+        thread.start(), thread.join()
+    assert taken == [path.with_name("log-2.jsonl")]
+    assert runlog.claim(taken[0]) == taken[0]
+    for each in (path, *taken):
+        runlog.release(each)
+
+
+def test_a_log_that_was_removed_is_made_anew(path):
+    """Nothing is written to a file that has no name any more."""
+    runlog.claim(path)
+    path.unlink()
+    runlog.append(path, HALVED[:1])
+    runlog.append(path, HALVED[1:2])
+    runlog.release(path)
+    assert records.read_changes(path) == HALVED[:2]

@@ -469,3 +469,36 @@ def test_a_factor_that_float32_has_not_is_exact_in_keras_ops():
     for wanted in scaling.simulate(rule, "T" * 20):
         state = rule.next(state, keras.ops.convert_to_tensor(True), xp=keras.ops)
         assert float(state.scale) == wanted
+
+
+LARGEST = float(np.finfo("float32").max)
+
+
+@pytest.mark.parametrize("factor", [2.0, 3.0, 1.5, 7.0, 2.0**20])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda **given: DynamicScale(max_scale=None, **given),
+        lambda **given: DynamicScale(max_scale=LARGEST, **given),
+        lambda **given: scaling.like("torch", **given),
+        lambda **given: scaling.like("flax", **{**given, "growth_interval": 1}, backoff_factor=0.5),
+    ],
+    ids=["none", "largest", "torch", "flax"],
+)
+def test_a_growth_can_end_at_the_largest_float32(rule, factor):
+    """Exactly, or as the product is rounded; a growth that would pass it does not happen."""
+    first = float(np.float32(LARGEST / factor))
+    made = rule(initial_scale=first, growth_factor=factor, growth_interval=1)
+    wanted = float(np.minimum(np.float32(first) * np.float32(factor), np.float32(LARGEST)))
+    assert scaling.simulate(made, "TTTTT")[2:] == [wanted] * 3
+
+
+@pytest.mark.parametrize("xp", [ops, *([tf] if tf else [])], ids=lambda xp: xp.__name__)
+def test_a_growth_to_the_largest_float32_is_the_same_on_every_backend(xp):
+    """With TensorFlow 1's rule, whose own test has it."""
+    rule = scaling.like("tf1", initial_scale=LARGEST / 4, growth_interval=2, factor=2.0)
+    state, found = rule.start(), []
+    for _ in range(6):
+        state = rule.next(state, xp.convert_to_tensor(True), xp=xp)
+        found.append(float(state.scale))
+    assert found == [LARGEST / 4, LARGEST / 2, LARGEST / 2, LARGEST, LARGEST, LARGEST]

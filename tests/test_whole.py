@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import os
+import stat
+import subprocess
+import sys
+import threading
+
 import pytest
 
 from tfmixed import whole
@@ -36,3 +42,124 @@ def test_what_can_be_written_is_prepared_without_a_trace(tmp_path):
     """But for the folder."""
     whole.prepare(tmp_path / "new" / "a.txt")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path):
+    """One that leads nowhere yet and one of several steps included; a loop of links is an error."""
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to("big/real")
+    (tmp_path / "far").symlink_to(tmp_path / "link")
+    for name, text in (("link", "new"), ("far", "newer")):
+        whole.write_text(tmp_path / name, text)
+        assert (tmp_path / "big" / "real").read_text() == text
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "far").is_symlink()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop"):
+        whole.write_text(tmp_path / "loop", "x")
+    assert (tmp_path / "loop").is_symlink()
+    assert {each.name for each in tmp_path.iterdir()} == {"big", "link", "far", "loop"}
+
+
+def test_the_mode_of_a_file_stays_and_a_new_one_has_the_default(tmp_path):
+    """That of the umask, as `open` gives it."""
+    old, new, usual = tmp_path / "old", tmp_path / "new", tmp_path / "usual"
+    old.write_text("old")
+    old.chmod(0o600)
+    usual.touch()
+    for path in (old, new):
+        whole.write_text(path, "new")
+    assert stat.S_IMODE(old.stat().st_mode) == 0o600
+    assert new.stat().st_mode == usual.stat().st_mode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_the_owner_of_a_file_stays(tmp_path):
+    """Whoever writes it."""
+    (tmp_path / "a").write_text("old")
+    os.chown(tmp_path / "a", 1234, 1235)
+    whole.write_text(tmp_path / "a", "new")
+    assert ((tmp_path / "a").stat().st_uid, (tmp_path / "a").stat().st_gid) == (1234, 1235)
+
+
+def test_a_pipe_is_written_as_a_stream(tmp_path):
+    """It stays a pipe, behind a link too."""
+    pipe, link, seen = tmp_path / "pipe", tmp_path / "link", []
+    os.mkfifo(pipe)
+    link.symlink_to("pipe")
+    for path in (pipe, link):
+        whole.prepare(path)
+        reader = threading.Thread(target=lambda: seen.append(pipe.read_text()))
+        reader.start()
+        whole.write_text(path, "x" * 100_000)
+        reader.join(timeout=60)
+    assert seen == ["x" * 100_000] * 2
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert {each.name for each in tmp_path.iterdir()} == {"pipe", "link"}
+
+
+def test_a_device_stays_a_device(tmp_path):
+    """A null device in a folder of one's own: no test writes to those of the machine."""
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        device.write_bytes(b"x")
+    except PermissionError:
+        pytest.skip("needs the right to make and use devices")
+    whole.prepare(device)
+    whole.write_text(device, "new")
+    assert stat.S_ISCHR(device.stat().st_mode)
+    assert [each.name for each in tmp_path.iterdir()] == ["null"]
+
+
+@pytest.mark.parametrize("to", ["file", "pipe"])
+def test_standard_output_is_written_where_it_stands(tmp_path, to):
+    """Between what is printed, also where it is a file: that is neither truncated nor replaced."""
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is, which a fault would destroy
+    code = f"from tfmixed import whole; print('a'); whole.write_text({str(tmp_path / 'stdout')!r}, 'b\\n'); print('c')"
+    with (tmp_path / "out").open("wb") as file:
+        stdout = file if to == "file" else subprocess.PIPE
+        process = subprocess.run([sys.executable, "-c", code], stdout=stdout, check=True)
+    assert ((tmp_path / "out").read_bytes() if to == "file" else process.stdout) == b"a\nb\nc\n"
+    assert (tmp_path / "stdout").is_symlink()
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    """Each text is written whole, and a reader never sees a part."""
+    path, failed = tmp_path / "a.txt", []
+    whole.write_text(path, "0" * 100_000)
+
+    def write(letter):
+        try:
+            for _ in range(20):
+                whole.write_text(path, letter * 100_000)
+        except OSError as error:
+            failed.append(error)
+
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in "1234"]
+    for each in writers:
+        each.start()
+    while any(each.is_alive() for each in writers):
+        text = path.read_text()
+        assert (len(text), len(set(text))) == (100_000, 1)
+    assert not failed
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    """And nothing beside it."""
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(TypeError), whole.replacement(path) as file:
+        file.writelines([b"new", None])
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_can_be_as_long_as_the_file_system_allows(tmp_path):
+    """And of any bytes but a slash and zero."""
+    for name in (b"a" * 255, b"caf\xe9"):
+        path = os.path.join(os.fsencode(tmp_path), name)
+        whole.write_text(os.fsdecode(path), "new")
+        with open(path) as file:
+            assert file.read() == "new"

@@ -37,7 +37,7 @@ def rule_from(
             "scale and Keras's initial_scale, dynamic_growth_steps, dynamic exclude each other, "
             f"received scale={scale!r}: put the numbers into the rule"
         )
-    if dynamic not in (True, False, None):
+    if dynamic is not None and not isinstance(dynamic, bool):
         raise ValueError(f"dynamic must be True, False or None, received {dynamic!r}")
     if dynamic is not False:
         return dynamic_rule(initial_scale, dynamic_growth_steps)

@@ -185,6 +185,7 @@ def bench(
         from tfmixed import bench as benchmark
 
         _check_picture(plot)
+        logcommands.prepare("--plot", plot)
         cases = [*(networks or ()), *(model or ())] or benchmark.NETWORKS
         report = benchmark.run(cases, policy, batch=batch, rounds=rounds, seconds=seconds, memory=memory or None)
     print(json.dumps(report.as_dict(), indent=2)) if as_json else _print(report)

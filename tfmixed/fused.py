@@ -76,7 +76,7 @@ class Fuser:
     """
 
     def __init__(self, fuse: bool | Literal["auto"]) -> None:
-        if fuse not in ("auto", True, False):
+        if fuse != "auto" and not isinstance(fuse, bool):
             raise ValueError(f'fuse must be "auto", True or False, received {fuse!r}')
         self.fuse = fuse
         self.fusion = Fusion(False, "no step was taken yet")

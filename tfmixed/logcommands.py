@@ -34,6 +34,9 @@ def report(
     for path, suffix in ((html, ".html"), (png, ".png")):
         _check(path, suffix)
     made = Report([read(path) for path in (run, run_b) if path is not None])
+    for path, each in zip((run, run_b), made.runs, strict=False):
+        if not each.log:
+            raise UsageError(f"RUN must be a log of LossScaleLogger, received {str(path)!r}: {each.problems[0]}")
     from rich.console import Console
 
     Console().print(made)
@@ -123,6 +126,7 @@ def _mendable() -> Iterator[None]:
 
 def _trace(source: str) -> Trace:
     """Returns the trace that a path or letters mean."""
+    from tfmixed import records
     from tfmixed.report import read
     from tfmixed.scaling.replay import Trace
 
@@ -136,7 +140,7 @@ def _trace(source: str) -> Trace:
             f"trace must be a log, a file of T and F, or such letters, received {short!r}, which holds {wrong!r}"
         )
     if path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = records.text_of(path)
         if "{" not in text[:1000]:
             return Trace.of_letters(text)
     return Trace.of_log(read(path).log)

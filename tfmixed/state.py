@@ -50,6 +50,7 @@ class ScalingState(Variables):
 
     def __init__(self, rule: ScalingRule, capacity: int, add_variable: AddVariable) -> None:
         self.rule = rule
+        self.readers = events.Readers()
         self._names = [self.name_of(field) for field in rule.start()._fields]
         super().__init__({**self.initial(rule), **events.start(capacity)}, add_variable)
 
@@ -200,12 +201,16 @@ class Observable:
         return {name: self._read(variable) for name, variable in names.items()}
 
     def drain_events(self) -> list[Change]:
-        """Returns the changes of the scale since the last call, oldest first, and forgets them.
+        """Returns the changes of the scale since the last call, oldest first.
 
-        Reads the device. If more than `event_capacity` changes happened since, the list starts with an `EventsLost`
-        that counts those that the ring no longer holds.
+        Those that a `LossScaleLogger` logs meanwhile are among them. Reads the device. If more than `event_capacity`
+        changes happened since, the list starts with an `EventsLost` that counts those that the ring no longer holds.
         """
-        return events.drain(self._state().variables, self._paths)
+        return self._drain()
+
+    def _drain(self, reader: Any = None, starts: bool = False) -> list[Change]:
+        state = self._state()
+        return state.readers.drain(state.variables, self._paths, reader, starts)
 
     def raise_if_exhausted(self, loss: float | None = None) -> None:
         """Raises if the last `max_consecutive_skips` steps were all skipped and the scale is at its floor.

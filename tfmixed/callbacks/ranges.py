@@ -26,7 +26,8 @@ class GradientRanges(keras.callbacks.Callback):
 
     Args:
         path: File of JSON lines, one a snapshot: best that of `LossScaleLogger`, so that `tfmixed report` finds all in
-            one log. Snapshots of a run that is repeated are replaced. None writes no file.
+            one log. Snapshots of a run that is repeated are replaced. While another running training writes that
+            file, it is a new one, as in `LossScaleLogger`. None writes no file.
         every: Attempted steps from one snapshot to the next; the first is that of the first step.
         precision: As in `measure_gradients`.
         tensorboard: Log directory for TensorBoard, where a run `gradients` appears beside the others: of each gradient
@@ -91,11 +92,12 @@ class GradientRanges(keras.callbacks.Callback):
             self._due = self._step
             self._begun = True
             if self.path is not None:
-                runlog.continue_at(self.path, self._step, (RangesRecord,))
+                self.path, _ = runlog.begin(self.path, self._step, (RangesRecord,))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._execution is not None:
             self._execution.forget(self)
+        runlog.release(self.path)
         if self._writer is not None:
             self._writer.close()
             self._writer = None

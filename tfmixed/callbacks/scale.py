@@ -26,12 +26,14 @@ class LossScaleLogger(keras.callbacks.Callback):
     `logs` of a batch TensorFlow has tensors; where Keras runs callbacks beside the training, they may be those of a
     later step. JAX has them there at the steps of `every` alone: a look at the optimizer makes Keras move all variables
     between trainer and model. A skipped step that leaves the scale as it is (a constant one, one with hysteresis left
-    or at its floor) counts in `skipped_steps` and is no line of the log.
+    or at its floor) counts in `skipped_steps` and is no line of the log. Each of several loggers of one optimizer logs
+    every change, from the `fit` on in which it starts.
 
     Args:
         path: File of JSON lines: one a change, one at the begin of a run that says what runs where, one at the end of
             each epoch (`records.read_log` reads them). Lines from a run that is repeated, because the optimizer stands
-            before them, are replaced; others are kept. None writes no file.
+            before them, are replaced; others are kept. While another running training writes that file, it is a new
+            one with a number (`loss_scale-2.jsonl`), with a warning, and `path` is set to it. None writes no file.
         tensorboard: Log directory for TensorBoard: `loss_scale` at the exact step of each change, and all three
             scalars at the end of each epoch. Needs TensorFlow and the package tensorboard. None writes none.
         every: Collect within the epoch too, each `every` steps. Reads the device. A process that is killed loses what
@@ -161,6 +163,7 @@ class LossScaleLogger(keras.callbacks.Callback):
 
     def _close(self) -> None:
         self._print_pending()
+        runlog.release(self.path)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -170,7 +173,8 @@ class LossScaleLogger(keras.callbacks.Callback):
         assert optimizer is not None
         # What is found before the first epoch happened in an earlier run.
         epoch = self._epoch if self._running else None
-        changes = [dataclasses.replace(change, epoch=epoch) for change in optimizer.drain_events()]
+        drained = optimizer._drain(self, starts=not self._running)
+        changes = [dataclasses.replace(change, epoch=epoch) for change in drained]
         if self._is_chief:
             self._write(changes, optimizer)
         if self._running:
@@ -182,7 +186,8 @@ class LossScaleLogger(keras.callbacks.Callback):
 
     def _write(self, changes: list[Change], optimizer: Observable) -> None:
         if self.path is not None and not self._running:
-            changes = runlog.continue_at(self.path, int(optimizer.attempted_steps), get_args(Record), changes)
+            step = int(optimizer.attempted_steps)
+            self.path, changes = runlog.begin(self.path, step, get_args(Record), changes)
         self._pending += changes
         runlog.append(self.path, changes)
         if not self._running:

@@ -1,6 +1,7 @@
 """What happened in a run, as frozen records and as JSON lines."""
 
 from tfmixed.records.kinds import (
+    FORMAT,
     Change,
     EventsLost,
     GradientRange,
@@ -13,13 +14,15 @@ from tfmixed.records.kinds import (
     ScaleChange,
     short,
 )
-from tfmixed.records.lines import from_line, read_changes, read_log, to_line
+from tfmixed.records.lines import NewerFormatError, from_line, read_changes, read_lines, read_log, text_of, to_line
 
 __all__ = [
+    "FORMAT",
     "Change",
     "EventsLost",
     "GradientRange",
     "Kind",
+    "NewerFormatError",
     "Progress",
     "RangesRecord",
     "Reason",
@@ -28,7 +31,9 @@ __all__ = [
     "ScaleChange",
     "from_line",
     "read_changes",
+    "read_lines",
     "read_log",
     "short",
+    "text_of",
     "to_line",
 ]

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+# Raised when lines change so that an earlier version would misread them; a new field with a default does not.
+FORMAT = 1
+
 Reason = Literal["overflow", "growth", "set"]
 Kind = Literal["activation", "weight"]
 
@@ -24,6 +27,7 @@ class RunRecord:
         optimizer: Name of the inner optimizer.
         devices: The devices of this machine, the one that decides first.
         versions: Of Python, tfmixed, Keras and its backend.
+        format: Version of the format of the lines that follow; 1 where a line has none.
     """
 
     event: ClassVar[str] = "run"
@@ -36,6 +40,7 @@ class RunRecord:
     optimizer: str
     devices: list[str]
     versions: dict[str, str]
+    format: int = FORMAT
 
     def __str__(self) -> str:
         return f"step {self.step}: {self.model} under {self.policy}, loss scale {short(self.loss_scale)}"
@@ -167,6 +172,7 @@ class RangesRecord:
         batches: How many batches were measured.
         model: The model's name.
         ranges: One for each layer's output and each variable.
+        format: As in `RunRecord`: such a line can be a file by itself.
     """
 
     event: ClassVar[str] = "gradient_ranges"
@@ -177,6 +183,7 @@ class RangesRecord:
     batches: int
     model: str
     ranges: list[GradientRange]
+    format: int = FORMAT
 
     def __str__(self) -> str:
         return f"step {self.step}: ranges of {len(self.ranges)} gradients of {self.model} in {self.precision}"

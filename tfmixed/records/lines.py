@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tfmixed.records.kinds import Change, EventsLost, GradientRange, Record, ScaleChange
+from tfmixed.records.kinds import FORMAT, Change, EventsLost, GradientRange, Record, ScaleChange
 
 _KINDS: dict[str, type[Record]] = {kind.event: kind for kind in get_args(Record)}
 _MOST = 2**53  # the largest number up to which JSON, pictures and float64 count exactly
 _REACH = range(-127, 128)  # the exponents of float32
+_TORN = '{"event": "'  # with which every line begins
 _SIGNED = "loss"  # the only number that can be below 0
+
+
+class NewerFormatError(ValueError):
+    """A line of a format that only a later version of tfmixed reads."""
 
 
 def to_line(record: Record) -> str:
@@ -26,13 +30,23 @@ def to_line(record: Record) -> str:
 def from_line(line: str) -> Record:
     """Returns the record of one line.
 
+    Fields that are unknown are ignored, and those that have a default may be missing.
+
     Raises:
+        NewerFormatError: The line is of a format that only a later version reads.
         ValueError: The line is no JSON object, or not one that `to_line` could have written: steps and counts are
             whole numbers from 0 to 2^53, magnitudes are finite and not negative.
     """
     try:
-        values = _values(line)
+        values = {"format": 1, **_values(line)}
+        if _checked(values["format"], (int,)) > FORMAT:
+            raise NewerFormatError(
+                f"format must be at most {FORMAT} for this version of tfmixed: update it. "
+                f"Received: format={values['format']}"
+            )
         record: Record = _made(_KINDS[values.pop("event")], values)
+    except NewerFormatError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"line must be a record of a tfmixed log, received: {line[:200]!r}") from error
     return record
@@ -46,20 +60,27 @@ def read_log(path: str | Path) -> list[Record]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line other than a torn last one is no record.
+        ValueError: A line other than a torn last one is no record, or is of a newer format.
     """
-    return [from_line(line) for line in _complete_lines(Path(path)) if line.strip()]
+    return [record for _, record in read_lines(path)]
+
+
+def read_lines(path: str | Path) -> list[tuple[str, Record]]:
+    """Returns the lines of a log with their records, as `read_log` reads it."""
+    *lines, torn = text_of(path).split("\n")
+    if not _TORN.startswith(torn.strip("\0")[: len(_TORN)]):  # zeros: a machine that lost its power
+        from_line(torn)
+    return [(line, from_line(line)) for line in lines if line.strip()]
+
+
+def text_of(path: str | Path) -> str:
+    """Returns the text of a file, without a byte order mark; bytes that are not UTF-8 are replaced."""
+    return Path(path).read_text(encoding="utf-8-sig", errors="replace")
 
 
 def read_changes(path: str | Path) -> list[Change]:
     """Returns the changes of the scale in a log, as `read_log` reads it, and what was lost of them."""
     return [record for record in read_log(path) if isinstance(record, (ScaleChange, EventsLost))]
-
-
-def _complete_lines(path: Path) -> Iterator[str]:
-    """Yields the lines that were written whole; a process killed in a write leaves a torn last one."""
-    with path.open("r", encoding="utf-8", errors="replace") as file:
-        yield from (line for line in file if line.endswith("\n"))
 
 
 def _values(line: str) -> dict[str, Any]:

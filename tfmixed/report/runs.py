@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,20 +103,23 @@ def read(path: str | Path, name: str | None = None) -> Run:
         name: What tells this run from another one. None: the path.
 
     Raises:
-        UsageError: There is no such file, it cannot be read, or a folder holds no log or several.
+        UsageError: There is no such file, it cannot be read, it is of a newer format, or a folder holds no log or
+            several.
     """
     file = find(Path(path))
     try:
-        *lines, torn = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        *lines, torn = records.text_of(file).split("\n")
     except OSError as error:
         raise UsageError(f"RUN must be a log that can be read, received {str(path)!r}: {error.strerror}") from error
     found, broken = [], []
     for number, line in enumerate(lines, start=1):
         try:
             found += [_checked(records.from_line(line))] if line.strip() else []
+        except records.NewerFormatError as error:
+            raise UsageError(f"RUN must be a log that can be read, received {str(path)!r}: {error}") from error
         except ValueError:
             broken.append(number)
-    return Run(str(path) if name is None else name, tuple(found), tuple(_problems(found, broken, torn)))
+    return Run(_printable(path) if name is None else name, tuple(found), tuple(_problems(found, broken, torn)))
 
 
 def find(path: Path) -> Path:
@@ -124,8 +128,8 @@ def find(path: Path) -> Path:
     Raises:
         UsageError: There is no such file, or a folder holds no log or several.
     """
-    if not path.is_dir():
-        if not path.exists():
+    if not os.path.isdir(path):  # False for what no path can be, where Path.is_dir raises
+        if not os.path.exists(path):
             raise UsageError(
                 f"RUN must be a log of LossScaleLogger or a folder with one, and {str(path)!r} is not there"
             )
@@ -137,6 +141,11 @@ def find(path: Path) -> Path:
         raise UsageError(f"RUN must be a folder with a .jsonl file, and {str(path)!r} holds none")
     named = ", ".join(str(each) for each in found[:5]) + (", ..." if len(found) > 5 else "")
     raise UsageError(f"RUN must name one log, and {str(path)!r} holds {len(found)}: {named}")
+
+
+def _printable(path: str | Path) -> str:
+    r"""Returns a path as text that is valid UTF-8: other bytes of it are spelled out, as in `caf\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _checked(record: Record) -> Record:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
 import weakref
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tfmixed import whole
 from tfmixed.running.saying import refuse, say
 from tfmixed.running.wishes import Wish
 
@@ -106,9 +107,12 @@ class Ledger:
             refuse(unwritable(self.wish.log_dir, error))
 
     def _log_of(self, entry: Entry, is_restored: bool) -> Path:
+        from tfmixed import runlog
+
         if entry.log is None:
             goes_on = len(self._found) == 1 and is_restored
             entry.log = self._found.pop() if goes_on else claimed(self.wish.log_dir, "loss_scale", ".jsonl")
+        entry.log = runlog.claim(entry.log)
         return entry.log
 
     def close(self) -> None:
@@ -197,11 +201,8 @@ def claimed(folder: Path, stem: str, suffix: str) -> Path:
         OSError: There can be none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        path = folder / f"{stem}{f'-{number}' if number > 1 else ''}{suffix}"
-        try:
+    for path in whole.numbered(folder / f"{stem}{suffix}"):
+        with contextlib.suppress(FileExistsError):
             path.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        return path
+            return path
     raise AssertionError

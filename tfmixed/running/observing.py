@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from tfmixed import runlog
+from tfmixed import events, runlog
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.running.ledger import Ledger
@@ -46,6 +46,7 @@ class Logger(LossScaleLogger):
         if self._running:
             with contextlib.suppress(Exception):
                 self._collect()
+            runlog.release(self.path)
 
 
 class Once(keras.callbacks.Callback):
@@ -124,7 +125,9 @@ def write_log(known: Any, path: Path, step: int, scale: float | None) -> None:
         step: The first step.
         scale: The scale then; None: the rule's first.
     """
-    changes = [each for each in known.drain_events() if each.step >= step]
+    # The whole ring, of which the script may have drained some.
+    found = events.entries(events.values(known._state().variables), known._paths, 0)
+    changes = [each for each in found if each.step >= step]
     begin = runlog.describe(None, known)
     start = float(known.rule.start().scale) if scale is None else scale
     kind = getattr(known, "kind", begin.optimizer)

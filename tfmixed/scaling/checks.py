@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from numbers import Integral, Real
 from typing import Any
@@ -61,9 +62,13 @@ def bounds(initial_scale: float, min_scale: float | None, max_scale: float | Non
     return low, high
 
 
-def below(value: float) -> float:
-    """Returns the largest float32 that is not above `value`."""
-    return _round(value, -math.inf)
+@functools.cache
+def largest_factor(product: float, factor: float) -> float:
+    """Returns the largest float32 that times `factor` is not above `product`, rounded, in float32 and in float64."""
+    limit = _round(min(product / factor * (1 + 2 * FLOAT32.epsilon), FLOAT32.max), math.inf)
+    while max(_float32(limit * factor), _float32(limit * _float32(factor))) > product:
+        limit = float(numpy.nextafter(numpy.float32(limit), numpy.float32(0)))
+    return limit
 
 
 def _float32(value: Any) -> float:

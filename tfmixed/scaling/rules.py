@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy
 
-from tfmixed.formats import FLOAT32
 from tfmixed.scaling import checks
 
 
@@ -236,7 +235,7 @@ class DynamicScale(ScalingRule):
 
     def _grown(self, scale: Any, xp: Any) -> Any:
         # The limit keeps the product finite in the branch that is not selected too: no inf, no warning.
-        limit = checks.below(self.bounds[1] / self.growth_factor * (1 - 4 * FLOAT32.epsilon))
+        limit = checks.largest_factor(self.bounds[1], self.growth_factor)
         beyond = scale if self.max_scale is None else self.bounds[1]
         return xp.where(scale > limit, beyond, _times(xp.minimum(scale, limit), self.growth_factor, xp))
 

@@ -53,7 +53,8 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
     Args:
         optimizer: What `enable_mixed_precision_graph_rewrite` returned.
         path: File of JSON lines, the same as that of `LossScaleLogger`: `records.read_log` reads it, and a run that
-            goes on continues it. None writes none.
+            goes on continues it; while another running training writes it, it is a new one with a number. None writes
+            none.
         summary_dir: Where to write, for TensorBoard, `loss_scale` at each change, and it, `skipped_steps` and
             `gradient_norm` whenever the hook collects. None writes none.
         every: Collect each so many runs of the session, and at its end.
@@ -107,7 +108,7 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         now = Snapshot(self._optimizer, values, self._paths)
         changes = now.drain_events()
         if self.path is not None:
-            changes = runlog.continue_at(self.path, int(now.attempted_steps), get_args(Record), changes)
+            self.path, changes = runlog.begin(self.path, int(now.attempted_steps), get_args(Record), changes)
         self._tell(changes)
         runlog.append(self.path, [runlog.describe(None, now)])
         # Nothing is marked before all hooks have looked.
@@ -125,6 +126,7 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         now = self._collect(session)
         last = int(now.attempted_steps) - 1
         runlog.append(self.path, [runlog.progress(last, None, runlog.numbers(now), {})])
+        runlog.release(self.path)
         if self._writer is not None:
             self._writer.flush()
 
