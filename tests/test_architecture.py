@@ -25,6 +25,7 @@ FLOORS = {
         "switches",
         "inplace",
         "inner",
+        "delegation",
     ],
     3: [
         "ranges",

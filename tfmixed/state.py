@@ -133,6 +133,10 @@ class ScalingState(Variables):
         if not events.start(1).keys() <= fitting.keys():
             fitting = {name: value for name, value in fitting.items() if name not in events.start(1)}
         self.assign(fitting)
+        self.bound_scale()
+
+    def bound_scale(self) -> None:
+        """Moves a scale outside of the rule's bounds to the nearest that they hold, NaN to the initial scale."""
         scale = self.variables["dynamic_scale"]
         known = numpy.nan_to_num(scale.numpy(), nan=self.rule.start().scale)
         scale.assign(numpy.clip(known, *self.rule.bounds))
