@@ -72,6 +72,13 @@ def drain(ring: Ring, paths: Sequence[str]) -> list[Change]:
     return entries(values, paths)
 
 
+def overflows(ring: Ring, paths: Sequence[str], since: int) -> list[ScaleChange]:
+    """Returns the overflows since a step that the ring still holds, drained or not. Reads the device."""
+    values = {**{name: ring[name].numpy() for name in start(1)}, "events_drained": 0}
+    changes = [each for each in entries(values, paths) if isinstance(each, ScaleChange) and each.step >= since]
+    return [each for each in changes if each.reason == "overflow"]
+
+
 def entries(values: Mapping[str, Any], paths: Sequence[str]) -> list[Change]:
     """Returns the entries that were not drained yet, oldest first.
 

@@ -273,16 +273,17 @@ class LossScaleOptimizer(ByHand, Delegating, Saved):
     def _unscale(self, grads: Sequence[Any], divisor: Any, variables: Sequence[Any]) -> list[Any]:
         return gradients.unscale_all(grads, gradients.raw(variables), divisor, self.rule.bounds[1])
 
-    def _overflows(self) -> dict[str, int]:
-        counts = self._state().read("overflow_counts")
-        return dict(zip(self._paths, map(int, ops.convert_to_numpy(counts)), strict=True))
-
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Does what Keras does at the end of `fit`, and raises if all was in vain; see `raise_if_exhausted`."""
+        """Does what Keras does at the end of `fit`, and warns if most of its steps were skipped.
+
+        Raises:
+            LossScaleExhausted: If step after step was skipped, and the scale is at its floor; see `raise_if_exhausted`.
+        """
         super().finalize_variable_values(var_list)
         # On JAX, `fit` calls this after an exception too, with variables that may be empty: let that one through.
         if keras.backend.backend() != "jax" or sys.exc_info()[0] is None:
             self.raise_if_exhausted()
+            self._end_run()
 
 
 def _check_any(grads: Sequence[Any]) -> None:

@@ -91,6 +91,7 @@ class Saved(Observable, keras.optimizers.LossScaleOptimizer):
         self._state().restore(saved)
         for name, variable in inner.items():
             variable.assign(values[name])
+        self._begin_run()
 
     def set_weights(self, weights: Iterable[Any]) -> None:
         """Sets all variables, own ones and the inner optimizer's, to values in the order of `variables`.
@@ -113,6 +114,7 @@ class Saved(Observable, keras.optimizers.LossScaleOptimizer):
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
         self._state().bound_scale()
+        self._begin_run()
 
     def _inner_by_name(self) -> dict[str, keras.Variable]:
         return {f"inner_{index}": variable for index, variable in enumerate(self.inner_optimizer.variables)}

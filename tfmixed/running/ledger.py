@@ -81,6 +81,20 @@ class Ledger:
         steps, skipped, scale = observing.numbers(entry.source) or (0, 0, None)
         entry.before = steps - entry.steps, (skipped or 0) - (entry.skipped or 0), scale
 
+    def counts(self) -> list[tuple[Entry, Any]]:
+        """Returns where the optimizers stand that do not count steps by data. Does not wait for the device."""
+        from tfmixed.running import observing
+        from tfmixed.variables import tensor
+
+        counting = [each for each in self._entries if isinstance(each.source, observing.Count)]
+        return [(each, tensor(each.source.iterations.value)) for each in counting]
+
+    def discount(self, counts: list[tuple[Entry, Any]]) -> None:
+        """Does not count what was counted as steps since `counts`."""
+        for entry, count in counts:
+            steps, skipped, scale = entry.before or (0, 0, None)
+            entry.before = steps + int(entry.source.iterations.numpy()) - int(count), skipped, scale
+
     def note(self, optimizer: Any) -> None:
         """Notes where an optimizer stands. Reads the device."""
         self.keep(optimizer)
@@ -126,6 +140,8 @@ class Ledger:
                     observing.write_log(entry.source, self._log_of(entry, first > 0), first, before[2])
                 except OSError as error:  # the script has ended: its exit code stays
                     say(f"no log ({type(error).__name__}: {error})")
+            if entry.steps and (message := observing.skips(entry)) is not None:
+                say(message)
         say("; ".join([self.summary(), *self._files()]))
 
     @property

@@ -44,7 +44,8 @@ class Loops:
         """Stands around the methods of Keras's optimizers, of `tf.GradientTape` and of PyTorch's optimizers."""
         around(keras.layers.Layer, "__init__", self._layer)
         around(keras.optimizers.LossScaleOptimizer, "__init__", self._scaler)
-        around(keras.optimizers.Optimizer, "apply", self._apply, traced=True)
+        for kind in (keras.optimizers.Optimizer, keras.optimizers.MultiOptimizer):
+            around(kind, "apply", self._apply, traced=True)
         wrapt.when_imported("tfmixed.grad_scaler")(
             lambda module: around(module.GradScaler, "__init__", self._grad_scaler)
         )
