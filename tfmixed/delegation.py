@@ -38,7 +38,7 @@ class Delegating:
     def _delegate(self) -> None:
         """Starts to delegate, and drops the hyperparameters that the base class has set on the wrapper."""
         for name in HYPERPARAMETERS:
-            del vars(self)[name]
+            vars(self).pop(name, None)
         self._delegates = True
 
     def __getattr__(self, name: str) -> Any:
