@@ -82,15 +82,15 @@ class Ledger:
         entry.before = steps - entry.steps, (skipped or 0) - (entry.skipped or 0), scale
 
     def counts(self) -> list[tuple[Entry, Any]]:
-        """Returns where the optimizers stand that do not count steps by data. Does not wait for the device."""
+        """Returns the counts of the optimizers whose steps Keras counts. Does not wait for the device."""
         from tfmixed.running import observing
         from tfmixed.variables import tensor
 
-        counting = [each for each in self._entries if isinstance(each.source, observing.Count)]
+        counting = [each for each in list(self._of.values()) if isinstance(each.source, observing.Count)]
         return [(each, tensor(each.source.iterations.value)) for each in counting]
 
     def discount(self, counts: list[tuple[Entry, Any]]) -> None:
-        """Does not count what was counted as steps since `counts`."""
+        """Takes what was counted since `counts` out of the steps of this run."""
         for entry, count in counts:
             steps, skipped, scale = entry.before or (0, 0, None)
             entry.before = steps + int(entry.source.iterations.numpy()) - int(count), skipped, scale

@@ -87,10 +87,11 @@ class Count:
     """
 
     def __init__(self, optimizer: Any) -> None:
-        # Not `iterations`, which counts several batches once where gradients are accumulated.
-        self.iterations = getattr(optimizer, "inner_optimizer", optimizer)._iterations
-        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and optimizer.built
-        self.scale = optimizer.dynamic_scale if scales else None
+        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        self.iterations = optimizer.iterations
+        if not isinstance(self.iterations, keras.Variable):  # gradients are accumulated: several batches count once
+            self.iterations = (optimizer.inner_optimizer if scales else optimizer)._iterations
+        self.scale = optimizer.dynamic_scale if scales and optimizer.built else None
 
 
 def with_data(function: Callable[[Any], Any], ledger: Ledger) -> Callable[[Any], Any]:
