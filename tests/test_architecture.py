@@ -24,6 +24,7 @@ FLOORS = {
         "models",
         "switches",
         "inplace",
+        "delegation",
     ],
     3: [
         "ranges",

@@ -353,6 +353,45 @@ def test_without_a_logger_fit_raises_at_its_end():
         fit(optimizer=optimizer, bad=range(12))
 
 
+@pytest.mark.parametrize(
+    ("rule", "bad", "words"),
+    [
+        (RULE, range(12), "^12 of the 12 steps since step 0 .* most often: .*kernel .12 times.* learning rate"),
+        (RULE, range(3, 12), "^9 of the 12 .* last 9 of them in a row since step 3.*kernel .9 times"),
+        (RULE, (*range(6), 9, 10), r"^8 of the 12 .* and were skipped\. .* most often: [^ ]*kernel\. .* learning rate"),
+        (DynamicScale(2.0**12), (*range(6), 9, 10), r"^8 of the 12 .* last 2 of them in a row since step 9.*kernel\."),
+        (16, range(1, 11), "^10 of the 12 steps since step 0 .* constant scale below 16"),
+        (DynamicScale(2.0**24), range(8), "too high at first.*initial_scale=65536"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("logger", [True, False])
+def test_a_fit_that_mostly_skipped_warns_at_its_end(rule, bad, words, logger):
+    """With the steps, the last row of skips, the variable and a remedy."""
+    with pytest.warns(UserWarning, match=words):
+        fit(*[LossScaleLogger(verbose=0)] * logger, optimizer=LossScaleOptimizer("sgd", rule), bad=bad)
+
+
+@pytest.mark.parametrize("bad", [range(4), range(6), (1, 3, 5, 7, 9, 11)], ids=str)
+def test_a_scale_that_finds_its_place_is_no_warning(bad):
+    """Half of the steps, as at the start of a short run."""
+    fit(bad=bad)
+
+
+def test_each_fit_is_looked_at_by_itself():
+    """Steps of an earlier one, or of a file, are none of its own."""
+    optimizer, store = LossScaleOptimizer("sgd", RULE), {}
+    with pytest.warns(UserWarning, match="of the 12 steps since step 0"):
+        model, _ = fit(optimizer=optimizer, bad=range(12))
+    model.fit(*data(bad=()), batch_size=8, verbose=0)
+    optimizer.save_own_variables(store)
+    fresh = LossScaleOptimizer("sgd", RULE)
+    fresh.build(model.trainable_variables)
+    fresh.load_own_variables(store)
+    model.compile(fresh, loss="mse")
+    model.fit(*data(bad=(0, 1)), batch_size=8, verbose=0, shuffle=False)
+
+
 def test_a_run_that_goes_on_after_it_was_stuck_gets_its_chance():
     """The counts of before do not stop it before its first step."""
     optimizer = LossScaleOptimizer("sgd", STUCK, max_consecutive_skips=5)

@@ -19,6 +19,7 @@ OPTIMIZER, TRAINER = "keras.src.optimizers.base_optimizer", "keras.src.backend.t
 # module, attribute, parameters (None: it is no function), what for
 HOOKS = [
     (OPTIMIZER, "BaseOptimizer._get_variable_index", ["self", "variable"], "name the variable of a gradient"),
+    ("keras.src.utils.tracking", "Tracker.replace_tracked_value", None, "count steps in a variable of the user's"),
     ("keras.src.dtype_policies.dtype_policy", "dtype_policy", [], "make another policy the default"),
     ("keras.src.dtype_policies.dtype_policy", "set_dtype_policy", ["policy"], "know who sets a policy"),
     ("keras.src.saving.saving_api", "save_model", None, "save what the script made"),
@@ -89,6 +90,8 @@ ATTRIBUTES = {
     "_descriptor_cache": "let tf.function trace a layer's call anew",
     "_inputs_struct": "know a functional model's inputs",
     "_flash_attention": "leave flash kernels in half precision",
+    "_iterations": "set it, or count steps in a variable of the user's",
+    "_tracker": "count steps in a variable of the user's",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
     "_layers": "find sublayers",
     "_losses": "know the layers that add losses",
@@ -124,6 +127,9 @@ def test_private_attributes_are_there():
     optimizer, variable = keras.optimizers.SGD(), keras.Variable([1.0])
     optimizer.build([variable])
     assert isinstance(optimizer._learning_rate, keras.Variable), ATTRIBUTES["_learning_rate"]
+    assert optimizer._iterations is optimizer.variables[0], ATTRIBUTES["_iterations"]
+    assert optimizer._tracker.is_in_store("variables", optimizer._iterations), ATTRIBUTES["_tracker"]
+    assert variable._value is variable.value  # set, to count steps in a variable of TensorFlow's
     assert optimizer._trainable_variables == [variable], ATTRIBUTES["_trainable_variables"]
     assert keras.Sequential()._distribute_strategy is None, ATTRIBUTES["_distribute_strategy"]
     model = keras.Sequential([keras.Input((2,)), dense := keras.layers.Dense(1)])

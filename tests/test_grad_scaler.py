@@ -759,6 +759,17 @@ def test_the_logger_ends_a_loop_that_is_stuck():
         logger.on_train_batch_end(2, {})
 
 
+def test_the_logger_warns_of_a_loop_that_mostly_skipped():
+    """At its end, of the steps since it began."""
+    scaler, parts = GradScaler(rule=DynamicScale(initial_scale=2.0**12)), pair()
+    run(scaler, "FFFF", parts)
+    logger = LossScaleLogger(verbose=0).watch(scaler)
+    logger.on_epoch_begin(0)
+    run(scaler, "FFFTFF", parts)
+    with pytest.warns(UserWarning, match=r"^5 of the 6 steps since step 4 .* last 2 .* since step 8.* w \(2 times\)"):
+        logger.on_train_end()
+
+
 def test_gradients_of_a_real_loss():
     """The loop of the class docstring, on the backend's own gradients: the weights of a loop without a scaler."""
     weights = [keras.Variable([3.0, 4.0], name="plain"), keras.Variable([3.0, 4.0], name="scaled")]

@@ -61,6 +61,17 @@ def test_a_snapshot_is_the_measurement_of_its_batch():
         assert (one.kind, one.zeros + one.nonzeros) == (other.kind, other.zeros + other.nonzeros)
 
 
+@needs_tensorflow
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("mode", [{}, {"steps_per_execution": 4}], ids=str)
+def test_the_end_of_a_dataset_of_unknown_size_is_no_step(tmp_path, mode):
+    """Six batches an epoch, with an optimizer whose own count is one too high after each."""
+    path = tmp_path / "log.jsonl"
+    data = tf.data.Dataset.from_tensor_slices((X, X[:, :2])).filter(lambda *_: True).batch(8)
+    model("sgd", **mode).fit(data, epochs=3, shuffle=False, verbose=0, callbacks=[GradientRanges(path, every=6)])
+    assert [record.step for record in snapshots(path)] == [0, 6, 12]
+
+
 def test_a_run_that_goes_on_appends_and_one_that_repeats_replaces(tmp_path):
     """By the steps of the optimizer, whoever else writes to the log, in either order."""
     path = tmp_path / "log.jsonl"

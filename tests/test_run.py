@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from backend import BACKEND
+from backend import BACKEND, needs_tensorflow
 
 from tfmixed import records
 
@@ -285,6 +285,53 @@ def test_steps_that_one_optimizer_hands_on_to_another_count_once(tmp_path):
     done, said = run(tmp_path, HANDED_ON, "--policy", "mixed_float16")
     assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
     assert said[-1].startswith("2 runs, 8 steps, 0 skipped, ")
+
+
+UNKNOWN_SIZE = (
+    BEGIN
+    + """
+import tensorflow as tf
+data = tf.data.Dataset.from_tensor_slices((x, y)).filter(lambda *_: True).batch(16)  # 4 batches
+for steps in (1, 3):
+    model = net(keras.Input((4,)))
+    model.compile("sgd", LOSS, steps_per_execution=steps)
+    model.fit(data, epochs=2, verbose=0)
+    model.fit(data, verbose=0)
+model = net(keras.Input((4,)))
+parts = keras.optimizers.SGD(gradient_accumulation_steps=2), keras.optimizers.Adam()
+model.compile(keras.optimizers.MultiOptimizer(lambda variable: parts["bias" in variable.path]), LOSS)
+model.fit(data, verbose=0, steps_per_epoch=5)
+"""
+)
+
+
+@needs_tensorflow
+@pytest.mark.parametrize(("policy", "rest"), [("float32", "no loss scale"), ("mixed_float16", "0 skipped")])
+def test_the_end_of_a_dataset_of_unknown_size_is_no_step(tmp_path, policy, rest):
+    """Keras's `iterations` counts it, unless a step checks gradients. Parts count with their optimizer."""
+    done, said = run(tmp_path, UNKNOWN_SIZE, "--policy", policy)
+    assert done.returncode == 0, done.stderr
+    assert said[-1].startswith(f"3 runs, 28 steps, {rest}")
+
+
+SKIPPED = (
+    BEGIN
+    + """
+model = net(keras.Input((4,)))
+model.compile("sgd", LOSS)
+model.fit(np.full_like(x, np.inf), y, batch_size=8, verbose=0)
+"""
+)
+
+
+def test_a_run_that_mostly_skipped_says_so_at_its_end(tmp_path):
+    """With the steps, the variable and a remedy; `fit` warns too."""
+    done, said = run(tmp_path, SKIPPED, "--policy", "mixed_float16")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    warned = "8 of the 8 steps since step 0 had gradients that are not finite"
+    assert f"train.py:{line_of(SKIPPED, 'model.fit')}: UserWarning: {warned}" in done.stderr
+    assert re.fullmatch(rf"{warned}.*kernel.*learning rate.*", said[-2])
+    assert said[-1].startswith("8 steps, 8 skipped")
 
 
 FLOAT32 = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -19,11 +19,29 @@ class ByHand(Observable):
     """What Keras 2's `LossScaleOptimizer` had and Keras 3's has not. `Calls` tells `apply` what was called."""
 
     _calls: Calls
+    iterations: Any
+    learning_rate: Any
+    apply: Callable[..., None]
+    scale_loss: Callable[[Any], Any]
 
     @property
     def dynamic(self) -> bool:
         """Whether the scale can move: Keras 2's name."""
         return not isinstance(self.rule, ConstantScale)
+
+    @property
+    def dynamic_counter(self) -> keras.Variable | None:
+        """The same as `step_counter`: Keras 2's name."""
+        return self._state().variables.get("step_counter")
+
+    @property
+    def lr(self) -> Any:
+        """The learning rate: Keras 2's name."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, value: Any) -> None:
+        self.learning_rate = value
 
     @as_it_is
     def get_scaled_loss(self, loss: Any) -> Any:
@@ -73,3 +91,37 @@ class ByHand(Observable):
     def _divided(self, grads: Any) -> Any:
         scale, largest = self._scale(), self.rule.bounds[1]
         return keras.tree.map_structure(lambda gradient: gradients.unscale(gradient, scale, largest), grads)
+
+    def minimize(self, loss: Any, var_list: Any, tape: Any = None) -> Any:
+        """Differentiates a loss and applies the gradients, and returns `iterations`. TensorFlow only.
+
+        Args:
+            loss: A callable that returns the loss, or a tensor that `tape` has recorded.
+            var_list: The variables, or a callable that returns them.
+            tape: The `tf.GradientTape` of a tensor, which is no longer recording. Defaults to None.
+
+        Raises:
+            ValueError: If `loss` is a tensor and `tape` is None.
+            NotImplementedError: If the Keras backend is not TensorFlow.
+
+        Example:
+        >>> optimizer, weight = tfmixed.LossScaleOptimizer(keras.optimizers.SGD(0.5), 1024), keras.Variable(3.0)
+        >>> int(optimizer.minimize(lambda: weight**2, [weight])), float(weight.value)
+        (1, 0.0)
+        """
+        if keras.backend.backend() != "tensorflow":
+            raise NotImplementedError(
+                "`minimize` needs the TensorFlow backend, whose tape differentiates the loss. Scale the loss with "
+                f"`scale_loss` and call `apply`. Received: backend={keras.backend.backend()}"
+            )
+        if tape is None and not callable(loss):
+            raise ValueError(f"`tape` is required when `loss` is a tensor. Pass its tape. Received: loss={loss!r}")
+        import tensorflow as tf
+
+        tape = tf.GradientTape() if tape is None else tape
+        with tape:
+            scaled = self.scale_loss(loss() if callable(loss) else loss)
+        variables = keras.tree.flatten(var_list() if callable(var_list) else var_list)
+        own = [each.value if isinstance(each, keras.Variable) else each for each in variables]
+        self.apply(tape.gradient(scaled, own), variables)
+        return self.iterations

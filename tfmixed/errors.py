@@ -16,6 +16,15 @@ _BAD_LOSS = (
     "layer."
 )
 
+ADVICE = f"{_OVERFLOW} If the loss itself is not finite: {_BAD_LOSS}"
+
+
+def worst(overflows: Mapping[str, int]) -> str:
+    """Returns the three variables whose gradients were not finite most often, as a sentence after another one."""
+    paths = sorted(overflows, key=lambda path: -overflows[path])[:3]
+    named = ", ".join(f"{path} ({overflows[path]} times)" for path in paths if overflows[path])
+    return f" Not finite most often: {named}." if named else ""
+
 
 class ConfigError(ValueError):
     """A configuration file cannot be used; the message names file, key and remedy."""
@@ -47,14 +56,12 @@ class LossScaleExhausted(FloatingPointError):  # noqa: N818  # a state of the ru
         return type(self), (self.scale, self.since_step, self.skips, self.overflows, self.loss)
 
     def _row(self) -> str:
-        worst = sorted(self.overflows, key=lambda path: -self.overflows[path])[:3]
-        named = ", ".join(f"{path} ({self.overflows[path]} times)" for path in worst if self.overflows[path])
         return (
             f"All {self.skips} steps since step {self.since_step} had gradients that are not finite and were skipped; "
-            f"the loss scale stands at {self.scale:g} and does not fall any further. Not finite most often: {named}."
+            f"the loss scale stands at {self.scale:g} and does not fall any further.{worst(self.overflows)}"
         )
 
     def _advice(self) -> str:
         if self.loss is not None and not math.isfinite(self.loss):
             return f"The loss itself is {self.loss} (in `fit`: that of a batch of this epoch): {_BAD_LOSS}"
-        return _OVERFLOW if self.loss is not None else f"{_OVERFLOW} If the loss itself is not finite: {_BAD_LOSS}"
+        return _OVERFLOW if self.loss is not None else ADVICE

@@ -65,6 +65,13 @@ def values(ring: Ring) -> dict[str, Any]:
     return {name: ring[name].numpy() for name in start(1)}
 
 
+def overflows(ring: Ring, paths: Sequence[str], since: int) -> list[ScaleChange]:
+    """Returns the overflows since a step that the ring still holds, told or not. Reads the device."""
+    changes = entries(values(ring), paths, since=0)
+    overflowed = [each for each in changes if isinstance(each, ScaleChange) and each.reason == "overflow"]
+    return [each for each in overflowed if each.step >= since]
+
+
 def entries(values: Mapping[str, Any], paths: Sequence[str], since: int | None = None) -> list[Change]:
     """Returns the entries that a reader was not told of, oldest first; those that are overwritten are counted.
 

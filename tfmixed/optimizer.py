@@ -13,6 +13,7 @@ from tfmixed import arguments, distribute, gradients
 from tfmixed.branching import as_it_is, when
 from tfmixed.by_hand import ByHand
 from tfmixed.calls import Calls
+from tfmixed.delegation import Delegating
 from tfmixed.fused import Call, Fuser, Fusion
 from tfmixed.saving import Saved
 from tfmixed.scaling import checks
@@ -21,12 +22,13 @@ from tfmixed.verdicts import Judge
 
 
 @keras.saving.register_keras_serializable(package="tfmixed")
-class LossScaleOptimizer(ByHand, Saved):
+class LossScaleOptimizer(ByHand, Delegating, Saved):
     """An optimizer that scales the loss and applies a step only if every unscaled gradient, and their norm, is finite.
 
-    A drop-in for Keras's class of the same name: `compile` does not wrap it again, and learning rate, schedules,
-    `iterations`, clipping, weight decay, EMA and gradient accumulation are the inner optimizer's. A skipped step leaves
-    weights, inner state and `iterations` as they are.
+    A drop-in for Keras's class of the same name: `compile` does not wrap it again. Learning rate, schedules,
+    `iterations`, clipping, weight decay, EMA, gradient accumulation and attributes of the inner optimizer's own class,
+    such as `beta_1`, are read from the inner optimizer and set on it. A skipped step leaves weights, inner state and
+    `iterations` as they are.
 
     Args:
         inner_optimizer: A `keras.optimizers.Optimizer`, or the name of one.
@@ -86,6 +88,7 @@ class LossScaleOptimizer(ByHand, Saved):
         self._calls = Calls(scales=rule.bounds != (1.0, 1.0))
         self._scaling: ScalingState | None = None
         self._paths: list[str] = []
+        self._delegate()
 
     def build(self, variables: Sequence[Any]) -> None:
         """Creates all optimizer variables for the given trainable variables.
@@ -99,7 +102,7 @@ class LossScaleOptimizer(ByHand, Saved):
             self.inner_optimizer.build(variables)
         self._paths = [gradients.path(variable) for variable in variables]
         # Keras's LossScaleOptimizer.build would add its own two variables: its base class does the rest.
-        keras.optimizers.Optimizer.build(self, variables)
+        self._build_base(variables)
 
     def _state(self) -> ScalingState:
         # Made on first use, so that a loss scaled before `build` reads the variable and not a number.
@@ -269,17 +272,18 @@ class LossScaleOptimizer(ByHand, Saved):
     def _unscale(self, grads: Sequence[Any], scale: Any, variables: Sequence[Any]) -> list[Any]:
         return gradients.unscale_all(grads, gradients.raw(variables), scale, self.rule.bounds[1])
 
-    def _overflows(self) -> dict[str, int]:
-        counts = self._state().read("overflow_counts")
-        return dict(zip(self._paths, map(int, ops.convert_to_numpy(counts)), strict=True))
-
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Does what Keras does at the end of `fit`, and raises if all was in vain; see `raise_if_exhausted`."""
+        """Does what Keras does at the end of `fit`, and warns if most of its steps were skipped.
+
+        Raises:
+            LossScaleExhausted: If step after step was skipped, and the scale is at its floor; see `raise_if_exhausted`.
+        """
         super().finalize_variable_values(var_list)
         self._calls.end_fit()
         # On JAX, `fit` calls this after an exception too, with variables that may be empty: let that one through.
         if keras.backend.backend() != "jax" or sys.exc_info()[0] is None:
             self.raise_if_exhausted()
+            self._end_run()
 
 
 def _check_any(grads: Sequence[Any]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
+import numpy
 
 from tfmixed import arguments, outside
 from tfmixed.fused import Fuser
@@ -15,6 +16,13 @@ from tfmixed.state import Observable
 _DEFAULTS = {"max_consecutive_skips": 100, "fuse": "auto", "event_capacity": 256}
 
 
+class _Config(dict[str, Any]):
+    """Configuration with the inner optimizer's hyperparameters, which are in it once: Keras's own class reads it."""
+
+    def __missing__(self, key: str) -> Any:
+        return self["inner_optimizer"]["config"][key]
+
+
 class Saved(Observable, keras.optimizers.LossScaleOptimizer):
     """What Keras calls of a `LossScaleOptimizer` that it saves or loads. Files of Keras's own class are read too."""
 
@@ -22,7 +30,10 @@ class Saved(Observable, keras.optimizers.LossScaleOptimizer):
     _fuser: Fuser
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the configuration: Keras's own four entries where they say it all."""
+        """Returns the configuration: Keras's own four entries where they say it all.
+
+        What it does not have is looked up in the inner optimizer's: `get_config()["learning_rate"]`.
+        """
         config = {"name": self.name, "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer)}
         if self.rule == arguments.dynamic_rule(self.initial_scale, self.dynamic_growth_steps):
             config |= {"initial_scale": self.initial_scale, "dynamic_growth_steps": self.dynamic_growth_steps}
@@ -30,7 +41,7 @@ class Saved(Observable, keras.optimizers.LossScaleOptimizer):
             config["scale"] = self.rule.get_config()
         own = (self.max_consecutive_skips, self._fuser.fuse, self.event_capacity)
         given = zip(_DEFAULTS.items(), own, strict=True)
-        return {**config, **{name: value for (name, default), value in given if value != default}}
+        return _Config({**config, **{name: value for (name, default), value in given if value != default}})
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
@@ -75,12 +86,47 @@ class Saved(Observable, keras.optimizers.LossScaleOptimizer):
                 "it first with `optimizer.build(model.trainable_variables)`."
             )
             return
+        values = {name: saved[name] for name in inner}
+        _check_shapes(list(inner.values()), list(values.values()))
         self._state().restore(saved)
         for name, variable in inner.items():
-            variable.assign(saved[name])
+            variable.assign(values[name])
+        self._begin_run()
+
+    def set_weights(self, weights: Iterable[Any]) -> None:
+        """Sets all variables, own ones and the inner optimizer's, to values in the order of `variables`.
+
+        Raises:
+            ValueError: If the optimizer is not built, or `weights` does not have one value of the right shape for each
+                variable. Nothing is set then.
+        """
+        variables, values = self.variables, list(weights)
+        if not self.built:
+            raise ValueError(
+                "`set_weights` needs a built optimizer. Call `optimizer.build(trainable_variables)` first."
+            )
+        if len(values) != len(variables):
+            raise ValueError(
+                f"`weights` must have {len(variables)} values, one for each of `optimizer.variables`: those of the "
+                f"inner optimizer alone belong to `optimizer.inner_optimizer.set_weights`. Received: {len(values)}"
+            )
+        _check_shapes(variables, values)
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        self._state().bound_scale()
+        self._begin_run()
 
     def _inner_by_name(self) -> dict[str, keras.Variable]:
         return {f"inner_{index}": variable for index, variable in enumerate(self.inner_optimizer.variables)}
+
+
+def _check_shapes(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        if tuple(variable.shape) != tuple(numpy.shape(value)):
+            raise ValueError(
+                f"The value for the optimizer variable {variable.path!r} must have the shape {tuple(variable.shape)}. "
+                f"Build the optimizer with the variables of the saved one. Received: shape={tuple(numpy.shape(value))}"
+            )
 
 
 def _by_name(store: Any, inner: Mapping[str, Any]) -> dict[str, Any]:

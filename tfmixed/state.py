@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy
 from keras import ops
 
-from tfmixed import events
+from tfmixed import events, outside
 from tfmixed.branching import in_graph, rarely
-from tfmixed.errors import LossScaleExhausted
+from tfmixed.errors import ADVICE, LossScaleExhausted, worst
 from tfmixed.records import Change
 from tfmixed.scaling import ScalingRule, checks
 from tfmixed.variables import AddVariable, Variables
 from tfmixed.verdicts import Verdict
 
+_FEW = 5  # a dynamic scale may skip a few steps at its start
 # The names that Keras's own LossScaleOptimizer gives to what both have.
 _KERAS_NAMES = {"scale": "dynamic_scale", "good_steps": "step_counter"}
 
@@ -136,6 +138,10 @@ class ScalingState(Variables):
         if not events.start(1).keys() <= fitting.keys():
             fitting = {name: value for name, value in fitting.items() if name not in events.start(1)}
         self.assign(fitting)
+        self.bound_scale()
+
+    def bound_scale(self) -> None:
+        """Moves a scale outside of the rule's bounds to the nearest that they hold, NaN to the initial scale."""
         scale = self.variables["dynamic_scale"]
         known = numpy.nan_to_num(scale.numpy(), nan=self.rule.start().scale)
         scale.assign(numpy.clip(known, *self.rule.bounds))
@@ -147,19 +153,21 @@ class ScalingState(Variables):
 class Observable:
     """What everything that scales a loss tells about itself.
 
-    A subclass has `_state`, which makes the variables on first use, and `_overflows`: for each variable by path, how
-    often its gradient was not finite in the present row of skipped steps.
+    A subclass has `_state`, which makes the variables on first use.
     """
 
     rule: ScalingRule
     max_consecutive_skips: int | None
     _paths: list[str]
+    _since: tuple[int, int] = (0, 0)  # attempted and skipped steps when the run began
 
     def _state(self) -> ScalingState:
         raise NotImplementedError
 
     def _overflows(self) -> dict[str, int]:
-        raise NotImplementedError
+        """Returns for each variable by path in how many steps of the present row of skips its gradient overflowed."""
+        counts = self._state().read("overflow_counts")
+        return dict(zip(self._paths, map(int, ops.convert_to_numpy(counts)), strict=True))
 
     @property
     def loss_scale(self) -> Any:
@@ -233,3 +241,43 @@ class Observable:
             return
         first = int(self.attempted_steps) - skips
         raise LossScaleExhausted(scale, first, skips, self._overflows(), None if loss is None else float(loss))
+
+    def _begin_run(self) -> None:
+        """Notes where a run begins, for `_end_run`. Reads the device."""
+        self._since = int(self.attempted_steps), int(self.skipped_steps)
+
+    def _end_run(self) -> None:
+        """Warns if most steps since the last `_begin_run` or `_end_run` were skipped. Reads the device."""
+        since = self._since
+        self._begin_run()
+        if (message := self._describe_skips(*since)) is not None:
+            outside.warn(message)
+
+    def _describe_skips(self, since: int, skipped: int) -> str | None:
+        """Returns a warning if most steps of a run were skipped, at least five; None otherwise. Reads the device.
+
+        Args:
+            since: The first step of the run.
+            skipped: The steps that were skipped before it.
+        """
+        steps, skips = int(self.attempted_steps) - since, int(self.skipped_steps) - skipped
+        if skips < _FEW or 2 * skips <= steps:
+            return None
+        row, overflows = int(self.consecutive_skips), events.overflows(self._state().variables, self._paths, since)
+        found, first = [each.step for each in overflows], since + steps - row
+        named = worst(self._overflows())
+        if not row and overflows:
+            named = f" Not finite most often: {Counter(each.variable for each in overflows).most_common(1)[0][0]}."
+        if not row and len(found) == skips:  # each of them moved the scale: the last row is known
+            row = next((n for n in range(1, skips) if found[-n - 1] != found[-n] - 1), skips)
+            first = found[-row]
+        most = f", the last {row} of them in a row since step {first}" if 0 < row < steps else ""
+        scale, constant = float(self._scale()), self.rule.bounds[0] == self.rule.bounds[1]
+        if found == list(range(since, since + skips)) and skips < steps:
+            advice = f"The scale was too high at first. Pass `initial_scale={scale:g}` or lower."
+        else:
+            advice = f"Try a constant scale below {scale:g}. {ADVICE}" if constant else ADVICE
+        return (
+            f"{skips} of the {steps} steps since step {since} had gradients that are not finite and were skipped"
+            f"{most}. The loss scale stands at {scale:g}.{named} {advice}"
+        )

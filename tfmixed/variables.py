@@ -33,7 +33,7 @@ class Variables:
     def read(self, name: str) -> Any:
         """Returns the present value of a variable, as a tensor of its own."""
         value = self.variables[name].value
-        return _tensor(value) if hasattr(value, "assign") else ops.copy(value)
+        return tensor(value) if hasattr(value, "assign") else ops.copy(value)
 
     def assign(self, values: Mapping[str, Any]) -> None:
         """Writes variables."""
@@ -63,7 +63,7 @@ def _outside_of_graphs() -> contextlib.AbstractContextManager[Any]:
     return tensorflow.init_scope()  # type: ignore[no-any-return]  # tensorflow ships no types
 
 
-def _tensor(variable: Any) -> Any:
+def tensor(variable: Any) -> Any:
     """Returns the value of a `tf.Variable`: no copy, and yet a later write leaves it alone."""
     import tensorflow
 

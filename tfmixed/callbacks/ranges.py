@@ -86,8 +86,11 @@ class GradientRanges(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._epoch = epoch
         optimizer = self.model.optimizer
-        steps = optimizer.attempted_steps if isinstance(optimizer, Observable) else optimizer.iterations
-        self._step = int(steps)
+        if isinstance(optimizer, Observable):
+            self._step = int(optimizer.attempted_steps)
+        else:  # which also counts where a dataset of unknown size has ended
+            steps = int(optimizer.iterations)
+            self._step = min(self._step, steps) if self._begun else steps
         if not self._begun:  # a callback that restores the optimizer may have come after this one
             self._due = self._step
             self._begun = True
@@ -183,9 +186,10 @@ class _Execution:
         taken = list(itertools.islice(batches, steps)) if due else []
         for watcher in due if taken else ():
             watcher.watch(self._local(taken[0]), state[0] if state else None)
+        result = self.function(*state, _as_before(taken, batches) if taken else batches)
         for watcher in self.watchers:
             watcher.advance(len(taken) if due else steps)
-        return self.function(*state, _as_before(taken, batches) if taken else batches)
+        return result
 
     def _local(self, batch: Any) -> Any:
         if keras.backend.backend() != "tensorflow":

@@ -127,6 +127,7 @@ class LossScaleLogger(keras.callbacks.Callback):
             # Not in on_train_begin: a callback that restores the optimizer there may come after this one.
             self._collect()
             self._running = True
+            self._optimizer._begin_run()
         self._print_pending()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -160,6 +161,8 @@ class LossScaleLogger(keras.callbacks.Callback):
             return
         self._collect(logs)
         self._close()
+        if self._watched is not None:  # an optimizer does so itself
+            self._watched._end_run()
 
     def _close(self) -> None:
         self._print_pending()

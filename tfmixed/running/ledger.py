@@ -82,6 +82,20 @@ class Ledger:
         steps, skipped, scale = observing.numbers(entry.source) or (0, 0, None)
         entry.before = steps - entry.steps, (skipped or 0) - (entry.skipped or 0), scale
 
+    def counts(self) -> list[tuple[Entry, Any]]:
+        """Returns the counts of the optimizers whose steps Keras counts. Does not wait for the device."""
+        from tfmixed.running import observing
+        from tfmixed.variables import tensor
+
+        counting = [each for each in list(self._of.values()) if isinstance(each.source, observing.Count)]
+        return [(each, tensor(each.source.iterations.value)) for each in counting]
+
+    def discount(self, counts: list[tuple[Entry, Any]]) -> None:
+        """Takes what was counted since `counts` out of the steps of this run."""
+        for entry, count in counts:
+            steps, skipped, scale = entry.before or (0, 0, None)
+            entry.before = steps + int(entry.source.iterations.numpy()) - int(count), skipped, scale
+
     def note(self, optimizer: Any) -> None:
         """Notes where an optimizer stands. Reads the device."""
         self.keep(optimizer)
@@ -130,6 +144,8 @@ class Ledger:
                     observing.write_log(entry.source, self._log_of(entry, first > 0), first, before[2])
                 except OSError as error:  # the script has ended: its exit code stays
                     say(f"no log ({type(error).__name__}: {error})")
+            if entry.steps and (message := observing.skips(entry)) is not None:
+                say(message)
         say("; ".join([self.summary(), *self._files()]))
 
     @property

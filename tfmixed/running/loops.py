@@ -44,7 +44,8 @@ class Loops:
         """Stands around the methods of Keras's optimizers, of `tf.GradientTape` and of PyTorch's optimizers."""
         around(keras.layers.Layer, "__init__", self._layer)
         around(keras.optimizers.LossScaleOptimizer, "__init__", self._scaler)
-        around(keras.optimizers.Optimizer, "apply", self._apply, traced=True)
+        for kind in (keras.optimizers.Optimizer, keras.optimizers.MultiOptimizer):
+            around(kind, "apply", self._apply, traced=True)
         wrapt.when_imported("tfmixed.grad_scaler")(
             lambda module: around(module.GradScaler, "__init__", self._grad_scaler)
         )
@@ -80,6 +81,8 @@ class Loops:
     def _judge(self, optimizer: Any, variables: Any) -> None:
         """Lets an optimizer that does not scale take its first step, or refuses it."""
         self._judged.add(optimizer)
+        if any(optimizer in getattr(each, "optimizers", ()) for each in list(self._judged)):
+            return  # a part of a `MultiOptimizer`, which takes its step as a whole
         known = optimizer._trainable_variables if variables is None else variables
         if not self._scaled_by_script and self._is_float16(known):
             refuse(f"{place()} takes a step of its own with {type(optimizer).__name__}: {_ADVICE}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import keras
 from tfmixed import events, runlog
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.optimizer import LossScaleOptimizer
-from tfmixed.running.ledger import Ledger
+from tfmixed.running.ledger import Entry, Ledger
 from tfmixed.state import Observable, ScalingState
 
 
@@ -86,9 +88,31 @@ class Count:
     """
 
     def __init__(self, optimizer: Any) -> None:
+        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         self.iterations = optimizer.iterations
-        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and optimizer.built
-        self.scale = optimizer.dynamic_scale if scales else None
+        if not isinstance(self.iterations, keras.Variable):  # gradients are accumulated: several batches count once
+            self.iterations = (optimizer.inner_optimizer if scales else optimizer)._iterations
+        self.scale = optimizer.dynamic_scale if scales and optimizer.built else None
+
+
+def with_data(function: Callable[[Any], Any], ledger: Ledger) -> Callable[[Any], Any]:
+    """Returns a training function of TensorFlow's trainer that does not count a step when its data has ended.
+
+    In the call that finds the end of a dataset of unknown size, TensorFlow runs what does not depend on data. An
+    optimizer that does not check gradients then advances its `iterations`.
+    """
+    import tensorflow
+
+    @functools.wraps(function)
+    def counted(iterator: Any) -> Any:
+        before = ledger.counts()
+        try:
+            return function(iterator)
+        except (StopIteration, tensorflow.errors.OutOfRangeError):
+            ledger.discount(before)
+            raise
+
+    return counted
 
 
 def remains(optimizer: Any) -> Any:
@@ -113,6 +137,17 @@ def numbers(known: Any) -> tuple[int, int | None, float | None] | None:
         scale = None if known.scale is None else float(known.scale.numpy())
         return int(known.iterations.numpy()), None, scale
     except (RuntimeError, ValueError):  # JAX has taken the variables of a step that was interrupted
+        return None
+
+
+def skips(entry: Entry) -> str | None:
+    """Returns a warning if most steps of an optimizer or scaler in this run were skipped; None otherwise."""
+    if not isinstance(entry.source, Observable) or entry.skipped is None:
+        return None
+    steps, skipped, _ = entry.before or (0, 0, None)
+    try:
+        return entry.source._describe_skips(steps, skipped)
+    except (RuntimeError, ValueError):  # as in `numbers`
         return None
 
 

@@ -16,7 +16,7 @@ from tfmixed.formats import HALF
 from tfmixed.islands import force_float32
 from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.running.ledger import Ledger
-from tfmixed.running.observing import Logger, Once
+from tfmixed.running.observing import Logger, Once, with_data
 from tfmixed.running.saying import place, refuse, say
 from tfmixed.running.wishes import Wish
 from tfmixed.running.wrapping import around, bound
@@ -39,6 +39,7 @@ class Training:
         self.models: weakref.WeakSet[Any] = weakref.WeakSet()  # whose optimizers scale because of us
         self.left_alone: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that the script wants as they are
         self._with_islands: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._counting: weakref.WeakSet[Any] = weakref.WeakSet()  # training functions
         self._looked_at: weakref.WeakSet[Any] = weakref.WeakSet()
         self._scalers: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
@@ -118,12 +119,15 @@ class Training:
                 model.optimizer.build(model.trainable_variables)
         self.ledger.keep(model.optimizer)
 
-    def _make_train_function(self, plain: _Plain, model: Any, force: bool = False) -> Any:
+    def _make_train_function(self, plain: _Plain, model: Any, force: bool = False) -> None:
         self._prepare(model)
         if self.wish.islands and model.built and model not in self._looked_at:
             self._looked_at.add(model)
             self._make_islands(model)
-        return plain(model, force)
+        plain(model, force)
+        if keras.backend.backend() == "tensorflow" and model.train_function not in self._counting:
+            model.train_function = with_data(model.train_function, self.ledger)
+            self._counting.add(model.train_function)
 
     def _make_islands(self, model: Any) -> None:
         if not any(layer.compute_dtype in HALF for layer in model._flatten_layers()):
