@@ -113,3 +113,30 @@ def test_saved_models_load_in_a_fresh_process(tmp_path, imports):
     model.save(tmp_path / "model.keras")
     code = f"{imports}; print(keras.models.load_model({str(tmp_path / 'model.keras')!r}).optimizer.rule.value)"
     assert python(code) == ["64.0"]
+
+
+RENAMED = """
+import builtins
+
+def import_(name, globals=None, *rest, **named):
+    if name.startswith("keras.src.") and (globals or {}).get("__name__", "").startswith("tfmixed."):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    return plain(name, globals, *rest, **named)
+
+plain, builtins.__import__ = builtins.__import__, import_
+import tfmixed
+import keras, numpy
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+model.fit(numpy.ones((8, 2)), numpy.ones((8, 1)), verbose=0)
+print(type(keras.__spec__.loader).__name__)
+"""
+
+
+@pytest.mark.parametrize("filters", ["default", "error::UserWarning"])
+def test_keras_imports_and_trains_where_a_private_module_of_it_has_another_name(filters):
+    """A warning says which saved models do not load; it does not break the import where warnings are errors."""
+    command = [sys.executable, "-W", filters, "-c", RENAMED]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert (run.returncode, run.stdout) == (0, "SourceFileLoader\n"), run.stderr
+    assert ("Saved models that need `tfmixed.inplace` cannot be loaded" in run.stderr) == (filters == "default")

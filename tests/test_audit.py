@@ -398,7 +398,7 @@ def test_the_table_groups_by_severity(monkeypatch):
 @pytest.mark.parametrize("model", ["resnet", keras.Sequential([keras.layers.Dense(1)])])
 def test_what_is_no_built_model_is_refused(model):
     """By name."""
-    with pytest.raises(ValueError, match="model must be a built Keras model, received"):
+    with pytest.raises(ValueError, match="`model` must be a Keras model that is built"):
         audit(model)
 
 
@@ -462,6 +462,53 @@ def test_states_and_noise_are_no_difference():
     assert [each.op for each in audit(model, np.ones((4, 8), "float32")) if each.op == "wrong values"] == []
     assert float(model.layers[0].factor) == 1.0
     np.testing.assert_array_equal(keras.random.normal((3,)).numpy(), expected)
+
+
+@pytest.mark.parametrize("form", ["list", "names", "one loss"])
+def test_targets_and_losses_are_paired_as_in_fit(form):
+    """Labels of one dimension, an output without a loss, names in any order: each loss sees what it sees in `fit`."""
+    seen = []
+
+    def loss(y, outputs):
+        seen.append((tuple(y.shape), tuple(outputs.shape), outputs.dtype.name))
+        return ops.mean(ops.square(y - outputs), axis=-1)
+
+    inputs, x, y = keras.Input((8,)), np.ones((4, 8), "float32"), np.ones(4)
+    outputs = [keras.layers.Dense(1, name="b")(inputs), keras.layers.Dense(3, name="a")(inputs)]
+    losses, targets = {
+        "list": ([loss, None], y),
+        "names": ({"a": loss, "b": loss}, {"a": np.ones((4, 3)), "b": y}),
+        "one loss": (loss, [y, np.ones((4, 3))]),
+    }[form]
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", losses)
+    assert audit(model, x, targets).loss
+    assert not model._compile_loss.built
+    in_audit = {*seen}
+    seen.clear()
+    model.evaluate(x, targets, batch_size=4, verbose=0)
+    assert in_audit == {*seen}
+
+
+class Tower(keras.Model):
+    """Takes integers, and tells nobody their shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = keras.layers.Embedding(50, 8), keras.layers.Dense(1, name="head")
+
+    def call(self, x):
+        return self.head(self.embedding(x[:, 0]))
+
+
+def test_a_model_that_is_not_built_is_built_for_the_inputs():
+    """As `fit` would; its optimizer is not."""
+    model = Tower()
+    model.compile("adam", "mse")
+    run = audit(model, np.ones((4, 2), "int64"), np.ones(4))
+    assert (run.ran, run.loss, run.dtypes) == (True, True, {"float16": 2})
+    assert [each.path.rpartition("/")[2] for each in model.variables] == ["embeddings", "kernel", "bias"]
+    assert not model.optimizer.built
 
 
 def test_the_loss_is_that_of_fit():

@@ -54,6 +54,12 @@ HOOKS = [
         ["name", "default", "set_to_default"],
         "give a random state back",
     ),
+    (
+        "keras.src.trainers.trainer",
+        "Trainer._compute_loss",
+        ["self", "x", "y", "y_pred", "sample_weight", "training"],
+        "compute the loss as fit does",
+    ),
     (TRAINER, "TensorFlowTrainer._symbolic_build", ["self", "iterator", "data_batch"], "build a model as fit does"),
     ("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext", ["graph"], "see a whole step under XLA"),
     ("tensorflow.python.framework.test_util", "IsMklEnabled", [], "see whether oneDNN is on"),
@@ -84,8 +90,8 @@ ATTRIBUTES = {
     "_distribute_strategy": "fit on workers",
     "_dtype_policy": "compute in float32 for a while",
     "_call_has_training_arg": "call a model as the trainer does",
-    "_compile_loss": "know the weights of losses",
-    "_user_loss_weights": "know the weights of losses",
+    "_compile_loss": "compute the loss as fit does",
+    "_user_loss_weights": "compute the loss as fit does",
     "_keras_mask": "hand on the mask of a tensor",
     "_descriptor_cache": "let tf.function trace a layer's call anew",
     "_inputs_struct": "know a functional model's inputs",
@@ -219,5 +225,5 @@ def test_this_list_is_complete():
     """Whoever uses another private name adds it above."""
     listed = {part for _, path, _, _ in HOOKS for part in path.split(".") if part.startswith("_")} | set(ATTRIBUTES)
     python = {"_asdict", "_fields", "_replace", "__name__", "__version__", "_getframe", "__stderr__", "__signature__"}
-    python |= {"__cause__", "__context__", "__traceback__", "__mro__", "__excepthook__"}
+    python |= {"__cause__", "__context__", "__traceback__", "__mro__", "__excepthook__", "__spec__", "__loader__"}
     assert private_names() - python == listed

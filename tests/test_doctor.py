@@ -192,6 +192,8 @@ def here(tmp_path, monkeypatch):
         "def good(): return keras.Sequential([keras.Input((4,)), keras.layers.Dense(30, name='dense')])\n"
         "def unbuilt(): return keras.Sequential([keras.layers.Dense(3)])\n"
         "def number(): return 3\n"
+        "def step(): return good(), [[1.0] * 4], [1.0]\n"
+        "def many(): return good(), 1, 2, 3\n"
         "def broken(): raise ValueError('from inside')\n"
         "constant = 3\n"
     )
@@ -207,6 +209,7 @@ def test_models_come_from_functions_and_files(here):
     """A module of the current directory, or what model.save wrote."""
     model = models.load_model("zoo_of_doctor:good")
     assert found(model) == [("dense", "inputs", 4, 8), ("dense", "units", 30, 32)]
+    assert found(models.load_model("zoo_of_doctor:step")) == found(model)
     model.save(here / "model.keras")
     assert found(models.load_model("model.keras")) == found(model)
     assert len(doctor.examine(model).widths) == 2
@@ -222,7 +225,10 @@ def test_models_come_from_functions_and_files(here):
         ("zoo_of_doctor:bad", "module 'zoo_of_doctor' has no attribute 'bad'"),
         ("zoo_of_doctor:constant", "module 'zoo_of_doctor' can call no 'constant'"),
         ("zoo_of_doctor:number", "it returned 3"),
-        ("zoo_of_doctor:unbuilt", "its model is not built; give it a keras.Input"),
+        ("zoo_of_doctor:many", "it returned .*Return `model` or `model, x, y`"),
+        ("zoo_of_doctor:unbuilt", "its model is not built. Give it a keras.Input"),
+        ("../zoo_of_doctor:good", "'../zoo_of_doctor' is not the name of a module"),
+        ("zoo_of_doctor.py:good", "'zoo_of_doctor.py' is not the name of a module"),
         ("none.keras", "received 'none.keras': there is no such file"),
         ("text.keras", r"received 'text.keras': it was not written by model\.save"),
     ],

@@ -216,6 +216,37 @@ def test_an_interrupted_run_says_where_it_stands_and_is_taken_up_again(tmp_path)
     assert [(each.event, each.step) for each in log] == [("run", 0), ("progress", 3), ("run", 4), ("progress", 7)]
 
 
+BROKEN_OFF = (
+    BEGIN
+    + """
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 1:
+            raise ValueError
+
+model = net(keras.Input((4,)))
+model.compile("sgd", LOSS)
+if sys.argv[1] == "early":
+    raise ValueError
+try:
+    model.fit(x, y, batch_size=16, verbose=0, callbacks=[Stop()])
+except ValueError:
+    pass
+"""
+)
+
+
+@pytest.mark.parametrize("where", ["early", "in fit"])
+def test_the_last_line_says_no_more_than_is_known(tmp_path, where):
+    """After an exception before the first step; or in `fit`, where JAX may have taken the variables."""
+    done, said = run(tmp_path, BROKEN_OFF, "--policy", "float32", arguments=[where])
+    unknown = ["the number of steps is not known"] if BACKEND == "jax" else []
+    assert done.returncode == (where == "early")
+    assert said[-1] in (
+        ["the script ended with ValueError"] if where == "early" else ["2 steps, no loss scale", *unknown]
+    )
+
+
 COUNTED = (
     BEGIN
     + """

@@ -84,6 +84,16 @@ def script(tmp_path):
 ENDS = ["nothing", "raise", "code", "message", "SIGINT", "SIGTERM", "handled", "_exit", "hooked", "thread", "fork"]
 
 
+ENDED = {
+    "raise": "the script ended with ValueError",
+    "hooked": "the script ended with ValueError",
+    "SIGINT": "the script ended with KeyboardInterrupt",
+    "code": "the script ended with exit code 3",
+    "message": "the script ended with exit code 1",
+    "handled": "the script ended with exit code 9",
+}
+
+
 @pytest.mark.parametrize("end", [*ENDS, "thread fails"])
 def test_a_script_runs_and_ends_as_under_python(script, end):
     """The same output, errors, tracebacks and exit code, and one line of ours where Python comes to its end."""
@@ -91,8 +101,8 @@ def test_a_script_runs_and_ends_as_under_python(script, end):
     plain, run = start(*arguments, cwd=script), start("-m", "tfmixed", "run", *arguments, cwd=script)
     assert (run.returncode, run.stdout) == (plain.returncode, plain.stdout)
     assert others(run.stderr) == plain.stderr.splitlines()
-    said = ["tfmixed: nothing was applied: the script never imported Keras (one of TensorFlow 1 takes --tf1)"]
-    assert ours(run.stderr) == ([] if end in ("SIGTERM", "_exit") else said)
+    said = ENDED.get(end, "nothing was applied: the script never imported Keras (one of TensorFlow 1 takes --tf1)")
+    assert ours(run.stderr) == ([] if end in ("SIGTERM", "_exit") else [f"tfmixed: {said}"])
     assert run.stderr.endswith("".join(f"{line}\n" for line in ours(run.stderr)))
 
 
@@ -182,6 +192,13 @@ def test_a_module_that_is_not_there_is_refused(tmp_path):
     assert run.returncode == 2
     (line,) = ours(run.stderr)
     assert line.startswith("tfmixed: -m must be given the name of a module, received 'nowhere.train'")
+
+
+def test_an_import_of_keras_that_fails_is_not_said_to_be_missing(tmp_path):
+    """Only what ended the script is known."""
+    (tmp_path / "train.py").write_text("import os\nos.environ['KERAS_BACKEND'] = 'nonsense'\nimport keras\n")
+    run = start("-m", "tfmixed", "run", "train.py", cwd=tmp_path)
+    assert (run.returncode, ours(run.stderr)) == (1, ["tfmixed: the script ended with ValueError"])
 
 
 def test_a_broken_hook_is_shown_as_python_shows_it(tmp_path):

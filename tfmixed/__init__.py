@@ -5,14 +5,16 @@ Importing this package loads neither TensorFlow nor Keras: each name below is im
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
-from typing import TYPE_CHECKING, Any
+import warnings
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
-    from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -123,41 +125,59 @@ def __dir__() -> list[str]:
 
 
 class _AfterKeras:
-    """Registers our classes as soon as Keras is imported, so that saved models load. Till then in `sys.meta_path`.
+    """Finder in `sys.meta_path` that registers our classes once Keras is imported, since `load_model` needs them.
 
-    wrapt's `when_imported` does the same, and takes five times as long to import as all the rest of this package.
+    Keras is found and loaded by what would do it without this finder, and no error of ours reaches its import.
+    wrapt's `when_imported` takes five times as long to import as all the rest of this package.
     """
 
-    looking = False
+    is_idle = False
 
     @classmethod
     def find_spec(cls, name: str, _path: Any = None, _target: Any = None) -> ModuleSpec | None:
-        if name != "keras" or cls.looking:
+        if name != "keras" or cls.is_idle:
             return None
-        cls.looking = True
+        cls.is_idle = True  # for the other finders
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            cls.looking = False
+            cls.is_idle = False
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def then_register(module: ModuleType) -> None:
-                execute(module)
-                if cls in sys.meta_path:
-                    sys.meta_path.remove(cls)
-                _register()
-
-            spec.loader.exec_module = then_register  # type: ignore[method-assign]
+            spec.loader = cast("Loader", _Registering(spec.loader))
         return spec
 
 
+class _Registering:
+    """Loader that registers our classes after another one, which stays as it is: modules of a zip file share theirs."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_loader"), name)
+
+    def exec_module(self, module: Any) -> None:
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _AfterKeras.is_idle = True
+        _register()
+
+
 def _register() -> None:
+    """Registers the classes that saved models may hold; warns of those that do not work with this version of Keras."""
     for module in ("inplace", "layers", "losses", "optimizer"):
-        importlib.import_module(f"{__name__}.{module}")
+        try:
+            importlib.import_module(f"{__name__}.{module}")
+        except Exception as error:
+            with contextlib.suppress(Exception):  # warnings may be errors
+                warnings.warn(
+                    f"Saved models that need `tfmixed.{module}` cannot be loaded, because tfmixed {__version__} does "
+                    f"not work with this version of Keras. Received: {type(error).__name__}: {error}",
+                    stacklevel=3,
+                )
 
 
-if "keras" in sys.modules:
+if sys.modules.get("keras"):
     _register()
 else:
     sys.meta_path.insert(0, _AfterKeras)

@@ -6,9 +6,7 @@ import contextlib
 import errno
 import json
 import os
-import re
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +20,6 @@ from tfmixed.errors import ConfigError, UsageError
 from tfmixed.running import command as running
 
 _OURS = f"{Path(__file__).parent}{os.sep}"
-_GREETING = re.compile(rb"I0000 .* oneDNN custom operations are on|WARNING: All log messages before absl")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -82,9 +79,7 @@ def doctor(
     as_json: logcommands.AsJson = False,
 ) -> None:
     """What this machine is, which policy fits it, and what makes mixed precision useless on it."""
-    # What Keras or the model's own module prints must not mix with JSON.
-    with contextlib.redirect_stdout(sys.stderr):
-        _load_keras()
+    with _on_models():
         from tfmixed.doctor import examine
         from tfmixed.models import load_model
 
@@ -108,13 +103,11 @@ def audit(
     as_json: logcommands.AsJson = False,
 ) -> None:
     """What in a model's forward and backward pass is unsafe in half precision; inputs, if given, run through it."""
-    with contextlib.redirect_stdout(sys.stderr):
-        _load_keras()
+    with _on_models():
         from tfmixed.models import load_step
 
         _set_policy(policy)
-        with _user_code():
-            found = tfmixed.audit(*load_step(model))
+        found = tfmixed.audit(*load_step(model))
     print(found.to_json()) if as_json else _print(found)
     raise typer.Exit(found.fails(fail_on))
 
@@ -137,17 +130,14 @@ def ranges(
     as_json: logcommands.AsJson = False,
 ) -> None:
     """The magnitudes of a model's gradients, what float16 loses of them, and which loss scale to choose."""
-    with contextlib.redirect_stdout(sys.stderr):
-        _load_keras()
+    with _on_models():
         from tfmixed.models import load_problem
 
         _check_picture(png)
         for option, path in (("--save", save), ("--png", png)):
             logcommands.prepare(option, path)
         _set_policy(policy)
-        made = load_problem(model)
-        with _user_code():
-            found = tfmixed.measure_gradients(*made, steps, precision=precision, batch_size=batch)
+        found = tfmixed.measure_gradients(*load_problem(model), steps, precision=precision, batch_size=batch)
     print(json.dumps(found.as_dict(headroom), indent=2)) if as_json else _print(found.explained(headroom))
     if save is not None:
         found.save(save)
@@ -180,8 +170,7 @@ def bench(
     # Memory is measured in processes beside this one: none of them may take the whole GPU for itself.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with contextlib.redirect_stdout(sys.stderr):
-        _load_keras()
+    with _on_models():
         from tfmixed import bench as benchmark
 
         _check_picture(plot)
@@ -201,25 +190,32 @@ app.command(context_settings=running.SETTINGS)(running.run)
 
 
 @contextlib.contextmanager
-def _user_code() -> Iterator[None]:
-    """Ends the command with 2 where the user's own code fails: 1 would say that it was read and found wanting."""
-    try:
-        yield
-    except NotImplementedError as error:
-        raise UsageError(str(error)) from error
-    except UsageError:
-        raise
-    except Exception as error:
-        if isinstance(error, ValueError) and error.__cause__ is None and _is_ours(error):
-            raise UsageError(str(error)) from error
-        traceback.print_exc()
-        raise typer.Exit(2) from None
+def _on_models() -> Iterator[None]:
+    """Loads Keras, and ends the command with exit code 2 if code that it runs fails: 1 is for findings, 0 for none.
+
+    What that code prints goes to standard error, where it does not mix with JSON.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            _load_keras()
+            yield
+        except (UsageError, ConfigError, KeyboardInterrupt):
+            raise
+        except SystemExit as stop:
+            raise UsageError(f"The code of the model must not exit. Received: sys.exit({stop.code!r})") from None
+        except BaseException as error:
+            if _is_refusal(error):
+                raise UsageError(str(error)) from error
+            traceback.print_exc()
+            message = str(error).strip().partition("\n")[0]
+            raise UsageError(f"The command failed. Received: {type(error).__name__}: {message}") from None
 
 
-def _is_ours(error: Exception) -> bool:
-    """Returns whether a check of this package raised it, and no code that it called."""
+def _is_refusal(error: BaseException) -> bool:
+    """Returns whether a check of this package raised the error, and no code that it called."""
     *_, innermost = traceback.walk_tb(error.__traceback__)
-    return innermost[0].f_code.co_filename.startswith(_OURS)
+    ours = innermost[0].f_code.co_filename.startswith(_OURS)
+    return ours and error.__cause__ is None and isinstance(error, (ValueError, NotImplementedError))
 
 
 def _print(renderable: Any) -> None:
@@ -253,30 +249,9 @@ def _check_picture(path: Path | None) -> None:
 def _load_keras() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        with _without_greeting():
-            import keras  # noqa: F401
+        import keras  # noqa: F401
     except ImportError as error:
         raise UsageError(
             f"Keras cannot load its backend ({error}): install it, for instance by pip install 'tfmixed[tensorflow]', "
             "or name another in KERAS_BACKEND"
         ) from error
-
-
-@contextlib.contextmanager
-def _without_greeting() -> Iterator[None]:
-    """Drops what TensorFlow 2.21 logs at import before it reads TF_CPP_MIN_LOG_LEVEL, and passes on the rest."""
-    if sys.stderr is None:  # closed by whoever called
-        yield
-        return
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            held.seek(0)
-            os.write(2, b"".join(line for line in held if not _GREETING.match(line)))

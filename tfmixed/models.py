@@ -13,44 +13,58 @@ import keras
 
 from tfmixed.errors import UsageError
 
-_FORMS = '"module:function" that returns a built Keras model, or a .keras file'
+_FORMS = '"module:function" that returns a Keras model, or a .keras file'
 
 
 def load_model(spec: str) -> keras.Model:
-    """Returns the model that `spec` names.
+    """Returns the model that `spec` names, built for the inputs beside it if need be.
 
     Args:
-        spec: `"module:function"`, where calling the function without arguments gives a built Keras model and the
-            module may lie in the current directory; or the path of a `.keras` file.
+        spec: As in `load_step`.
 
     Raises:
-        UsageError: There is no such file, module or function, or it gives no built Keras model. What goes wrong inside
-            the module or the function is raised as it is.
+        UsageError: As for `load_step`; or the inputs are not arrays.
     """
-    if spec.endswith(".keras"):
-        return _from_file(Path(spec))
-    return _checked(spec, function_of(spec)())
+    model, inputs, _ = load_step(spec)
+    if not model.built:
+        build(model, inputs)
+    return model
 
 
 def load_step(spec: str) -> tuple[keras.Model, Any, Any]:
     """Returns the model that `spec` names, with the inputs and targets that its function returned beside it, or None.
 
+    Args:
+        spec: `"module:function"`, where calling the function without arguments gives a Keras model, or a tuple of a
+            model, inputs and targets. The module may lie in the current directory. Or the path of a `.keras` file.
+
     Raises:
-        UsageError: As for `load_model`.
+        UsageError: If there is no such file, module or function, or it gives no Keras model, or one that is not built
+            and comes without inputs. What fails inside the module or the function is raised as it is.
     """
     if spec.endswith(".keras"):
         return _from_file(Path(spec)), None, None
     function = function_of(spec)
     made = function if isinstance(function, keras.Model) else function()
-    model, inputs, targets = (*made, None, None)[:3] if isinstance(made, tuple) and made else (made, None, None)
-    return _checked(spec, model), inputs, targets
+    parts = made if isinstance(made, tuple) else (made,)
+    model, inputs, targets = (*parts, None, None, None)[:3]
+    if len(parts) > 3 or not isinstance(model, keras.Model):
+        raise UsageError(
+            f"model must be {_FORMS}, received {spec!r}: it returned {made!r:.60}. Return `model` or `model, x, y`"
+        )
+    if inputs is None and not model.built:
+        raise UsageError(
+            f"model must be {_FORMS}, received {spec!r}: its model is not built. Give it a keras.Input, or return "
+            "`model, x, y`"
+        )
+    return model, inputs, targets
 
 
 def load_problem(spec: str) -> tuple[keras.Model, Any]:
     """Returns the model that `spec` names, compiled, and the data that its function returned beside it.
 
     Raises:
-        UsageError: As for `load_model`; or it is not compiled, or comes alone.
+        UsageError: As for `load_step`; or the model is not compiled, or comes alone.
     """
     model, inputs, targets = load_step(spec)
     if not model.compiled or inputs is None:
@@ -65,12 +79,34 @@ def function_of(spec: str) -> Callable[[], Any]:
     """Returns the function that `"module:function"` names; the module may lie in the current directory.
 
     Raises:
-        UsageError: There is no such module or function.
+        UsageError: If there is no such module or function.
     """
-    module, colon, name = spec.partition(":")
-    if not (module and colon and name):
+    module, _, name = spec.rpartition(":")
+    if not (module and name):
         raise UsageError(f"model must be {_FORMS}, received {spec!r}")
+    if module.endswith(".py") or not all(part.isidentifier() for part in module.split(".")):
+        raise UsageError(
+            f"model must be {_FORMS}, received {spec!r}: {module!r} is not the name of a module. Write it as in an "
+            "import, and run the command in the folder where the module lies"
+        )
     return _attribute(spec, _imported(spec, module), name)
+
+
+def build(model: keras.Model, inputs: Any) -> None:
+    """Builds a model by a symbolic call with the shapes and dtypes of a batch, without running it.
+
+    Raises:
+        ValueError: If the inputs are not arrays, or a structure of them.
+    """
+
+    def symbolic(array: Any) -> keras.KerasTensor:
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise ValueError(
+                f"inputs must be arrays, or a structure of them, to build a model. Received: {type(array).__name__}"
+            )
+        return keras.KerasTensor(tuple(array.shape), keras.backend.standardize_dtype(array.dtype))
+
+    model(keras.tree.map_structure(symbolic, inputs))
 
 
 def _from_file(path: Path) -> keras.Model:
@@ -101,11 +137,3 @@ def _attribute(spec: str, module: Any, name: str) -> Callable[[], Any]:
         kind = "has no attribute" if function is None else "can call no"
         raise UsageError(f"model must be {_FORMS}, received {spec!r}: module {module.__name__!r} {kind} {name!r}")
     return function  # type: ignore[no-any-return]  # whatever the user wrote
-
-
-def _checked(spec: str, model: Any) -> keras.Model:
-    if not isinstance(model, keras.Model):
-        raise UsageError(f"model must be {_FORMS}, received {spec!r}: it returned {model!r:.60}")
-    if not model.built:
-        raise UsageError(f"model must be {_FORMS}, received {spec!r}: its model is not built; give it a keras.Input")
-    return model

@@ -50,20 +50,23 @@ def targets_for(model: keras.Model, inputs: Any) -> Any:
     losses = getattr(model, "loss", None)
     if losses is None or type(model).compute_loss is not keras.Model.compute_loss:
         return None
-    # Traced where no graph tells: Keras's own shape inference does not cast inputs as a call does (3.15).
     if isinstance(model, (keras.Function, keras.Sequential)):
-        outputs = tensors(model.outputs)
-    else:
+        outputs = _single(model.outputs) if isinstance(model, keras.Sequential) else model.output
+    else:  # Keras's own shape inference does not cast inputs as a call does (3.15)
         with temporary.states(model):
-            outputs = tensors(tf.function(model, autograph=False).get_concrete_function(inputs).structured_outputs)
+            outputs = tf.function(model, autograph=False).get_concrete_function(inputs).structured_outputs
+    if isinstance(losses, dict) and not isinstance(outputs, dict):
+        losses = [losses[name] for name in getattr(model, "output_names", losses)]
     sparse = ["sparse" in _name(loss) for loss in tree.flatten(losses)]
-    if len(sparse) not in (1, len(outputs)):
+    flat = tensors(outputs)
+    if len(sparse) not in (1, len(flat)):
         return None
-    each = sparse if len(sparse) == len(outputs) else sparse * len(outputs)
-    return [
+    each = sparse if len(sparse) == len(flat) else sparse * len(flat)
+    specs = [
         tf.TensorSpec(output.shape[:-1], "int32") if integers else tf.TensorSpec(output.shape, "float32")
-        for integers, output in zip(each, outputs, strict=True)
+        for integers, output in zip(each, flat, strict=True)
     ]
+    return tree.pack_sequence_as(outputs, specs)
 
 
 def _name(loss: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from tfmixed import hardware, structure, temporary
+from tfmixed import hardware, models, structure, temporary
 from tfmixed.auditing import comparison, differences, functions, inspection, rules, tracing
 from tfmixed.auditing.findings import Audit, Finding
 from tfmixed.auditing.hazards import SEVERITIES, Context, Found
@@ -33,7 +33,7 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     are not.
 
     Args:
-        model: A built model.
+        model: A model. One that is not built yet is built for `inputs`, as `fit` would build it.
         inputs: A batch, as the model takes it. It is run once in the model's precision and once in float32, and what
             overflowed, vanished or came out wrong is reported where it first did. None only reads.
         targets: The batch's targets. None leaves the loss out of the run.
@@ -42,7 +42,8 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
         The findings, the gravest first.
 
     Raises:
-        ValueError: `model` is no built Keras model, or it does not tell the shape of its inputs and none are given.
+        ValueError: If `model` is not a Keras model, or no inputs are given and it is not built or does not tell their
+            shape, or targets are given and it has no loss.
         NotImplementedError: Keras runs on another backend than TensorFlow, whose graphs this reads.
 
     Example:
@@ -56,9 +57,11 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
             f"audit reads TensorFlow's graphs, received the backend {keras.backend.backend()!r}: set "
             "KERAS_BACKEND=tensorflow"
         )
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(f"model must be a built Keras model, received {model!r:.80}: call it on data first")
+    if not isinstance(model, keras.Model) or (inputs is None and not model.built):
+        raise ValueError(f"`model` must be a Keras model that is built, or come with inputs. Received: {model!r:.80}")
     given = _tensors(inputs), _tensors(targets)
+    if not model.built:
+        models.build(model, given[0])
     specs = specs_of(model) if inputs is None else specs_from(given[0])
     step, half = _step(model, specs, given[1])
     context = _context(half, given[0])
@@ -163,11 +166,11 @@ def _tensors(structure: Any) -> Any:
         return None
     try:
         return tree.map_structure(keras.ops.convert_to_tensor, structure)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError):
         raise ValueError(
             f"inputs and targets must be arrays, or structures of them, received {type(structure).__name__}: of a "
             "dataset, pass one batch"
-        ) from error
+        ) from None
 
 
 def _of_graph(step: Step, half: Trace, context: Context) -> Iterator[Found]:

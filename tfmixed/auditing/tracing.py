@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 import numpy
-from keras import ops, tree
+from keras import tree
 
 from tfmixed import structure, temporary
 
@@ -130,12 +130,10 @@ class Step:
         import tensorflow as tf
 
         if targets is None:
-            losses = [tf.cast(each, "float32") for each in tensors(outputs) if each.dtype.is_floating]
-        elif type(self.model).compute_loss is not keras.Model.compute_loss:
-            losses = [self.model.compute_loss(inputs, targets, outputs, training=True)]
+            losses = [each for each in tensors(outputs) if each.dtype.is_floating] + self.model.losses
         else:
-            losses = [loss(y, x) * weight for loss, y, x, weight in _paired(self.model, targets, outputs)]
-        total = tf.add_n([tf.reduce_sum(tf.cast(loss, "float32")) for loss in [*losses, *self.model.losses]])
+            losses = [self.model._compute_loss(inputs, targets, outputs)]
+        total = tf.add_n([tf.reduce_sum(tf.cast(loss, "float32")) for loss in losses])
         return total * loss_scale(self.model)
 
 
@@ -151,10 +149,14 @@ def loss_scale(model: keras.Model) -> Any:
 def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
     """Gives each layer's call and regularizers a name scope that tells its number in the list that it yields.
 
-    What the calls change in random states and added losses is restored.
+    What the calls change in random states and added losses is restored. The losses of `compile` are replaced meanwhile,
+    because they keep the structure of the first targets they are given.
     """
     layers = list(structure.paths(model))
     with temporary.states(model), contextlib.ExitStack() as stack:
+        if (own := model._compile_loss) is not None:
+            fresh = type(own)(model.loss, own._user_loss_weights, output_names=own.output_names)
+            temporary.put(stack, model, "_compile_loss", fresh)
         for number, layer in enumerate(layers):
             name = structure.call_of(layer)
             temporary.put(stack, layer, name, _in_scope(f"{_CALL}{number}", getattr(layer, name)))
@@ -237,27 +239,3 @@ def _called(op: Any) -> Iterator[str]:
         if name in op.node_def.attr:
             value = op.node_def.attr[name]
             yield from (function.name for function in (value.list.func or [value.func]) if function.name)
-
-
-def _paired(model: keras.Model, targets: Any, outputs: Any) -> Iterator[tuple[Any, Any, Any, float]]:
-    """Yields loss, target, output and weight, for each output that has a loss."""
-    losses, weights = model.loss, getattr(model._compile_loss, "_user_loss_weights", None)
-    if isinstance(losses, dict):
-        names = list(losses)
-        ours = outputs if isinstance(outputs, dict) else dict(zip(model.output_names, tensors(outputs), strict=True))
-        theirs = targets if isinstance(targets, dict) else dict(zip(model.output_names, tensors(targets), strict=True))
-        chosen = [(losses[name], theirs[name], ours[name]) for name in names]
-        factors = [weights.get(name, 1.0) if isinstance(weights, dict) else 1.0 for name in names]
-    else:
-        flat = tensors(outputs)
-        each = losses if isinstance(losses, (list, tuple)) else [losses] * len(flat)
-        chosen = list(zip(each, tensors(targets), flat, strict=True))
-        factors = list(weights) if isinstance(weights, (list, tuple)) else [1.0] * len(flat)
-    for (loss, target, output), weight in zip(chosen, factors, strict=True):
-        if loss is not None:
-            yield _as_fit_calls(keras.losses.get(loss)), target, output, weight
-
-
-def _as_fit_calls(loss: Callable[..., Any]) -> Callable[..., Any]:
-    # Keras makes a `Loss` of a function: predictions in float32, the mean over the batch.
-    return loss if isinstance(loss, keras.losses.Loss) else lambda y, x: ops.mean(loss(y, ops.cast(x, "float32")))

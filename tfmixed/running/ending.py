@@ -14,35 +14,37 @@ _OWN = os.path.join(os.path.dirname(__file__), "")
 
 
 @contextlib.contextmanager
-def as_python_does(finish: Callable[[], None]) -> Iterator[None]:
+def as_python_does(finish: Callable[[BaseException | None], None]) -> Iterator[None]:
     """Ends the process as `python` would after the code inside, and calls `finish` after its last output.
+
+    `finish` is given the exception that ended the code; None if it came to its end, or exited with code 0.
 
     Exceptions go on to the interpreter, which decides on exit codes, on the signal of a KeyboardInterrupt and on what
     runs at exit; what is printed of them starts at the script's own first line.
     """
     process = os.getpid()
 
-    def end() -> None:
+    def end(reason: BaseException | None) -> None:
         if os.getpid() == process:  # not in one that the script forked
             _join_threads()
-            finish()
+            finish(reason)
 
     try:
         yield
     except SystemExit as stop:
         _print_message(stop)
-        end()
+        end(stop if stop.code else None)
         raise
     except BaseException as error:
         _strip(error)
         try:
             _show(sys.excepthook, error)
         finally:
-            end()
+            end(error)
         # Here and not in the hook: what runs there makes Python forget that it must end by the signal of an interrupt.
         sys.excepthook = _say_nothing
         raise
-    end()
+    end(None)
 
 
 def _print_message(stop: SystemExit) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +13,7 @@ import wrapt
 
 from tfmixed.running.ledger import Ledger
 from tfmixed.running.policies import Policies
-from tfmixed.running.saying import say
+from tfmixed.running.saying import refuse, say_end
 from tfmixed.running.wishes import Wish
 
 
@@ -26,16 +28,21 @@ class Launch:
         self.wish = wish
         self.policies, self.ledger = Policies(wish), Ledger(wish)
         self.training: Any = None
+        # Where the first functions are defined: all the modules that hand them on take them from there later.
+        self._private: dict[str, Callable[[Any], None]] = {
+            "keras.src.dtype_policies.dtype_policy": self.policies.install,
+            "keras.src.saving.saving_api": self._stand_around_files,
+        }
 
     def prepare(self) -> None:
         """Has the script's own imports apply what is asked for."""
-        # Where the first functions are defined: all the modules that hand them on take them from there later.
-        wrapt.when_imported("keras.src.dtype_policies.dtype_policy")(self.policies.install)
-        wrapt.when_imported("keras.src.saving.saving_api")(self._stand_around_files)
-        wrapt.when_imported("keras")(self._apply)
+        for name, apply in {**self._private, "keras": self._apply}.items():
+            wrapt.when_imported(name)(functools.partial(_or_refuse, apply))
         wrapt.when_imported("tf_keras")(_refuse_keras_2)
 
     def _apply(self, _keras: ModuleType) -> None:
+        for name in self._private:
+            importlib.import_module(name)  # fails if this version of Keras has it under another name
         from tfmixed.running.loops import Loops
         from tfmixed.running.training import Training
 
@@ -58,19 +65,26 @@ class Launch:
         stand_around("load_model", "load")
         stand_around("load_weights", "load")
 
-    def finish(self) -> None:
-        """Says how the run ended."""
+    def finish(self, reason: BaseException | None) -> None:
+        """Says how the run ended, by which exception if by any."""
         if self.policies.is_settled:
-            self.ledger.close()
+            self.ledger.close(reason)
         elif "keras" in sys.modules:
-            say("nothing was applied: the script made no Keras model (one of TensorFlow 1 takes --tf1)")
+            say_end("nothing was applied: the script made no Keras model (one of TensorFlow 1 takes --tf1)", reason)
         else:
-            say("nothing was applied: the script never imported Keras (one of TensorFlow 1 takes --tf1)")
+            say_end("nothing was applied: the script never imported Keras (one of TensorFlow 1 takes --tf1)", reason)
+
+
+def _or_refuse(apply: Callable[[Any], None], module: ModuleType) -> None:
+    try:
+        apply(module)
+    except (ImportError, AttributeError) as error:
+        refuse(f"tfmixed run does not work with this version of Keras. Received: {type(error).__name__}: {error}")
 
 
 def _refuse_keras_2(module: Any) -> None:
     """Lets a script import Keras 2, and refuses a model of it."""
-    from tfmixed.running.saying import place, refuse
+    from tfmixed.running.saying import place
     from tfmixed.running.wrapping import around
 
     def compile_(_plain: Any, model: Any, *_arguments: Any, **_named: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tfmixed import whole
-from tfmixed.running.saying import refuse, say
+from tfmixed.running.saying import refuse, say, say_end
 from tfmixed.running.wishes import Wish
 
 _MOST = 4  # runs that a report lays side by side
@@ -30,6 +30,7 @@ class Entry:
         source: Where it is read: what `observing.remains` returned, or None.
         before: Steps, skipped ones and scale that it brought along from a file, less what it had done here by then;
             None until it trains.
+        is_known: Whether its numbers could be read when they were last asked for.
     """
 
     steps: int = 0
@@ -39,6 +40,7 @@ class Entry:
     is_ours: bool = True
     source: Any = None
     before: tuple[int, int, float | None] | None = None
+    is_known: bool = True
 
 
 class Ledger:
@@ -75,11 +77,9 @@ class Ledger:
 
     def restored(self, optimizer: Any) -> None:
         """Notes that an optimizer goes on from what it now is; what it did until then has been noted."""
-        from tfmixed.running import observing
-
         self.keep(optimizer)
         entry = self.entry(optimizer)
-        steps, skipped, scale = observing.numbers(entry.source) or (0, 0, None)
+        steps, skipped, scale = self._numbers(entry) or (0, 0, None)
         entry.before = steps - entry.steps, (skipped or 0) - (entry.skipped or 0), scale
 
     def counts(self) -> list[tuple[Entry, Any]]:
@@ -101,10 +101,19 @@ class Ledger:
         self.keep(optimizer)
         self._note(self.entry(optimizer))
 
-    def _note(self, entry: Entry) -> None:
+    def _numbers(self, entry: Entry) -> tuple[int, int | None, float | None] | None:
         from tfmixed.running import observing
 
-        known = observing.numbers(entry.source)
+        try:
+            known = observing.numbers(entry.source)
+        except Exception:  # the step that broke off has taken the variables, as on JAX, or the device is lost
+            entry.is_known = False
+            return None
+        entry.is_known = True
+        return known
+
+    def _note(self, entry: Entry) -> None:
+        known = self._numbers(entry)
         if known is not None:
             steps, skipped, entry.scale = known
             before = entry.before or (0, 0, None)
@@ -129,8 +138,8 @@ class Ledger:
         entry.log = runlog.claim(entry.log)
         return entry.log
 
-    def close(self) -> None:
-        """Writes what is not written yet, and says how the run ended."""
+    def close(self, reason: BaseException | None) -> None:
+        """Writes what is not written yet, and says how the run ended, by which exception if by any."""
         from tfmixed.running import observing
 
         for optimizer in list(self._of):
@@ -142,22 +151,28 @@ class Ledger:
                 first = max(before[0], 0)
                 try:
                     observing.write_log(entry.source, self._log_of(entry, first > 0), first, before[2])
-                except OSError as error:  # the script has ended: its exit code stays
+                except Exception as error:  # the script has ended: its exit code stays
                     say(f"no log ({type(error).__name__}: {error})")
             if entry.steps and (message := observing.skips(entry)) is not None:
                 say(message)
-        say("; ".join([self.summary(), *self._files()]))
+        later = [] if self._is_known or not self.has_steps else ["what came later is not known"]
+        said = "; ".join([self.summary(), *self._files(), *later])
+        say_end(said, None if self.has_steps else reason)
 
     @property
     def has_steps(self) -> bool:
         """Whether any step is known."""
         return any(each.steps for each in self._entries)
 
+    @property
+    def _is_known(self) -> bool:
+        return all(each.is_known for each in self._entries)
+
     def summary(self) -> str:
         """Returns steps, skipped ones and the scale, of all optimizers together."""
         entries = [each for each in self._entries if each.steps]
         if not entries:
-            return "no training step was seen"
+            return "no training step was seen" if self._is_known else "the number of steps is not known"
         words = [f"{len(entries)} runs"] if len(entries) > 1 else []
         words += [f"{sum(each.steps for each in entries)} steps", *_scales(entries)]
         if self.islands:

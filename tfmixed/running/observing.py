@@ -129,15 +129,12 @@ def numbers(known: Any) -> tuple[int, int | None, float | None] | None:
     """Returns steps, skipped ones and the scale, as far as what `remains` returned knows them; None: nobody does."""
     if known is None:
         return None
-    try:
-        if isinstance(known, Observable):
-            if getattr(known, "_scaling", known) is None:  # never used, and not to be made for this
-                return None
-            return int(known.attempted_steps), int(known.skipped_steps), float(known.measured()["loss_scale"])
-        scale = None if known.scale is None else float(known.scale.numpy())
-        return int(known.iterations.numpy()), None, scale
-    except (RuntimeError, ValueError):  # JAX has taken the variables of a step that was interrupted
-        return None
+    if isinstance(known, Observable):
+        if getattr(known, "_scaling", known) is None:  # never used, and not to be made for this
+            return None
+        return int(known.attempted_steps), int(known.skipped_steps), float(known.measured()["loss_scale"])
+    scale = None if known.scale is None else float(known.scale.numpy())
+    return int(known.iterations.numpy()), None, scale
 
 
 def skips(entry: Entry) -> str | None:

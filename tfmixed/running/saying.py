@@ -16,10 +16,29 @@ def say(what: str) -> None:
         print(f"tfmixed: {what}", file=sys.__stderr__, flush=True)
 
 
+class Refused(SystemExit):
+    """The end of a run that `refuse` has explained."""
+
+
 def refuse(what: str) -> NoReturn:
     """Ends the run with exit code 2, through a script's `except Exception` and AutoGraph's rewriting of errors too."""
     say(what)
-    raise SystemExit(2)
+    raise Refused(2)
+
+
+def say_end(what: str, reason: BaseException | None) -> None:
+    """Prints the last line: `what` of a script that came to its end, or what ended it.
+
+    Args:
+        what: True only if nothing ended the script early.
+        reason: The exception that did; None if none did.
+    """
+    if isinstance(reason, SystemExit):
+        what = f"the script ended with exit code {reason.code}"
+    elif reason is not None:
+        what = f"the script ended with {type(reason).__name__}"
+    if not isinstance(reason, Refused):
+        say(what)
 
 
 def place() -> str:

@@ -60,18 +60,19 @@ class Script:
         except OSError as error:
             raise UsageError(f"SCRIPT must be a file that can be read, received {self.target!r}: {error}") from error
 
-    def run(self, prepare: Callable[[], None], finish: Callable[[], None]) -> None:
+    def run(self, prepare: Callable[[], None], finish: Callable[[BaseException | None], None]) -> None:
         """Runs it to its end, and lets the process end as `python` would.
 
         Args:
             prepare: Called when `sys.path` is the script's.
-            finish: Called after its last output, once its threads have ended; not in a process that it forked.
+            finish: Called after its last output, once its threads have ended, with the exception that ended it or
+                None. Not called in a process that it forked.
         """
         has_begun = False
 
-        def end() -> None:
+        def end(reason: BaseException | None) -> None:
             if has_begun:
-                finish()
+                finish(reason)
 
         with ending.as_python_does(end):
             sys.argv[:] = [self.target, *self.arguments]

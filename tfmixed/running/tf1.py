@@ -15,7 +15,7 @@ from typing import Any
 import wrapt
 
 from tfmixed.running.ledger import Ledger
-from tfmixed.running.saying import refuse, say
+from tfmixed.running.saying import refuse, say, say_end
 from tfmixed.running.wishes import Wish
 
 # What NVIDIA's containers read; `install` does what they do.
@@ -34,7 +34,6 @@ class Launch1:
         self._wanted = "auto" if wish.policy == "auto" else wish.policy.removeprefix("mixed_")
         self._tf: Any = None
         self._has_keras = False
-        self._is_refused = False
         self._has_begun = False
         self._scalers: dict[Any, list[Any]] = {}  # which optimizers step in a graph
         self._sessions: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -58,7 +57,6 @@ class Launch1:
         try:
             from tfmixed.compat import v1
         except ImportError as error:
-            self._is_refused = True
             refuse(f"--tf1: {error}")
         from tfmixed.running.wrapping import around
 
@@ -123,22 +121,22 @@ class Launch1:
                 if steps >= entry.steps:  # a session that evaluates may know of fewer
                     entry.steps, entry.skipped, entry.scale = int(steps), int(skipped), float(scale)
 
-    def finish(self) -> None:
-        """Says how the run ended."""
-        if self._is_refused:
-            return
+    def finish(self, reason: BaseException | None) -> None:
+        """Says how the run ended, by which exception if by any."""
         if self._tf is None:
-            say("nothing was applied: the script never imported TensorFlow")
+            say_end("nothing was applied: the script never imported TensorFlow", reason)
             return
         if not self._has_begun:
-            say("nothing was applied: the script took no step of TensorFlow 1 (one of Keras needs no --tf1)")
+            none = "nothing was applied: the script took no step of TensorFlow 1 (one of Keras needs no --tf1)"
+            say_end(none, reason)
             return
         for session in list(self._sessions):
             self._look(session)
         for optimizer in list(self._eager):
             self.ledger.note(optimizer)
         known = self.ledger.summary() if self.ledger.has_steps else "steps unknown, no step of a loss scale was seen"
-        say(f"{known}; no log: tfmixed.compat.v1.LossScaleHook writes one")
+        said = f"{known}; no log: tfmixed.compat.v1.LossScaleHook writes one"
+        say_end(said, None if self.ledger.has_steps else reason)
 
 
 @contextlib.contextmanager
