@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import keras
 
-from tfmixed import hardware, outside
+from tfmixed import hardware, outside, promotion
 from tfmixed.formats import HALF
 
 BESIDE_REWRITE = (
@@ -43,6 +43,7 @@ def set_policy(policy: str | keras.DTypePolicy = "auto") -> keras.DTypePolicy:
         _warn_if_slow(policy)
     _refuse_beside_rewrite(policy)
     keras.config.set_dtype_policy(policy)
+    promotion.switch(_known(policy).compute_dtype in HALF)
     return keras.config.dtype_policy()
 
 
@@ -55,12 +56,13 @@ def policy_scope(policy: str | keras.DTypePolicy = "auto") -> Iterator[keras.DTy
     ...     policy.name
     'float64'
     """
-    before = keras.config.dtype_policy()
+    before, promoted = keras.config.dtype_policy(), promotion.is_on()
     try:
         yield set_policy(policy)
     finally:
         # Here and not in `temporary`: `tfmixed run` takes what this module sets for the script's own choice.
         keras.config.set_dtype_policy(before)
+        promotion.switch(promoted)
 
 
 def _known(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:

@@ -36,12 +36,14 @@ class Launch:
         wrapt.when_imported("tf_keras")(_refuse_keras_2)
 
     def _apply(self, _keras: ModuleType) -> None:
+        from tfmixed import promotion
         from tfmixed.running.loops import Loops
         from tfmixed.running.training import Training
 
         self.training = Training(self.wish, self.ledger)
         self.training.install()
         Loops(self.policies, self.training).install()
+        promotion.switch(True)
         self.policies.ready = True
 
     def _stand_around_files(self, module: Any) -> None:
