@@ -23,7 +23,7 @@ from tfmixed.formats import HALF
 from tfmixed.patching import around
 
 _Plain = Callable[..., Any]
-# Packages whose layers are written for half precision.
+# Packages whose layers are written for half precision, and whose functions take it.
 _LIBRARIES = {"keras", "keras_hub", "keras_nlp", "keras_cv", "keras_rs", "tfmixed"}
 _FRAMEWORKS = {*_LIBRARIES, "tensorflow", "jax", "torch"}
 _PREPROCESSING = "keras.src.layers.preprocessing."
@@ -69,7 +69,6 @@ def _install() -> None:
     around(kind, "__call__", _called)
     around(kind, "stateless_call", _called_stateless)
     around(kind, "compute_output_spec", _specified)
-    around(kind, "rematerialized_call", _rematerialized)
 
 
 def _made(plain: _Plain, layer: Any, *arguments: Any, **named: Any) -> None:
@@ -107,15 +106,6 @@ def _specified(plain: _Plain, layer: Any, *arguments: Any, **named: Any) -> Any:
         return plain(layer, *arguments, **named)
 
 
-def _rematerialized(plain: _Plain, layer: Any, function: _Plain, *arguments: Any, **named: Any) -> _Plain:
-    @functools.wraps(function)
-    def again(*arguments: Any, **named: Any) -> Any:  # in the backward pass too
-        with _within(layer):
-            return function(*arguments, **named)
-
-    return plain(layer, again, *arguments, **named)
-
-
 @contextlib.contextmanager
 def _within(layer: Any) -> Iterator[None]:
     around_it, _call.layer = _call.layer, layer
@@ -150,11 +140,11 @@ def _runs_other_code(layer: Any) -> bool:
     if _package(kind.call) not in _LIBRARIES or issubclass(kind, _HOSTS):
         return True
     if isinstance(layer, keras.layers.RNN):
-        inside = [vars(layer).get("cell")]
+        inside = [getattr(layer, "cell", None)]
     elif isinstance(layer, keras.layers.StackedRNNCells):
-        inside = vars(layer).get("cells", [])
+        inside = getattr(layer, "cells", [])
     elif isinstance(layer, keras.layers.TimeDistributed):
-        inside = [vars(layer).get("layer")]
+        inside = [getattr(layer, "layer", None)]
     else:
         return bool(kind.call.__module__.startswith(_PREPROCESSING))
     return any(_runs_other_code(each) for each in inside if each is not None)

@@ -43,7 +43,7 @@ class Launch:
         self.training = Training(self.wish, self.ledger)
         self.training.install()
         Loops(self.policies, self.training).install()
-        promotion.switch(True)
+        promotion.switch(self.wish.promote)
         self.policies.ready = True
 
     def _stand_around_files(self, module: Any) -> None:
@@ -62,6 +62,10 @@ class Launch:
 
     def finish(self) -> None:
         """Says how the run ended."""
+        if "keras" in sys.modules and (error := sys.exc_info()[1]) is not None:
+            from tfmixed.running import mismatch
+
+            mismatch.explain(error)
         if self.policies.is_settled:
             self.ledger.close()
         elif "keras" in sys.modules:
