@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -248,7 +252,13 @@ class Adversaries(keras.Model):
             loss = tf.reduce_mean(error) + tf.reduce_mean(penalty) + tf.reduce_mean(tf.square(fake - real))
         gradients = tape.gradient(loss, self.trainable_variables)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
-        return {"loss": loss}
+        return {"error": loss}
+
+
+def adversaries():
+    model = Adversaries()
+    model.compile("adam", auto_scale_loss=False)
+    return model
 
 
 def autoencoder():
@@ -256,11 +266,13 @@ def autoencoder():
     hidden = layers.Dense(16, "tanh", activity_regularizer="l2")(inputs)
     code = Sampling()([layers.Dense(4)(hidden), layers.Dense(4)(hidden)])
     code = layers.Lambda(lambda x: x * tf.constant([1.0, 2.0, 3.0, 4.0]))(code)
-    return keras.Model(inputs, layers.Dense(8)(code))
+    model = keras.Model(inputs, layers.Dense(8)(code))
+    model.compile("adam", loss=lambda t, p: tf.reduce_mean(tf.square(t - p)), metrics=[lambda t, p: t - p])
+    return model
 
 
 @needs_tensorflow
-@pytest.mark.parametrize("build", [autoencoder, Adversaries])
+@pytest.mark.parametrize("build", [autoencoder, adversaries])
 @pytest.mark.parametrize("half", HALVES)
 def test_scripts_for_float32_train_as_in_float32(half, build):
     """Noise, constants, labels and pictures of float32 in layers and training steps that know of no other dtype."""
@@ -268,10 +280,8 @@ def test_scripts_for_float32_train_as_in_float32(half, build):
     for policy in ("float32", f"mixed_{half}"):
         tfmixed.set_policy(policy)
         keras.utils.set_random_seed(0)
-        model = build()
-        model.compile("adam", loss=lambda t, p: tf.reduce_mean(tf.square(t - p)), metrics=[lambda t, p: t - p])
-        history = model.fit(X, X, epochs=8, batch_size=16, shuffle=False, verbose=0).history
-        curves.append([float(value) for value in history["loss"]])
+        history = build().fit(X, X, epochs=8, batch_size=16, shuffle=False, verbose=0).history
+        curves.append([float(value) for value in history.get("error") or history["loss"]])
     np.testing.assert_allclose(curves[1], curves[0], rtol=0.02)
     assert curves[1][-1] < curves[1][0]
 
@@ -292,3 +302,36 @@ def test_what_cannot_be_promoted_ends_with_a_line_that_says_so(capfd):
     assert "policy mixed_bfloat16" in first
     assert "tf.cast(x, y.dtype)" in first
     assert "test_promotion.py" in second
+
+
+SCRIPT = """
+import keras, numpy as np, tensorflow as tf
+
+class Own(keras.layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],))
+
+    def call(self, x):
+        return x * self.scale + tf.ones(4)
+
+for layers in ([Own()], [keras.layers.Dense(4), Own(), keras.layers.Dense(1)]):
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.compile("adam", loss=lambda t, p: tf.reduce_mean(tf.square(t - p)))
+    model.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0)
+    print(model(np.ones((1, 4))).dtype.name)
+keras.layers.Dense(4)(np.ones((1, 4))) + tf.ones(4, "float16")
+"""
+
+
+@needs_tensorflow
+def test_a_run_promotes_and_says_where_it_could_not(tmp_path):
+    """A model of custom layers alone needs no loss scale, and is not refused one."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "tfmixed", "run", "--policy", "mixed_float16", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(tfmixed.__file__))}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert (done.stdout.split(), done.returncode) == (["float32", "float32"], 1), done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("tfmixed:")]
+    place = f"train.py:{len(SCRIPT.splitlines())}"
+    assert said[-2].startswith(f"tfmixed: {place} mixes half precision and float32 under the policy mixed_float16")
+    assert "promotion.py" not in done.stderr
