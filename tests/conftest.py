@@ -4,6 +4,8 @@ import os
 import keras
 import pytest
 
+from tfmixed import promotion
+
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
@@ -65,6 +67,7 @@ def _same_start():
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy(before)
+    promotion.switch(False)
 
 
 def pytest_collection_finish():

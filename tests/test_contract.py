@@ -195,6 +195,15 @@ def test_private_methods_are_there_to_be_overridden():
     assert list(inspect.signature(keras.Operation._post_build).parameters) == ["self"]
 
 
+def test_what_the_promotion_replaces_is_where_it_is_looked_for():
+    """For the whole process, once a policy that promotes was set."""
+    names = ("__init__", "__call__", "stateless_call", "compute_output_spec", "compute_dtype", "losses")
+    assert set(names) <= set(vars(keras.layers.Layer))
+    for layer in (keras.layers.Normalization, keras.layers.Rescaling, keras.layers.RandomFlip):
+        assert layer.call.__module__.startswith("keras.src.layers.preprocessing."), "know what prepares data"
+    assert not keras.layers.Dense.call.__module__.startswith("keras.src.layers.preprocessing.")
+
+
 def _is_private(name):
     return isinstance(name, str) and name.startswith("_")
 

@@ -227,7 +227,7 @@ def _print(renderable: Any) -> None:
 def _set_policy(policy: str | None) -> None:
     try:
         if policy is not None:
-            tfmixed.set_policy(policy)
+            tfmixed.set_policy(policy, promote=False)  # models are looked at as Keras alone makes them
     except ValueError as error:
         raise UsageError(str(error)) from error
 

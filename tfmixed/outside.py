@@ -28,13 +28,16 @@ def caller(libraries: tuple[str, ...] = LIBRARIES, but_for: str = "") -> FrameTy
 
 
 def _innermost(frame: FrameType | None, libraries: tuple[str, ...], but_for: str) -> FrameType | None:
-    while frame is not None:
-        name, file = frame.f_globals.get("__name__", ""), os.path.basename(frame.f_code.co_filename)
-        known = name.partition(".")[0] in libraries or bool(but_for and name.startswith(but_for))
-        if not known and not file.startswith("__autograph_generated_file"):  # its lines are nobody's
-            return frame
+    while frame is not None and not is_outside(frame, libraries, but_for):
         frame = frame.f_back
-    return None
+    return frame
+
+
+def is_outside(frame: FrameType, libraries: tuple[str, ...] = LIBRARIES, but_for: str = "") -> bool:
+    """Returns whether a frame is of none of these libraries."""
+    name, file = frame.f_globals.get("__name__", ""), os.path.basename(frame.f_code.co_filename)
+    known = name.partition(".")[0] in libraries or bool(but_for and name.startswith(but_for))
+    return not known and not file.startswith("__autograph_generated_file")  # its lines are nobody's
 
 
 def warn(message: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import keras
 
-from tfmixed import hardware, outside
+from tfmixed import hardware, outside, promotion
 from tfmixed.formats import HALF
 
 BESIDE_REWRITE = (
@@ -19,13 +19,17 @@ REWRITE = "enable_mixed_precision_graph_rewrite() was called"
 _warned: set[str] = set()
 
 
-def set_policy(policy: str | keras.DTypePolicy = "auto") -> keras.DTypePolicy:
+def set_policy(policy: str | keras.DTypePolicy = "auto", promote: bool = True) -> keras.DTypePolicy:
     """Sets the global Keras dtype policy and returns it.
+
+    Under half precision, layers that are made from now on promote what they give to code that is not Keras's: scripts
+    and custom layers see float32, and so do losses that layers add. Keras's layers compute in half precision.
 
     Args:
         policy: `"auto"` takes what `hardware.describe()` recommends and says why on standard error. A name
             (`"mixed_float16"`, `"mixed_bfloat16"`, `"float32"`, ...) or a Keras policy is taken as it is; if its half
             precision is slow on this machine, a warning says so, once.
+        promote: False leaves out the promotion to float32. Defaults to True.
 
     Raises:
         ValueError: Keras knows no such policy, or it is one for mixed precision and TensorFlow's graph rewrite is on.
@@ -43,24 +47,28 @@ def set_policy(policy: str | keras.DTypePolicy = "auto") -> keras.DTypePolicy:
         _warn_if_slow(policy)
     _refuse_beside_rewrite(policy)
     keras.config.set_dtype_policy(policy)
+    promotion.switch(promote and _known(policy).compute_dtype in HALF)
     return keras.config.dtype_policy()
 
 
 @contextlib.contextmanager
-def policy_scope(policy: str | keras.DTypePolicy = "auto") -> Iterator[keras.DTypePolicy]:
+def policy_scope(policy: str | keras.DTypePolicy = "auto", promote: bool = True) -> Iterator[keras.DTypePolicy]:
     """Sets the policy as `set_policy` does, and restores the one before at the end.
+
+    Layers that were made meanwhile stay as they are.
 
     Example:
     >>> with policy_scope("float64") as policy:
     ...     policy.name
     'float64'
     """
-    before = keras.config.dtype_policy()
+    before, promoted = keras.config.dtype_policy(), promotion.is_on()
     try:
-        yield set_policy(policy)
+        yield set_policy(policy, promote)
     finally:
         # Here and not in `temporary`: `tfmixed run` takes what this module sets for the script's own choice.
         keras.config.set_dtype_policy(before)
+        promotion.switch(promoted)
 
 
 def _known(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -47,6 +48,9 @@ def run(
     islands: Annotated[
         bool, typer.Option("--islands/--no-islands", help="Make the sensitive layers compute in float32.")
     ] = True,
+    promote: Annotated[
+        bool, typer.Option("--promote/--no-promote", help="Give the script and its custom layers float32.")
+    ] = True,
     log_dir: Annotated[Path | None, typer.Option(help="Folder of log and report. Default: runs/SCRIPT.")] = None,
     tf1: Annotated[bool, typer.Option("--tf1", help="The script is one of TensorFlow 1.")] = False,
 ) -> None:
@@ -57,14 +61,14 @@ def run(
     from tfmixed.running.tf1 import Launch1
 
     if tf1:
-        _refuse_beside_tf1(config, policy, scale, islands, log_dir)
+        _refuse_beside_tf1(config, policy, scale, islands, promote, log_dir)
     job = Script(script, tuple(arguments or ()), module)
     job.check()
     if log_dir is not None:
         _check_folder(log_dir)
     folder = log_dir or Path("runs", job.name)
     wish = wishes.of_options(folder, config, policy, None if tf1 else scale, islands, resumes=log_dir is not None)
-    launch = Launch1(wish) if tf1 else Launch(wish)
+    launch = Launch1(wish) if tf1 else Launch(dataclasses.replace(wish, promote=promote))
     raise Ready(lambda: job.run(launch.prepare, launch.finish))
 
 
@@ -78,10 +82,11 @@ def _check_folder(log_dir: Path) -> None:
 
 
 def _refuse_beside_tf1(
-    config: Path | None, policy: str | None, scale: str | None, islands: bool, log_dir: Path | None
+    config: Path | None, policy: str | None, scale: str | None, islands: bool, promote: bool, log_dir: Path | None
 ) -> None:
     """Refuses what is for Keras's models."""
-    given = {"--config": config, "--no-islands": None if islands else True, "--log-dir": log_dir}
+    off = {"--no-islands": None if islands else True, "--no-promote": None if promote else True}
+    given = {"--config": config, **off, "--log-dir": log_dir}
     for option, value in given.items():
         if value is not None:
             raise UsageError(f"{option} is for Keras's models, and --tf1 for scripts of TensorFlow 1: leave one out")

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-_OWN = os.path.join(os.path.dirname(__file__), "")
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_OWN = tuple(os.path.join(_PACKAGE, *name) for name in (("running", ""), ("patching.py",), ("promotion.py",)))
 
 
 @contextlib.contextmanager
@@ -93,7 +94,7 @@ def _strip(error: BaseException) -> None:
 
 def _without_ours(traceback: TracebackType | None) -> TracebackType | None:
     # Importlib's stand first where the script does not even compile.
-    while traceback is not None and _file(traceback).startswith((_OWN, "<frozen importlib")):
+    while traceback is not None and _file(traceback).startswith((*_OWN, "<frozen importlib")):
         traceback = traceback.tb_next
     here = traceback
     while here is not None:  # no recursion: the script may just have run out of stack

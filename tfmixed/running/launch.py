@@ -41,6 +41,8 @@ class Launch:
         wrapt.when_imported("tf_keras")(_refuse_keras_2)
 
     def _apply(self, _keras: ModuleType) -> None:
+        from tfmixed import promotion
+
         for name in self._private:
             importlib.import_module(name)  # fails if this version of Keras has it under another name
         from tfmixed.running.loops import Loops
@@ -49,6 +51,7 @@ class Launch:
         self.training = Training(self.wish, self.ledger)
         self.training.install()
         Loops(self.policies, self.training).install()
+        promotion.switch(self.wish.promote)
         self.policies.ready = True
 
     def _stand_around_files(self, module: Any) -> None:
@@ -67,6 +70,10 @@ class Launch:
 
     def finish(self, reason: BaseException | None) -> None:
         """Says how the run ended, by which exception if by any."""
+        if "keras" in sys.modules and reason is not None:
+            from tfmixed.running import mismatch
+
+            mismatch.explain(reason)
         if self.policies.is_settled:
             self.ledger.close(reason)
         elif "keras" in sys.modules:

@@ -98,7 +98,8 @@ class Loops:
 
     def _is_float16(self, variables: Iterable[Any]) -> bool:
         wanted = _identities(variables)
-        float16 = (each for each in self.policies.float16_layers if each.built and structure.graph_of(each) is None)
+        known = (each for each in self.policies.float16_layers if each.built and structure.graph_of(each) is None)
+        float16 = (each for each in known if each.compute_dtype == "float16")  # not a custom layer that promotes
         return any(not wanted.isdisjoint(_identities(layer.trainable_variables)) for layer in float16)
 
     def _gradient(self, plain: _Plain, tape: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:

@@ -44,11 +44,14 @@ def say_end(what: str, reason: BaseException | None) -> None:
 def place() -> str:
     """Returns file and line of the code that called into the frameworks, as `train.py:12`."""
     frame = outside.caller()
-    if frame is None:
-        return "the script"
+    return "the script" if frame is None else place_of(frame, frame.f_lineno)
+
+
+def place_of(frame: FrameType, line: int) -> str:
+    """Returns the file of a frame, and a line."""
     file = frame.f_code.co_filename
     near = os.path.relpath(file) if os.path.isabs(file) else file
-    return f"{file if near.startswith(os.pardir) else near}:{frame.f_lineno}"
+    return f"{file if near.startswith(os.pardir) else near}:{line}"
 
 
 def caller(*libraries: str) -> str:

@@ -33,6 +33,7 @@ class Wish:
         islands: Whether models get float32 islands.
         resumes: Whether a run that was restored goes on in a log that the folder holds.
         config: The file's content, if there is one.
+        promote: Whether scripts and custom layers see float32, as in `set_policy`.
     """
 
     log_dir: Path
@@ -42,6 +43,7 @@ class Wish:
     islands: bool = True
     resumes: bool = False
     config: Config | None = None
+    promote: bool = True
 
     def rule(self, compute_dtype: str) -> ScalingRule | None:
         """Returns the rule for what computes in this dtype; None where nothing is to be scaled."""

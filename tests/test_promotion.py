@@ -1,0 +1,337 @@
+"""Half precision meets float32: scripts and custom layers see float32, Keras's layers compute in half precision."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from backend import BACKEND, needs_tensorflow, tf
+from keras import layers, ops
+
+import tfmixed
+
+pytestmark = pytest.mark.filterwarnings("ignore:policy .* is slow here")
+HALVES = ["float16", "bfloat16"]
+X = np.random.default_rng(0).normal(size=(16, 8)).astype("float32")
+
+
+def dtype(x):
+    return keras.backend.standardize_dtype(x.dtype)
+
+
+class Spy(layers.Layer):
+    """A custom layer that notes the dtypes that its code meets."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(4)
+        self.seen = None
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+        self.scale = self.add_weight(shape=(4,), initializer="ones")
+
+    def call(self, x):
+        inside = self.dense(x)
+        self.seen = {dtype(x), dtype(inside), dtype(self.scale * 1.0)}
+        return inside * self.scale
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], 4)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.top = Spy(), layers.Dense(1)
+
+    def call(self, x):
+        return self.top(self.layer(x)) + np.float32(1)
+
+
+def functional(*stack, shape=(8,)):
+    x = inputs = keras.Input(shape)
+    for layer in stack:
+        x = layer(x)
+    return keras.Model(inputs, x)
+
+
+def trained(model, x=X, epochs=1, optimizer="sgd"):
+    model.compile(optimizer, "mse")
+    return model.fit(x, x[..., :1], epochs=epochs, batch_size=16, shuffle=False, verbose=0).history["loss"]
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("build", [lambda: functional(layers.Dense(4), Spy(), layers.Dense(1)), Subclassed])
+def test_custom_code_and_the_script_see_float32(half, build):
+    """Inputs, variables and the outputs of Keras's layers; and what a model gives."""
+    tfmixed.set_policy(f"mixed_{half}")
+    model = build()
+    assert np.isfinite(trained(model)).all()
+    spy = next(layer for layer in model._flatten_layers() if isinstance(layer, Spy))
+    assert spy.seen == {"float32"}
+    assert spy.dense.compute_dtype == half
+    assert spy.dtype_policy.name == f"mixed_{half}"  # what it hands on to its sublayers
+    assert dtype(model(X)) == model.predict(X, verbose=0).dtype == "float32"
+    assert dtype(model.layers[-1](np.ones((1, 4)))) == "float32"
+
+
+class OfKerasHub(layers.Layer):
+    """A layer that is written for half precision."""
+
+    def call(self, x):
+        self.seen = dtype(x)
+        return x
+
+
+OfKerasHub.call.__module__ = "keras_hub.layers"
+
+
+def test_keras_layers_keep_half_precision_among_themselves():
+    """In graphs, and graphs in graphs, symbolic and real; so do those of KerasHub."""
+    tfmixed.set_policy("mixed_bfloat16")
+    graph = functional(layers.Dense(4), keras.Sequential([layers.LSTM(4, return_sequences=True)]), shape=(3, 8))
+    last = OfKerasHub()
+    whole = functional(graph, last, shape=(3, 8))
+    assert {layer.output.dtype for layer in (*graph.layers[1:], *whole.layers[1:])} == {"bfloat16"}
+    assert dtype(whole(ops.ones((2, 3, 8)))) == "float32"
+    assert last.seen == "bfloat16"
+
+
+@needs_tensorflow
+def test_products_of_keras_layers_stay_half():
+    """Also inside custom layers and models."""
+    tfmixed.set_policy("mixed_bfloat16")
+    model = Subclassed()
+    model(X)
+    graph = tf.function(model).get_concrete_function(tf.TensorSpec((16, 8))).graph
+    products = [op.outputs[0].dtype for op in graph.get_operations() if op.type == "MatMul"]
+    assert products == [tf.bfloat16, tf.bfloat16]
+
+
+class Cell(layers.Layer):
+    def __init__(self, units=3, **kwargs):
+        super().__init__(**kwargs)
+        self.state_size, self.dense = units, layers.Dense(units)
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, inputs, states):
+        output = self.dense(inputs) + states[0] * ops.ones((), "float32")
+        return output, [output]
+
+
+class Doubled(layers.Dense):
+    def call(self, x):
+        return super().call(x) * ops.convert_to_tensor(np.float32(2))
+
+
+def double(x):
+    return x * ops.convert_to_tensor(np.float32(2))
+
+
+@pytest.mark.parametrize(
+    ("make", "gives"),
+    [
+        (lambda: Doubled(4), "float32"),
+        (lambda: layers.Lambda(double, output_shape=(3, 8)), "float32"),
+        (lambda: layers.Dense(4, activation=double), "bfloat16"),
+        (lambda: layers.TimeDistributed(Spy()), "float32"),
+        (lambda: layers.RNN(Cell(), return_sequences=True), "float32"),
+        (lambda: layers.RNN([layers.LSTMCell(3), Cell()], return_sequences=True), "float32"),
+        (lambda: layers.Rescaling(2.0), "float32"),
+    ],
+    ids=["subclass", "Lambda", "activation", "TimeDistributed", "cell", "cells", "preprocessing"],
+)
+def test_all_ways_to_bring_code_of_ones_own(make, gives):
+    """What is given to Keras's layers too; symbolic tensors say what they will be."""
+    tfmixed.set_policy("mixed_bfloat16")
+    layer, seen = make(), []
+    tail = layers.Lambda(lambda x: (seen.append(dtype(x)), x)[1], output_shape=lambda shape: shape)
+    tail.autocast = False  # sees what the layer gives
+    model = functional(layers.Dense(8), layer, tail, layers.Dense(1), shape=(3, 8))
+    assert layer.output.dtype == gives
+    assert np.isfinite(trained(model, np.stack([X] * 3, 1))).all()
+    assert seen[-1] == gives
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_losses_of_layers_are_float32_and_computed_from_float32(half):
+    """The square of 300 overflows in float16."""
+    tfmixed.set_policy(f"mixed_{half}")
+    regularized = layers.Dense(1, "relu", kernel_initializer="ones", activity_regularizer=keras.regularizers.L2(1.0))
+    model = functional(regularized, layers.ActivityRegularization(l1=1.0), shape=(1,))
+    if BACKEND == "jax":  # where losses are for `stateless_call`
+        variables = model.trainable_variables, model.non_trainable_variables
+        losses = model.stateless_call(*variables, ops.array([[300.0]]), return_losses=True)[2]
+    else:
+        model(ops.array([[300.0]]))
+        losses = model.losses
+    assert [(dtype(loss), float(loss)) for loss in losses] == [("float32", 90000.0), ("float32", 300.0)]
+    assert trained(model, np.full((16, 1), 300, "float32"))[0] > 90000
+    assert regularized.get_config()["activity_regularizer"]["class_name"] == "L2"
+
+
+def test_masks_survive():
+    """The one that a layer gives to a script."""
+    tfmixed.set_policy("mixed_bfloat16")
+    embedded = layers.Embedding(9, 2, mask_zero=True)(ops.array([[1, 0]]))
+    assert dtype(embedded) == "float32"
+    assert ops.convert_to_numpy(embedded._keras_mask).tolist() == [[True, False]]
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("half", HALVES)
+def test_normalization_adapts_to_datasets_of_any_magnitude(half):
+    """Keras stops with a dtype error there, or loses years and incomes to eight bits."""
+    tfmixed.set_policy(f"mixed_{half}")
+    x = np.stack([90_000 + 20_000 * X[:, 0], 2005 + X[:, 1]], 1)
+    layer = layers.Normalization()
+    layer.adapt(tf.data.Dataset.from_tensor_slices(x).batch(4))
+    np.testing.assert_allclose(layer(x), (x - x.mean(0)) / x.std(0), atol=1e-2)
+
+
+def test_a_layer_keeps_what_it_was_made_with():
+    """As it keeps its policy; `promote=False` and another policy leave new layers as Keras has them."""
+    with tfmixed.policy_scope("mixed_bfloat16"):
+        promoting = Subclassed()
+    with tfmixed.policy_scope("mixed_bfloat16", promote=False):
+        plain = layers.Dense(1)
+    assert promoting.predict(X, verbose=0).dtype == "float32"
+    assert dtype(plain(X)) == "bfloat16"
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    assert Spy().compute_dtype == dtype(layers.Dense(1)(X)) == "bfloat16"
+
+
+def test_files_are_as_without(tmp_path):
+    """Keras alone reads them; what is loaded promotes, if layers that are made now do."""
+    tfmixed.set_policy("mixed_bfloat16")
+    model = functional(layers.Dense(4), Doubled(4))
+    model.save(tmp_path / "model.keras")
+    configs = [layer.get_config()["dtype"] for layer in model.layers[1:]]
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    tfmixed.promotion.switch(False)
+    assert configs == [layer.get_config()["dtype"] for layer in functional(layers.Dense(4), Doubled(4)).layers[1:]]
+    tfmixed.promotion.switch(True)
+    loaded = keras.models.load_model(tmp_path / "model.keras", {"Doubled": Doubled})
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+    assert loaded.layers[-1].compute_dtype == "float32"
+
+
+class Sampling(layers.Layer):
+    def call(self, inputs):
+        mean, log_var = inputs
+        self.add_loss(-1e-2 * tf.reduce_mean(1 + log_var - tf.square(mean) - tf.exp(log_var)))
+        return mean + tf.exp(0.5 * log_var) * tf.random.stateless_normal(tf.shape(mean), (0, 1))
+
+
+class Adversaries(keras.Model):
+    """Joins and subtracts what is generated and what is given, with a gradient penalty."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.Sequential([keras.Input((8,)), layers.Dense(16, "relu"), layers.Dense(8)])
+        self.critic = keras.Sequential([keras.Input((8,)), layers.Dense(16, "relu"), layers.Dense(1)])
+
+    def train_step(self, data):
+        real = data[0]
+        labels = tf.concat([tf.zeros((16, 1)), tf.ones((16, 1))], 0)
+        with tf.GradientTape() as tape:
+            fake = self.generator(real[:, ::-1], training=True)
+            between = real + 0.5 * (fake - real)
+            with tf.GradientTape() as inner:
+                inner.watch(between)
+                answer = self.critic(between)
+            penalty = tf.square(tf.norm(inner.gradient(answer, between), axis=1) - 1.0)
+            error = tf.square(self.critic(tf.concat([fake, real], 0)) - labels)
+            loss = tf.reduce_mean(error) + tf.reduce_mean(penalty) + tf.reduce_mean(tf.square(fake - real))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"error": loss}
+
+
+def adversaries():
+    model = Adversaries()
+    model.compile("adam", auto_scale_loss=False)
+    return model
+
+
+def autoencoder():
+    inputs = keras.Input((8,))
+    hidden = layers.Dense(16, "tanh", activity_regularizer="l2")(inputs)
+    code = Sampling()([layers.Dense(4)(hidden), layers.Dense(4)(hidden)])
+    code = layers.Lambda(lambda x: x * tf.constant([1.0, 2.0, 3.0, 4.0]))(code)
+    model = keras.Model(inputs, layers.Dense(8)(code))
+    model.compile("adam", loss=lambda t, p: tf.reduce_mean(tf.square(t - p)), metrics=[lambda t, p: t - p])
+    return model
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("build", [autoencoder, adversaries])
+@pytest.mark.parametrize("half", HALVES)
+def test_scripts_for_float32_train_as_in_float32(half, build):
+    """Noise, constants, labels and pictures of float32 in layers and training steps that know of no other dtype."""
+    curves = []
+    for policy in ("float32", f"mixed_{half}"):
+        tfmixed.set_policy(policy)
+        keras.utils.set_random_seed(0)
+        history = build().fit(X, X, epochs=8, batch_size=16, shuffle=False, verbose=0).history
+        curves.append([float(value) for value in history.get("error") or history["loss"]])
+    np.testing.assert_allclose(curves[1], curves[0], rtol=0.02)
+    assert curves[1][-1] < curves[1][0]
+
+
+@needs_tensorflow
+def test_what_cannot_be_promoted_ends_with_a_line_that_says_so(capfd):
+    """The line of the script, the policy, and what to do; nothing about other errors."""
+    from tfmixed.running import mismatch
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    for wrong in (lambda: tf.ones(2, "bfloat16") + tf.ones(2), lambda: Doubled(4)(X), lambda: tf.ones(2) + tf.ones(3)):
+        try:
+            wrong()
+        except Exception as error:
+            mismatch.explain(error)
+    first, second = capfd.readouterr().err.splitlines()
+    assert f"test_promotion.py:{wrong.__code__.co_firstlineno} mixes half" in first
+    assert "policy mixed_bfloat16" in first
+    assert "tf.cast(x, y.dtype)" in first
+    assert "test_promotion.py" in second
+
+
+SCRIPT = """
+import keras, numpy as np, tensorflow as tf
+
+class Own(keras.layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],))
+
+    def call(self, x):
+        return x * self.scale + tf.ones(4)
+
+for layers in ([Own()], [keras.layers.Dense(4), Own(), keras.layers.Dense(1)]):
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.compile("adam", loss=lambda t, p: tf.reduce_mean(tf.square(t - p)))
+    model.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0)
+    print(model(np.ones((1, 4))).dtype.name)
+keras.layers.Dense(4)(np.ones((1, 4))) + tf.ones(4, "float16")
+"""
+
+
+@needs_tensorflow
+def test_a_run_promotes_and_says_where_it_could_not(tmp_path):
+    """A model of custom layers alone needs no loss scale, and is not refused one."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "tfmixed", "run", "--policy", "mixed_float16", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(tfmixed.__file__))}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert (done.stdout.split(), done.returncode) == (["float32", "float32"], 1), done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("tfmixed:")]
+    place = f"train.py:{len(SCRIPT.splitlines())}"
+    assert said[-2].startswith(f"tfmixed: {place} mixes half precision and float32 under the policy mixed_float16")
+    assert "promotion.py" not in done.stderr
