@@ -12,8 +12,8 @@ import tfmixed
 
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
-    0: ["errors", "formats", "outside", "records", "whole", "printed"],
-    1: ["scaling", "branching", "seen", "rounding", "temporary", "structure", "workers", "variables", "gradients"],
+    0: ["errors", "formats", "outside", "records", "whole", "printed", "structure"],
+    1: ["scaling", "branching", "seen", "rounding", "temporary", "workers", "variables", "gradients"],
     2: [
         "calls",
         "hardware",

@@ -201,7 +201,7 @@ class Probe:
 
     def _count(self, grads: Iterable[Any], variables: Iterable[Any]) -> None:
         for gradient, variable in zip(grads, variables, strict=True):
-            if gradient is not None:
+            if gradient is not None and not gradients.holds_gradient(variable):
                 _, tally = self._weights.setdefault(id(variable), (variable, taps.Tally()))
                 taps.count(gradient, tally, self.scale)
 
