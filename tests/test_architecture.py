@@ -12,8 +12,8 @@ import tfmixed
 
 PACKAGE = Path(tfmixed.__file__).parent
 FLOORS = {
-    0: ["errors", "formats", "outside", "records", "whole", "printed", "branching"],
-    1: ["scaling", "inner", "seen", "rounding", "temporary", "structure", "workers", "variables", "gradients"],
+    0: ["errors", "formats", "outside", "records", "whole", "printed", "branching", "structure"],
+    1: ["scaling", "inner", "seen", "rounding", "temporary", "workers", "variables", "gradients"],
     2: [
         "calls",
         "hardware",

@@ -256,7 +256,7 @@ class _CountedStep:
 
     def _count(self, grads: Iterable[Any], variables: Iterable[Any]) -> None:
         for gradient, variable in zip(grads, variables, strict=True):
-            if gradient is not None:
+            if gradient is not None and not gradients.holds_gradient(variable):
                 self.weights[id(variable)] = variable
                 taps.count(gradient, self.tallies.setdefault(id(variable), taps.Tally()), self.scale)
 

@@ -88,6 +88,8 @@ def casts(trace: Trace, context: Context) -> Iterator[Found]:
         given = op.inputs[0].op
         integers = op.inputs[0] if given.type != "Cast" else given.inputs[0]
         exact = 2 / FORMATS[dtype].epsilon
+        if dtype == "bfloat16" and integers.op.type in _PRODUCTS:
+            continue  # of a quantized layer: rounded as any other product
         if id(origins.source(op.inputs[0])) in targets:
             risk = f"targets are cast to {dtype}: rounded to {bits(dtype)} bits"
             yield node, node.layer, Hazard("cast", dtype, "warning", risk, "cast the predictions to float32 instead")

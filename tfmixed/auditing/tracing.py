@@ -14,7 +14,7 @@ import keras
 import numpy
 from keras import tree
 
-from tfmixed import structure, temporary
+from tfmixed import gradients, structure, temporary
 
 # A name scope for each layer's call, and for its regularizers. Keras's own do not tell layers of like names apart.
 _CALL, _REGULARIZER = "tfmixed.call.", "tfmixed.regularizer."
@@ -111,11 +111,12 @@ class Step:
         """Returns the model's outputs, its loss, and the gradients of that by the paths of the variables."""
         import tensorflow as tf
 
-        variables = {variable.path: variable.value for variable in self.model.trainable_variables}
+        trained = [each for each in self.model.trainable_variables if not gradients.holds_gradient(each)]
+        variables = {variable.path: variable.value for variable in trained}
         with tf.GradientTape() as tape:
             outputs, loss = self.forward(inputs, targets)
-        gradients = tape.gradient(loss, variables)
-        return outputs, loss, {path: tf.convert_to_tensor(each) for path, each in gradients.items() if each is not None}
+        found = tape.gradient(loss, variables)
+        return outputs, loss, {path: tf.convert_to_tensor(each) for path, each in found.items() if each is not None}
 
     def forward(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
         """Returns the model's outputs in training, and its loss.
