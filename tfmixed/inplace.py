@@ -84,7 +84,7 @@ class Forced(keras.Operation):
 
     @activity_regularizer.setter
     def activity_regularizer(self, value: Any) -> None:
-        vars(self)["activity_regularizer"] = value
+        self.__dict__["activity_regularizer"] = value
 
     def add_loss(self, loss: Any) -> None:
         super().add_loss(tree.map_structure(_widen, loss))

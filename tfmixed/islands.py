@@ -64,10 +64,11 @@ def force_float32(
         raise ValueError(f"model must be a Keras model, received {model!r}")
     if not model.built:
         raise ValueError(f"model must be built, received {model!r}: call it on data, or `model.build(input_shape)`")
+    selectors: Any = layers if isinstance(layers, (list, tuple, set)) else [layers]
     made: list[str] = []
     while True:
         plan = Plan(model)
-        for selector in layers if isinstance(layers, (list, tuple, set)) else [layers]:
+        for selector in selectors:
             if selector == "sensitive":
                 plan.sensitive(inputs)
             else:

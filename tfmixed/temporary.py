@@ -164,11 +164,11 @@ def _resources(handles: Iterable[Any]) -> Iterator[None]:
 def _modules(model: keras.Model) -> Iterator[None]:
     """Restores parameters, buffers, modes and gradients of a model and of all PyTorch modules inside it."""
     with contextlib.ExitStack() as stack:
-        for module in model.modules():  # type: ignore[operator]
+        for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
             stack.callback(module._buffers.update, dict(module._buffers))
         tensors = [each.value for each in (*model.variables, *model.metrics_variables)]
-        tensors += [*model.parameters(), *model.buffers()]  # type: ignore[operator]
+        tensors += [*model.parameters(), *model.buffers()]
         for tensor in {id(each): each for each in tensors}.values():
             stack.callback(tensor.data.copy_, tensor.detach().clone())
             stack.callback(setattr, tensor, "grad", tensor.grad)

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,11 @@ def unsafe(model: keras.Model, inputs: Any) -> tuple[list[keras.Operation], list
     adding = [
         layer for layer, loss in half.losses if loss.dtype.name in HALF and tracing.stands_in(loss.op, layer, inside)
     ]
-    return [list({id(each): each for each in group if each is not None}.values()) for group in (layers, adding)]
+    return _distinct(layers), _distinct(adding)
+
+
+def _distinct(layers: Iterable[Any]) -> list[Any]:
+    return list({id(layer): layer for layer in layers if layer is not None}.values())
 
 
 def _step(model: keras.Model, specs: Any, targets: Any) -> tuple[Step, Trace]:

@@ -103,9 +103,9 @@ class Step:
             warnings.simplefilter("ignore")
             function = tf.function(traced, autograph=False)
             graph = function.get_concrete_function(self.inputs, self.targets).graph
-            flat = [tensors(found[part]) for part in ("inputs", "outputs", "targets")]
+            inputs, outputs, targets = (tensors(found[part]) for part in ("inputs", "outputs", "targets"))
             losses = tuple((layer, loss) for layer in layers for loss in getattr(layer, "_losses", ()))
-            return Trace(tuple(_nodes(graph, layers)), *flat, losses)
+            return Trace(tuple(_nodes(graph, layers)), inputs, outputs, targets, losses)
 
     def run(self, inputs: Any, targets: Any) -> tuple[Any, Any, dict[str, Any]]:
         """Returns the model's outputs, its loss, and the gradients of that by the paths of the variables."""
