@@ -403,6 +403,7 @@ def test_a_schedule_that_is_replaced_counts_whatever_its_id():
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(constant(0.5)), 2, fuse=True)
     optimizer.build([weight])
     for number in range(18):
+        optimizer.inner_optimizer.learning_rate = constant(9.0)  # what comes next gets the place of the one before
         optimizer.inner_optimizer.learning_rate = schedule = constant(2.0**-number)
         first, before = first or weakref.ref(schedule), weight.numpy()
         del schedule
