@@ -19,7 +19,7 @@ _BAD_LOSS = (
 ADVICE = f"{_OVERFLOW} If the loss itself is not finite: {_BAD_LOSS}"
 
 
-def worst(overflows: Mapping[str, int]) -> str:
+def _worst(overflows: Mapping[str, int]) -> str:
     """Returns the three variables whose gradients were not finite most often, as a sentence after another one."""
     paths = sorted(overflows, key=lambda path: -overflows[path])[:3]
     named = ", ".join(f"{path} ({overflows[path]} times)" for path in paths if overflows[path])
@@ -58,7 +58,7 @@ class LossScaleExhausted(FloatingPointError):  # noqa: N818  # a state of the ru
     def _row(self) -> str:
         return (
             f"All {self.skips} steps since step {self.since_step} had gradients that are not finite and were skipped; "
-            f"the loss scale stands at {self.scale:g} and does not fall any further.{worst(self.overflows)}"
+            f"the loss scale stands at {self.scale:g} and does not fall any further.{_worst(self.overflows)}"
         )
 
     def _advice(self) -> str:

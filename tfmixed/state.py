@@ -11,7 +11,7 @@ from keras import ops
 
 from tfmixed import events, outside
 from tfmixed.branching import in_graph, rarely
-from tfmixed.errors import ADVICE, LossScaleExhausted, worst
+from tfmixed.errors import ADVICE, LossScaleExhausted, _worst
 from tfmixed.records import Change
 from tfmixed.scaling import ScalingRule, checks
 from tfmixed.variables import AddVariable, Variables
@@ -265,7 +265,7 @@ class Observable:
             return None
         row, overflows = int(self.consecutive_skips), events.overflows(self._state().variables, self._paths, since)
         found, first = [each.step for each in overflows], since + steps - row
-        named = worst(self._overflows())
+        named = _worst(self._overflows())
         if not row and overflows:
             named = f" Not finite most often: {Counter(each.variable for each in overflows).most_common(1)[0][0]}."
         if not row and len(found) == skips:  # each of them moved the scale: the last row is known
