@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 import tfmixed
 
@@ -60,6 +61,8 @@ HOOKS = [
         ["self", "x", "y", "y_pred", "sample_weight", "training"],
         "compute the loss as fit does",
     ),
+    ("keras.src.backend.common.global_state", "set_global_attribute", ["name", "value"], "lend a generator of seeds"),
+    ("tensorflow.python.ops.handle_data_util", "get_handle_data", ["source_t"], "read the variables of a graph"),
     (TRAINER, "TensorFlowTrainer._symbolic_build", ["self", "iterator", "data_batch"], "build a model as fit does"),
     ("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext", ["graph"], "see a whole step under XLA"),
     ("tensorflow.python.framework.test_util", "IsMklEnabled", [], "see whether oneDNN is on"),
@@ -100,8 +103,10 @@ ATTRIBUTES = {
     "_tracker": "count steps in a variable of the user's",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
     "_layers": "find sublayers",
-    "_losses": "know the layers that add losses",
+    "_losses": "know the layers that add losses, and restore those that they added",
     "_regularizer": "know what regularizes a variable",
+    "_buffers": "restore the buffers of PyTorch modules",
+    "_rng": "draw other random numbers than the script's",
     "_build_shapes_dict": "trace what a layer gives",
     "_inbound_nodes": "find what an operation is given",
     "_outbound_nodes": "find who takes it",
@@ -146,10 +151,11 @@ def test_private_attributes_are_there():
     attention = keras.layers.MultiHeadAttention(1, 1), keras.layers.GroupQueryAttention(1, 1, 1)
     assert not any(layer._flash_attention for layer in attention), ATTRIBUTES["_flash_attention"]
     assert model._layers[1] is dense, ATTRIBUTES["_layers"]
+    assert dense._losses == [], ATTRIBUTES["_losses"]
+    assert vars(context.context())["_rng"].random(), ATTRIBUTES["_rng"]
     assert dense._build_shapes_dict == {"input_shape": (None, 2)}, ATTRIBUTES["_build_shapes_dict"]
     dense.kernel.regularizer = keras.regularizers.L2()
     assert vars(dense.kernel)["_regularizer"] is dense.kernel.regularizer, ATTRIBUTES["_regularizer"]
-    assert dense._losses == [], ATTRIBUTES["_losses"]
     graph = model._functional
     assert graph.outputs[0]._keras_history[0] is dense, ATTRIBUTES["_keras_history"]
     assert graph._nodes_by_depth[0] == dense._inbound_nodes, ATTRIBUTES["_nodes_by_depth"]

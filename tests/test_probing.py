@@ -5,7 +5,7 @@ import random
 import keras
 import numpy as np
 import pytest
-from backend import needs_tensorflow, tf
+from backend import BACKEND, needs_tensorflow, tf
 from keras import layers, ops
 from test_ranges import counted
 from thorough import covering
@@ -237,14 +237,15 @@ class Restless(layers.Layer):
             factor += self.raw.assign_add(1.0) + self.generator.uniform(()) + tf.random.uniform(())
         if keras.backend.backend() == "torch":
             self.held += 1
-            factor += self.held
+            factor = factor + self.held.clone()
         return x * ops.cast(factor, x.dtype)
 
 
 def restless(**compile_arguments):
     keras.utils.set_random_seed(1)
     inputs = keras.Input(batch_shape=(8, 3, 2))
-    outputs = layers.Dense(2, name="last")(Restless()(layers.GRU(4, stateful=True)(inputs)))
+    # On PyTorch Keras 3.15 cannot train one that is stateful.
+    outputs = layers.Dense(2, name="last")(Restless()(layers.GRU(4, stateful=BACKEND != "torch")(inputs)))
     model = keras.Model(inputs, outputs)
     model.compile("sgd", loss="mse", metrics=["mae"], **compile_arguments)
     return model

@@ -70,7 +70,7 @@ def measure_gradients(
     with temporary.random_states():  # PyTorch's loaders draw from them
         first = list(itertools.islice(batches, 1))
     for batch in first:
-        probe.build(batch)  # what that draws, `fit` would have drawn
+        probe.build(batch)
     with temporary.random_states():
         for batch in itertools.chain(first, batches):
             probe.measure(batch)
@@ -137,7 +137,10 @@ class Probe:
 
     def build(self, batch: Any) -> None:
         """Builds what is not built yet, the optimizers apart."""
-        with untaken(self.model, lambda *_: None, self.scale), temporary.added_losses(self.model):
+        built = all(layer.built for layer in self.model._flatten_layers())
+        # What new layers draw, `fit` would have drawn.
+        kept = temporary.states(self.model, self._seeds) if built else temporary.added_losses(self.model)
+        with untaken(self.model, lambda *_: None, self.scale), kept:
             self.model._symbolic_build(data_batch=_without_optionals(batch))
         self._paths = structure.paths(self.model)
         self._step = _CountedStep(self.model, self._paths, self.precision, self.scale)
