@@ -133,13 +133,12 @@ class Probe:
             state: On JAX within `fit`, the values of all variables, which the trainer then holds.
         """
         batch = _without_optionals(batch)
-        without_taking = untaken(self.model, self._count, self.scale)
-        with temporary.random_states(), temporary.restored(self.model), without_taking:
+        with temporary.random_states():
             if self._step is None:
-                self.model._symbolic_build(data_batch=batch)
-                self._paths = structure.paths(self.model)
-                self._step = compiled(self.model)
-            with self._in_precision(), self._tapped():
+                self._step = self._built(batch)
+            # Only once the model is built: variables that are made meanwhile could not be restored.
+            without_taking = untaken(self.model, self._count, self.scale)
+            with temporary.restored(self.model), without_taking, self._in_precision(), self._tapped():
                 self._step(batch, state)
         if not self._weights and self.model.trainable_variables:
             raise ValueError(
@@ -147,6 +146,12 @@ class Probe:
                 "was given a gradient: a step may have been taken. Make the optimizer an attribute of the model"
             )
         self.batches += 1
+
+    def _built(self, batch: Any) -> Callable[..., Any]:
+        with untaken(self.model, self._count, self.scale):  # the optimizer is not built
+            self.model._symbolic_build(data_batch=batch)
+        self._paths = structure.paths(self.model)
+        return compiled(self.model)
 
     def record(self, step: int | None = None, epoch: int | None = None) -> RangesRecord:
         """Returns what was counted since the last record, in the order of the layers, and starts anew.
