@@ -177,6 +177,15 @@ def state(model):
     return [ops.convert_to_numpy(variable) for variable in variables]
 
 
+def test_a_model_that_is_built_for_the_measurement_keeps_its_first_statistics():
+    """Though its variables are made in it."""
+    model = keras.Sequential([layers.Dense(2), layers.BatchNormalization(name="norm"), layers.Dense(2)])
+    model.compile("sgd", loss="mse")
+    measure_gradients(model, (X, Y), steps=1)
+    assert ops.max(ops.abs(model.get_layer("norm").moving_mean)) == 0
+    assert not model.optimizer.built
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layer_and_variable_of_any_model_is_there(kind):
     """Each layer that a gradient reaches, each trainable variable once."""
