@@ -163,12 +163,13 @@ def _resources(handles: Iterable[Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def _modules(model: keras.Model) -> Iterator[None]:
     """Restores parameters, buffers, modes and gradients of a model and of all PyTorch modules inside it."""
+    tensors = [each.value for each in (*model.variables, *model.metrics_variables)]
+    modules = [module for layer in model._flatten_layers() for module in layer.modules()]
     with contextlib.ExitStack() as stack:
-        for module in model.modules():
+        for module in modules:
             stack.callback(setattr, module, "training", module.training)
             stack.callback(module._buffers.update, dict(module._buffers))
-        tensors = [each.value for each in (*model.variables, *model.metrics_variables)]
-        tensors += [*model.parameters(), *model.buffers()]
+            tensors += [*module.parameters(), *module.buffers()]
         for tensor in {id(each): each for each in tensors}.values():
             stack.callback(tensor.data.copy_, tensor.detach().clone())
             stack.callback(setattr, tensor, "grad", tensor.grad)
