@@ -332,7 +332,7 @@ def test_what_is_built_draws_as_fit_would():
         model.fit(X.reshape(24, 3, 2), Y, verbose=0)
         results.append([*model.get_weights(), random.random()])
     for value, other in zip(*results, strict=True):
-        np.testing.assert_allclose(value, other, rtol=1e-5)  # PyTorch rounds otherwise, as memory lies
+        np.testing.assert_allclose(value, other, atol=1e-6)  # PyTorch rounds otherwise, as memory lies
 
 
 def test_added_losses_stay_those_of_the_last_call():
@@ -686,10 +686,10 @@ def attentive():
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_sums_that_cancel_are_noise(precision):
     """What is added to all values alike before a normalization over the batch, and the bias of attention's keys."""
-    for (model, data), wanted in [
-        (normalized(), {"c1/bias", "n1/beta", "c2/bias"}),
-        (attentive(), {"a/key/bias"}),
-    ]:
+    cases = [(normalized(), {"c1/bias", "n1/beta", "c2/bias"})]
+    if BACKEND != "jax" or precision == "float32":  # on CPUs JAX has no attention in float16
+        cases.append((attentive(), {"a/key/bias"}))
+    for (model, data), wanted in cases:
         found, ranges = noise(model, data, precision=precision, scale=2.0**10)
         assert found == wanted
         assert not {each.name for each in ranges.half} & wanted
