@@ -140,7 +140,7 @@ def _trace(source: str) -> Trace:
             f"trace must be a log, a file of T and F, or such letters, received {short!r}, which holds {wrong!r}"
         )
     if path.is_file():
-        text = records.text_of(path)
+        text = records.lines.text_of(path)
         if "{" not in text[:1000]:
             return Trace.of_letters(text)
     return Trace.of_log(read(path).log)

@@ -115,7 +115,7 @@ def continue_at(path: Path, step: int, kinds: tuple[type[Record], ...], changes:
     if whole.stream(path) is not None:
         return list(changes)
     try:
-        lines = records.read_lines(path) if path.exists() else []
+        lines = records.lines.read_lines(path) if path.exists() else []
     except ValueError as error:
         why = f": {error}" if isinstance(error, records.NewerFormatError) else ""
         raise ValueError(f"path must be a log of LossScaleLogger or a new file, received {str(path)!r}{why}") from error

@@ -1,7 +1,6 @@
 """What happened in a run, as frozen records and as JSON lines."""
 
 from tfmixed.records.kinds import (
-    FORMAT,
     Change,
     EventsLost,
     GradientRange,
@@ -14,10 +13,9 @@ from tfmixed.records.kinds import (
     ScaleChange,
     short,
 )
-from tfmixed.records.lines import NewerFormatError, from_line, read_changes, read_lines, read_log, text_of, to_line
+from tfmixed.records.lines import NewerFormatError, from_line, read_changes, read_log, to_line
 
 __all__ = [
-    "FORMAT",
     "Change",
     "EventsLost",
     "GradientRange",
@@ -31,9 +29,7 @@ __all__ = [
     "ScaleChange",
     "from_line",
     "read_changes",
-    "read_lines",
     "read_log",
     "short",
-    "text_of",
     "to_line",
 ]
