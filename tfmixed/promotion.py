@@ -128,7 +128,7 @@ def _promoted(layer: Any, outputs: Any) -> Any:
 def _in_float32(layer: Any) -> Iterator[tuple[str, _Plain]]:
     """Yields the functions of a layer that are to compute in float32: its regularizer, and activations of a script."""
     if (regularizer := layer.activity_regularizer) is not None:
-        yield "activity_regularizer", lambda x: regularizer(_widened(x))
+        yield "activity_regularizer", inplace.Float32Regularizer(regularizer)
     for name in structure.activations_of(layer):
         if _package(function := getattr(layer, name)) not in _FRAMEWORKS:
             yield name, inplace.Float32Activation(function)
