@@ -103,8 +103,6 @@ ATTRIBUTES = {
     "_tracker": "count steps in a variable of the user's",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
     "_layers": "find sublayers",
-    "_losses": "know the layers that add losses, and restore those that they added",
-    "_regularizer": "know what regularizes a variable",
     "_buffers": "restore the buffers of PyTorch modules",
     "_rng": "draw other random numbers than the script's",
     "_build_shapes_dict": "trace what a layer gives",
@@ -151,11 +149,11 @@ def test_private_attributes_are_there():
     attention = keras.layers.MultiHeadAttention(1, 1), keras.layers.GroupQueryAttention(1, 1, 1)
     assert not any(layer._flash_attention for layer in attention), ATTRIBUTES["_flash_attention"]
     assert model._layers[1] is dense, ATTRIBUTES["_layers"]
-    assert dense._losses == [], ATTRIBUTES["_losses"]
+    assert dense._losses == [], "know the layers that add losses, and restore those that they added"
     assert vars(context.context())["_rng"].random(), ATTRIBUTES["_rng"]
     assert dense._build_shapes_dict == {"input_shape": (None, 2)}, ATTRIBUTES["_build_shapes_dict"]
     dense.kernel.regularizer = keras.regularizers.L2()
-    assert vars(dense.kernel)["_regularizer"] is dense.kernel.regularizer, ATTRIBUTES["_regularizer"]
+    assert vars(dense.kernel)["_regularizer"] is dense.kernel.regularizer, "know what regularizes a variable"
     graph = model._functional
     assert graph.outputs[0]._keras_history[0] is dense, ATTRIBUTES["_keras_history"]
     assert graph._nodes_by_depth[0] == dense._inbound_nodes, ATTRIBUTES["_nodes_by_depth"]
@@ -241,4 +239,5 @@ def test_this_list_is_complete():
     listed = {part for _, path, _, _ in HOOKS for part in path.split(".") if part.startswith("_")} | set(ATTRIBUTES)
     python = {"_asdict", "_fields", "_replace", "__name__", "__version__", "_getframe", "__stderr__", "__signature__"}
     python |= {"__cause__", "__context__", "__traceback__", "__mro__", "__excepthook__", "__spec__", "__loader__"}
+    python |= {"_current_frames", "__func__"}
     assert private_names() - python == listed
