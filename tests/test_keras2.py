@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -532,24 +533,80 @@ def test_a_loop_that_never_scales_is_told_after_fit(eagerly):
         optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
 
 
+def trial(run, grads=1024.0):
+    """Returns by how much a weight moves whose true gradient is 1; None for an error that says what is not known."""
+    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 1024), keras.Variable([0.0])
+    optimizer.build([weight])
+    with contextlib.suppress(RuntimeError):
+        run(optimizer, weight, [tf.constant([grads])])
+        return -float(weight.numpy()[0])
+    return None
+
+
+def nested(optimizer, weight, grads):
+    """Unscales in a function of its own, within the step."""
+    unscale = tf.function(
+        lambda grads: [tf.clip_by_norm(each, 9.0) for each in optimizer.get_unscaled_gradients(grads)]
+    )
+
+    @tf.function
+    def step():
+        optimizer.scale_loss(1.0)
+        optimizer.apply(unscale(grads), [weight])
+
+    step()
+
+
+def warmed_up(optimizer, weight, grads):
+    """One eager step in the style of Keras 2, then a compiled one that does not unscale."""
+    optimizer.get_scaled_loss(1.0)
+    optimizer.apply(optimizer.get_unscaled_gradients([0.0 * grads[0]]), [weight])
+
+    @tf.function
+    def step():
+        optimizer.get_scaled_loss(1.0)
+        optimizer.apply(grads, [weight])
+
+    step()
+
+
+def compiled_apply(first, second):
+    """One compiled `apply` that serves both styles."""
+
+    def run(optimizer, weight, grads):
+        apply = tf.function(lambda grads: optimizer.apply(grads, [weight]))
+        for style, factor in ((first, 0.0), (second, 1.0)):
+            getattr(optimizer, "scale_loss" if style == 3 else "get_scaled_loss")(1.0)
+            given = [factor * each for each in grads]
+            apply([1.0 * each for each in (given if style == 3 else optimizer.get_unscaled_gradients(given))])
+
+    return run
+
+
+def in_parts(optimizer, weight, grads):
+    """Unscales in a compiled function that does not apply, beside a step that scales."""
+    optimizer.get_scaled_loss(1.0)
+    tf.function(optimizer.get_unscaled_gradients)(grads)
+    optimizer.scale_loss(1.0)
+    optimizer.apply(grads, [weight])
+
+
 @needs_tensorflow
-def test_a_loop_of_both_kinds_whose_calls_python_does_not_see():
-    """A compiled function that unscales and does not apply is right beside `fit`, and an error beside `scale_loss`."""
-    model, twin = small_model(), small_model()
-    optimizer, plain = LossScaleOptimizer("sgd", RULE), LossScaleOptimizer("sgd", RULE)
-    x, y = (tf.constant(each[0]) for each in data())
-    for one, each, parts in ((model, optimizer, "backward"), (twin, plain, "")):
-        one.compile(each, loss="mse")
-        step = keras2_step(one, each, parts)
-        step(x, y)
-        one.train_on_batch(x, y)
-        step(x, y)
-    for ours, theirs in zip(model.get_weights(), twin.get_weights(), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-    before = model.get_weights()
-    with pytest.raises(RuntimeError, match="cannot know"):
-        keras3_step(model, optimizer)(x, y)
-    same(model.get_weights(), before)
+@pytest.mark.parametrize(
+    ("run", "moved"),
+    [
+        (nested, None),
+        (warmed_up, 1.0),
+        (compiled_apply(3, 2), None),
+        (compiled_apply(2, 3), None),
+        (compiled_apply(2, 2), 1.0),
+        (compiled_apply(3, 3), 1.0),
+        (in_parts, None),
+    ],
+)
+def test_a_step_is_right_or_an_error(run, moved):
+    """Calls that Python does not see again, or sees in another function, never make a step wrong without a word."""
+    assert trial(run) == moved
 
 
 @needs_tensorflow

@@ -901,3 +901,41 @@ def test_old_config_with_base_arguments_loads():
 def test_public_name():
     """The package exports it."""
     assert tfmixed.LossScaleOptimizer is LossScaleOptimizer
+
+
+@needs_tensorflow
+def test_a_variable_that_is_given_twice_hides_no_overflow():
+    """Keras applies both gradients."""
+    optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 1), keras.Variable([0.0])
+    for first in (np.nan, 1.0):
+        apply(optimizer, [ops.array([first]), ops.array([2.0])], [weight, weight])
+    assert (float(weight.numpy()[0]), int(optimizer.skipped_steps)) == (-3.0, 1)
+    assert float(optimizer.gradient_norm) == pytest.approx(5**0.5)
+
+
+def test_reading_makes_no_variables():
+    """Of an optimizer that is not built."""
+    optimizer = LossScaleOptimizer("sgd")
+    before = len(optimizer.variables)
+    numbers = (optimizer.loss_scale, optimizer.attempted_steps, optimizer.gradient_norm)
+    assert [float(each) for each in numbers] == [2.0**15, 0.0, 0.0]
+    assert (optimizer.dynamic_scale, optimizer.step_counter, optimizer.dynamic_counter) == (None, None, None)
+    assert len(optimizer.variables) == before
+
+
+@pytest.mark.parametrize("name", ["rule", "initial_scale", "dynamic_growth_steps"])
+def test_what_the_state_is_made_of_is_not_set_later(name):
+    """It would have no effect."""
+    with pytest.raises(AttributeError, match=name):
+        setattr(LossScaleOptimizer("sgd"), name, 4)
+
+
+def test_an_inner_optimizer_whose_apply_gradients_is_its_own_is_told():
+    """It would not be called."""
+
+    class Tripled(keras.optimizers.SGD):
+        def apply_gradients(self, grads_and_vars):
+            return super().apply_gradients([(3 * gradient, variable) for gradient, variable in grads_and_vars])
+
+    with pytest.warns(UserWarning, match="Tripled has no effect"):
+        LossScaleOptimizer(Tripled())

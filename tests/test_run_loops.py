@@ -104,12 +104,26 @@ class Scales(Own):
         with tf.GradientTape() as tape:
             scaled = loss = self.compute_loss(x, y, self(x, training=True))
             if hasattr(self.optimizer, "scale_loss"):
-                scaled = self.optimizer.scale_loss(loss) + 0.0
+                scaled = self.optimizer.scale_loss(loss)
         self.optimizer.apply_gradients(zip(tape.gradient(scaled, self.trainable_variables), self.trainable_variables))
         return {"loss": loss}
 
+class PassesOn(Own):
+    def train_step(self, data):
+        x, y = data
+        first, last = self.layers[-2:]
+        with tf.GradientTape() as one:
+            hidden = first(x)
+        with tf.GradientTape(persistent=True) as two:
+            two.watch(hidden)
+            loss = self.compute_loss(x, y, last(hidden))
+        above = two.gradient(loss, last.trainable_variables)
+        below = one.gradient(hidden, first.trainable_variables, output_gradients=two.gradient(loss, hidden))
+        self.optimizer.apply_gradients(zip([*below, *above], self.trainable_variables))
+        return {"loss": loss}
+
 def main():
-    for kind in (Looks, Several, Scales):
+    for kind in (Looks, Several, Scales, PassesOn):
         for eagerly in (False, True):
             print([float(abs(each).sum()) for each in trained(kind, "sgd", run_eagerly=eagerly).get_weights()])
 
@@ -158,6 +172,34 @@ class Never(Own):
 trained(Never, "sgd")
 """
 )
+
+
+PARTLY = (
+    BEGIN
+    + STEP
+    + """
+class Partly(Own):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape(persistent=True) as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+            scaled = self.optimizer.scale_loss(loss)
+        grads = [tape.gradient(each, self.trainable_variables) for each in (scaled, loss)]  # mixed
+        self.optimizer.apply_gradients(zip(grads[0], self.trainable_variables))
+        return {"loss": loss}
+
+trained(Partly, "sgd")
+"""
+)
+
+
+def test_a_train_step_that_scales_one_of_two_losses_is_refused(tmp_path):
+    """One `apply` cannot tell their gradients apart."""
+    done, said = run(tmp_path, PARTLY, "--policy", "mixed_float16")
+    assert done.returncode == 2, done.stderr
+    assert said[1].startswith(
+        f"train.py:{line_of(PARTLY, '# mixed')} takes gradients of a loss that scale_loss returned"
+    )
 
 
 def test_a_grad_scaler_is_left_alone_and_gradients_that_nobody_scaled_are_refused(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from tfmixed import scaling
+from tfmixed import outside, scaling
 from tfmixed.scaling import ConstantScale, DynamicScale, ScalingRule, checks
 
 
@@ -75,6 +75,12 @@ def inner_from(optimizer: Any) -> keras.optimizers.Optimizer:
         raise ValueError(f"inner_optimizer must not scale the loss itself, received {type(inner).__name__}")
     if not isinstance(inner, keras.optimizers.Optimizer):
         raise TypeError(f"inner_optimizer must be a keras.optimizers.Optimizer or its name, received {inner!r}")
+    own, base = type(inner), keras.optimizers.Optimizer
+    if own.apply_gradients is not base.apply_gradients and own.apply is base.apply:
+        outside.warn(
+            f"`apply_gradients` of {own.__name__} has no effect in a LossScaleOptimizer, which calls `apply`. Override "
+            "`apply(self, grads, trainable_variables=None)` instead."
+        )
     return inner
 
 

@@ -21,6 +21,7 @@ class ByHand(Observable):
     _calls: Calls
     iterations: Any
     learning_rate: Any
+    step_counter: Any
     apply: Callable[..., None]
     scale_loss: Callable[[Any], Any]
 
@@ -32,7 +33,7 @@ class ByHand(Observable):
     @property
     def dynamic_counter(self) -> keras.Variable | None:
         """The same as `step_counter`: Keras 2's name."""
-        return self._state().variables.get("step_counter")
+        return self.step_counter
 
     @property
     def lr(self) -> Any:
@@ -84,13 +85,10 @@ class ByHand(Observable):
         """
         grads = list(grads) if isinstance(grads, Iterator) else grads
         self._calls.unscale(keras.tree.flatten(grads))
-        unscaled = self._divided(grads)
+        scale, largest = self._scale(), self.rule.bounds[1]
+        unscaled = keras.tree.map_structure(lambda gradient: gradients.unscale(gradient, scale, largest), grads)
         self._calls.unscaled(keras.tree.flatten(unscaled))
         return unscaled
-
-    def _divided(self, grads: Any) -> Any:
-        scale, largest = self._scale(), self.rule.bounds[1]
-        return keras.tree.map_structure(lambda gradient: gradients.unscale(gradient, scale, largest), grads)
 
     def minimize(self, loss: Any, var_list: Any, tape: Any = None) -> Any:
         """Differentiates a loss and applies the gradients, and returns `iterations`. TensorFlow only.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from tfmixed import outside
@@ -15,24 +15,25 @@ State = Literal["scaled", "unscaled", "loss scaled"]
 
 _NEVER_SCALED = (
     "apply was given gradients of a loss that was never scaled: it divides them by the loss scale, as in Keras 3, and "
-    "neither scale_loss nor get_scaled_loss of this optimizer was called. Differentiate scale_loss(loss)."
+    "this loop called neither scale_loss nor get_scaled_loss of this optimizer. Differentiate scale_loss(loss)."
 )
 _TOO_SMALL = (
     "get_unscaled_gradients was called for a loss that was never scaled: it divides gradients by the loss scale, and "
-    "neither scale_loss nor get_scaled_loss of this optimizer was called. Differentiate get_scaled_loss(loss)."
+    "this loop called neither scale_loss nor get_scaled_loss of this optimizer. Differentiate get_scaled_loss(loss)."
 )
 _UNKNOWN = (
     "apply cannot know whether its gradients are scaled: this optimizer served scale_loss and get_unscaled_gradients, "
-    "at least one of them in a compiled function that does not call apply. Compile that call and apply in one "
-    "function, or use one of the two styles only."
+    "at least one of them in another compiled function than apply. Compile that call and apply in one function, or use "
+    "one of the two styles only."
 )
 
 
 class Calls:
     """Scaling calls of one optimizer, by the function that makes them.
 
-    The last call that is made in the function of `apply`, compiled or eager, decides. Where that function makes none,
-    the functions that call without applying decide, and must agree. Reading a property is not a call.
+    The last call that is made in the function of `apply`, compiled or eager, decides, if no function that leaves
+    `apply` to another one says the opposite. Where that function makes no call, the others decide, and must agree.
+    Reading a property is not a call.
 
     Args:
         scales: False for a scale that is always 1, with which every order of calls is right.
@@ -46,6 +47,7 @@ class Calls:
         self._eager: State | None = None
         self._traced: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
         self._applying: weakref.WeakSet[Any] = weakref.WeakSet()  # traced functions that call apply
+        self._relied: set[State] = set()  # what traced functions that only apply rely on
         self._is_scaled = False  # a loss was scaled once
         self._losses, self._given, self._returned = Seen(), Seen(), Seen()
         self._warned: set[str] = set()
@@ -103,7 +105,7 @@ class Calls:
         """Forgets the eager calls of `fit`: a loop of the user that follows makes its own."""
         self._eager = None
 
-    def are_unscaled(self, grads: Iterable[Any]) -> bool:
+    def are_unscaled(self, grads: Sequence[Any]) -> bool:
         """Returns whether the gradients that are applied here are unscaled.
 
         Raises:
@@ -114,19 +116,20 @@ class Calls:
             self._applying.add(here)
         if not self._scales:
             return False
-        grads = list(grads)
-        if any(gradient in self._returned for gradient in grads):
-            return True
-        if any(gradient in self._given for gradient in grads):
-            return False
-        if here is not None and own in ("scaled", "unscaled"):
-            return own == "unscaled"
+        returned, given = (any(gradient in seen for gradient in grads) for seen in (self._returned, self._given))
+        if returned and given:
+            raise RuntimeError("apply was given gradients of which some are unscaled and some are not.")
+        if returned or given:
+            return returned
         states = {state for function, state in self._traced.items() if function not in self._applying}
-        states |= {state for state in (own, self._eager) if state is not None}
+        if (nearest := self._eager if own is None else own) is not None:
+            states.add(nearest)
         if {"scaled", "unscaled"} <= states:
             raise RuntimeError(_UNKNOWN)
         if not states:
             self._warn(_NEVER_SCALED)
+        elif here is not None and own is None:
+            self._relied |= {"unscaled" if "unscaled" in states else "scaled"}
         return "unscaled" in states
 
     def _note(self, state: State) -> None:
@@ -135,6 +138,8 @@ class Calls:
             self._eager = state
         else:
             self._traced[here] = state
+        if self._scales and {"scaled": "unscaled", "unscaled": "scaled"}.get(state) in self._relied:
+            raise RuntimeError(_UNKNOWN)
 
     def _warn(self, message: str) -> None:
         if self._scales and message not in self._warned:

@@ -18,6 +18,10 @@ HYPERPARAMETERS = (
 )
 
 
+# Set by the constructor of Keras's `LossScaleOptimizer`, or by ours: the state is made of them.
+_FIXED = ("rule", "initial_scale", "dynamic_growth_steps")
+
+
 class Delegating:
     """Mixin for an optimizer that wraps another one.
 
@@ -47,6 +51,11 @@ class Delegating:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if self._delegates and name in _FIXED:
+            raise AttributeError(
+                f"`{name}` cannot be changed after construction. Set `loss_scale`, or make another optimizer with "
+                f"`LossScaleOptimizer(inner_optimizer, scale)`. Received: {name}={value!r}"
+            )
         own = not self._delegates or name.startswith("_") or name in vars(self) or hasattr(type(self), name)
         if own or not hasattr(self.inner_optimizer, name):
             super().__setattr__(name, value)

@@ -120,14 +120,14 @@ class LossScaleOptimizer(ByHand, Delegating, Saved):
         self._state().set_scale(value)
 
     @property
-    def dynamic_scale(self) -> keras.Variable:
-        """The variable that holds the scale, whatever the rule."""
-        return self._state().variables["dynamic_scale"]
+    def dynamic_scale(self) -> keras.Variable | None:
+        """The variable that holds the scale, whatever the rule; None before the optimizer is built or used."""
+        return None if self._scaling is None else self._scaling.variables["dynamic_scale"]
 
     @property
     def step_counter(self) -> keras.Variable | None:
-        """The variable that counts finite steps towards the next growth; None if the rule counts none."""
-        return self._state().variables.get("step_counter")
+        """The variable that counts finite steps towards the next growth; None if there is none, or none yet."""
+        return None if self._scaling is None else self._scaling.variables.get("step_counter")
 
     @property
     def fused(self) -> Fusion:

@@ -22,6 +22,16 @@ class _Config(dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         return self["inner_optimizer"]["config"][key]
 
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in super().__getitem__("inner_optimizer")["config"]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns the entry, or the inner optimizer's, or `default`."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
 
 class Saved(Observable, keras.optimizers.LossScaleOptimizer):
     """What Keras calls of a `LossScaleOptimizer` that it saves or loads. Files of Keras's own class are read too."""

@@ -180,7 +180,8 @@ class Observable:
     def _read(self, name: str) -> Any:
         # No variables are made to read a first value. A graph needs them, since they change later.
         if getattr(self, "_scaling", self) is None and not in_graph():
-            return ops.convert_to_tensor(ScalingState.initial(self.rule)[name])
+            value = ScalingState.initial(self.rule)[name]
+            return ops.cast(value, "int" if value.dtype.kind == "i" else "float32")
         return self._state().read(name)
 
     @property

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -96,9 +98,12 @@ class Judge(NamedTuple):
             indices: The index of each gradient's variable.
             replica: The number of this replica, from 0.
         """
-        values = {index: values_of(each) for index, each in zip(indices, gradients, strict=True) if each is not None}
+        values: dict[int, list[Any]] = {}  # a variable that is given twice has two
+        for index, gradient in zip(indices, gradients, strict=True):
+            if gradient is not None:
+                values.setdefault(index, []).append(values_of(gradient))
         count = len(self.limits)
-        scaled = ops.stack([_sum_of_squares(values[index]) if index in values else 0.0 for index in range(count)])
+        scaled = ops.stack([_sum(map(_sum_of_squares, values.get(index, ()))) for index in range(count)])
         factor = ops.square(scale)
         if self.raw:
             factor = ops.where(ops.convert_to_tensor([index in self.raw for index in range(count)]), 1.0, factor)
@@ -109,13 +114,13 @@ class Judge(NamedTuple):
 
         def looked_at() -> Any:
             return ops.stack(
-                [self._squares(index, values[index], scale) if index in values else 0.0 for index in range(count)]
+                [_sum(self._squares(index, each, scale) for each in values.get(index, ())) for index in range(count)]
             )
 
         squares = ops.where(safe, quick, when(ops.logical_not(safe), looked_at, (count,)))
         if not self.needs_amax:
             return squares
-        peak = _peak([self._unscaled(index, each, scale) for index, each in values.items()])
+        peak = _peak([self._unscaled(index, each, scale) for index, found in values.items() for each in found])
         return ops.concatenate([squares, ops.where(ops.equal(replica, ops.arange(self.replicas)), peak, 0.0)])
 
     def verdict(self, evidence: Any) -> Verdict:
@@ -146,6 +151,11 @@ def _dtype_of(variable: Any) -> str:
 
 def _single(value: Any) -> Any:
     return ops.cast(value, "float32")
+
+
+def _sum(values: Iterable[Any]) -> Any:
+    found = list(values)
+    return functools.reduce(operator.add, found) if found else 0.0
 
 
 def _sum_of_squares(values: Any) -> Any:

@@ -21,6 +21,10 @@ _ADVICE = (
     "under float16 its gradients would be those of a loss that nobody scales. --policy mixed_bfloat16 needs no loss "
     "scale; or scale it in the script, with tfmixed.LossScaleOptimizer or tfmixed.GradScaler"
 )
+_MIXED = (
+    "one apply cannot tell them apart. Scale every loss of the step with scale_loss, and pass what it returns to "
+    "tape.gradient, or none"
+)
 
 
 class Loops:
@@ -37,6 +41,7 @@ class Loops:
     def __init__(self, policies: Policies, training: Training) -> None:
         self.policies, self.training = policies, training
         self._judged: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._by_script: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._scaled_by_script = False
         self._said = False
 
@@ -105,23 +110,38 @@ class Loops:
     def _gradient(self, plain: _Plain, tape: Any, target: Any, sources: Any, *rest: Any, **named: Any) -> Any:
         is_plain = not self.training.models or caller("tensorflow").startswith("keras.")
         optimizer = None if is_plain else self._owner(sources)
-        if optimizer is None or optimizer._calls.has_scaled(keras.tree.flatten(target)):
+        if optimizer is None:
+            return plain(tape, target, sources, *rest, **named)
+        if self._scales_itself(optimizer, target, sources):
             return plain(tape, target, sources, *rest, **named)
         named |= dict(zip(("output_gradients", "unconnected_gradients"), rest, strict=False))
         named["output_gradients"] = _scaled_seeds(optimizer, target, named.get("output_gradients"))
         grads = plain(tape, target, sources, **named)
-        if optimizer._calls.state in ("scaled", "loss scaled"):  # by the script, which goes on with scaled gradients
-            return optimizer._divided(grads)
         optimizer._calls.scale("loss scaled", [])
         return optimizer.get_unscaled_gradients(grads)
 
+    def _scales_itself(self, optimizer: Any, target: Any, sources: Any) -> bool:
+        """Returns whether the script scales the loss of this optimizer; refuses a script that does so in part."""
+        scaled = bool(optimizer._calls.has_scaled(keras.tree.flatten(target)))
+        known = self._by_script.get(optimizer, scaled)
+        if _identities(keras.tree.flatten(sources)).isdisjoint(_identities(self._variables(optimizer))):
+            return known  # the gradient of an intermediate value, such as in a gradient penalty
+        if known != scaled:
+            refuse(f"{place()} takes gradients of a loss that scale_loss returned, and of another one: {_MIXED}")
+        self._by_script[optimizer] = scaled
+        return scaled
+
+    def _variables(self, optimizer: Any) -> list[Any]:
+        models = [each for each in self.training.models if each.optimizer is optimizer]
+        return [variable for model in models for variable in model.trainable_variables]
+
     def _owner(self, sources: Any) -> Any:
-        """Returns the optimizer, ours, of the model whose variables these are; None where there is none."""
+        """Returns the optimizer, ours, of the model that trains or whose variables these are; None without one."""
         wanted = _identities(keras.tree.flatten(sources))
-        for model in self.training.running[-1:] or list(self.training.models):
-            if not wanted.isdisjoint(_identities(model.trainable_variables)):
-                return model.optimizer if self.training.is_ours(model.optimizer) else None
-        return None
+        trains = self.training.running[-1:]  # whatever it differentiates by: gradients may be passed on
+        models = (each for each in self.training.models if not wanted.isdisjoint(_identities(each.trainable_variables)))
+        model = next(iter(trains or models), None)
+        return model.optimizer if model is not None and self.training.is_ours(model.optimizer) else None
 
     def _torch_step(self, optimizer: Any, _arguments: Any, _named: Any) -> None:
         if optimizer not in self._judged and not is_within("torch.amp.grad_scaler"):
