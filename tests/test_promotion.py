@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import keras
 import numpy as np
@@ -13,6 +14,11 @@ from backend import BACKEND, needs_tensorflow, tf
 from keras import layers, ops
 
 import tfmixed
+
+if BACKEND == "jax":
+    import jax
+elif BACKEND == "torch":
+    import torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:policy .* is slow here")
 HALVES = ["float16", "bfloat16"]
@@ -180,6 +186,46 @@ def test_losses_of_layers_are_float32_and_computed_from_float32(half):
     assert regularized.get_config()["activity_regularizer"]["class_name"] == "L2"
 
 
+def test_calls_of_a_layer_may_overlap():
+    """As in threads and replicas: the first call ends before the second, and the layer keeps its functions."""
+    tfmixed.set_policy("mixed_bfloat16")
+    entered, ended, seen = threading.Event(), threading.Event(), []
+
+    def overlapping(x):
+        seen.append(dtype(x))
+        if threading.current_thread() is second:
+            entered.set()
+            ended.wait(9)
+        else:
+            second.start()
+            entered.wait(9)
+        return x
+
+    layer = layers.Dense(2, activation=overlapping, activity_regularizer="l2")
+    layer.build((1, 2))
+    second = threading.Thread(target=layer, args=(ops.ones((1, 2)),))
+    layer(ops.ones((1, 2)))
+    ended.set()
+    second.join()
+    assert seen == ["float32", "float32"]
+    assert vars(layer)["activation"] is layer.activation is overlapping
+    assert type(layer.activity_regularizer) is type(vars(layer)["activity_regularizer"]) is keras.regularizers.L2
+
+
+def test_sublayers_made_in_a_call_get_the_regularizer_itself():
+    """What Keras reads from a layer that runs, and puts elsewhere; layers have no attribute more than without."""
+    tfmixed.set_policy("mixed_bfloat16")
+    attention = layers.GroupQueryAttention(4, 2, 1, activity_regularizer="l2")
+    attention(*[ops.ones((1, 3, 8))] * 2)
+    made = [layer.activity_regularizer for layer in attention._flatten_layers()]
+    assert {type(each) for each in made} == {keras.regularizers.L2, type(None)}
+    assert not hasattr(layers.Flatten(), "activation")
+    other = layers.Dense(2, activation=layers.LeakyReLU())
+    assert isinstance(other.activation, layers.LeakyReLU)
+    del other.activation
+    assert not hasattr(other, "activation")
+
+
 def test_masks_survive():
     """The one that a layer gives to a script."""
     tfmixed.set_policy("mixed_bfloat16")
@@ -289,22 +335,105 @@ def test_scripts_for_float32_train_as_in_float32(half, build):
     assert curves[1][-1] < curves[1][0]
 
 
-@needs_tensorflow
-def test_what_cannot_be_promoted_ends_with_a_line_that_says_so(capfd):
-    """The line of the script, the policy, and what to do; nothing about other errors."""
+def explained(run, capfd):
+    """Returns what a run says of the exception that a function of a script ends by."""
     from tfmixed.running import mismatch
 
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    for wrong in (lambda: tf.ones(2, "bfloat16") + tf.ones(2), lambda: Doubled(4)(X), lambda: tf.ones(2) + tf.ones(3)):
-        try:
-            wrong()
-        except Exception as error:
-            mismatch.explain(error)
-    first, second = capfd.readouterr().err.splitlines()
-    assert f"test_promotion.py:{wrong.__code__.co_firstlineno} mixes half" in first
-    assert "policy mixed_bfloat16" in first
-    assert "tf.cast(x, y.dtype)" in first
-    assert "test_promotion.py" in second
+    try:
+        run()
+    except Exception as error:
+        mismatch.explain(error)
+    else:
+        pytest.fail("nothing was refused")
+    return [line for line in capfd.readouterr().err.splitlines() if line.startswith("tfmixed: ")]
+
+
+def half(*shape):
+    return ops.ones(shape or 2, "float16")
+
+
+def single(*shape):
+    return ops.ones(shape or 2, "float32")
+
+
+def loop(x):
+    return tf.while_loop(lambda _: tf.constant(True), lambda x: tf.cast(x, "float32"), [x])
+
+
+MIXED = {
+    "tensorflow": {
+        "sum": lambda: half() + single(),
+        "concat": lambda: tf.concat([single(), half()], 0),
+        "where": lambda: tf.where([True, False], half(), single()),
+        "einsum": lambda: tf.einsum("i,i->", half(), single()),
+        "conversion": lambda: tf.convert_to_tensor(half(), "float32"),
+        "assignment": lambda: tf.Variable([1.0, 1.0]).assign_add(half()),
+        "graph": lambda: tf.function(lambda x: x + single())(half()),
+        "loop": lambda: tf.function(loop)(half()),
+        "branches": lambda: tf.function(lambda x: tf.cond(x[0] > 0, half, single))(half()),
+        "TensorArray": lambda: tf.TensorArray("float32", 2).write(0, half()),
+        "ops.conv": lambda: ops.conv(half(1, 4, 1), np.ones((1, 1, 1), "float32")),
+        "layer": lambda: Doubled(4)(X),
+    },
+    "jax": {
+        "concat": lambda: jax.lax.concatenate([half(), single()], 0),
+        "loop": lambda: jax.lax.fori_loop(0, 2, lambda _, x: x + single(), half()),
+    },
+    "torch": {
+        "product": lambda: half(2, 2) @ single(2, 2),
+        "Linear": lambda: torch.nn.Linear(2, 2, device=half().device)(half(2, 2)),
+        "index": lambda: single().__setitem__(ops.array([0]), half(1)),
+    },
+}[BACKEND]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_cannot_be_promoted_ends_with_a_line_that_says_so(name, capfd):
+    """The line of the script, the policy, and what to do."""
+    keras.config.set_dtype_policy("mixed_float16")
+    [line] = explained(MIXED[name], capfd)
+    assert "test_promotion.py:" in line
+    assert "mixes half precision and float32 under the policy mixed_float16" in line
+    assert "tf.cast(x, y.dtype)" in line
+
+
+def test_operations_without_half_precision_are_told_apart(capfd):
+    """There the other side is not what is to be cast."""
+    keras.config.set_dtype_policy("mixed_float16")
+    for run in (lambda: ops.rfft(half()), lambda: ops.svd(half(2, 2))):
+        [line] = explained(run, capfd)
+        assert f"test_promotion.py:{run.__code__.co_firstlineno} " in line
+        assert 'keras.ops.cast(x, "float32")' in line
+
+
+OTHER = {
+    "number": lambda: float("half"),
+    "shapes": lambda: half() + half(3),
+    "policy": lambda: layers.Dense(2, dtype="mixed_half"),
+    "raised": lambda: (_ for _ in ()).throw(ValueError("half of float32")),
+    "rank": lambda: layers.Conv2D(2, 1)(half(2, 2)),
+}
+if BACKEND == "tensorflow":
+    OTHER |= {
+        "double": lambda: tf.add(half(), tf.ones(2, "float64")),
+        "halves": lambda: tf.add(half(), tf.ones(2, "bfloat16")),
+        "own": lambda: (_ for _ in ()).throw(ValueError("expected float32 but got half")),
+    }
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_nothing_is_said_of_other_errors(name, capfd):
+    """Words for dtypes do not make one; neither does another pair."""
+    keras.config.set_dtype_policy("mixed_float16")
+    assert explained(OTHER[name], capfd) == []
+
+
+@needs_tensorflow
+def test_only_where_half_precision_is_in_force(capfd):
+    """Globally, or in a layer whose code was running."""
+    assert explained(MIXED["sum"], capfd) == []
+    [line] = explained(lambda: Doubled(4, dtype="mixed_float16")(X), capfd)
+    assert "policy mixed_float16" in line
 
 
 SCRIPT = """

@@ -9,7 +9,7 @@ import warnings
 from types import FrameType
 
 LIBRARIES = (
-    *("tfmixed", "keras", "tensorflow", "tf_keras", "jax", "torch", "wrapt"),
+    *("tfmixed", "keras", "tensorflow", "tf_keras", "jax", "jaxlib", "torch", "wrapt"),
     *("functools", "contextlib", "threading", "typer", "click", "optree", "numpy", "absl", "runpy"),
 )
 

@@ -18,7 +18,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from tfmixed import inplace, structure, temporary
+from tfmixed import inplace, structure
 from tfmixed.formats import HALF
 from tfmixed.patching import around
 
@@ -69,6 +69,8 @@ def _install() -> None:
     around(kind, "__call__", _called)
     around(kind, "stateless_call", _called_stateless)
     around(kind, "compute_output_spec", _specified)
+    for name in ("activity_regularizer", "activation", "recurrent_activation"):
+        setattr(kind, name, _Function(name))
 
 
 def _made(plain: _Plain, layer: Any, *arguments: Any, **named: Any) -> None:
@@ -87,10 +89,7 @@ def _losses(plain: _Plain, layer: Any) -> list[Any]:
 
 
 def _called(plain: _Plain, layer: Any, *arguments: Any, **named: Any) -> Any:
-    with _within(layer), contextlib.ExitStack() as stack:
-        if _MARK in vars(layer):
-            for name, function in _in_float32(layer):
-                temporary.put(stack, layer, name, function)
+    with _within(layer):
         outputs = plain(layer, *arguments, **named)
     return _promoted(layer, outputs)
 
@@ -104,6 +103,46 @@ def _called_stateless(plain: _Plain, layer: Any, *arguments: Any, **named: Any) 
 def _specified(plain: _Plain, layer: Any, *arguments: Any, **named: Any) -> Any:
     with _within(layer):
         return plain(layer, *arguments, **named)
+
+
+class _Regularizer(inplace.Float32Regularizer):
+    """Made for one call."""
+
+
+class _Activation(inplace.Float32Activation):
+    """Made for one call."""
+
+
+class _Function:
+    """An attribute of layers that holds a function, which computes in float32 for the thread that runs the layer.
+
+    The layer's `__dict__` keeps the function itself. So configs and files are unchanged, and calls may overlap.
+
+    Args:
+        name: The name of the attribute.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.of_a_script = name != "activity_regularizer"  # activations of Keras take half precision
+        self.wrapper, self.inside = (_Activation, "activation") if self.of_a_script else (_Regularizer, "regularizer")
+
+    def __get__(self, layer: Any, kind: Any = None) -> Any:
+        if layer is None or self.name not in vars(layer):
+            raise AttributeError(f"{kind.__name__!r} object has no attribute {self.name!r}", name=self.name, obj=layer)
+        function = vars(layer)[self.name]
+        if _call.layer is not layer or _MARK not in vars(layer) or not callable(function):
+            return function
+        return function if self.of_a_script and _package(function) in _FRAMEWORKS else self.wrapper(function)
+
+    def __set__(self, layer: Any, function: Any) -> None:
+        # Keras puts back what it read during a call, or hands it to sublayers that it makes then.
+        is_wrapped = isinstance(function, self.wrapper)
+        vars(layer)[self.name] = getattr(function, self.inside) if is_wrapped else function
+
+    def __delete__(self, layer: Any) -> None:
+        if vars(layer).pop(self.name, self) is self:
+            raise AttributeError(self.name)
 
 
 @contextlib.contextmanager
@@ -123,15 +162,6 @@ def _promoted(layer: Any, outputs: Any) -> Any:
     ):
         return outputs
     return tree.map_structure(_widened, outputs)
-
-
-def _in_float32(layer: Any) -> Iterator[tuple[str, _Plain]]:
-    """Yields the functions of a layer that are to compute in float32: its regularizer, and activations of a script."""
-    if (regularizer := layer.activity_regularizer) is not None:
-        yield "activity_regularizer", inplace.Float32Regularizer(regularizer)
-    for name in structure.activations_of(layer):
-        if _package(function := getattr(layer, name)) not in _FRAMEWORKS:
-            yield name, inplace.Float32Activation(function)
 
 
 def _runs_other_code(layer: Any) -> bool:
