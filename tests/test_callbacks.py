@@ -14,7 +14,7 @@ from backend import BACKEND, modes, needs_tensorflow, tf
 from thorough import covering
 
 import tfmixed
-from tfmixed import LossScaleOptimizer, records
+from tfmixed import LossScaleOptimizer, records, runlog
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import LossScaleExhausted
 from tfmixed.scaling import ConstantScale, DynamicScale
@@ -530,3 +530,60 @@ def test_two_trainings_on_one_path_keep_a_whole_log_each(tmp_path):
     for each in (path, tmp_path / "log-2.jsonl"):
         assert [record.event for record in records.read_log(each)] == ["run", *["scale_change"] * 3, "progress"]
         assert steps(each) == ALL
+
+
+class Save(keras.callbacks.Callback):
+    """Keeps the state of the optimizer as it was before a step, and ends the training there if asked."""
+
+    def __init__(self, step, kill=False):
+        super().__init__()
+        self.step, self.kill, self.store = step, kill, {}
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if int(self.model.optimizer.attempted_steps) == self.step:
+            self.model.optimizer.save_own_variables(self.store)
+            if self.kill:
+                raise Killed
+
+
+def go_on(store, *callbacks):
+    """Trains an epoch from a saved state."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="only")])
+    optimizer = LossScaleOptimizer("sgd", RULE)
+    optimizer.build(model.trainable_variables)
+    optimizer.load_own_variables(store)
+    model.compile(optimizer, loss="mse")
+    model.fit(*data(), batch_size=8, shuffle=False, verbose=0, callbacks=list(callbacks))
+
+
+@pytest.mark.parametrize("step", [12, 16])
+def test_a_killed_run_replaces_what_it_repeats(tmp_path, step):
+    """From a checkpoint at the end of an epoch, and from one within."""
+    path, save = tmp_path / "log.jsonl", Save(step)
+    with pytest.raises(Killed):
+        fit(LossScaleLogger(path, every=1, verbose=0), save, Save(20, kill=True), epochs=2)
+    assert steps(path) == [3, 5, 9, 13, 17]
+    go_on(save.store, LossScaleLogger(path, verbose=0))
+    assert steps(path)[:4] == [3, 5, 9, 13]
+    runs = [record.step for record in records.read_log(path) if isinstance(record, records.RunRecord)]
+    assert runs == [0, step]
+    assert [each.name for each in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.parametrize(("step", "bad"), [(12, (6,)), (16, (6,)), (16, ()), (12, (5,))])
+def test_a_restored_run_leaves_the_log_of_another_training(tmp_path, step, bad):
+    """Also of one that is the same up to there, where the run has a log of its own beside it."""
+    path, own, save = tmp_path / "log.jsonl", tmp_path / "log-2.jsonl", Save(step)
+    fit(LossScaleLogger(path, verbose=0), bad=bad, epochs=3)
+    other = path.read_bytes()
+    with pytest.raises(Killed):
+        fit(LossScaleLogger(own, verbose=0), save, Save(20, kill=True), epochs=2)
+    runlog.release(own)  # as the end of its process does
+    killed = own.read_bytes()
+    logger = LossScaleLogger(path, verbose=0)
+    with pytest.warns(UserWarning, match="nothing shows that this training wrote them"):
+        go_on(save.store, logger)
+    assert (path.read_bytes(), own.read_bytes(), logger.path.name) == (other, killed, "log-3.jsonl")
+    assert records.read_log(logger.path)[0].step == step
+    go_on(save.store, LossScaleLogger(own, verbose=0))
+    assert own.read_bytes().startswith(killed)

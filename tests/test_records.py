@@ -136,6 +136,28 @@ def test_a_torn_last_line_is_left_out(tmp_path):
         records.read_log(path)
 
 
+def test_a_whole_last_line_without_a_line_feed_is_read(tmp_path):
+    """Also one of a newer format, which is an error."""
+    path = tmp_path / "log.jsonl"
+    path.write_text(records.to_line(BEGIN))
+    assert records.read_log(path) == [BEGIN]
+    path.write_text(records.to_line(BEGIN)[:-1])
+    assert records.read_log(path) == []
+    path.write_text(records.to_line(BEGIN).replace('"format": 1', '"format": 2'))
+    with pytest.raises(records.NewerFormatError):
+        records.read_log(path)
+
+
+def test_events_of_a_later_version_are_left_out(tmp_path):
+    """Not where one begins a file: other programs write lines with an event too."""
+    path, news = tmp_path / "log.jsonl", '{"event": "news", "step": 3}\n'
+    path.write_text(f"{records.to_line(BEGIN)}\n{news}{records.to_line(OVERFLOW)}\n")
+    assert records.read_log(path) == [BEGIN, OVERFLOW]
+    path.write_text(news + records.to_line(BEGIN) + "\n")
+    with pytest.raises(ValueError, match="must be a record"):
+        records.read_log(path)
+
+
 def test_a_missing_log_is_an_error(tmp_path):
     """As with any file."""
     with pytest.raises(FileNotFoundError):
@@ -171,7 +193,7 @@ def test_a_newer_format_is_refused_by_its_number(tmp_path, format_):
         records.read_log(tmp_path / "log.jsonl")
 
 
-@pytest.mark.parametrize("format_", ["2", None, 1.5, True, -1])
+@pytest.mark.parametrize("format_", ["2", None, 1.0, 1.5, True, -1])
 def test_a_format_that_is_no_number_is_refused(format_):
     """As other values are."""
     with pytest.raises(ValueError, match="line must be a record"):

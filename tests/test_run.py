@@ -216,6 +216,32 @@ def test_an_interrupted_run_says_where_it_stands_and_is_taken_up_again(tmp_path)
     assert [(each.event, each.step) for each in log] == [("run", 0), ("progress", 3), ("run", 4), ("progress", 7)]
 
 
+NO_ROOM = (
+    BEGIN
+    + """
+import resource
+class Full(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 if epoch == 1 else 10**9, -1))
+
+model = net(keras.Input((4,)))
+model.compile("sgd", LOSS)
+model.fit(x, y, batch_size=16, epochs=4, verbose=0, callbacks=[Full()])
+model.fit(x, y, batch_size=16, verbose=0)
+print(int(model.optimizer.iterations))
+"""
+)
+
+
+def test_a_full_disk_ends_the_log_and_not_the_script(tmp_path):
+    """A limit on the size of files stands for it; another `fit` goes on in the log."""
+    done, said = run(tmp_path, NO_ROOM, "--policy", "mixed_float16", "--scale", "1024", "--log-dir", "here")
+    assert (done.returncode, done.stdout) == (0, "20\n"), done.stderr
+    assert sum("the log ends here: " in line for line in said) == 1
+    log = records.read_log(tmp_path / "here" / "loss_scale.jsonl")
+    assert [(each.event, each.step) for each in log] == [("run", 0), ("progress", 3), ("run", 16), ("progress", 19)]
+
+
 BROKEN_OFF = (
     BEGIN
     + """

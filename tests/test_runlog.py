@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +77,31 @@ def test_lines_that_stay_are_not_rewritten(path):
     assert path.read_text().splitlines() == [*lines[:4], *lines[5:7]]
 
 
+def test_events_of_a_later_version_stay(path):
+    """Whatever goes around them; a last line that lacks its line feed gets one."""
+    news = '{"event": "news", "step": 4}'
+    path.write_text(f"{path.read_text()}{news}\n{records.to_line(HALVED[5])}")
+    runlog.continue_at(path, 6, (ScaleChange, RangesRecord))
+    assert path.read_text().splitlines()[-2:] == [news, records.to_line(HALVED[5])]
+    assert path.read_text().endswith("\n")
+    runlog.continue_at(path, 3, (ScaleChange, RangesRecord))
+    assert path.read_text().splitlines()[-1] == news
+
+
+def test_a_run_of_which_nothing_is_known_deletes_nothing(path):
+    """It goes on where nothing is to be deleted, and replaces all when it begins."""
+    content = path.read_bytes()
+    with pytest.warns(UserWarning, match="nothing shows"):
+        own, _ = runlog.begin(path, 3, (RangesRecord,))
+    assert (own.name, path.read_bytes()) == ("log-2.jsonl", content)
+    assert runlog.begin(path, 5, (RangesRecord,)) == (path, [])
+    assert path.read_bytes() == content
+    assert runlog.begin(path, 0, (RangesRecord,)) == (path, [])
+    assert records.read_log(path) == [*HALVED[:5], MEASURED[0]]
+    for each in (own, path):
+        runlog.release(each)
+
+
 def test_a_log_of_a_newer_format_is_not_touched(path):
     """The error names the format."""
     path.write_text(old := path.read_text() + '{"event": "run", "format": 2}\n')
@@ -89,7 +115,8 @@ def test_a_log_behind_a_link_keeps_link_and_mode(path):
     path.chmod(0o640)
     link = path.with_name("link")
     link.symlink_to(path.name)
-    runlog.begin(link, 3, (ScaleChange,))
+    runlog.claim(link)
+    runlog.continue_at(link, 3, (ScaleChange,))
     runlog.append(link, [HALVED[5]])
     runlog.release(link)
     assert link.is_symlink()
@@ -177,6 +204,36 @@ def test_a_log_that_another_thread_writes_stays_its_own(path):
     assert runlog.claim(taken[0]) == taken[0]
     for each in (path, *taken):
         runlog.release(each)
+
+
+class Scaler:
+    """Stands for one, which is compared by identity."""
+
+
+def test_each_loop_of_a_thread_has_its_own_log(path):
+    """Its callbacks share it, and so does one of `fit`; a loop whose scaler is deleted has none."""
+    first, second = Scaler(), Scaler()
+    assert [runlog.claim(path, first), runlog.claim(path), runlog.claim(path, first)] == [path] * 3
+    with pytest.warns(UserWarning, match="being written"):
+        own = runlog.claim(path, second)
+    assert own == path.with_name("log-2.jsonl")
+    del first
+    assert runlog.claim(path, second) == path
+    for each in (path, own):
+        runlog.release(each)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_logs_on_a_full_disk_do_not_keep_others_open(path, monkeypatch):
+    """At the end of the process."""
+    monkeypatch.setattr(runlog, "_open", {})
+    runlog.claim(Path("/dev/full"))
+    with pytest.raises(OSError, match="No space"):
+        runlog.append(Path("/dev/full"), HALVED[:1])
+    runlog.claim(path)
+    file = runlog._open[str(path)].file
+    runlog._release_all()
+    assert file.closed
 
 
 def test_a_log_that_was_removed_is_made_anew(path):

@@ -11,9 +11,10 @@ import math
 import os
 import platform
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,45 +38,130 @@ class _Open:
     Args:
         file: Open at its end, and locked.
         writer: The thread that writes it.
+        loop: Returns the scaler of the loop that writes it; None once that is deleted, and in `fit`.
     """
 
     file: BinaryIO
     writer: threading.Thread
+    loop: Callable[[], Any]
 
 
 _open: dict[str, _Open] = {}  # by the path behind symbolic links
 
 
-def claim(path: Path) -> Path:
+def claim(path: Path, loop: Any = None, is_own: Callable[[Path], bool] = lambda _: True) -> Path:
     """Opens and locks a log for the run that begins, and returns its path.
 
-    If another running process or thread writes that log, it is a new file beside it with a number, and a warning says
-    so. The lock ends with `release`, or with the process, however it ends. A thread may claim a log again.
+    If another running process, thread or loop writes that log, or it is not the run's own, the run gets a new file
+    beside it with a number, and a warning. The lock ends with `release`, or with the process, however it ends. A
+    thread may claim a log again.
+
+    Args:
+        path: The log.
+        loop: The scaler of a custom loop, which may run beside others in one thread. None in `fit`.
+        is_own: Returns whether the run may continue a log.
 
     Raises:
         OSError: If the file cannot be written.
     """
+    reason = ""
     for each in whole.numbered(path):
-        if _hold(each, is_new=each != path):
-            if each != path:
-                outside.warn(
-                    f"The log {str(path)!r} is being written by another training. This one is logged in "
-                    f"{str(each)!r}: pass that path to continue it later, and a path of its own to each training"
-                )
-            return each
-    raise AssertionError
+        if not _hold(each, each != path, loop):
+            reason = reason or "is being written by another training"
+            continue
+        try:
+            if is_own(each):
+                break
+        except BaseException:
+            release(each)
+            raise
+        release(each)
+        reason = reason or "has later steps, and nothing shows that this training wrote them"
+    if each != path:
+        outside.warn(
+            f"The log {str(path)!r} {reason}. This one is logged in {str(each)!r}: pass that path to continue it "
+            "later, and a path of its own to each training"
+        )
+    return each
 
 
 def begin(
-    path: Path, step: int, kinds: tuple[type[Record], ...], changes: Sequence[Change] = ()
+    path: Path,
+    step: int,
+    kinds: tuple[type[Record], ...],
+    changes: Sequence[Change] = (),
+    scaler: Observable | None = None,
+    loop: Any = None,
 ) -> tuple[Path, list[Change]]:
-    """Claims a log and continues it; returns its path and what `continue_at` returns."""
-    claimed = claim(path)
+    """Claims a log and continues it; returns its path and what `continue_at` returns.
+
+    Args:
+        path: The log.
+        step: As in `continue_at`.
+        kinds: As in `continue_at`.
+        changes: As in `continue_at`.
+        scaler: What the run trains with, by whose state it recognizes its own log.
+        loop: As in `claim`.
+    """
+    claimed = claim(path, loop, lambda each: is_own(each, step, kinds, scaler))
     try:
         return claimed, continue_at(claimed, step, kinds, changes)
     except BaseException:
         release(claimed)
         raise
+
+
+def is_own(path: Path, step: int, kinds: tuple[type[Record], ...], scaler: Observable | None) -> bool:
+    """Returns whether a run that goes on at `step` may continue a log: nothing of another training would be deleted.
+
+    A run that begins at step 0 replaces any log. One that was restored deletes lines only of a log that agrees with
+    its state, if no numbered file beside it does so too.
+
+    Raises:
+        ValueError: As in `continue_at`.
+    """
+    if step == 0 or whole.stream(path) is not None:
+        return True
+    log = [record for _, record in _read(path) if record is not None]
+    agrees = _agrees(log, step, scaler)
+    if not any(_goes(record, step, kinds) for record in log):
+        return agrees is not False
+    return agrees is True and not any(_agrees(other, step, scaler) for other in _logs_beside(path))
+
+
+def _agrees(log: Sequence[Record], step: int, scaler: Observable | None) -> bool | None:
+    """Compares a log with the state of a scaler before `step`. Reads the device.
+
+    Returns:
+        True if an epoch ended in just this state, or the changes are the same and not growths alone, which come at the
+        same steps in many trainings. False if the log says something else. None if it says too little.
+    """
+    if scaler is None:
+        return None
+    ends = [record for record in log if isinstance(record, Progress) and record.step == step - 1]
+    if ends:
+        now = progress(step - 1, None, numbers(scaler), {})
+        return (ends[-1].skipped_steps, ends[-1].gradient_norm) == (now.skipped_steps, now.gradient_norm)
+    known = scaler._remembered()
+    first = known[0].step + 1 if known and isinstance(known[0], EventsLost) else 0
+    told = [record.step for record in log if isinstance(record, (RunRecord, ScaleChange, EventsLost, Progress))]
+    window = range(max(first, min(told, default=0)), min(step, max(told, default=-1) + 1))
+    ours, theirs = (_changes_within(window, each) for each in (known, log))
+    if theirs - ours:
+        return False
+    return True if ours == theirs and any(reason != "growth" for *_, reason in ours) else None
+
+
+def _changes_within(steps: range, records: Iterable[Record]) -> set[tuple[Any, ...]]:
+    changes = [each for each in records if isinstance(each, ScaleChange) and each.step in steps]
+    return {(each.step, each.old_scale, each.new_scale, each.reason) for each in changes}
+
+
+def _logs_beside(path: Path) -> Iterator[list[Record]]:
+    """Yields the logs in the numbered files of a path."""
+    for each in takewhile(Path.exists, islice(whole.numbered(path), 1, None)):
+        with contextlib.suppress(ValueError):
+            yield records.read_log(each)
 
 
 def release(path: Path | None) -> None:
@@ -114,12 +200,7 @@ def continue_at(path: Path, step: int, kinds: tuple[type[Record], ...], changes:
     """
     if whole.stream(path) is not None:
         return list(changes)
-    try:
-        lines = records.lines.read_lines(path) if path.exists() else []
-    except ValueError as error:
-        why = f": {error}" if isinstance(error, records.NewerFormatError) else ""
-        raise ValueError(f"path must be a log of LossScaleLogger or a new file, received {str(path)!r}{why}") from error
-    old = [(line, record) for line, record in lines if not _goes(record, step, kinds)]
+    old = [(line, record) for line, record in _read(path) if not _goes(record, step, kinds)]
     first = min([step, *(change.step for change in changes)])
     overlap = [each for _, each in old if isinstance(each, (ScaleChange, EventsLost)) and each.step >= first]
     pairs = zip(overlap, changes, strict=False)
@@ -129,7 +210,15 @@ def continue_at(path: Path, step: int, kinds: tuple[type[Record], ...], changes:
     return list(changes[agreed:])
 
 
-def _goes(record: Record, step: int, kinds: tuple[type[Record], ...]) -> bool:
+def _read(path: Path) -> list[tuple[str, Record | None]]:
+    try:
+        return records.lines.read_lines(path) if path.exists() else []
+    except ValueError as error:
+        why = f": {error}" if isinstance(error, records.NewerFormatError) else ""
+        raise ValueError(f"path must be a log of LossScaleLogger or a new file, received {str(path)!r}{why}") from error
+
+
+def _goes(record: Record | None, step: int, kinds: tuple[type[Record], ...]) -> bool:
     return isinstance(record, kinds) and record.step is not None and record.step >= step
 
 
@@ -149,13 +238,17 @@ def _rewrite(path: Path, content: bytes) -> None:
         held.file = file
 
 
-def _hold(path: Path, is_new: bool) -> bool:
+def _hold(path: Path, is_new: bool, loop: Any) -> bool:
     """Opens and locks a log; returns whether nothing else that runs writes it."""
     key, here = _key(path), threading.current_thread()
+    reference = (lambda: None) if loop is None else weakref.ref(loop)
     if held := _open.get(key):
-        is_free = held.writer is here or not held.writer.is_alive()
-        held.writer = here if is_free else held.writer
-        return is_free
+        if held.writer.is_alive():
+            others = held.loop()
+            if held.writer is not here or (loop is not None and others is not None and others is not loop):
+                return False
+        held.writer, held.loop = here, held.loop if loop is None else reference
+        return True
     try:
         file = _opened(path, "xb" if is_new else "ab")
     except FileExistsError:
@@ -163,8 +256,8 @@ def _hold(path: Path, is_new: bool) -> bool:
     is_free = whole.stream(path) is not None or _lock(file)
     if not is_free or not _is_at(path, file):  # taken, or replaced before it was locked
         file.close()
-        return is_free and _hold(path, is_new)
-    _open[key] = _Open(file, here)
+        return is_free and _hold(path, is_new, loop)
+    _open[key] = _Open(file, here, reference)
     return True
 
 
@@ -203,7 +296,8 @@ def _key(path: Path) -> str:
 
 def _release_all() -> None:
     for held in _open.values():
-        held.file.close()
+        with contextlib.suppress(OSError):  # a full disk, which `append` has told of
+            held.file.close()
     _open.clear()
 
 

@@ -221,6 +221,12 @@ class Observable:
         state = self._state()
         return state.readers.drain(state.variables, self._paths, reader, starts)
 
+    def _remembered(self) -> list[Change]:
+        """Returns all changes that the ring still holds, told or not. Reads the device."""
+        state = self._state()
+        values = {name: ops.convert_to_numpy(state.read(name)) for name in events.start(1)}
+        return events.entries(values, self._paths, since=0)
+
     def raise_if_exhausted(self, loss: float | None = None) -> None:
         """Raises if the last `max_consecutive_skips` steps were all skipped and the scale is at its floor.
 

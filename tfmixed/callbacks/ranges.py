@@ -95,7 +95,8 @@ class GradientRanges(keras.callbacks.Callback):
             self._due = self._step
             self._begun = True
             if self.path is not None:
-                self.path, _ = runlog.begin(self.path, self._step, (RangesRecord,))
+                scaler = optimizer if isinstance(optimizer, Observable) else None
+                self.path, _ = runlog.begin(self.path, self._step, (RangesRecord,), scaler=scaler)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._execution is not None:

@@ -190,7 +190,8 @@ class LossScaleLogger(keras.callbacks.Callback):
     def _write(self, changes: list[Change], optimizer: Observable) -> None:
         if self.path is not None and not self._running:
             step = int(optimizer.attempted_steps)
-            self.path, changes = runlog.begin(self.path, step, get_args(Record), changes)
+            kinds = get_args(Record)
+            self.path, changes = runlog.begin(self.path, step, kinds, changes, optimizer, loop=self._watched)
         self._pending += changes
         runlog.append(self.path, changes)
         if not self._running:

@@ -22,6 +22,10 @@ class NewerFormatError(ValueError):
     """A line of a format that only a later version of tfmixed reads."""
 
 
+class UnknownEventError(ValueError):
+    """A line of this format whose event only a later version of tfmixed knows."""
+
+
 def to_line(record: Record) -> str:
     """Returns the record as one line of JSON, without a line feed."""
     return json.dumps({"event": record.event, **asdict(record)})
@@ -34,6 +38,7 @@ def from_line(line: str) -> Record:
 
     Raises:
         NewerFormatError: The line is of a format that only a later version reads.
+        UnknownEventError: The event is not a known one.
         ValueError: The line is no JSON object, or not one that `to_line` could have written: steps and counts are
             whole numbers from 0 to 2^53, magnitudes are finite and not negative.
     """
@@ -44,33 +49,54 @@ def from_line(line: str) -> Record:
                 f"format must be at most {FORMAT} for this version of tfmixed: update it. "
                 f"Received: format={values['format']}"
             )
-        record: Record = _made(_KINDS[values.pop("event")], values)
+        kind = _KINDS.get(_checked(values.pop("event"), (str,)))
+        if kind is None:
+            raise UnknownEventError
+        record: Record = _made(kind, values)
     except NewerFormatError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"line must be a record of a tfmixed log, received: {line[:200]!r}") from error
+        refused = UnknownEventError if isinstance(error, UnknownEventError) else ValueError
+        raise refused(f"line must be a record of a tfmixed log, received: {line[:200]!r}") from error
     return record
 
 
 def read_log(path: str | Path) -> list[Record]:
-    """Returns all records of a log.
+    """Returns all records of a log. Events that only a later version of tfmixed knows are left out.
 
     Args:
         path: A file that `LossScaleLogger` wrote; it may still be growing.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line other than a torn last one is no record, or is of a newer format.
+        ValueError: A line other than a torn last one is no record, is of a newer format, or is the first one and of an
+            unknown event.
     """
-    return [record for _, record in read_lines(path)]
+    return [record for _, record in read_lines(path) if record is not None]
 
 
-def read_lines(path: str | Path) -> list[tuple[str, Record]]:
-    """Returns the lines of a log with their records, as `read_log` reads it."""
-    *lines, torn = text_of(path).split("\n")
-    if not _TORN.startswith(torn.strip("\0")[: len(_TORN)]):  # zeros: a machine that lost its power
-        from_line(torn)
-    return [(line, from_line(line)) for line in lines if line.strip()]
+def read_lines(path: str | Path) -> list[tuple[str, Record | None]]:
+    """Returns the lines of a log with their records, as `read_log` reads it; None stands for an unknown event."""
+    found: list[tuple[str, Record | None]] = []
+    for line in filter(str.strip, split(text_of(path))[0]):
+        try:
+            found.append((line, from_line(line)))
+        except UnknownEventError:
+            if not found:  # a file of another program
+                raise
+            found.append((line, None))
+    return found
+
+
+def split(text: str) -> tuple[list[str], str]:
+    """Returns the lines of a log, and what is left of a last one that was not written to its end."""
+    *lines, last = text.split("\n")
+    try:
+        if _TORN.startswith(last.strip("\0")[: len(_TORN)]):  # zeros: a machine that lost its power
+            json.loads(last)  # a whole one lacks its line feed alone
+    except (ValueError, RecursionError):
+        return lines, last
+    return [*lines, last], ""
 
 
 def text_of(path: str | Path) -> str:

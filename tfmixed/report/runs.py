@@ -108,7 +108,7 @@ def read(path: str | Path, name: str | None = None) -> Run:
     """
     file = find(Path(path))
     try:
-        *lines, torn = records.lines.text_of(file).split("\n")
+        lines, torn = records.lines.split(records.lines.text_of(file))
     except OSError as error:
         raise UsageError(f"RUN must be a log that can be read, received {str(path)!r}: {error.strerror}") from error
     found, broken = [], []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tfmixed import whole
-from tfmixed.running.saying import refuse, say, say_end
+from tfmixed.running.saying import say, say_end
 from tfmixed.running.wishes import Wish
 
 _MOST = 4  # runs that a report lays side by side
@@ -122,12 +122,10 @@ class Ledger:
     def log_of(self, optimizer: Any) -> Path:
         """Returns the log of an optimizer that steps next: a new file, or that of the run that was restored.
 
-        Where no file can be, it ends the run.
+        Raises:
+            OSError: There can be none.
         """
-        try:
-            return self._log_of(self.entry(optimizer), int(optimizer.attempted_steps) > 0)
-        except OSError as error:
-            refuse(unwritable(self.wish.log_dir, error))
+        return self._log_of(self.entry(optimizer), int(optimizer.attempted_steps) > 0)
 
     def _log_of(self, entry: Entry, is_restored: bool) -> Path:
         from tfmixed import runlog

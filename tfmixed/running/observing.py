@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from tfmixed import events, runlog
+from tfmixed import runlog
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.running.ledger import Entry, Ledger
+from tfmixed.running.saying import say
 from tfmixed.state import Observable, ScalingState
 
 
@@ -30,25 +31,52 @@ class Logger(LossScaleLogger):
         # What it prints would stand in the script's own output.
         super().__init__(tensorboard=folder / "tensorboard" if log.tensorboard else None, every=log.every, verbose=0)
         self._ledger = ledger
+        self._is_full = False
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        with self._unless_full():
+            super().on_train_begin(logs)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if not self._running and self._is_chief and self._optimizer is not None:
-            self.path = self._ledger.log_of(self._optimizer)
-        super().on_epoch_begin(epoch, logs)
+        with self._unless_full():
+            if not self._running and self._is_chief and self._optimizer is not None and not self._is_full:
+                self.path = self._ledger.log_of(self._optimizer)
+            super().on_epoch_begin(epoch, logs)
+            if self._optimizer is not None and self.path is not None:
+                self._ledger.entry(self._optimizer).log = self.path
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self.every is not None:
-            super().on_train_batch_end(batch)
+            with self._unless_full():
+                super().on_train_batch_end(batch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        super().on_epoch_end(epoch, dict(logs or {}))
+        with self._unless_full():
+            super().on_epoch_end(epoch, dict(logs or {}))
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        with self._unless_full():
+            super().on_train_end(logs)
+
+    @contextlib.contextmanager
+    def _unless_full(self) -> Iterator[None]:
+        """Ends the log, and not the script, where nothing more can be written."""
+        try:
+            yield
+        except OSError as error:
+            say(f"the log ends here: {error}")
+            self._is_full = True
+            with contextlib.suppress(OSError):
+                runlog.release(self.path)
+            self.path = self.tensorboard = self._writer = None
 
     def break_off(self) -> None:
         """Collects what a `fit` that was interrupted leaves."""
         if self._running:
             with contextlib.suppress(Exception):
                 self._collect()
-            runlog.release(self.path)
+            with contextlib.suppress(OSError):
+                runlog.release(self.path)
 
 
 class Once(keras.callbacks.Callback):
@@ -158,9 +186,9 @@ def write_log(known: Any, path: Path, step: int, scale: float | None) -> None:
         scale: The scale then; None: the rule's first.
     """
     # The whole ring, of which the script may have drained some.
-    found = events.entries(events.values(known._state().variables), known._paths, 0)
-    changes = [each for each in found if each.step >= step]
+    changes = [each for each in known._remembered() if each.step >= step]
     begin = runlog.describe(None, known)
+    runlog.continue_at(path, step, ())  # a last line that was not written to its end goes
     start = float(known.rule.start().scale) if scale is None else scale
     kind = getattr(known, "kind", begin.optimizer)
     first = dataclasses.replace(begin, step=step, loss_scale=start, optimizer=kind)

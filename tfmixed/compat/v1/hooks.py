@@ -108,7 +108,8 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         now = Snapshot(self._optimizer, values, self._paths)
         changes = now.drain_events()
         if self.path is not None:
-            self.path, changes = runlog.begin(self.path, int(now.attempted_steps), get_args(Record), changes)
+            step, kinds = int(now.attempted_steps), get_args(Record)
+            self.path, changes = runlog.begin(self.path, step, kinds, changes, now, loop=self._optimizer)
         self._tell(changes)
         runlog.append(self.path, [runlog.describe(None, now)])
         # Nothing is marked before all hooks have looked.
