@@ -140,7 +140,8 @@ class Probe:
         built = all(layer.built for layer in self.model._flatten_layers())
         # What new layers draw, `fit` would have drawn.
         kept = temporary.states(self.model, self._seeds) if built else temporary.added_losses(self.model)
-        with untaken(self.model, lambda *_: None, self.scale), kept:
+        wide = temporary.losses_in_float32(self.model._flatten_layers())
+        with untaken(self.model, lambda *_: None, self.scale), kept, wide:
             self.model._symbolic_build(data_batch=_without_optionals(batch))
         self._paths = structure.paths(self.model)
         self._step = _CountedStep(self.model, self._paths, self.precision, self.scale)
@@ -224,7 +225,8 @@ class _CountedStep:
 
     def run(self, batch: Any, state: Any) -> None:
         """Counts the gradients of one batch."""
-        with untaken(self.model, self._count, self.scale), self._in_precision(), self._tapped():
+        wide = temporary.losses_in_float32(self.paths)
+        with untaken(self.model, self._count, self.scale), self._in_precision(), self._tapped(), wide:
             self._step(batch, state)
 
     def clear(self) -> None:

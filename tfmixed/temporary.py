@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -12,6 +13,7 @@ import numpy
 from keras.src.backend.common import global_state
 
 from tfmixed import structure
+from tfmixed.formats import HALF
 
 
 def put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -102,6 +104,27 @@ def added_losses(model: keras.Model) -> Iterator[None]:
     finally:
         for held, old in losses:
             held[:] = old
+
+
+@contextlib.contextmanager
+def losses_in_float32(layers: Iterable[keras.Operation]) -> Iterator[None]:
+    """Makes layers give the losses that they add in float32.
+
+    Keras leaves them in half precision, which TensorFlow refuses to sum with the loss of `compile`.
+    """
+    with contextlib.ExitStack() as stack:
+        for each in layers:
+            for name in ("_get_own_losses", "_get_regularization_losses"):
+                if hasattr(each, name):
+                    put(stack, each, name, functools.partial(_in_float32, getattr(each, name)))
+        yield
+
+
+def _in_float32(losses: Callable[[], list[Any]]) -> list[Any]:
+    return [
+        keras.ops.cast(loss, "float32") if keras.backend.standardize_dtype(loss.dtype) in HALF else loss
+        for loss in losses()
+    ]
 
 
 def seed_generator() -> keras.random.SeedGenerator:

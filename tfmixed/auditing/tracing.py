@@ -151,10 +151,10 @@ def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
     """Gives each layer's call and regularizers a name scope that tells its number in the list that it yields.
 
     What the calls change in random states and added losses is restored. The losses of `compile` are replaced meanwhile,
-    because they keep the structure of the first targets they are given.
+    because they keep the structure of the first targets they are given; those that layers add are summed in float32.
     """
     layers = list(structure.paths(model))
-    with temporary.states(model), contextlib.ExitStack() as stack:
+    with temporary.states(model), temporary.losses_in_float32(layers), contextlib.ExitStack() as stack:
         if (own := model._compile_loss) is not None:
             fresh = type(own)(model.loss, own._user_loss_weights, output_names=own.output_names)
             temporary.put(stack, model, "_compile_loss", fresh)
