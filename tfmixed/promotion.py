@@ -125,8 +125,8 @@ class _Function:
     def __init__(self, name: str) -> None:
         self.name = name
         self.of_a_script = name != "activity_regularizer"  # activations of Keras take half precision
-        self.wrapper: Any = _Activation if self.of_a_script else _Regularizer
         self.inside = "activation" if self.of_a_script else "regularizer"
+        self.wrapper: Any = _Activation if self.of_a_script else _Regularizer
 
     def __get__(self, layer: Any, kind: Any = None) -> Any:
         if layer is None or self.name not in vars(layer):
