@@ -584,6 +584,20 @@ def test_a_restored_run_leaves_the_log_of_another_training(tmp_path, step, bad):
     with pytest.warns(UserWarning, match="nothing shows that this training wrote them"):
         go_on(save.store, logger)
     assert (path.read_bytes(), own.read_bytes(), logger.path.name) == (other, killed, "log-3.jsonl")
-    assert records.read_log(logger.path)[0].step == step
+    begins = [record.step for record in records.read_log(logger.path) if isinstance(record, records.RunRecord)]
+    assert begins == [step]
     go_on(save.store, LossScaleLogger(own, verbose=0))
     assert own.read_bytes().startswith(killed)
+
+
+def test_two_scalers_of_one_loop_have_a_log_each(tmp_path):
+    """A second logger of one of them shares its log."""
+    path, scalers = tmp_path / "gan.jsonl", [tfmixed.GradScaler(), tfmixed.GradScaler()]
+    loggers = [LossScaleLogger(path, verbose=0).watch(scaler) for scaler in (*scalers, scalers[0])]
+    loggers[0].on_epoch_begin(0)
+    with pytest.warns(UserWarning, match="being written by another training"):
+        loggers[1].on_epoch_begin(0)
+    loggers[2].on_epoch_begin(0)
+    assert [logger.path.name for logger in loggers] == ["gan.jsonl", "gan-2.jsonl", "gan.jsonl"]
+    for logger in loggers:
+        logger.on_train_end()

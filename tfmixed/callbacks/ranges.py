@@ -27,7 +27,8 @@ class GradientRanges(keras.callbacks.Callback):
     Args:
         path: File of JSON lines, one a snapshot: best that of `LossScaleLogger`, so that `tfmixed report` finds all in
             one log. Snapshots of a run that is repeated are replaced. While another running training writes that
-            file, it is a new one, as in `LossScaleLogger`. None writes no file.
+            file, or if nothing shows that it is the run's own, it is a new one, as in `LossScaleLogger`. None writes
+            no file.
         every: Attempted steps from one snapshot to the next; the first is that of the first step.
         precision: As in `measure_gradients`.
         tensorboard: Log directory for TensorBoard, where a run `gradients` appears beside the others: of each gradient

@@ -32,8 +32,9 @@ class LossScaleLogger(keras.callbacks.Callback):
     Args:
         path: File of JSON lines: one a change, one at the begin of a run that says what runs where, one at the end of
             each epoch (`records.read_log` reads them). Lines from a run that is repeated, because the optimizer stands
-            before them, are replaced; others are kept. While another running training writes that file, it is a new
-            one with a number (`loss_scale-2.jsonl`), with a warning, and `path` is set to it. None writes no file.
+            before them, are replaced; others are kept. While another running training or loop writes that file, or if
+            nothing shows that a restored run wrote the lines that it would replace, it is a new one with a number
+            (`loss_scale-2.jsonl`), with a warning, and `path` is set to it. None writes no file.
         tensorboard: Log directory for TensorBoard: `loss_scale` at the exact step of each change, and all three
             scalars at the end of each epoch. Needs TensorFlow and the package tensorboard. None writes none.
         every: Collect within the epoch too, each `every` steps. Reads the device. A process that is killed loses what
