@@ -132,7 +132,7 @@ def test_no_space_for_the_output_is_one_line(arguments):
         )
     assert run.returncode == 2
     assert run.stderr.splitlines() == [
-        "tfmixed: output must be written where there is space, received: No space left on device"
+        "tfmixed: Standard output must be open and have space. Received: No space left on device."
     ]
 
 
