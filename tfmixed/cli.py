@@ -96,7 +96,7 @@ def doctor(
 def audit(
     model: Annotated[
         str,
-        typer.Argument(help="module:function that returns a model; model, inputs, targets; or model, data. Or a .keras file."),
+        typer.Argument(help="module:function that returns model (, inputs, targets) or model, data; or a .keras file."),
     ],
     policy: _Policy = None,
     fail_on: Annotated[
