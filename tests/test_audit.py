@@ -677,8 +677,7 @@ class OwnLoss(keras.Model):
         return keras.ops.mean(keras.ops.square(keras.ops.cast(y_pred, "float32") - y)) + sum(self.losses)
 
 
-@pytest.mark.parametrize("kind", [keras.Model, OwnLoss])
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(("policy", "kind"), [("mixed_float16", OwnLoss), ("mixed_bfloat16", keras.Model)])
 def test_added_losses_meet_that_of_compile(policy, kind):
     """In half precision, where Keras's `fit` raises a TypeError; forced, it is the step of float32."""
     keras.config.set_dtype_policy(policy)
