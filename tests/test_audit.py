@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras import ops
 from thorough import thorough
 
-from tfmixed import LossScaleOptimizer, audit, force_float32
+from tfmixed import LossScaleOptimizer, audit, force_float32, measure_gradients
 
 # NumPy's, when TensorFlow makes a constant of -1e9.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast")
@@ -668,6 +668,28 @@ def test_losses_are_blamed_on_the_layers_that_add_them(layer):
     assert all(one is other for one, other in zip(before, model.losses, strict=True))
     force_float32(model)
     assert found(model, np.ones((2, 64))) == []
+
+
+class OwnLoss(keras.Model):
+    """A model that sums the added losses itself."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return keras.ops.mean(keras.ops.square(keras.ops.cast(y_pred, "float32") - y)) + sum(self.losses)
+
+
+@pytest.mark.parametrize(("policy", "kind"), [("mixed_float16", OwnLoss), ("mixed_bfloat16", keras.Model)])
+def test_added_losses_meet_that_of_compile(policy, kind):
+    """In half precision, where Keras's `fit` raises a TypeError; forced, it is the step of float32."""
+    keras.config.set_dtype_policy(policy)
+    hidden = keras.layers.Dense(8, activity_regularizer="l2", name="h")(x := keras.Input((8,)))
+    model = kind(x, keras.layers.Dense(1, dtype="float32")(hidden))
+    model.compile("sgd", "mse")
+    batch = np.ones((4, 8), "float32"), np.ones((4, 1), "float32")
+    assert ("h", "warning", "added loss") in found(model, *batch)
+    assert len(measure_gradients(model, batch, precision=policy.removeprefix("mixed_"))) == 6
+    assert force_float32(model) == ["h: activity regularizer"]
+    assert found(model, *batch) == []
+    model.fit(*batch, verbose=0)
 
 
 def test_weight_regularizers_are_blamed_on_the_layers_of_the_weights():

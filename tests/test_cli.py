@@ -132,7 +132,7 @@ def test_no_space_for_the_output_is_one_line(arguments):
         )
     assert run.returncode == 2
     assert run.stderr.splitlines() == [
-        "tfmixed: output must be written where there is space, received: No space left on device"
+        "tfmixed: Standard output must be open and have space. Received: No space left on device."
     ]
 
 
@@ -234,11 +234,14 @@ def test_audit_runs_inputs_and_prints_json(tmp_path):
         (["nowhere:build"], "there is no module 'nowhere'"),
         (["net:build", "--policy", "half"], "policy must be .* received 'half'"),
         (["missing.keras"], "there is no such file"),
+        (["small:lists"], "inputs and targets must be arrays, .* received float"),
+        (["small:array"], r"it returned array\(\[\[1., 1.\], \[1."),
     ],
 )
 def test_audit_refuses_in_one_line(command, tmp_path, arguments, message):
     """Exit code 2, which no finding gives."""
     (tmp_path / "net.py").write_text(NETS)
+    (tmp_path / "small.py").write_text(f"{NET}\n\ndef array(): return numpy.ones((4, 2))\n")
     run = command("audit", *arguments)
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
@@ -333,6 +336,19 @@ def empty():
 def nothing_at_all():
     model, x, y = compiled()
     return model, x[:0], y[:0]
+
+
+def inputs():
+    return compiled()[:2]
+
+
+def inputs_and_none():
+    return *compiled()[:2], None
+
+
+def lists():
+    model, x, y = compiled()
+    return model, x.tolist(), y.tolist()
 """
 
 
@@ -362,6 +378,8 @@ def test_ranges_prints_json_alone(command, tmp_path):
     ("arguments", "message"),
     [
         (["net:alone"], "model must be compiled and come with inputs and targets, received 'net:alone'"),
+        (["net:inputs"], "data must come with inputs and targets"),
+        (["net:inputs_and_none"], "data must come with inputs and targets"),
         (["net:nothing"], "module 'net' has no attribute 'nothing'"),
         (["net:empty"], "data must hold a batch at least, received <_TakeDataset"),
         (["net:nothing_at_all"], "data must hold a batch at least"),
@@ -380,12 +398,35 @@ def test_ranges_refuses_in_one_line(command, tmp_path, arguments, message):
     assert "Traceback" not in run.stderr
 
 
-def test_ranges_shows_what_the_users_own_code_raises(command, tmp_path):
-    """With its traceback, and exit code 2."""
+@pytest.mark.parametrize("name", ["audit", "ranges"])
+def test_what_code_of_others_raises_is_shown(command, tmp_path, name):
+    """With its traceback, one line at the end, and exit code 2."""
     (tmp_path / "net.py").write_text(NET)
-    run = command("ranges", "net:broken")
+    run = command(name, "net:broken")
     assert run.returncode == 2
     assert "Traceback" in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("tfmixed: ")
+
+
+@pytest.mark.parametrize("closed", ["1", "1, 2"])
+def test_closed_output_ends_with_2(tmp_path, closed):
+    """By code of the model, of a descriptor. 1 is for findings."""
+    closing = "".join(f"os.close({number}); " for number in closed.split(", "))
+    (tmp_path / "net.py").write_text(f"import os\n{TINY}\ndef closing(): {closing}return tiny()\n")
+    run = tfmixed_command("audit", "net:closing", cwd=tmp_path)
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert ("tfmixed: Standard output must be open" in run.stderr) == (closed == "1")
+
+
+@pytest.mark.parametrize("arguments", ON_MODELS[:3], ids=" ".join)
+def test_a_subclassed_model_is_built_for_a_dataset(command, tmp_path, arguments):
+    """Its first batch."""
+    dataset = "tensorflow.data.Dataset.from_tensor_slices(data).batch(2)"
+    text = f"{SUBCLASSED}\n\ndef g():\n    import tensorflow\n    model, *data = f()\n    return model, {dataset}\n"
+    (tmp_path / "net.py").write_text(text.replace("(data)", "(tuple(data))"))
+    run = command(*arguments, "net:g", "--json")
+    assert run.returncode == 0, run.stderr
 
 
 NO_LOGS = {

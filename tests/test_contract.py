@@ -36,6 +36,8 @@ HOOKS = [
         ["self", "include_self", "recursive"],
         "force float32, find widths",
     ),
+    ("keras.src.layers.layer", "Layer._get_own_losses", ["self"], "sum added losses in float32"),
+    ("keras.src.layers.layer", "Layer._get_regularization_losses", ["self"], "sum added losses in float32"),
     ("keras.src.backend.common.tensor_attributes", "get_tensor_attr", ["tensor", "attr"], "remember float32 values"),
     (
         "keras.src.backend.common.tensor_attributes",

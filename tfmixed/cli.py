@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import errno
 import json
 import os
@@ -20,6 +21,7 @@ from tfmixed.errors import ConfigError, UsageError
 from tfmixed.running import command as running
 
 _OURS = f"{Path(__file__).parent}{os.sep}"
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -32,7 +34,8 @@ def main() -> None:
         with _flushed():
             app()
     except (UsageError, ConfigError) as error:
-        print(f"tfmixed: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # closed by code of the user
+            print(f"tfmixed: {' '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr)
         raise SystemExit(2) from None
     except running.Ready as ready:
         start = ready.start
@@ -41,7 +44,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _flushed() -> Iterator[None]:
-    """Ends a command only when its output is written, and with one line where there is no space for it."""
+    """Ends a command only when its output is written, and with one line where it cannot be."""
     try:
         try:
             yield
@@ -49,10 +52,10 @@ def _flushed() -> Iterator[None]:
             if sys.stdout is not None:  # closed by whoever called
                 sys.stdout.flush()
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _UNWRITTEN:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter tries again as it ends
-        raise UsageError(f"output must be written where there is space, received: {error.strerror}") from error
+        raise UsageError(f"Standard output must be open and have space. Received: {error.strerror}.") from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -93,7 +96,7 @@ def doctor(
 def audit(
     model: Annotated[
         str,
-        typer.Argument(help="module:function that returns a model, or model, inputs and targets; or a .keras file."),
+        typer.Argument(help="module:function that returns model (, inputs, targets) or model, data; or a .keras file."),
     ],
     policy: _Policy = None,
     fail_on: Annotated[
@@ -104,10 +107,11 @@ def audit(
 ) -> None:
     """What in a model's forward and backward pass is unsafe in half precision; inputs, if given, run through it."""
     with _on_models():
-        from tfmixed.models import load_step
+        from tfmixed.models import first_batch, load_step
 
         _set_policy(policy)
-        found = tfmixed.audit(*load_step(model))
+        made, *data = load_step(model)
+        found = tfmixed.audit(made, *first_batch(*data))
     print(found.to_json()) if as_json else _print(found)
     raise typer.Exit(found.fails(fail_on))
 
@@ -212,10 +216,17 @@ def _on_models() -> Iterator[None]:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Returns whether a check of this package raised the error, and no code that it called."""
-    *_, innermost = traceback.walk_tb(error.__traceback__)
-    ours = innermost[0].f_code.co_filename.startswith(_OURS)
-    return ours and error.__cause__ is None and isinstance(error, (ValueError, NotImplementedError))
+    """Returns whether a check of this package raised the error, and no code that it called.
+
+    Keras removes its own frames: an error of it can seem to come from ours, but from a call there and no `raise`.
+    """
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    if innermost is None or error.__cause__ is not None or not isinstance(error, (ValueError, NotImplementedError)):
+        return False
+    code = innermost.tb_frame.f_code
+    return code.co_filename.startswith(_OURS) and code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _print(renderable: Any) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
+from keras.src.trainers.data_adapters import get_data_adapter
 
+from tfmixed import temporary
 from tfmixed.errors import UsageError
+from tfmixed.scaling import checks
 
 _FORMS = '"module:function" that returns a Keras model, or a .keras file'
 
@@ -23,11 +27,12 @@ def load_model(spec: str) -> keras.Model:
         spec: As in `load_step`.
 
     Raises:
-        UsageError: As for `load_step`; or the inputs are not arrays.
+        UsageError: As for `load_step`.
+        ValueError: If the inputs beside it are neither arrays nor a dataset.
     """
-    model, inputs, _ = load_step(spec)
+    model, inputs, targets = load_step(spec)
     if not model.built:
-        build(model, inputs)
+        build(model, first_batch(inputs, targets)[0])
     return model
 
 
@@ -90,6 +95,44 @@ def function_of(spec: str) -> Callable[[], Any]:
             "import, and run the command in the folder where the module lies"
         )
     return _attribute(spec, _imported(spec, module), name)
+
+
+def first_batch(inputs: Any, targets: Any = None) -> tuple[Any, Any]:
+    """Returns inputs and targets: those given, or the first batch where a dataset of both is given instead."""
+    if targets is not None or all(hasattr(leaf, "shape") or leaf is None for leaf in keras.tree.flatten(inputs)):
+        return inputs, targets
+    for batch in batches(inputs):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        return x, y
+    raise ValueError(f"data must hold a batch at least, received {inputs!r:.200}")
+
+
+def batches(data: Any, batch_size: int | None = None) -> Iterator[Any]:
+    """Yields the batches that `fit` would train on.
+
+    Args:
+        data: What `fit` takes, as in `measure_gradients`.
+        batch_size: Of arrays. Defaults to None, which is 32.
+
+    Raises:
+        ValueError: If `fit` does not take the data.
+    """
+    parts = data if isinstance(data, tuple) else (data,)
+    if not 1 <= len(parts) <= 3 or parts[0] is None or (isinstance(parts[0], (list, tuple, dict)) and not parts[0]):
+        raise ValueError(
+            f"data must be what `fit` takes, as (x, y, sample_weight) or a dataset, received {data!r:.200}"
+        )
+    if batch_size is not None:
+        checks.count("batch_size", batch_size, 1)
+    adapter = get_data_adapter(*parts, batch_size=batch_size)
+    iterators = {"tensorflow": "get_tf_dataset", "jax": "get_jax_iterator", "torch": "get_torch_dataloader"}
+    with contextlib.ExitStack() as stack:
+        if isinstance(data, keras.utils.PyDataset):  # no epoch of a user's begins or ends, where data may be shuffled
+            for name in ("on_epoch_begin", "on_epoch_end"):
+                temporary.put(stack, data, name, lambda: None)
+        adapter.on_epoch_begin()
+        stack.callback(adapter.on_epoch_end)  # ends the workers of a PyDataset
+        yield from getattr(adapter, iterators[keras.backend.backend()])()
 
 
 def build(model: keras.Model, inputs: Any) -> None:

@@ -9,9 +9,8 @@ from typing import Any, Literal, get_args
 
 import keras
 from keras import tree
-from keras.src.trainers.data_adapters import get_data_adapter
 
-from tfmixed import gradients, structure, taps, temporary
+from tfmixed import gradients, models, structure, taps, temporary
 from tfmixed.formats import HALF
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import GradientRange, RangesRecord
@@ -66,7 +65,7 @@ def measure_gradients(
     """
     checks.count("steps", steps, 1)
     probe = Probe(model, precision, scale)
-    batches = itertools.islice(_batches(data, batch_size), steps)
+    batches = itertools.islice(models.batches(data, batch_size), steps)
     with temporary.random_states():  # PyTorch's loaders draw from them
         first = list(itertools.islice(batches, 1))
     for batch in first:
@@ -77,25 +76,6 @@ def measure_gradients(
     if not probe.batches:
         raise ValueError(f"data must hold a batch at least, received {data!r:.200}")
     return GradientRanges(probe.record())
-
-
-def _batches(data: Any, batch_size: int | None) -> Iterator[Any]:
-    parts = data if isinstance(data, tuple) else (data,)
-    if not 1 <= len(parts) <= 3 or parts[0] is None or (isinstance(parts[0], (list, tuple, dict)) and not parts[0]):
-        raise ValueError(
-            f"data must be what `fit` takes, as (x, y, sample_weight) or a dataset, received {data!r:.200}"
-        )
-    if batch_size is not None:
-        checks.count("batch_size", batch_size, 1)
-    adapter = get_data_adapter(*parts, batch_size=batch_size)
-    iterators = {"tensorflow": "get_tf_dataset", "jax": "get_jax_iterator", "torch": "get_torch_dataloader"}
-    with contextlib.ExitStack() as stack:
-        if isinstance(data, keras.utils.PyDataset):  # no epoch of a user's begins or ends, where data may be shuffled
-            for name in ("on_epoch_begin", "on_epoch_end"):
-                temporary.put(stack, data, name, lambda: None)
-        adapter.on_epoch_begin()
-        stack.callback(adapter.on_epoch_end)  # ends the workers of a PyDataset
-        yield from getattr(adapter, iterators[keras.backend.backend()])()
 
 
 def checked_precision(precision: Precision) -> Precision:
@@ -137,6 +117,7 @@ class Probe:
 
     def build(self, batch: Any) -> None:
         """Builds what is not built yet, the optimizers apart."""
+        _check_targets(self.model, batch)
         built = all(layer.built for layer in self.model._flatten_layers())
         # What new layers draw, `fit` would have drawn.
         kept = temporary.states(self.model, self._seeds) if built else temporary.added_losses(self.model)
@@ -264,6 +245,17 @@ class _CountedStep:
             if gradient is not None and not gradients.holds_gradient(variable):
                 self.weights[id(variable)] = variable
                 taps.count(gradient, self.tallies.setdefault(id(variable), taps.Tally()), self.scale)
+
+
+def _check_targets(model: keras.Model, batch: Any) -> None:
+    """Refuses inputs alone where the step and the loss are Keras's, which raise an error that names neither."""
+    _, y, _ = keras.utils.unpack_x_y_sample_weight(_without_optionals(batch))
+    own = any(getattr(type(model), name) is not getattr(keras.Model, name) for name in ("train_step", "compute_loss"))
+    if y is None and model.loss is not None and not own:
+        raise ValueError(
+            "data must come with inputs and targets for the loss that the model is compiled with. Received: inputs "
+            "alone. Pass (x, y), or a dataset of both"
+        )
 
 
 def _given(layer: Any) -> str:

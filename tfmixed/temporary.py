@@ -114,9 +114,10 @@ def losses_in_float32(layers: Iterable[keras.Operation]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for each in layers:
-            for name in ("_get_own_losses", "_get_regularization_losses"):
-                if hasattr(each, name):
-                    put(stack, each, name, functools.partial(_in_float32, getattr(each, name)))
+            if isinstance(each, keras.layers.Layer):
+                regularization = functools.partial(_in_float32, each._get_regularization_losses)
+                put(stack, each, "_get_own_losses", functools.partial(_in_float32, each._get_own_losses))
+                put(stack, each, "_get_regularization_losses", regularization)
         yield
 
 

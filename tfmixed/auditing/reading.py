@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -168,13 +169,17 @@ def _context(trace: Trace, inputs: Any) -> Context:
 def _tensors(structure: Any) -> Any:
     if structure is None:
         return None
-    try:
-        return tree.map_structure(keras.ops.convert_to_tensor, structure)
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"inputs and targets must be arrays, or structures of them, received {type(structure).__name__}: of a "
-            "dataset, pass one batch"
-        ) from None
+    return tree.map_structure(_tensor, structure)
+
+
+def _tensor(array: Any) -> Any:
+    with contextlib.suppress(ValueError, TypeError):
+        if (tensor := keras.ops.convert_to_tensor(array)).shape.rank != 0:  # else a number, of lists of them
+            return tensor
+    raise ValueError(
+        f"inputs and targets must be arrays, or structures of them, received {type(array).__name__}: of a dataset, "
+        "pass one batch, and of lists of numbers make arrays"
+    )
 
 
 def _of_graph(step: Step, half: Trace, context: Context) -> Iterator[Found]:
