@@ -14,6 +14,8 @@ from thorough import covering, few
 
 from tfmixed import LogMaxScale, LossScaleOptimizer, scaling
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* were skipped:UserWarning")  # many overflows are planted
+
 STRATEGIES = {
     "none": lambda: None,
     "one_device": lambda: tf.distribute.OneDeviceStrategy("CPU:0"),
@@ -228,7 +230,7 @@ def test_the_norm_is_that_of_the_sum_where_replicas_agree():
 
 @made_up
 def test_gradients_whose_sum_cannot_be_squared_poison_nothing():
-    """The square of 1.5e19 is finite, that of two of them is not: no moment of Adam is infinite."""
+    """The square of 1.5e19 is finite, that of two of them is not: it is an overflow, and no moment is infinite."""
     strategy = mirrored(2)
     with strategy.scope():
         weight, optimizer = keras.Variable([0.0]), LossScaleOptimizer("adam", 1)
@@ -237,7 +239,7 @@ def test_gradients_whose_sum_cannot_be_squared_poison_nothing():
     for size in (1.5e19, 1.0):
         strategy.run(step, (tf.constant([size]),))
     assert all(np.isfinite(variable.numpy()).all() for variable in optimizer.variables)
-    assert (int(optimizer.skipped_steps), int(optimizer.iterations.numpy())) == (0, 2)
+    assert (int(optimizer.skipped_steps), int(optimizer.iterations.numpy())) == (1, 1)
 
 
 @made_up

@@ -268,7 +268,7 @@ class Observable:
             skipped: The steps that were skipped before it.
         """
         steps, skips = int(self.attempted_steps) - since, int(self.skipped_steps) - skipped
-        if skips < _FEW or 2 * skips <= steps:
+        if skips < _FEW or 2 * skips <= steps or skips > steps:  # more only if another state was loaded meanwhile
             return None
         row, overflows = int(self.consecutive_skips), events.overflows(self._state().variables, self._paths, since)
         found, first = [each.step for each in overflows], since + steps - row
