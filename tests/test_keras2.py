@@ -20,6 +20,7 @@ from tfmixed.scaling import ConstantScale, DynamicScale
 
 RULE = DynamicScale(initial_scale=2.0**10, growth_interval=3)
 BATCHES, BAD = 8, 4
+not_on_jax = pytest.mark.skipif(BACKEND == "jax", reason="apply is TensorFlow's and PyTorch's")
 slow_here = pytest.mark.filterwarnings("ignore:policy .* is slow here")  # float16 on a CPU
 
 
@@ -401,6 +402,7 @@ def test_with_a_scale_of_1_nothing_can_go_wrong(calls):
     assert loop(*calls, scale=1) == ([], 1024.0)
 
 
+@not_on_jax
 @pytest.mark.parametrize("name", ["loss_scale", "dynamic", "gradient_norm", "attempted_steps", "fused"])
 def test_a_property_that_is_read_changes_nothing(name):
     """Neither what is said nor what is applied."""
@@ -432,9 +434,6 @@ def once(optimizer, weight, *calls):
         else:
             grads = optimizer.get_unscaled_gradients(grads)
     return before - weight.numpy()[0]
-
-
-not_on_jax = pytest.mark.skipif(BACKEND == "jax", reason="apply is TensorFlow's and PyTorch's")
 
 
 @not_on_jax
