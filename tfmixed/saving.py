@@ -23,7 +23,7 @@ class _Config(dict[str, Any]):
         return self["inner_optimizer"]["config"][key]
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or key in super().__getitem__("inner_optimizer")["config"]
+        return super().__contains__(key) or key in self["inner_optimizer"]["config"]
 
     def get(self, key: str, default: Any = None) -> Any:
         """Returns the entry, or the inner optimizer's, or `default`."""
