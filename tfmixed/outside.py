@@ -14,7 +14,7 @@ LIBRARIES = (
 )
 
 
-def caller(libraries: tuple[str, ...] = LIBRARIES, but_for: str = "") -> FrameType | None:
+def caller(libraries: tuple[str, ...] = LIBRARIES, but_for: tuple[str, ...] = ()) -> FrameType | None:
     """Returns the innermost frame that is of none of these libraries; None where there is none.
 
     A thread of a framework's, such as a replica, works for what the main thread waits in.
@@ -27,16 +27,16 @@ def caller(libraries: tuple[str, ...] = LIBRARIES, but_for: str = "") -> FrameTy
     return _innermost(sys._getframe(1), libraries, but_for) or _innermost(main, libraries, but_for)
 
 
-def _innermost(frame: FrameType | None, libraries: tuple[str, ...], but_for: str) -> FrameType | None:
+def _innermost(frame: FrameType | None, libraries: tuple[str, ...], but_for: tuple[str, ...]) -> FrameType | None:
     while frame is not None and not is_outside(frame, libraries, but_for):
         frame = frame.f_back
     return frame
 
 
-def is_outside(frame: FrameType, libraries: tuple[str, ...] = LIBRARIES, but_for: str = "") -> bool:
+def is_outside(frame: FrameType, libraries: tuple[str, ...] = LIBRARIES, but_for: tuple[str, ...] = ()) -> bool:
     """Returns whether a frame is of none of these libraries."""
     name, file = frame.f_globals.get("__name__", ""), os.path.basename(frame.f_code.co_filename)
-    known = name.partition(".")[0] in libraries or bool(but_for and name.startswith(but_for))
+    known = name.partition(".")[0] in libraries or name.startswith(but_for)
     return not known and not file.startswith("__autograph_generated_file")  # its lines are nobody's
 
 

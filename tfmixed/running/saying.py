@@ -9,6 +9,9 @@ from typing import NoReturn
 
 from tfmixed import outside
 
+# Modules whose functions stand around those of the frameworks.
+_APPLIED = (str(__package__), "tfmixed.patching", "tfmixed.promotion")
+
 
 def say(what: str) -> None:
     """Prints one line. Not to `sys.stderr`, which the script may have replaced to read what it prints itself."""
@@ -56,7 +59,7 @@ def place_of(frame: FrameType, line: int) -> str:
 
 def caller(*libraries: str) -> str:
     """Returns the name of the innermost module that is neither of these libraries nor of this package."""
-    frame = outside.caller((*libraries, "contextlib", "functools"), but_for=__package__)
+    frame = outside.caller((*libraries, "contextlib", "functools"), but_for=_APPLIED)
     return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
