@@ -49,8 +49,9 @@ class Loops:
         """Stands around the methods of Keras's optimizers, of `tf.GradientTape` and of PyTorch's optimizers."""
         around(keras.layers.Layer, "__init__", self._layer)
         around(keras.optimizers.LossScaleOptimizer, "__init__", self._scaler)
-        for kind in (keras.optimizers.Optimizer, keras.optimizers.MultiOptimizer):
-            around(kind, "apply", self._apply, traced=True)
+        for name in ("Optimizer", "MultiOptimizer"):
+            if hasattr(keras.optimizers, name):  # the second from Keras 3.15 on
+                around(getattr(keras.optimizers, name), "apply", self._apply, traced=True)
         wrapt.when_imported("tfmixed.grad_scaler")(
             lambda module: around(module.GradScaler, "__init__", self._grad_scaler)
         )
