@@ -23,7 +23,7 @@ from update import by_turns, update
 
 import tfmixed
 from tfmixed import plotting
-from tfmixed.verdicts import Judge
+from tfmixed._core.finite_check import Judge
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 2048

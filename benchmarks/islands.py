@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tfmixed
-from tfmixed.bench import networks
+from tfmixed._cli.bench import networks
 
 ours = tfmixed.layers
 ROUNDS = 15

@@ -28,7 +28,8 @@ from rich.markdown import Markdown
 from scipy import stats
 
 import tfmixed
-from tfmixed import hardware, whole
+from tfmixed import hardware
+from tfmixed._utils import atomic_write
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "parity.md"
@@ -175,7 +176,7 @@ def main() -> None:
     text = page({name: measured(TASKS[name], arguments.seeds) for name in tasks})
     Console().print(Markdown(text))
     if arguments.output != "-":
-        whole.write_text(arguments.output, text)
+        atomic_write.write_text(arguments.output, text)
 
 
 if __name__ == "__main__":

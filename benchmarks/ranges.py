@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import tfmixed
-from tfmixed.bench import networks
-from tfmixed.probing import Probe
+from tfmixed._cli.bench import networks
+from tfmixed._probe.train_step_probe import Probe
 
 ROUNDS, STEPS = 7, 3
 

@@ -4,7 +4,7 @@ import os
 import keras
 import pytest
 
-from tfmixed import promotion
+from tfmixed._islands import promotion
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf

@@ -140,4 +140,6 @@ def test_keras_imports_and_trains_where_a_private_module_of_it_has_another_name(
     command = [sys.executable, "-W", filters, "-c", RENAMED]
     run = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert (run.returncode, run.stdout) == (0, "SourceFileLoader\n"), run.stderr
-    assert ("Saved models that need `tfmixed.inplace` cannot be loaded" in run.stderr) == (filters == "default")
+    assert ("Saved models that need `tfmixed._islands.layer_rewrite` cannot be loaded" in run.stderr) == (
+        filters == "default"
+    )

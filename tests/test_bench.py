@@ -12,9 +12,10 @@ import pytest
 from backend import BACKEND, ON_CPU
 from rich.console import Console
 
-from tfmixed import bench, plotting
-from tfmixed.bench import networks
-from tfmixed.bench.cases import repeated
+from tfmixed import plotting
+from tfmixed._cli import bench
+from tfmixed._cli.bench import networks
+from tfmixed._cli.bench.cases import repeated
 
 SMALL = {
     "mlp": {"samples": 32, "width": 16, "depth": 2},

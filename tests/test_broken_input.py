@@ -15,7 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import tfmixed
-from tfmixed import cli, records, scaling
+from tfmixed import records, scaling
+from tfmixed._cli import main
 from tfmixed.config import load_config
 from tfmixed.errors import ConfigError, UsageError
 from tfmixed.ranges import GradientRanges
@@ -95,7 +96,7 @@ def test_a_broken_log_is_a_partial_report(tmp_path, first):
 
 def end_of(command):
     """Runs a command in this process; a traceback of it is one of the test."""
-    result = CliRunner().invoke(cli.app, command)
+    result = CliRunner().invoke(main.app, command)
     if result.exception and not isinstance(result.exception, (SystemExit, UsageError, ConfigError)):
         raise result.exception
     return result

@@ -14,9 +14,10 @@ from backend import BACKEND, modes, needs_tensorflow, tf
 from thorough import covering
 
 import tfmixed
-from tfmixed import LossScaleOptimizer, records, runlog
+from tfmixed import LossScaleOptimizer, records
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import LossScaleExhausted
+from tfmixed.records import run_log
 from tfmixed.scaling import ConstantScale, DynamicScale
 
 RULE = DynamicScale(initial_scale=8.0, growth_interval=4)
@@ -578,7 +579,7 @@ def test_a_restored_run_leaves_the_log_of_another_training(tmp_path, step, bad):
     other = path.read_bytes()
     with pytest.raises(Killed):
         fit(LossScaleLogger(own, verbose=0), save, Save(20, kill=True), epochs=2)
-    runlog.release(own)  # as the end of its process does
+    run_log.release(own)  # as the end of its process does
     killed = own.read_bytes()
     logger = LossScaleLogger(path, verbose=0)
     with pytest.warns(UserWarning, match="nothing shows that this training wrote them"):

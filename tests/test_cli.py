@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import tfmixed
-from tfmixed import cli, records
-from tfmixed.cli import app
+from tfmixed import records
+from tfmixed._cli import main
+from tfmixed._cli.main import app
 from tfmixed.records import Progress, ScaleChange
 
 HEAVY = {"tensorflow", "keras", "numpy", "matplotlib", "jax", "torch"}
@@ -37,7 +38,7 @@ def command(tmp_path, monkeypatch, capsys):
             patched.delitem(sys.modules, "net", raising=False)
             code = 0
             try:
-                cli.main()
+                main.main()
             except SystemExit as end:
                 code = int(end.code or 0)
         sys.modules.pop("net", None)
@@ -51,7 +52,7 @@ def test_help_loads_no_framework():
     code = (
         "import sys\n"
         "sys.argv = ['tfmixed', '--help']\n"
-        "from tfmixed.cli import main\n"
+        "from tfmixed._cli.main import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code\n"
         "print(*sys.modules, file=sys.stderr)\n"

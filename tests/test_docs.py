@@ -18,7 +18,7 @@ import test_nan
 from test_architecture import FLOORS, PACKAGE
 
 import tfmixed
-from tfmixed import cli
+from tfmixed._cli import main
 
 DOCS = pages.ROOT / "docs"
 PORTING = DOCS / "porting.md"  # test_porting.py runs its right column
@@ -133,7 +133,7 @@ def test_every_public_name_is_in_the_reference():
 def test_every_command_is_on_a_page():
     """With a block that shows it."""
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages.PAGES)
-    commands = [each.name or each.callback.__name__ for each in cli.app.registered_commands]
+    commands = [each.name or each.callback.__name__ for each in main.app.registered_commands]
     assert [each for each in commands if not re.search(rf"^tfmixed {each}\b", text, flags=re.MULTILINE)] == []
 
 

@@ -9,12 +9,14 @@ import keras
 import pytest
 from keras import layers
 
-from tfmixed import doctor, hardware, measuring, models, switches, widths
+from tfmixed import hardware
+from tfmixed._cli import load_model
+from tfmixed.doctor import backend_settings, diagnosis, speed_test, tile_alignment
+from tfmixed.doctor.speed_test import Measured, Speed
+from tfmixed.doctor.tile_alignment import Width
 from tfmixed.errors import UsageError
 from tfmixed.hardware import Hardware
 from tfmixed.layers import Float32
-from tfmixed.measuring import Measured, Speed
-from tfmixed.widths import Width
 
 CPU = hardware.cpu(frozenset({"avx512_bf16"}), "some CPU")
 FAST = Measured((Speed("float32", 1.0, 1.0), Speed("bfloat16", 2.0, 2.0), Speed("float16", 0.5, 0.5)), 50.0)
@@ -22,40 +24,40 @@ SLOW = Measured((Speed("float32", 1.0, 1.0), Speed("bfloat16", 0.5, 2.0), Speed(
 
 
 def warned(*devices, **changes):
-    state = dataclasses.replace(switches.read(), **changes)
-    return " / ".join(doctor.warnings(Hardware(devices), state))
+    state = dataclasses.replace(backend_settings.read(), **changes)
+    return " / ".join(diagnosis.warnings(Hardware(devices), state))
 
 
 def found(model, multiple=8):
-    odd = widths.odd_widths(model, multiple)
+    odd = tile_alignment.odd_widths(model, multiple)
     return [(each.layer.removeprefix(f"{model.name}/"), each.name, each.width, each.better) for each in odd]
 
 
 def test_this_machine_is_examined():
     """Hardware, switches and policy agree with their sources, and nothing is measured unasked."""
-    diagnosis = doctor.examine()
-    assert diagnosis.hardware == hardware.describe()
-    assert (diagnosis.policy, diagnosis.reason) == (diagnosis.hardware.policy, diagnosis.hardware.reason)
-    assert diagnosis.switches.backend == keras.backend.backend()
-    assert diagnosis.switches.policy == keras.config.dtype_policy().name
-    assert diagnosis.switches.cores >= 1
-    assert diagnosis.measured is None
-    assert diagnosis.widths is None
+    found = diagnosis.examine()
+    assert found.hardware == hardware.describe()
+    assert (found.policy, found.reason) == (found.hardware.policy, found.hardware.reason)
+    assert found.switches.backend == keras.backend.backend()
+    assert found.switches.policy == keras.config.dtype_policy().name
+    assert found.switches.cores >= 1
+    assert found.measured is None
+    assert found.widths is None
 
 
 def test_switches_tell_which_variables_are_set(monkeypatch):
     """Those that steer speed, and no others."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/dev/null")
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    state = switches.read()
+    state = backend_settings.read()
     assert state.variables["XLA_FLAGS"] == "--xla_dump_to=/dev/null"
-    assert set(state.variables) <= set(switches.VARIABLES)
+    assert set(state.variables) <= set(backend_settings.VARIABLES)
     assert state.tf32 is False
 
 
 def test_all_is_measured():
     """Positive numbers for each dtype; float32 products are neither 1 MFLOP/s nor 1 EFLOP/s."""
-    measured = doctor.examine(measure=True).measured
+    measured = diagnosis.examine(measure=True).measured
     assert [speed.dtype for speed in measured.speeds] == ["float32", "bfloat16", "float16"]
     assert all(speed.matmul_tflops > 0 and speed.conv_tflops > 0 for speed in measured.speeds)
     assert 1e-6 < measured.of("float32").matmul_tflops < 1e6
@@ -65,8 +67,8 @@ def test_all_is_measured():
 def test_rates_are_medians_of_runs_in_turns():
     """Each work runs once a round."""
     order = []
-    works = [measuring.Work(lambda name=name: order.append(name), 10.0) for name in "ab"]
-    assert all(rate > 0 for rate in measuring.rates(works, rounds=3))
+    works = [speed_test.Work(lambda name=name: order.append(name), 10.0) for name in "ab"]
+    assert all(rate > 0 for rate in speed_test.rates(works, rounds=3))
     assert order == ["a", "b"] * 3
 
 
@@ -93,7 +95,7 @@ def test_what_makes_mixed_precision_useless_is_warned_of(devices, changes, warni
 def test_a_gpu_that_the_backend_does_not_see_is_warned_of(tmp_path, monkeypatch):
     """Where its driver runs."""
     (tmp_path / "version").touch()
-    monkeypatch.setattr(doctor, "_NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(diagnosis, "_NVIDIA_DRIVER", tmp_path / "version")
     assert "JAX sees no GPU: install its CUDA build" in warned(CPU, backend="jax")
     assert "sees no GPU" not in warned(CPU, hardware.gpu("H100", (9, 0)))
 
@@ -106,10 +108,10 @@ def test_a_good_machine_is_not_warned_of():
 
 def test_half_precision_that_is_slower_than_float32_is_warned_of():
     """Where the hardware promises otherwise."""
-    machine, state = Hardware((CPU,)), switches.read()
-    (slow,) = set(doctor.warnings(machine, state, SLOW)) - set(doctor.warnings(machine, state))
+    machine, state = Hardware((CPU,)), backend_settings.read()
+    (slow,) = set(diagnosis.warnings(machine, state, SLOW)) - set(diagnosis.warnings(machine, state))
     assert slow.startswith("bfloat16 should be faster than float32 here, and its matrix products are 0.5 times as fast")
-    assert set(doctor.warnings(machine, state, FAST)) == set(doctor.warnings(machine, state))
+    assert set(diagnosis.warnings(machine, state, FAST)) == set(diagnosis.warnings(machine, state))
 
 
 def test_odd_widths_of_dense_and_conv_layers_are_found():
@@ -162,7 +164,7 @@ def test_layers_that_stay_in_float32_need_no_multiples():
 def test_it_prints_what_a_person_looks_for():
     """Device, policy, switches, speeds with their ratio to float32, bandwidth, warnings; ten layers at most."""
     odd = tuple(Width(f"layer_{number}[a]", "Dense", "units", 10, 16) for number in range(13))
-    text = str(doctor.Diagnosis(Hardware((CPU,)), switches.read(), ("beware",), FAST, odd))
+    text = str(diagnosis.Diagnosis(Hardware((CPU,)), backend_settings.read(), ("beware",), FAST, odd))
     for words in ("some CPU", "AVX512-BF16", "mixed_bfloat16", "TF32", "2 x", "0.5 x", "50 GB/s", "! beware"):
         assert words in text
     assert "layer_9[a] (Dense)" in text
@@ -174,8 +176,8 @@ def test_it_prints_what_a_person_looks_for():
 def test_json_holds_all_of_it():
     """The same values, policy and reason included."""
     odd = (Width("logits", "Dense", "units", 10, 16),)
-    diagnosis = doctor.Diagnosis(Hardware((CPU,)), switches.read(), ("beware",), FAST, odd)
-    read = json.loads(diagnosis.to_json())
+    found = diagnosis.Diagnosis(Hardware((CPU,)), backend_settings.read(), ("beware",), FAST, odd)
+    read = json.loads(found.to_json())
     assert set(read) == {"policy", "reason", "hardware", "switches", "warnings", "measured", "widths"}
     assert read["policy"] == "mixed_bfloat16"
     assert read["hardware"]["devices"][0]["features"] == ["AVX512-BF16"]
@@ -207,12 +209,12 @@ def here(tmp_path, monkeypatch):
 
 def test_models_come_from_functions_and_files(here):
     """A module of the current directory, or what model.save wrote."""
-    model = models.load_model("zoo_of_doctor:good")
+    model = load_model.load_model("zoo_of_doctor:good")
     assert found(model) == [("dense", "inputs", 4, 8), ("dense", "units", 30, 32)]
-    assert found(models.load_model("zoo_of_doctor:step")) == found(model)
+    assert found(load_model.load_model("zoo_of_doctor:step")) == found(model)
     model.save(here / "model.keras")
-    assert found(models.load_model("model.keras")) == found(model)
-    assert len(doctor.examine(model).widths) == 2
+    assert found(load_model.load_model("model.keras")) == found(model)
+    assert len(diagnosis.examine(model).widths) == 2
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_models_come_from_functions_and_files(here):
 def test_a_bad_model_is_named_with_the_reason(spec, message):
     """One line: what was received, and what is wrong with it."""
     with pytest.raises(UsageError, match=message) as caught:
-        models.load_model(spec)
+        load_model.load_model(spec)
     assert "\n" not in str(caught.value)
 
 
@@ -245,6 +247,6 @@ def test_a_bad_model_is_named_with_the_reason(spec, message):
 def test_what_fails_inside_the_users_code_is_raised_as_it_is():
     """Its traceback is what helps."""
     with pytest.raises(ValueError, match="from inside"):
-        models.load_model("zoo_of_doctor:broken")
+        load_model.load_model("zoo_of_doctor:broken")
     with pytest.raises(ModuleNotFoundError, match="no_such_thing_of_doctor"):
-        models.load_model("needy_of_doctor:good")
+        load_model.load_model("needy_of_doctor:good")

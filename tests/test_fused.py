@@ -11,7 +11,7 @@ import tensorflow as tf
 from backend import made_up
 
 from tfmixed import LossScaleOptimizer
-from tfmixed.branching import when
+from tfmixed._core.control_flow import when
 
 pytestmark = made_up
 

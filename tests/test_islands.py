@@ -17,7 +17,7 @@ from thorough import covering, thorough
 
 import tfmixed
 from tfmixed import force_float32
-from tfmixed.plan import Plan
+from tfmixed._islands.planner import Plan
 
 
 @pytest.fixture(params=SENSITIVE)

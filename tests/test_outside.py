@@ -11,7 +11,7 @@ import pytest
 from backend import needs_tensorflow
 
 import tfmixed
-from tfmixed import outside
+from tfmixed._utils import user_warnings
 
 
 def subclassed():
@@ -31,13 +31,13 @@ def subclassed():
 
 
 def in_a_replica():
-    thread = threading.Thread(target=outside.warn, args=["from a thread of a framework's"])
+    thread = threading.Thread(target=user_warnings.warn, args=["from a thread of a framework's"])
     thread.start()
     thread.join()
 
 
 def in_a_structure():
-    keras.tree.map_structure(outside.warn, ["of a leaf"])
+    keras.tree.map_structure(user_warnings.warn, ["of a leaf"])
 
 
 def unscaled():

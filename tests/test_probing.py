@@ -11,10 +11,12 @@ from test_ranges import counted
 from thorough import covering
 
 import tfmixed
-from tfmixed import LossScaleOptimizer, measure_gradients, taps, temporary
+from tfmixed import LossScaleOptimizer, measure_gradients
+from tfmixed._probe import gradient_histogram
+from tfmixed._probe.rounding_model import losses
+from tfmixed._probe.train_step_probe import Probe
+from tfmixed._utils import temporary_state
 from tfmixed.losses import SparseCategoricalCrossentropy
-from tfmixed.probing import Probe
-from tfmixed.rounding import losses
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(24, 6)).astype("float32")
@@ -74,8 +76,8 @@ def test_planted_magnitudes_come_back_exactly(scale):
 
 def test_what_is_not_finite_is_counted_apart():
     """And is neither the largest nor the smallest magnitude."""
-    tally = taps.Tally()
-    taps.count(ops.array([1.0, -4.0, np.inf, -np.inf, np.nan, 0.0]), tally)
+    tally = gradient_histogram.Tally()
+    gradient_histogram.count(ops.array([1.0, -4.0, np.inf, -np.inf, np.nan, 0.0]), tally)
     found = tally.range("w", "weight", "layer", "float32")
     assert (found.nonfinite, found.zeros, found.nonzeros, found.largest, found.smallest) == (3, 1, 2, 4.0, 1.0)
 
@@ -716,10 +718,10 @@ def test_small_gradients_are_not_noise():
 def test_perturbed_gradients_are_off_by_a_sixteenth():
     """Up and down about as often; zeros stay zeros."""
     values = RNG.normal(size=(100, 10)).astype("float32")
-    ratios = ops.convert_to_numpy(taps.perturb(ops.array(values))) / values
+    ratios = ops.convert_to_numpy(gradient_histogram.perturb(ops.array(values))) / values
     np.testing.assert_allclose(np.abs(ratios - 1), 1 / 16, rtol=1e-5)
     assert 400 < (ratios > 1).sum() < 600
-    assert not ops.convert_to_numpy(taps.perturb(ops.zeros(3))).any()
+    assert not ops.convert_to_numpy(gradient_histogram.perturb(ops.zeros(3))).any()
 
 
 @needs_tensorflow
@@ -727,6 +729,6 @@ def test_float32_on_gpus_is_all_of_it():
     """TensorFloat-32 keeps 11 bits of each factor; what the script has set is set again."""
     enabled = tf.config.experimental.tensor_float_32_execution_enabled
     before = enabled()
-    with temporary.in_float32([]):
+    with temporary_state.in_float32([]):
         assert not enabled()
     assert enabled() == before

@@ -264,9 +264,9 @@ def test_files_are_as_without(tmp_path):
     model.save(tmp_path / "model.keras")
     configs = [layer.get_config()["dtype"] for layer in model.layers[1:]]
     keras.config.set_dtype_policy("mixed_bfloat16")
-    tfmixed.promotion.switch(False)
+    tfmixed._islands.promotion.switch(False)
     assert configs == [layer.get_config()["dtype"] for layer in functional(layers.Dense(4), Doubled(4)).layers[1:]]
-    tfmixed.promotion.switch(True)
+    tfmixed._islands.promotion.switch(True)
     loaded = keras.models.load_model(tmp_path / "model.keras", {"Doubled": Doubled})
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
     assert loaded.layers[-1].compute_dtype == "float32"
@@ -337,7 +337,7 @@ def test_scripts_for_float32_train_as_in_float32(half, build):
 
 def explained(run, capfd):
     """Returns what a run says of the exception that a function of a script ends by."""
-    from tfmixed.running import mismatch
+    from tfmixed._cli.run import mismatch
 
     try:
         run()

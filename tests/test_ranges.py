@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tfmixed import records
+from tfmixed._probe.rounding_model import Losses, largest_scale, losses, needed_scale, percent
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import GradientRange, RangesRecord
-from tfmixed.rounding import Losses, largest_scale, losses, needed_scale, percent
 
 POWERS = [2.0**power for power in range(-24, 56)]
 

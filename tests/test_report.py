@@ -13,10 +13,12 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tfmixed import logcommands, records
+from tfmixed import records
+from tfmixed._cli import log_commands
 from tfmixed.errors import UsageError
 from tfmixed.records import EventsLost, GradientRange, Progress, RangesRecord, RunRecord, ScaleChange
-from tfmixed.report import Report, Run, page, pictures, read, words
+from tfmixed.report import Report, Run, advice, figures, read
+from tfmixed.report import html as page
 
 DYNAMIC = {"rule": "DynamicScale", "initial_scale": 2.0**15, "growth_interval": 2000, "min_scale": 1.0}
 EVIL = "<script>alert(1)</script>&`[bold]x[/bold]"
@@ -64,7 +66,7 @@ def text(report, width=200):
 
 def test_what_happened_is_told_in_words():
     """Steps, scale, who overflowed, and what float16 lost at the scale in use."""
-    told = words.happened(Run("mine", CALM))
+    told = advice.happened(Run("mine", CALM))
     assert told[0] == "412 steps, 3 skipped (0.7 %)."
     assert told[1] == "The loss scale went from 2^15 to 2^12."
     assert told[2] == "The first gradient that overflowed: `conv1/kernel` in 2 of 3, `dense/bias` in 1 of 3."
@@ -98,14 +100,16 @@ def test_what_happened_is_told_in_words():
 def test_what_to_change_is_told_in_words(log, wanted):
     """One piece of advice for each thing that can go wrong."""
     wanted = wanted.replace("floor, 2.0", r"floor, 2\^0")
-    assert any(re.search(wanted, sentence) for sentence in words.advice(Run("mine", log))), words.advice(Run("a", log))
+    assert any(re.search(wanted, sentence) for sentence in advice.advice(Run("mine", log))), advice.advice(
+        Run("a", log)
+    )
 
 
 def test_a_verdict_is_told_once():
     """What to change is no part of what happened, and an overflow has a sentence of its own."""
     run = Run("mine", (begin(), snapshot(gradient("a", 12), gradient("b", -60)), Progress(9, 0, 2.0**15, 0)))
-    assert any("no single scale works" in sentence for sentence in words.advice(run))
-    assert words.happened(run)[-1] == "At that scale 50.0 % of them overflow."
+    assert any("no single scale works" in sentence for sentence in advice.advice(run))
+    assert advice.happened(run)[-1] == "At that scale 50.0 % of them overflow."
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,7 @@ def test_advice_on_the_start_agrees_with_the_ranges(exponent, wanted):
     """A scale that works for them too, or none."""
     skipped = [overflow(step, 2.0 ** (15 - step)) for step in range(6)]
     run = Run("mine", (begin(), *skipped, snapshot(gradient("a", exponent)), Progress(999, 0, 2.0**9, 6)))
-    starts = [sentence for sentence in words.advice(run) if "on the way down" in sentence]
+    starts = [sentence for sentence in advice.advice(run) if "on the way down" in sentence]
     assert [wanted in sentence for sentence in starts] == ([] if wanted is None else [True])
 
 
@@ -137,7 +141,7 @@ def test_advice_on_the_start_agrees_with_the_ranges(exponent, wanted):
 def test_a_run_without_trouble_needs_no_change(log):
     """And says so."""
     calm = Run("mine", log)
-    assert words.advice(calm) == []
+    assert advice.advice(calm) == []
     assert "Nothing that this log shows." in text(Report([calm]))
 
 
@@ -145,22 +149,22 @@ def test_skipped_steps_that_left_the_scale_are_told():
     """Not those whose changes the log has lost."""
     log = (begin(), overflow(3), EventsLost(2, 20), overflow(20, 2.0**13), Progress(99, 0, 2.0**12, 9))
     wanted = "5 skipped steps left the scale as it was: constant, at its floor, or patient."
-    assert wanted in words.happened(Run("", log))
+    assert wanted in advice.happened(Run("", log))
 
 
 def test_more_than_three_guilty_variables_are_counted():
     """The rest has no names."""
     log = (begin(), *(overflow(index, 2.0 ** (15 - index), name) for index, name in enumerate("aabbccde")))
-    (told,) = [each for each in words.happened(Run("", log)) if "first gradient" in each]
+    (told,) = [each for each in advice.happened(Run("", log)) if "first gradient" in each]
     assert told.endswith("`a` in 2 of 8, `b` in 2 of 8, `c` in 2 of 8, and 2 other variables.")
 
 
 def test_what_a_log_lacks_is_not_told():
     """Three guilty variables have no others beside them, no steps no numbers, no overflows no names."""
     three = (begin(), *(overflow(index, 2.0 ** (15 - index), name) for index, name in enumerate("abc")))
-    assert not any("other variables" in each for each in words.happened(Run("", three)))
-    assert words.happened(Run("", (begin(),)))[0] == "No step is in the log."
-    calm = words.happened(Run("", (begin(), Progress(99, 0, 2.0**15, 0))))
+    assert not any("other variables" in each for each in advice.happened(Run("", three)))
+    assert advice.happened(Run("", (begin(),)))[0] == "No step is in the log."
+    calm = advice.happened(Run("", (begin(), Progress(99, 0, 2.0**15, 0))))
     assert not any("first gradient" in each for each in calm)
 
 
@@ -168,21 +172,21 @@ def test_what_a_log_lacks_is_not_told():
 def test_five_skipped_steps_are_a_descent(count, told):
     """Four are the search for the scale."""
     log = (begin(), *(overflow(step, 2.0 ** (15 - step)) for step in range(count)), Progress(999, 0, 2.0**9, count))
-    assert any("on the way down" in each for each in words.advice(Run("", log))) is told
+    assert any("on the way down" in each for each in advice.advice(Run("", log))) is told
 
 
 def test_losses_are_told_from_first_to_last_finite_one():
     """And where the last one is not finite, that."""
     log = [begin(), *(Progress(99 * epoch, epoch, 8.0, 0, 1.0, loss) for epoch, loss in enumerate([2.5, 0.5, None]))]
-    assert "The loss went from 2.5 to 0.5." in words.happened(Run("", tuple(log)))
-    assert words.happened(Run("", tuple(log)))[-1] == "The loss of the last epoch is not finite, or unknown."
-    assert words.happened(Run("", tuple(log[:-1])))[-1] == "The loss went from 2.5 to 0.5."
+    assert "The loss went from 2.5 to 0.5." in advice.happened(Run("", tuple(log)))
+    assert advice.happened(Run("", tuple(log)))[-1] == "The loss of the last epoch is not finite, or unknown."
+    assert advice.happened(Run("", tuple(log[:-1])))[-1] == "The loss went from 2.5 to 0.5."
 
 
 def test_a_log_that_begins_later_says_where():
     """As one of a run that went on elsewhere."""
     log = (dataclasses.replace(begin(), step=1000), Progress(1099, 0, 2.0**15, 0))
-    assert words.happened(Run("", log))[1] == "The loss scale stayed at 2^15. The log begins at step 1,000."
+    assert advice.happened(Run("", log))[1] == "The loss scale stayed at 2^15. The log begins at step 1,000."
 
 
 def test_the_true_ranges_are_judged_at_the_scale_of_their_step():
@@ -206,20 +210,20 @@ def test_the_worst_gradient_stands_first_and_float32_loses_nothing():
 def test_working_scales_of_what_is_not_finite_are_unknown():
     """No advice on the scale but that none mends it."""
     broken = dataclasses.replace(gradient("a", 10), nonfinite=3)
-    advice = words.advice(Run("", (begin(), snapshot(broken), Progress(99, 0, 2.0**15, 0))))
-    assert advice == ["float16: no scale mends gradients that are not finite in float32: `a`."]
+    given = advice.advice(Run("", (begin(), snapshot(broken), Progress(99, 0, 2.0**15, 0))))
+    assert given == ["float16: no scale mends gradients that are not finite in float32: `a`."]
 
 
 def test_skipped_steps_after_the_last_progress_are_counted():
     """Then the number is the least."""
-    told = words.happened(Run("mine", (*CALM, overflow(450, 2.0**12))))
+    told = advice.happened(Run("mine", (*CALM, overflow(450, 2.0**12))))
     assert told[0] == "451 steps, at least 4 skipped (0.9 %)."
 
 
 def test_a_bfloat16_model_is_judged_as_such():
     """float16's limits are none of its concern."""
     run = Run("mine", (begin(), snapshot(gradient("a", -60, dtype="bfloat16")), Progress(99, 0, 1.0, 0)))
-    assert "bfloat16 flushes 0 % of all" in words.happened(run)[-2]
+    assert "bfloat16 flushes 0 % of all" in advice.happened(run)[-2]
 
 
 @pytest.mark.parametrize(
@@ -369,7 +373,7 @@ def test_the_page_holds_each_picture_for_each_reader(pages):
 def test_histograms_side_by_side_have_the_same_axis():
     """That of small gradients makes room for those of the other run."""
     small, large = (Run("r", (begin(), snapshot(gradient("a", at)), Progress(9, 0, 8.0, 0))) for at in (-70, 20))
-    draw = pictures.PICTURES["ranges"].draw
+    draw = figures.PICTURES["ranges"].draw
     beside = [draw(run, "light", 6.2, [small, large]).axes[0].get_xlim() for run in (small, large)]
     assert beside[0] == beside[1] == (-71, 37)
     assert draw(small, "light", 6.2, [small]).axes[0].get_xlim()[1] == 20
@@ -435,7 +439,7 @@ def command(*arguments, without=(), cwd=None):
         "import sys\n"
         f"for name in {list(without)!r}: sys.modules[name] = None\n"
         f"sys.argv = ['tfmixed', *{list(arguments)!r}]\n"
-        "from tfmixed.cli import main\n"
+        "from tfmixed._cli.main import main\n"
         "try: main()\n"
         "finally: print('loaded:', *sys.modules, file=sys.stderr)\n"
     )
@@ -493,7 +497,7 @@ def test_a_report_is_printed_and_written_or_only_printed(tmp_path, capsys):
     log = write(tmp_path / "log.jsonl", CALM)
     (tmp_path / "a.png").mkdir()
     with pytest.raises(UsageError, match=r"--png must be a file that can be written, received .*a.png"):
-        logcommands.report(log, None, tmp_path / "a.html", tmp_path / "a.png")
+        log_commands.report(log, None, tmp_path / "a.html", tmp_path / "a.png")
     assert "412 steps, 3 skipped (0.7 %)." in capsys.readouterr().out
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.png", "log.jsonl"]
 
@@ -501,7 +505,7 @@ def test_a_report_is_printed_and_written_or_only_printed(tmp_path, capsys):
 def test_a_typo_in_a_long_trace_is_named():
     """Not three thousand letters, and not what a file system says of them."""
     with pytest.raises(UsageError, match=r"received 'T{40}\.\.\. \(3,001 letters\)', which holds 'X'"):
-        logcommands.simulate(["dynamic"], "T" * 3000 + "X")
+        log_commands.simulate(["dynamic"], "T" * 3000 + "X")
 
 
 def test_simulate_lays_rules_side_by_side(tmp_path):

@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 
-from tfmixed import cli
+from tfmixed._cli import main
 
 SCRIPT = """
 import atexit, os, signal, sys, threading, time
@@ -139,7 +139,7 @@ def refused(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["tfmixed", "run", *arguments])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main.main()
         assert end.value.code == 2
         out, err = capsys.readouterr()
         assert out == ""

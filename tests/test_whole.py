@@ -8,14 +8,14 @@ import threading
 
 import pytest
 
-from tfmixed import whole
+from tfmixed._utils import atomic_write
 
 
 def test_a_file_is_written_with_its_folders(tmp_path):
     """Byte for byte, over an old one, and with nothing beside it."""
     path = tmp_path / "new" / "a.txt"
     for text in ("old", "ä\n\r\n"):
-        whole.write_text(path, text)
+        atomic_write.write_text(path, text)
         assert path.read_bytes() == text.encode()
     assert list(path.parent.iterdir()) == [path]
 
@@ -23,13 +23,13 @@ def test_a_file_is_written_with_its_folders(tmp_path):
 def test_a_reader_keeps_the_old_file(tmp_path):
     """It is replaced, never written into: a second name of it stays as it was."""
     path, other = tmp_path / "a.txt", tmp_path / "b.txt"
-    whole.write_text(path, "old")
+    atomic_write.write_text(path, "old")
     other.hardlink_to(path)
-    whole.write_text(path, "new")
+    atomic_write.write_text(path, "new")
     assert (path.read_text(), other.read_text()) == ("new", "old")
 
 
-@pytest.mark.parametrize("write", [lambda path: whole.write_bytes(path, b"new"), whole.prepare])
+@pytest.mark.parametrize("write", [lambda path: atomic_write.write_bytes(path, b"new"), atomic_write.prepare])
 def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, write):
     """In the place of a folder there can be no file."""
     (tmp_path / "folder" / "full").mkdir(parents=True)
@@ -40,7 +40,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, write):
 
 def test_what_can_be_written_is_prepared_without_a_trace(tmp_path):
     """But for the folder."""
-    whole.prepare(tmp_path / "new" / "a.txt")
+    atomic_write.prepare(tmp_path / "new" / "a.txt")
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -50,13 +50,13 @@ def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path):
     (tmp_path / "link").symlink_to("big/real")
     (tmp_path / "far").symlink_to(tmp_path / "link")
     for name, text in (("link", "new"), ("far", "newer")):
-        whole.write_text(tmp_path / name, text)
+        atomic_write.write_text(tmp_path / name, text)
         assert (tmp_path / "big" / "real").read_text() == text
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "far").is_symlink()
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="loop"):
-        whole.write_text(tmp_path / "loop", "x")
+        atomic_write.write_text(tmp_path / "loop", "x")
     assert (tmp_path / "loop").is_symlink()
     assert {each.name for each in tmp_path.iterdir()} == {"big", "link", "far", "loop"}
 
@@ -68,7 +68,7 @@ def test_the_mode_of_a_file_stays_and_a_new_one_has_the_default(tmp_path):
     old.chmod(0o600)
     usual.touch()
     for path in (old, new):
-        whole.write_text(path, "new")
+        atomic_write.write_text(path, "new")
     assert stat.S_IMODE(old.stat().st_mode) == 0o600
     assert new.stat().st_mode == usual.stat().st_mode
 
@@ -78,7 +78,7 @@ def test_the_owner_of_a_file_stays(tmp_path):
     """Whoever writes it."""
     (tmp_path / "a").write_text("old")
     os.chown(tmp_path / "a", 1234, 1235)
-    whole.write_text(tmp_path / "a", "new")
+    atomic_write.write_text(tmp_path / "a", "new")
     assert ((tmp_path / "a").stat().st_uid, (tmp_path / "a").stat().st_gid) == (1234, 1235)
 
 
@@ -88,10 +88,10 @@ def test_a_pipe_is_written_as_a_stream(tmp_path):
     os.mkfifo(pipe)
     link.symlink_to("pipe")
     for path in (pipe, link):
-        whole.prepare(path)
+        atomic_write.prepare(path)
         reader = threading.Thread(target=lambda: seen.append(pipe.read_text()))
         reader.start()
-        whole.write_text(path, "x" * 100_000)
+        atomic_write.write_text(path, "x" * 100_000)
         reader.join(timeout=60)
     assert seen == ["x" * 100_000] * 2
     assert stat.S_ISFIFO(pipe.stat().st_mode)
@@ -106,8 +106,8 @@ def test_a_device_stays_a_device(tmp_path):
         device.write_bytes(b"x")
     except PermissionError:
         pytest.skip("needs the right to make and use devices")
-    whole.prepare(device)
-    whole.write_text(device, "new")
+    atomic_write.prepare(device)
+    atomic_write.write_text(device, "new")
     assert stat.S_ISCHR(device.stat().st_mode)
     assert [each.name for each in tmp_path.iterdir()] == ["null"]
 
@@ -116,7 +116,8 @@ def test_a_device_stays_a_device(tmp_path):
 def test_standard_output_is_written_where_it_stands(tmp_path, to):
     """Between what is printed, also where it is a file: that is neither truncated nor replaced."""
     (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is, which a fault would destroy
-    code = f"from tfmixed import whole; print('a'); whole.write_text({str(tmp_path / 'stdout')!r}, 'b\\n'); print('c')"
+    write = f"atomic_write.write_text({str(tmp_path / 'stdout')!r}, 'b\\n')"
+    code = f"from tfmixed._utils import atomic_write; print('a'); {write}; print('c')"
     with (tmp_path / "out").open("wb") as file:
         stdout = file if to == "file" else subprocess.PIPE
         process = subprocess.run([sys.executable, "-c", code], stdout=stdout, check=True)
@@ -127,12 +128,12 @@ def test_standard_output_is_written_where_it_stands(tmp_path, to):
 def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     """Each text is written whole, and a reader never sees a part."""
     path, failed = tmp_path / "a.txt", []
-    whole.write_text(path, "0" * 100_000)
+    atomic_write.write_text(path, "0" * 100_000)
 
     def write(letter):
         try:
             for _ in range(20):
-                whole.write_text(path, letter * 100_000)
+                atomic_write.write_text(path, letter * 100_000)
         except OSError as error:
             failed.append(error)
 
@@ -150,7 +151,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     """And nothing beside it."""
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(TypeError), whole.replacement(path) as file:
+    with pytest.raises(TypeError), atomic_write.replacement(path) as file:
         file.writelines([b"new", None])
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -160,6 +161,6 @@ def test_a_name_can_be_as_long_as_the_file_system_allows(tmp_path):
     """And of any bytes but a slash and zero."""
     for name in (b"a" * 255, b"caf\xe9"):
         path = os.path.join(os.fsencode(tmp_path), name)
-        whole.write_text(os.fsdecode(path), "new")
+        atomic_write.write_text(os.fsdecode(path), "new")
         with open(path) as file:
             assert file.read() == "new"

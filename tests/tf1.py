@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from tfmixed import events as log_of
+from tfmixed._core import event_buffer as log_of
 
 V1 = tf.compat.v1
 TESTS = Path(__file__).parent

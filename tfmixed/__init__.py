@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         records,
         scaling,
     )
+    from tfmixed._probe.train_step_probe import measure_gradients
     from tfmixed.auditing import audit
     from tfmixed.config import Config, load_config
     from tfmixed.errors import ConfigError
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from tfmixed.islands import force_float32
     from tfmixed.optimizer import LossScaleOptimizer
     from tfmixed.policy import policy_scope, set_policy
-    from tfmixed.probing import measure_gradients
     from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
 
 _HOMES = {
@@ -61,7 +61,7 @@ _HOMES = {
     "audit": "auditing",
     "force_float32": "islands",
     "load_config": "config",
-    "measure_gradients": "probing",
+    "measure_gradients": "_probe.train_step_probe",
     "policy_scope": "policy",
     "set_policy": "policy",
 }
@@ -165,7 +165,7 @@ class _Registering:
 
 def _register() -> None:
     """Registers the classes that saved models may hold; warns of those that do not work with this version of Keras."""
-    for module in ("inplace", "layers", "losses", "optimizer"):
+    for module in ("_islands.layer_rewrite", "layers", "losses", "optimizer"):
         try:
             importlib.import_module(f"{__name__}.{module}")
         except Exception as error:

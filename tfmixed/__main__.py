@@ -1,6 +1,6 @@
 """`python -m tfmixed` is the command `tfmixed`."""
 
-from tfmixed.cli import main
+from tfmixed._cli.main import main
 
 if __name__ == "__main__":
     main()

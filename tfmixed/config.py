@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from tfmixed import hardware, scaling, whole
+from tfmixed import hardware, scaling
+from tfmixed._utils import atomic_write
 from tfmixed.errors import ConfigError
-from tfmixed.scaling import RULES, ScalingRule, checks
+from tfmixed.scaling import RULES, ScalingRule, validation
 
 if TYPE_CHECKING:
     import keras
@@ -51,8 +52,8 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         if self.every is not None:
-            checks.count("every", self.every, 1)
-        checks.count("verbose", self.verbose, 0)
+            validation.count("every", self.every, 1)
+        validation.count("verbose", self.verbose, 0)
         if not isinstance(self.tensorboard, bool):
             raise ValueError(f"tensorboard must be true or false, received {self.tensorboard!r}")
 
@@ -105,7 +106,7 @@ class Config:
         """
         import keras
 
-        from tfmixed.optimizer import LossScaleOptimizer
+        from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
 
         return LossScaleOptimizer(inner, self.scaling) if self._wraps else keras.optimizers.get(inner)
 
@@ -127,7 +128,7 @@ class Config:
             values = asdict(self.scaling)  # type: ignore[call-overload]  # every rule is a dataclass
             tables["scaling"] = {"rule": names[type(self.scaling)], **_without_null(values, _NONE)}
         tables["log"] = _without_null(asdict(self.log), None)
-        whole.write_text(path, tomli_w.dumps(tables))
+        atomic_write.write_text(path, tomli_w.dumps(tables))
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from archspec.cpu import brand_string, detect
 from rich.table import Table
 
-from tfmixed import printed
+from tfmixed._utils import rich_text
 
 Kind = Literal["cpu", "gpu", "tpu"]
 _CPU_BFLOAT16 = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16"}
@@ -68,7 +68,7 @@ class Hardware:
         return table
 
     def __str__(self) -> str:
-        return printed.text(self, 120)
+        return rich_text.text(self, 120)
 
 
 def describe() -> Hardware:

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from tfmixed.plan import Plan
+from tfmixed._islands.planner import Plan
 
 Selector = str | type | Callable[[Any], bool]
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import keras
 
-from tfmixed import hardware, outside, promotion
+from tfmixed import hardware
+from tfmixed._islands import promotion
+from tfmixed._utils import user_warnings
 from tfmixed.formats import HALF
 
 BESIDE_REWRITE = (
@@ -94,7 +96,7 @@ def _warn_if_slow(policy: keras.DTypePolicy) -> None:
     if half not in HALF or half in machine.main.fast or policy.name in _warned:
         return
     _warned.add(policy.name)
-    outside.warn(
+    user_warnings.warn(
         f"policy {policy.name!r} is slow here: {machine.reason}. Use {machine.policy!r} for speed, or go on to study "
         f"the numerics of {half}."
     )

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from tfmixed import temporary
+from tfmixed._utils import temporary_state
 from tfmixed.auditing.differences import Difference, Values
 from tfmixed.auditing.origins import MOVES
 from tfmixed.auditing.tracing import Step, ancestors, functions_run_eagerly, layer_of, scoped
@@ -42,7 +42,7 @@ def differences(step: Step) -> Iterator[Difference]:
     """
     with scoped(step.model) as layers, _quiet(layers):
         half, half_gradients = _run(step, layers)
-        with temporary.in_float32(layers):
+        with temporary_state.in_float32(layers):
             full, full_gradients = _run(step, layers)
     found = dict(_differences(half, full))
     tainted: set[str] = set()
@@ -93,7 +93,7 @@ def _run(step: Step, layers: Sequence[keras.Operation]) -> tuple[dict[str, _Tens
     with functions_run_eagerly(False):  # the graph is looked at, whatever the script set
         # Not called as it is: TensorFlow warns of functions that are made from one code again and again.
         traced = tf.function(run, autograph=False).get_concrete_function(step.inputs, step.targets)
-        with temporary.variables(step.model, traced):
+        with temporary_state.variables(step.model, traced):
             forward, backward = traced(step.inputs, step.targets)
     values = {op.name: _values(summary) for op, summary in zip(counted, forward, strict=True)}
     tensors = {op.name: _Tensor.of(op, layers, values.get(op.name)) for op in ops}
@@ -129,7 +129,7 @@ def _quiet(layers: Sequence[keras.Operation]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in layers:
             if _draws(layer):
-                temporary.put(stack, layer, "call", functools.partial(_in_inference, layer.call))
+                temporary_state.put(stack, layer, "call", functools.partial(_in_inference, layer.call))
         yield
 
 

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tfmixed import printed
+from tfmixed._utils import rich_text
 from tfmixed.auditing.hazards import SEVERITIES, Severity
 from tfmixed.formats import HALF
 
@@ -100,7 +100,7 @@ class Audit:
         return json.dumps(self.as_dict(), indent=2)
 
     def __str__(self) -> str:
-        return printed.text(self, min(120, shutil.get_terminal_size((120, 24)).columns))
+        return rich_text.text(self, min(120, shutil.get_terminal_size((120, 24)).columns))
 
     def __rich__(self) -> RenderableType:
         layers = ", ".join(f"{count} in {dtype}" for dtype, count in self.dtypes.items())

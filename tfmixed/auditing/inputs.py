@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from tfmixed import temporary
+from tfmixed._utils import temporary_state
 from tfmixed.auditing.tracing import tensors
 
 
@@ -53,7 +53,7 @@ def targets_for(model: keras.Model, inputs: Any) -> Any:
     if isinstance(model, (keras.Function, keras.Sequential)):
         outputs = _single(model.outputs) if isinstance(model, keras.Sequential) else model.output
     else:  # Keras's own shape inference does not cast inputs as a call does (3.15)
-        with temporary.states(model):
+        with temporary_state.states(model):
             outputs = tf.function(model, autograph=False).get_concrete_function(inputs).structured_outputs
     if isinstance(losses, dict) and not isinstance(outputs, dict):
         losses = [losses[name] for name in getattr(model, "output_names", losses)]

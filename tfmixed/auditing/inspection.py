@@ -11,10 +11,10 @@ import keras
 import ml_dtypes
 import numpy
 
-from tfmixed import widths
 from tfmixed.auditing import origins
 from tfmixed.auditing.hazards import Context, Found, Hazard, bits
 from tfmixed.auditing.tracing import Node, Trace
+from tfmixed.doctor import tile_alignment
 from tfmixed.formats import FORMATS, HALF
 
 # NVIDIA's guide: tensor cores take float16 and bfloat16 in multiples of 8.
@@ -160,7 +160,7 @@ def _in_float32(products: list[Node], total: int, context: Context) -> Iterator[
 
 def _padded(model: keras.Model, work: Counter[Any]) -> Iterator[Found]:
     odd: dict[str, list[str]] = {}
-    for width in widths.odd_widths(model, _MULTIPLE):
+    for width in tile_alignment.odd_widths(model, _MULTIPLE):
         if width.name != "inputs":
             odd.setdefault(width.layer, []).append(f"{width.name} {width.width} (use {width.better})")
     for layer, number in work.items():

@@ -15,7 +15,9 @@ from typing import Any
 import keras
 from keras import tree
 
-from tfmixed import hardware, models, structure, temporary
+from tfmixed import hardware
+from tfmixed._cli import load_model
+from tfmixed._utils import layer_tree, temporary_state
 from tfmixed.auditing import comparison, differences, functions, inspection, rules, tracing
 from tfmixed.auditing.findings import Audit, Finding
 from tfmixed.auditing.hazards import SEVERITIES, Context, Found
@@ -62,7 +64,7 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
         raise ValueError(f"`model` must be a Keras model that is built, or come with inputs. Received: {model!r:.80}")
     given = _tensors(inputs), _tensors(targets)
     if not model.built:
-        models.build(model, given[0])
+        load_model.build(model, given[0])
     specs = specs_of(model) if inputs is None else specs_from(given[0])
     step, half = _step(model, specs, given[1])
     context = _context(half, given[0])
@@ -73,7 +75,7 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     dtypes = [layer.compute_dtype for layer in model._flatten_layers(include_self=False, recursive=True)]
     counts = {dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))}
     return Audit(
-        model.name, counts, tuple(_merged(found, structure.paths(model))), inputs is not None, step.targets is not None
+        model.name, counts, tuple(_merged(found, layer_tree.paths(model))), inputs is not None, step.targets is not None
     )
 
 
@@ -125,7 +127,7 @@ def unsafe(model: keras.Model, inputs: Any) -> tuple[list[keras.Operation], list
         made = functions.probabilities(node.op)
         if made is not None and node.layer in layers:
             layers.append(owner.get(id(made[0])))
-    inside = list(structure.paths(model))
+    inside = list(layer_tree.paths(model))
     adding = [
         layer for layer, loss in half.losses if loss.dtype.name in HALF and tracing.stands_in(loss.op, layer, inside)
     ]
@@ -186,7 +188,7 @@ def _of_graph(step: Step, half: Trace, context: Context) -> Iterator[Found]:
     """Yields what single operations and constants of a traced step say."""
 
     def full() -> Trace:
-        with temporary.in_float32(structure.paths(step.model)):
+        with temporary_state.in_float32(layer_tree.paths(step.model)):
             return step.trace(backward=False)
 
     yield from _of_operations(half, context)

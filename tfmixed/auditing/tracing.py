@@ -14,7 +14,8 @@ import keras
 import numpy
 from keras import tree
 
-from tfmixed import gradients, structure, temporary
+from tfmixed._core import gradients
+from tfmixed._utils import layer_tree, temporary_state
 
 # A name scope for each layer's call, and for its regularizers. Keras's own do not tell layers of like names apart.
 _CALL, _REGULARIZER = "tfmixed.call.", "tfmixed.regularizer."
@@ -153,18 +154,18 @@ def scoped(model: keras.Model) -> Iterator[list[keras.Operation]]:
     What the calls change in random states and added losses is restored. The losses of `compile` are replaced meanwhile,
     because they keep the structure of the first targets they are given; those that layers add are summed in float32.
     """
-    layers = list(structure.paths(model))
-    with temporary.states(model), temporary.losses_in_float32(layers), contextlib.ExitStack() as stack:
+    layers = list(layer_tree.paths(model))
+    with temporary_state.states(model), temporary_state.losses_in_float32(layers), contextlib.ExitStack() as stack:
         if (own := model._compile_loss) is not None:
             fresh = type(own)(model.loss, own._user_loss_weights, output_names=own.output_names)
-            temporary.put(stack, model, "_compile_loss", fresh)
+            temporary_state.put(stack, model, "_compile_loss", fresh)
         for number, layer in enumerate(layers):
-            name = structure.call_of(layer)
-            temporary.put(stack, layer, name, _in_scope(f"{_CALL}{number}", getattr(layer, name)))
+            name = layer_tree.call_of(layer)
+            temporary_state.put(stack, layer, name, _in_scope(f"{_CALL}{number}", getattr(layer, name)))
             owners = [(each, "_regularizer") for each in getattr(layer, "_trainable_variables", ())]
             for owner, name in [(layer, "activity_regularizer"), *owners]:
                 if (regularizer := vars(owner).get(name)) is not None:
-                    temporary.put(stack, owner, name, _in_scope(f"{_REGULARIZER}{number}", regularizer))
+                    temporary_state.put(stack, owner, name, _in_scope(f"{_REGULARIZER}{number}", regularizer))
         yield layers
 
 

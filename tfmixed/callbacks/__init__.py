@@ -1,6 +1,6 @@
 """Callbacks that watch a training run."""
 
-from tfmixed.callbacks.ranges import GradientRanges
-from tfmixed.callbacks.scale import LossScaleLogger
+from tfmixed.callbacks.gradient_ranges import GradientRanges
+from tfmixed.callbacks.loss_scale_logger import LossScaleLogger
 
 __all__ = ["GradientRanges", "LossScaleLogger"]

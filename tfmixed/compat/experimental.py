@@ -6,9 +6,10 @@ from typing import Any
 
 import keras
 
-from tfmixed import optimizer as current
-from tfmixed import outside, scaling
 from tfmixed import policy as policies
+from tfmixed import scaling
+from tfmixed._core import loss_scale_optimizer as current
+from tfmixed._utils import user_warnings
 
 __all__ = ["DynamicLossScale", "FixedLossScale", "LossScaleOptimizer", "Policy", "global_policy", "set_policy"]
 
@@ -103,7 +104,7 @@ def Policy(name: str, loss_scale: Any = "auto") -> keras.DTypePolicy:  # noqa: N
     compiled = "dynamic" if name == "mixed_float16" else None
     policy.loss_scale = compiled if loss_scale == "auto" else loss_scale
     if rule_of(policy.loss_scale) != rule_of(compiled):
-        outside.warn(
+        user_warnings.warn(
             f"Policy({name!r}, loss_scale={loss_scale!r}): compile() does not take the loss scale from a policy any "
             "more. Pass it an optimizer that has it: experimental.LossScaleOptimizer(optimizer, policy.loss_scale)."
         )

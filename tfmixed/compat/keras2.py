@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import keras
 
+from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
 from tfmixed.compat import experimental
-from tfmixed.optimizer import LossScaleOptimizer
 from tfmixed.policy import set_policy
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from tfmixed import structure, temporary
+from tfmixed._utils import layer_tree, temporary_state
 
 PACKAGE = "tfmixed"
 
@@ -107,13 +107,13 @@ def _cast(outputs: Any, dtype: str | None) -> Any:
 
 def _force_float32(layer: keras.layers.Layer) -> None:
     for inner in layer._flatten_layers():
-        inner.dtype_policy = structure.policy_for(inner, "float32")
+        inner.dtype_policy = layer_tree.policy_for(inner, "float32")
 
 
 @contextlib.contextmanager
 def _born_in_float32(layer: keras.layers.Layer) -> Iterator[None]:
     """Gives the sublayers that `layer` makes in its `build` or first call the policy float32 as well."""
-    with temporary.global_policy("float32"):
+    with temporary_state.global_policy("float32"):
         yield
     _force_float32(layer)
 

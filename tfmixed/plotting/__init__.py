@@ -3,11 +3,11 @@
 Each picture comes in a light and a dark theme, and wide enough for a page or for a phone.
 """
 
-from tfmixed.plotting.files import format_of, save, save_sheet, svg
 from tfmixed.plotting.heatmap import plot_layers
 from tfmixed.plotting.histogram import plot_ranges
+from tfmixed.plotting.output import format_of, save, save_sheet, svg
 from tfmixed.plotting.scale import plot_scale, plot_simulations
-from tfmixed.plotting.themes import Theme
+from tfmixed.plotting.style import Theme
 from tfmixed.plotting.timeline import plot_timeline
 from tfmixed.plotting.times import plot_times
 from tfmixed.scaling import ScaleHistory

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from tfmixed.formats import HALF
 from tfmixed.plotting import zones
-from tfmixed.plotting.themes import WIDE, Style, Theme, is_narrow, sheet, shorten
+from tfmixed.plotting.style import WIDE, Style, Theme, is_narrow, sheet, shorten
 from tfmixed.records import GradientRange, RangesRecord, short
 
 _LEAST = 1e-4  # a share, below which all colours are the same

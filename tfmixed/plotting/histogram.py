@@ -10,10 +10,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tfmixed._probe.rounding_model import held_in_half, percent
 from tfmixed.plotting import zones
-from tfmixed.plotting.themes import WIDE, Style, Theme, is_narrow, legend, sheet
+from tfmixed.plotting.style import WIDE, Style, Theme, is_narrow, legend, sheet
 from tfmixed.records import GradientRange, RangesRecord, short
-from tfmixed.rounding import held_in_half, percent
 
 _REACH = (-80, 40)  # what lies beyond is drawn at the edge
 

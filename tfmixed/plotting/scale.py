@@ -12,7 +12,7 @@ import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tfmixed.plotting.themes import WIDE, Style, Theme, count_steps, is_narrow, legend, powers_of_two, sheet, shorten
+from tfmixed.plotting.style import WIDE, Style, Theme, count_steps, is_narrow, legend, powers_of_two, sheet, shorten
 from tfmixed.records import ScaleChange
 from tfmixed.scaling import ScaleHistory
 

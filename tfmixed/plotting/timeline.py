@@ -10,10 +10,10 @@ import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tfmixed._probe.rounding_model import held_in_half
 from tfmixed.plotting import zones
-from tfmixed.plotting.themes import WIDE, Style, Theme, count_steps, is_narrow, legend, sheet
+from tfmixed.plotting.style import WIDE, Style, Theme, count_steps, is_narrow, legend, sheet
 from tfmixed.records import RangesRecord
-from tfmixed.rounding import held_in_half
 from tfmixed.scaling import ScaleHistory
 
 _CROWD = 100

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tfmixed.plotting.themes import Theme, legend, sheet
+from tfmixed.plotting.style import Theme, legend, sheet
 
 
 def plot_times(

@@ -10,9 +10,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from tfmixed.plotting.themes import Style
+from tfmixed._probe.rounding_model import Octaves, limits, losses
+from tfmixed.plotting.style import Style
 from tfmixed.records import GradientRange
-from tfmixed.rounding import Octaves, limits, losses
 
 KINDS = {"activation": "activation gradients", "weight": "weight gradients"}
 ZONES = ("zero", "subnormal", "normal", "overflow")

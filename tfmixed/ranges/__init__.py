@@ -4,7 +4,7 @@ The method is that of Micikevicius et al., "Mixed Precision Training" (2017), se
 choose a scale with which the largest stays below 65,504.
 """
 
-from tfmixed.ranges.answers import GradientRanges, Suggestion
+from tfmixed.ranges.gradient_ranges import GradientRanges, Suggestion
 from tfmixed.ranges.tables import share_of_zeros, span
 
 __all__ = ["GradientRanges", "Suggestion", "share_of_zeros", "span"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from tfmixed._probe.rounding_model import POWERS, held_in_half, largest_scale, needed_scale, power_of_two
 from tfmixed.records import GradientRange, RangesRecord, short
-from tfmixed.rounding import POWERS, held_in_half, largest_scale, needed_scale, power_of_two
 
 
 def lowest(ranges: Iterable[GradientRange], precision: str, tolerance: float) -> float:

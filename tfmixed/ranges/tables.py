@@ -6,8 +6,8 @@ from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
+from tfmixed._probe.rounding_model import held_in_half, largest_scale, losses, needed_scale, percent, power_of_two
 from tfmixed.records import GradientRange, RangesRecord, short
-from tfmixed.rounding import held_in_half, largest_scale, losses, needed_scale, percent, power_of_two
 
 
 def table(record: RangesRecord, precision: str) -> Table:

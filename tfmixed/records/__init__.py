@@ -1,6 +1,7 @@
 """What happened in a run, as frozen records and as JSON lines."""
 
-from tfmixed.records.kinds import (
+from tfmixed.records.json_lines import NewerFormatError, from_line, read_changes, read_log, to_line
+from tfmixed.records.record_types import (
     Change,
     EventsLost,
     GradientRange,
@@ -13,7 +14,6 @@ from tfmixed.records.kinds import (
     ScaleChange,
     short,
 )
-from tfmixed.records.lines import NewerFormatError, from_line, read_changes, read_log, to_line
 
 __all__ = [
     "Change",

@@ -13,8 +13,8 @@ from rich.rule import Rule
 from rich.table import Table as Grid
 from rich.text import Text
 
-from tfmixed import whole
-from tfmixed.report.runs import Run, read
+from tfmixed._utils import atomic_write
+from tfmixed.report.loading import Run, read
 from tfmixed.report.sections import Part, Section, Table, picture_keys, sections
 
 __all__ = ["Report", "Run", "read"]
@@ -49,9 +49,9 @@ class Report:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from tfmixed.report import page
+        from tfmixed.report import html
 
-        whole.write_text(path, page.render(self.runs))
+        atomic_write.write_text(path, html.render(self.runs))
 
     def save_picture(self, path: str | os.PathLike[str]) -> None:
         """Writes its pictures as one PNG, runs side by side.
@@ -61,8 +61,8 @@ class Report:
             ValueError: The path does not end in `.png`.
         """
         from tfmixed import plotting
-        from tfmixed.plotting.themes import WIDE
-        from tfmixed.report.pictures import PICTURES
+        from tfmixed.plotting.style import WIDE
+        from tfmixed.report.figures import PICTURES
 
         keys = [picture_keys(run) for run in self.runs]
         rows = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tfmixed._probe.rounding_model import losses, percent
 from tfmixed.ranges import GradientRanges, share_of_zeros, span
 from tfmixed.records import RangesRecord, RunRecord, short
-from tfmixed.report import words
-from tfmixed.report.runs import Run
-from tfmixed.rounding import losses, percent
+from tfmixed.report import advice
+from tfmixed.report.loading import Run
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Section:
 def sections(runs: Sequence[Run]) -> list[Section]:
     """Returns the whole report: words first."""
     each: dict[str, Callable[[Run], Part]] = {
-        "What happened": lambda run: Part(words.happened(run)),
-        "What to change": lambda run: Part(words.advice(run) or ["Nothing that this log shows."]),
+        "What happened": lambda run: Part(advice.happened(run)),
+        "What to change": lambda run: Part(advice.advice(run) or ["Nothing that this log shows."]),
         "What is missing": lambda run: Part(list(run.problems) or ["Nothing: the log is whole."]),
         "Loss scale": _scale,
         "Skipped steps": _skipped,
@@ -99,7 +99,7 @@ def _skipped(run: Run) -> Part:
 def _ranges(run: Run) -> Part:
     if run.ranges is None:
         return Part(["No gradient ranges in this log."])
-    held, scale, record = words.precision(run.ranges), run.measured_at, run.ranges.record
+    held, scale, record = advice.precision(run.ranges), run.measured_at, run.ranges.record
     batches = f"{record.batches:,} {'batch' if record.batches == 1 else 'batches'}"
     dtypes = {each.dtype for each in run.ranges}
     alike = f" all of them held in {dtypes.pop()}," if len(dtypes) == 1 else ""

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy
 
-from tfmixed.scaling.history import ScaleHistory
+from tfmixed.records.scale_history import ScaleHistory
 from tfmixed.scaling.logmax import LogMaxScale, LogMaxState
-from tfmixed.scaling.peers import PEERS, like
+from tfmixed.scaling.presets import PEERS, like
 from tfmixed.scaling.rules import ConstantScale, ConstantState, DynamicScale, DynamicState, ScalingRule
 
 __all__ = [

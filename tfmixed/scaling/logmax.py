@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy
 
 from tfmixed.formats import FLOAT32
-from tfmixed.scaling import checks
+from tfmixed.scaling import validation
 from tfmixed.scaling.rules import ScalingRule
 
 
@@ -86,15 +86,15 @@ class LogMaxScale(ScalingRule):
 
     def __post_init__(self) -> None:
         for name in ("initial_scale", "min_scale", "max_scale"):
-            object.__setattr__(self, name, checks.scale(name, getattr(self, name)))
+            object.__setattr__(self, name, validation.scale(name, getattr(self, name)))
         for name, limits in _RANGES.items():
             if getattr(self, name) is not None or name != "overflow_log2":
-                object.__setattr__(self, name, checks.number(name, getattr(self, name), **limits))
-        checks.bounds(self.initial_scale, self.min_scale, self.max_scale)
+                object.__setattr__(self, name, validation.number(name, getattr(self, name), **limits))
+        validation.bounds(self.initial_scale, self.min_scale, self.max_scale)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        return checks.bounds(self.initial_scale, self.min_scale, self.max_scale)
+        return validation.bounds(self.initial_scale, self.min_scale, self.max_scale)
 
     def start(self) -> LogMaxState:
         scale = numpy.clip(self.initial_scale, *self.bounds)

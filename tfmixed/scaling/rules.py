@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy
 
-from tfmixed.scaling import checks
+from tfmixed.scaling import validation
 
 
 class ScalingRule:
@@ -101,7 +101,7 @@ class ConstantScale(ScalingRule):
     skip_nonfinite: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", checks.scale("value", self.value))
+        object.__setattr__(self, "value", validation.scale("value", self.value))
         if not isinstance(self.skip_nonfinite, bool):
             raise ValueError(f"skip_nonfinite must be True or False, received {self.skip_nonfinite!r}")
 
@@ -192,18 +192,18 @@ class DynamicScale(ScalingRule):
     def __post_init__(self) -> None:
         for name in ("initial_scale", "min_scale", "max_scale"):
             if getattr(self, name) is not None or name == "initial_scale":
-                object.__setattr__(self, name, checks.scale(name, getattr(self, name)))
+                object.__setattr__(self, name, validation.scale(name, getattr(self, name)))
         for name, limits in _RANGES.items():
-            object.__setattr__(self, name, checks.number(name, getattr(self, name), **limits))
+            object.__setattr__(self, name, validation.number(name, getattr(self, name), **limits))
         for name, least in _COUNTS.items():
-            object.__setattr__(self, name, checks.count(name, getattr(self, name), least))
+            object.__setattr__(self, name, validation.count(name, getattr(self, name), least))
         if self.refill not in ("growth", "change", "finite"):
             raise ValueError(f'refill must be "growth", "change" or "finite", received {self.refill!r}')
-        checks.bounds(self.initial_scale, self.min_scale, self.max_scale)
+        validation.bounds(self.initial_scale, self.min_scale, self.max_scale)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        return checks.bounds(self.initial_scale, self.min_scale, self.max_scale)
+        return validation.bounds(self.initial_scale, self.min_scale, self.max_scale)
 
     def start(self) -> DynamicState:
         return DynamicState(
@@ -235,7 +235,7 @@ class DynamicScale(ScalingRule):
 
     def _grown(self, scale: Any, xp: Any) -> Any:
         # The limit keeps the product finite in the branch that is not selected too: no inf, no warning.
-        limit = checks.largest_factor(self.bounds[1], self.growth_factor)
+        limit = validation.largest_factor(self.bounds[1], self.growth_factor)
         beyond = scale if self.max_scale is None else self.bounds[1]
         return xp.where(scale > limit, beyond, _times(xp.minimum(scale, limit), self.growth_factor, xp))
 

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.eager import context
 
-from tfmixed import outside
+from tfmixed._utils import user_warnings
 from tfmixed.compat.v1 import optimizer as scaling
 from tfmixed.compat.v1 import rewrite
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
@@ -78,7 +78,7 @@ def _is_on(variable: str) -> bool:
     value = os.environ.get(variable, "")
     if value.lower() not in ("", "0", "1", "false", "true") and (variable, value) not in _Watch.odd:
         _Watch.odd |= {(variable, value)}
-        outside.warn(f"{variable} must be 0, 1, false or true, received {value!r}: it is taken for 0")
+        user_warnings.warn(f"{variable} must be 0, 1, false or true, received {value!r}: it is taken for 0")
     return value.lower() in ("1", "true")
 
 
@@ -97,7 +97,7 @@ def _scaled(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
 def _unscaled(plain: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
         if _asks(_SCALING) and not scaling.is_at_work():
-            outside.warn(
+            user_warnings.warn(
                 "SyncReplicasOptimizer would wait for ever at the first skipped step, so its loss is not scaled, nor "
                 "are its gradients checked"
             )
@@ -114,7 +114,7 @@ def _is_plain(opt: Any) -> bool:
         return False
     own = [name for name in _METHODS if getattr(type(opt), name) is not getattr(Optimizer, name)]
     if own:
-        outside.warn(
+        user_warnings.warn(
             f"{type(opt).__name__} has its own {' and '.join(own)}, so its loss is not scaled: wrap it with "
             "enable_mixed_precision_graph_rewrite"
         )

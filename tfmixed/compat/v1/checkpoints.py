@@ -18,10 +18,10 @@ from typing import Any
 import numpy
 import tensorflow as tf
 
-from tfmixed import whole
+from tfmixed._utils import atomic_write
 from tfmixed.compat.v1.graphs import SCOPE
 from tfmixed.compat.v1.scales import scalings_of
-from tfmixed.scaling import checks
+from tfmixed.scaling import validation
 
 V1 = tf.compat.v1
 # Ours, and what TensorFlow's DynamicLossScale has in its place.
@@ -89,7 +89,7 @@ def to_mixed(source: str | Path, target: str | Path, loss_scale: Any = "dynamic"
         ValueError: `source` is no checkpoint of a `Saver`, `target` is one already, `loss_scale` is none, or
             `optimizers` is below 1.
     """
-    checks.count("optimizers", optimizers, 1)
+    validation.count("optimizers", optimizers, 1)
     values, wanted = _read(source), dict[str, Any]()
     with tf.Graph().as_default(), V1.Session() as session:
         state = scalings_of(loss_scale).here()
@@ -208,7 +208,7 @@ def _write(path: str | Path, values: Mapping[str, Any]) -> None:
     known = V1.train.get_checkpoint_state(str(folder))
     older = list(known.all_model_checkpoint_paths) if known else []
     state = V1.train.generate_checkpoint_state_proto(str(folder), str(path), [*older, str(path)])
-    whole.write_text(folder / "checkpoint", str(state))
+    atomic_write.write_text(folder / "checkpoint", str(state))
 
 
 def _loss_scale(text: str) -> str | float:

@@ -13,7 +13,7 @@ import tensorflow as tf
 from rich.table import Table
 from tensorflow.python.eager import context
 
-from tfmixed import printed
+from tfmixed._utils import rich_text
 from tfmixed.compat.v1 import lists, rewrite
 
 V1 = tf.compat.v1
@@ -93,7 +93,7 @@ class ConversionReport:
         return table
 
     def __str__(self) -> str:
-        return printed.text(self)
+        return rich_text.text(self)
 
 
 def conversion_report(runner: Any, *arguments: Any, **named: Any) -> ConversionReport:

@@ -9,14 +9,14 @@ import numpy
 import tensorflow as tf
 from keras import ops
 
-from tfmixed import gradients
+from tfmixed._core import gradients
+from tfmixed._core.event_buffer import NO_VARIABLE
+from tfmixed._core.finite_check import Judge, Verdict
+from tfmixed._core.scaler_state import Observable, Outcome, ScalingState
+from tfmixed._core.variables import plain_variable
 from tfmixed.compat.v1.control_flow import in_control_flow
 from tfmixed.compat.v1.origins import Origins
-from tfmixed.events import NO_VARIABLE
 from tfmixed.scaling import ScalingRule
-from tfmixed.state import Observable, Outcome, ScalingState
-from tfmixed.variables import plain_variable
-from tfmixed.verdicts import Judge, Verdict
 
 V1 = tf.compat.v1
 SCOPE = "tfmixed"

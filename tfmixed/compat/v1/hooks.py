@@ -9,11 +9,11 @@ from typing import Any, get_args
 
 import tensorflow as tf
 
-from tfmixed import events, runlog
+from tfmixed._core import event_buffer
 from tfmixed.compat.v1.graphs import Blaming
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
-from tfmixed.records import Change, Record, ScaleChange
-from tfmixed.scaling import checks
+from tfmixed.records import Change, Record, ScaleChange, run_log
+from tfmixed.scaling import validation
 
 V1 = tf.compat.v1
 
@@ -41,7 +41,7 @@ class Snapshot(Blaming):
 
     def drain_events(self) -> list[Change]:
         """Returns the changes that were not drained yet; nothing is marked."""
-        return events.entries(self._values, self._paths)
+        return event_buffer.entries(self._values, self._paths)
 
 
 class LossScaleHook(tf.compat.v1.train.SessionRunHook):
@@ -84,8 +84,8 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         self._optimizer = optimizer
         self.path = None if path is None else Path(path)
         self.summary_dir = None if summary_dir is None else os.fspath(summary_dir)
-        self.every = checks.count("every", every, 1)
-        self.verbose = checks.count("verbose", verbose, 0)
+        self.every = validation.count("every", every, 1)
+        self.verbose = validation.count("verbose", verbose, 0)
         self._drained = 0
         self._writer: Any = None
 
@@ -109,9 +109,9 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         changes = now.drain_events()
         if self.path is not None:
             step, kinds = int(now.attempted_steps), get_args(Record)
-            self.path, changes = runlog.begin(self.path, step, kinds, changes, now, loop=self._optimizer)
+            self.path, changes = run_log.begin(self.path, step, kinds, changes, now, loop=self._optimizer)
         self._tell(changes)
-        runlog.append(self.path, [runlog.describe(None, now)])
+        run_log.append(self.path, [run_log.describe(None, now)])
         # Nothing is marked before all hooks have looked.
         self._drained = int(values["event_count"])
 
@@ -126,8 +126,8 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         """Collects what is left, and writes how the run ended."""
         now = self._collect(session)
         last = int(now.attempted_steps) - 1
-        runlog.append(self.path, [runlog.progress(last, None, runlog.numbers(now), {})])
-        runlog.release(self.path)
+        run_log.append(self.path, [run_log.progress(last, None, run_log.numbers(now), {})])
+        run_log.release(self.path)
         if self._writer is not None:
             self._writer.flush()
 
@@ -138,12 +138,12 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         self._tell(now.drain_events())
         self._drained = int(values["event_count"])
         session.run(self._mark, {self._count: self._drained})
-        self._summarize(runlog.numbers(now), int(now.attempted_steps))
+        self._summarize(run_log.numbers(now), int(now.attempted_steps))
         now.raise_if_exhausted()
         return now
 
     def _tell(self, changes: Sequence[Change]) -> None:
-        runlog.append(self.path, changes)
+        run_log.append(self.path, changes)
         for change in changes:
             if self.verbose:
                 print(change)

@@ -11,13 +11,14 @@ from typing import Any
 import tensorflow as tf
 from keras import ops
 
-from tfmixed import arguments, gradients, outside
-from tfmixed.branching import as_it_is
+from tfmixed._core import arguments, gradients
+from tfmixed._core.control_flow import as_it_is
+from tfmixed._core.finite_check import Judge
+from tfmixed._utils import user_warnings
 from tfmixed.compat.v1 import control_flow, origins, overriding, rewrite
 from tfmixed.compat.v1.graphs import Blaming, GraphState
 from tfmixed.compat.v1.origins import Origins
 from tfmixed.compat.v1.scales import scalings_of
-from tfmixed.verdicts import Judge
 
 V1 = tf.compat.v1
 _SCOPE = "loss_scaling"
@@ -95,7 +96,7 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
         with overriding.taking(opt, self.compute_gradients, self.apply_gradients) as calls:
             train = opt.minimize(*arguments, **named)
         if "apply_gradients" not in calls:
-            outside.warn(
+            user_warnings.warn(
                 f"{type(opt).__name__} has its own minimize, which does not call its apply_gradients: its steps are "
                 "not checked, and none is skipped. Call compute_gradients and apply_gradients"
             )
@@ -125,7 +126,7 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
                 pairs = list(compute(loss, *arguments, **named))
         if calls:
             return pairs
-        outside.warn(
+        user_warnings.warn(
             f"{type(self._optimizer).__name__} has its own compute_gradients, which does not call that of "
             "tf.compat.v1.train.Optimizer: its loss is not scaled, which float16 needs. Call "
             "super().compute_gradients there"

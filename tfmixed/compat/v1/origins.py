@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfmixed import gradients
+from tfmixed._core import gradients
 
 V1 = tf.compat.v1
 _ATTRIBUTE = "_tfmixed_found"

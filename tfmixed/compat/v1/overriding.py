@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfmixed import temporary
+from tfmixed._utils import temporary_state
 
 Optimizer = tf.compat.v1.train.Optimizer
 _lock = threading.Lock()
@@ -88,5 +88,5 @@ def taking(opt: Any, *methods: Callable[..., Any]) -> Iterator[set[str]]:
 
     with contextlib.ExitStack() as stack:
         for method in methods:
-            temporary.put(stack, opt, method.__name__, noted(method))
+            temporary_state.put(stack, opt, method.__name__, noted(method))
         yield calls

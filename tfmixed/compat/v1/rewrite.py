@@ -14,7 +14,8 @@ from tensorflow.python.client.session import BaseSession
 from tensorflow.python.framework.test_util import IsMklEnabled
 from tensorflow.python.training.experimental import mixed_precision_global_state as flags
 
-from tfmixed import hardware, outside
+from tfmixed import hardware
+from tfmixed._utils import user_warnings
 from tfmixed.policy import BESIDE_REWRITE, REWRITE
 
 _OPTIONS = {
@@ -69,7 +70,7 @@ def disable() -> None:
         tf.compat.v1.mixed_precision.disable_mixed_precision_graph_rewrite()  # TensorFlow's own, without `install`
         return
     if not _Switch.enabled:
-        outside.warn("the graph rewrite is switched off already")
+        user_warnings.warn("the graph rewrite is switched off already")
         return
     tf.config.optimizer.set_experimental_options(_Switch.before)
     flags.set_mixed_precision_graph_rewrite_enabled(False)
@@ -152,18 +153,18 @@ def _chosen(dtype: Any) -> str | None:
         raise ValueError(f'dtype must be "auto", "float16" or "bfloat16", received {dtype!r}')
     native, fast, reason = _native()
     if dtype == "auto" and not fast:
-        outside.warn(
+        user_warnings.warn(
             f"the graph rewrite converts nothing here: {reason}. The script goes on in float32, with its loss scale."
         )
         return None
     if dtype not in ("auto", native):
         where = "GPUs of compute capability 7.0 or more" if dtype == "float16" else "CPUs, with oneDNN"
-        outside.warn(
+        user_warnings.warn(
             f"the graph rewrite to {dtype} converts on {where} only, and this machine has none in use: {reason}. "
             'Use dtype="auto".'
         )
     elif not fast:
-        outside.warn(f"the graph rewrite to {dtype} is not fast here: {reason}.")
+        user_warnings.warn(f"the graph rewrite to {dtype} is not fast here: {reason}.")
     else:
         print(f"tfmixed: graph rewrite to {native}: {reason}", file=sys.stderr)
     return native if dtype == "auto" else str(dtype)
@@ -187,7 +188,7 @@ def _warn_of_sessions() -> None:
     open_ones = [each for each in sessions if getattr(each, "_session", None) is not None and not each._closed]
     plain = sum(not _is_converted(each._config) for each in open_ones)
     if plain:
-        outside.warn(
+        user_warnings.warn(
             f"the graph rewrite reaches sessions that are made from now on; {plain} open now stay as they are. "
             "Call enable_mixed_precision_graph_rewrite() before making sessions."
         )

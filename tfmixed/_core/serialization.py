@@ -1,0 +1,148 @@
+"""How a `LossScaleOptimizer` goes into files and comes back: its configuration, and its variables by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import keras
+import numpy
+
+from tfmixed._core import arguments
+from tfmixed._core.fused_update import Fuser
+from tfmixed._core.scaler_state import Observable
+from tfmixed._utils import user_warnings
+
+# Those of the constructor, left out of a configuration so that Keras's own class can read the rest of it.
+_DEFAULTS = {"max_consecutive_skips": 100, "fuse": "auto", "event_capacity": 256}
+
+
+class _Config(dict[str, Any]):
+    """Configuration with the inner optimizer's hyperparameters, which are in it once: Keras's own class reads it."""
+
+    def __missing__(self, key: str) -> Any:
+        return self["inner_optimizer"]["config"][key]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self["inner_optimizer"]["config"]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns the entry, or the inner optimizer's, or `default`."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+
+class Saved(Observable, keras.optimizers.LossScaleOptimizer):
+    """What Keras calls of a `LossScaleOptimizer` that it saves or loads. Files of Keras's own class are read too."""
+
+    event_capacity: int
+    _fuser: Fuser
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the configuration: Keras's own four entries where they say it all.
+
+        What it does not have is looked up in the inner optimizer's: `get_config()["learning_rate"]`.
+        """
+        config = {"name": self.name, "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer)}
+        if self.rule == arguments.dynamic_rule(self.initial_scale, self.dynamic_growth_steps):
+            config |= {"initial_scale": self.initial_scale, "dynamic_growth_steps": self.dynamic_growth_steps}
+        else:
+            config["scale"] = self.rule.get_config()
+        own = (self.max_consecutive_skips, self._fuser.fuse, self.event_capacity)
+        given = zip(_DEFAULTS.items(), own, strict=True)
+        return _Config({**config, **{name: value for (name, default), value in given if value != default}})
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
+        """Returns the optimizer of a configuration, one of Keras's own class included."""
+        inner = keras.saving.deserialize_keras_object(config["inner_optimizer"], custom_objects=custom_objects)
+        return cls(inner, **{key: value for key, value in config.items() if key != "inner_optimizer"})
+
+    @classmethod
+    def from_keras(cls, optimizer: keras.optimizers.LossScaleOptimizer) -> Self:
+        """Returns an optimizer that goes on where one of Keras's own class stands, with the same inner optimizer.
+
+        Args:
+            optimizer: For instance `model.optimizer` after `keras.models.load_model` of an older file. It must not
+                be used any more afterwards.
+        """
+        new = cls(
+            optimizer.inner_optimizer,
+            initial_scale=optimizer.initial_scale,
+            dynamic_growth_steps=optimizer.dynamic_growth_steps,
+        )
+        if optimizer.built:
+            new.build(optimizer._trainable_variables)
+            new._state().restore({name: getattr(optimizer, name).numpy() for name in ("dynamic_scale", "step_counter")})
+        return new
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes own variables under their names and the inner optimizer's under their numbers."""
+        for name, variable in {**self._state().variables, **self._inner_by_name()}.items():
+            store[name] = variable.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads what `save_own_variables` wrote, or what Keras's own class wrote.
+
+        What the file does not hold, because another rule wrote it, starts afresh.
+        """
+        inner = self._inner_by_name()
+        saved = _by_name(store, inner)
+        if inner.keys() != {name for name in saved if name.startswith("inner_")}:
+            user_warnings.warn(
+                f"Skipping variable loading for optimizer {self.name!r}: the inner optimizer of the file has other "
+                f"variables than {type(self.inner_optimizer).__name__} here, or the optimizer is not built yet: build "
+                "it first with `optimizer.build(model.trainable_variables)`."
+            )
+            return
+        values = {name: saved[name] for name in inner}
+        _check_shapes(list(inner.values()), list(values.values()))
+        self._state().restore(saved)
+        for name, variable in inner.items():
+            variable.assign(values[name])
+        self._begin_run()
+
+    def set_weights(self, weights: Iterable[Any]) -> None:
+        """Sets all variables, own ones and the inner optimizer's, to values in the order of `variables`.
+
+        Raises:
+            ValueError: If the optimizer is not built, or `weights` does not have one value of the right shape for each
+                variable. Nothing is set then.
+        """
+        variables, values = self.variables, list(weights)
+        if not self.built:
+            raise ValueError(
+                "`set_weights` needs a built optimizer. Call `optimizer.build(trainable_variables)` first."
+            )
+        if len(values) != len(variables):
+            raise ValueError(
+                f"`weights` must have {len(variables)} values, one for each of `optimizer.variables`: those of the "
+                f"inner optimizer alone belong to `optimizer.inner_optimizer.set_weights`. Received: {len(values)}"
+            )
+        _check_shapes(variables, values)
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        self._state().bound_scale()
+        self._begin_run()
+
+    def _inner_by_name(self) -> dict[str, keras.Variable]:
+        return {f"inner_{index}": variable for index, variable in enumerate(self.inner_optimizer.variables)}
+
+
+def _check_shapes(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        if tuple(variable.shape) != tuple(numpy.shape(value)):
+            raise ValueError(
+                f"The value for the optimizer variable {variable.path!r} must have the shape {tuple(variable.shape)}. "
+                f"Build the optimizer with the variables of the saved one. Received: shape={tuple(numpy.shape(value))}"
+            )
+
+
+def _by_name(store: Any, inner: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a file's values by our names; Keras numbers its four own variables and then the inner optimizer's."""
+    numbered = ["iteration", "learning_rate", "step_counter", "dynamic_scale", *inner]
+    if set(store.keys()) == {str(number) for number in range(len(numbered))}:
+        return {name: store[str(number)] for number, name in enumerate(numbered)}
+    return {name: store[name] for name in store.keys()}  # noqa: SIM118  # an HDF5 group of Keras does not iterate
