@@ -7,8 +7,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 # What a version can break: private names, optimizers, layers, loops, graphs. Replays of thousands of steps and large
 # models are left to the newest end. Empty: all tests.
-OLDEST ?= $(patsubst %,tests/test_%.py,package contract optimizer callbacks layers audit fused v1_rewrite config \
-	records report run_script) \
+OLDEST ?= $(foreach name,package contract optimizer callbacks layers audit fused v1_rewrite config \
+	records report run_script,$(wildcard tests/*/test_$(name).py)) \
 	-k "not (none_never or no_row_of_overflows or well_made_models or killed_process or restored_run)"
 
 .PHONY: demo test test-all coverage test-backends test-oldest docs check format clean
@@ -45,6 +45,7 @@ check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: .venv/installed
 	$(BIN)/ruff check --fix

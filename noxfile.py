@@ -1,7 +1,7 @@
 """The wheel, tested as strangers get it: in a fresh environment, without this checkout, on the versions that it claims.
 
 `nox` takes the oldest of everything that pyproject.toml admits, `nox -t pairs` other pairs of TensorFlow and Keras, on
-each Python that is here. What stands after `--` goes to pytest: `nox -t pairs -- -x -n 2 tests/test_optimizer.py`.
+each Python that is here. What stands after `--` goes to pytest: `nox -t pairs -- -x -n 2 tests/core/test_optimizer.py`.
 """
 
 from __future__ import annotations

@@ -35,11 +35,11 @@ ELSEWHERE = {
     "make demo": ".ci/run",
     "make test": ".ci/run",
     "pip install '.[tensorflow,plot]'": "the Makefile installs the package with more extras than these",
-    "tfmixed bench mlp --rounds 3 --seconds 1": "tests/test_bench.py, with shorter turns",
+    "tfmixed bench mlp --rounds 3 --seconds 1": "tests/cli/test_bench.py, with shorter turns",
     "tfmixed bench --model mine:train --policy mixed_bfloat16 --plot times.png": "the same",
     "export TF_CONFIG='{"
     '"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}'
-    "'": "tests/test_multi_worker.py sets it for hosts that are there",
+    "'": "tests/core/test_multi_worker.py sets it for hosts that are there",
 }
 
 # What a page takes for granted: run before the block that begins with the key.

@@ -44,7 +44,7 @@ def session(config=None):
 def script(code, *arguments, environment=None, timeout=180):
     """Runs Python code in a process of its own, and returns what it prints; a failure is one of the test."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    paths = os.pathsep.join(map(str, [TESTS.parent, TESTS, TESTS / "compat"]))
     environment = {**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {})}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert run.returncode == 0, run.stderr[-3000:]

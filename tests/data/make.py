@@ -1,4 +1,4 @@
-"""Writes one of each file that a version of tfmixed leaves behind, for `tests/test_old_files.py`.
+"""Writes one of each file that a version of tfmixed leaves behind, for `tests/records/test_old_files.py`.
 
     python tests/data/make.py 0.1.0
 

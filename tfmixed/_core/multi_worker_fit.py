@@ -108,7 +108,7 @@ def _loop(steps: int, one_step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """
     import tensorflow
 
-    @tensorflow.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]  # it ships no types
+    @tensorflow.autograph.experimental.do_not_convert
     def loop(iterator: Any) -> Any:
         def go_on(done: Any, batch: Any, _: Any) -> Any:
             return tensorflow.logical_and(done < steps, batch.has_value())

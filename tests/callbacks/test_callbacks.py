@@ -425,7 +425,7 @@ def test_a_killed_process_keeps_its_log(tmp_path):
     path = tmp_path / "scale.jsonl"
     script = f"""
         import os, signal, sys
-        sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
+        sys.path[:0] = [str(path) for path in __import__("pathlib").Path({__file__!r}).parents[:2]]
         import keras
         from test_callbacks import fit
         from tfmixed.callbacks import LossScaleLogger
@@ -515,7 +515,7 @@ def test_two_trainings_on_one_path_keep_a_whole_log_each(tmp_path):
     path = tmp_path / "log.jsonl"
     script = f"""
         import sys
-        sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
+        sys.path[:0] = [str(path) for path in __import__("pathlib").Path({__file__!r}).parents[:2]]
         from test_callbacks import fit
         from tfmixed.callbacks import LossScaleLogger
 

@@ -22,7 +22,7 @@ from thorough import thorough
 from tfmixed import scaling
 from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
 
-TRACES = json.loads((Path(__file__).parent / "loss_scale_traces.json").read_text())
+TRACES = json.loads((Path(__file__).parents[1] / "data" / "loss_scale_traces.json").read_text())
 
 # The peer's TF1 graph reads its iteration counter in no fixed order with the increment: a data race. Its own code, run
 # 150 times on this trace, gave our sequence 140 times, others 10 times, and the recorded one never. The race shows in

@@ -24,7 +24,7 @@ from tfmixed.records import EventsLost, GradientRange, Progress, RangesRecord, R
 from tfmixed.report import Report, read
 from tfmixed.scaling import replay
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 RULE = scaling.DynamicScale().get_config()
 LOG = [
     RunRecord(0, 2.0**15, "2026-01-01T00:00:00+00:00", "net", "mixed_float16", RULE, "Adam", ["CPU"], {"Keras": "3"}),

@@ -166,7 +166,7 @@ def test_a_missing_log_is_an_error(tmp_path):
 
 def test_a_file_says_its_format():
     """In the line that begins a run, and in ranges, which may be a file by themselves; a line without one is of 1."""
-    assert json.loads(records.to_line(BEGIN))["format"] == records.kinds.FORMAT == 1
+    assert json.loads(records.to_line(BEGIN))["format"] == records.record_types.FORMAT == 1
     assert json.loads(records.to_line(records.from_line(ranges_line())))["format"] == 1
     values = json.loads(records.to_line(BEGIN))
     del values["format"]

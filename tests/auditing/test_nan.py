@@ -16,7 +16,7 @@ from keras import layers, ops
 import tfmixed
 from tfmixed.errors import LossScaleExhausted
 
-PAGE = (Path(__file__).parent.parent / "docs" / "nan.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "nan.md").read_text(encoding="utf-8")
 SECTIONS = {
     re.sub(r"[^\w -]", "", title).lower().replace(" ", "-"): re.findall(r"```python\n(.*?)```", body, flags=re.DOTALL)
     for title, body in re.findall(r"^### (.*?)\n(.*?)(?=^##|\Z)", PAGE, flags=re.DOTALL | re.MULTILINE)

@@ -17,7 +17,7 @@ import tfmixed
 from tfmixed import scaling
 from tfmixed.scaling import DynamicScale
 
-PAGE = Path(__file__).parent.parent / "docs" / "porting.md"
+PAGE = Path(__file__).parents[2] / "docs" / "porting.md"
 
 
 @functools.cache

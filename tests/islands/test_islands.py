@@ -117,7 +117,7 @@ for path in pathlib.Path({str(tmp_path)!r}).glob("*.keras"):
 """
     run = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,81 +1,12 @@
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from thorough import thorough
 
 import tfmixed
-
-PACKAGE = Path(tfmixed.__file__).parent
-FLOORS = {
-    0: ["errors", "formats", "outside", "records", "whole", "printed", "branching", "structure"],
-    1: ["scaling", "inner", "seen", "rounding", "temporary", "workers", "variables", "gradients"],
-    2: [
-        "calls",
-        "hardware",
-        "plotting",
-        "verdicts",
-        "events",
-        "distribute",
-        "models",
-        "switches",
-        "inplace",
-        "delegation",
-        "patching",
-    ],
-    3: [
-        "ranges",
-        "applying",
-        "arguments",
-        "promotion",
-        "layers",
-        "losses",
-        "state",
-        "fused",
-        "measuring",
-        "widths",
-        "sensitive",
-        "taps",
-    ],
-    4: ["policy", "report", "runlog", "by_hand", "saving", "turn", "snapshots", "steps", "auditing"],
-    5: ["logcommands", "optimizer", "iteration", "doctor", "plan", "probing"],
-    6: ["lasting", "compat", "islands", "callbacks"],
-    7: ["grad_scaler", "config", "bench"],
-    8: ["running"],
-    9: ["cli"],
-    10: ["__main__"],
-}
-FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
-MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
-
-
-def unit(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported(path):
-    """Yields the tfmixed modules that a file imports, at whatever depth."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        assert not getattr(node, "level", 0), f"{path.name}: relative imports hide what a module needs"
-        if isinstance(node, ast.ImportFrom) and node.module == "tfmixed":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tfmixed."):
-            yield node.module.split(".")[1]
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tfmixed."))
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_modules_import_from_lower_floors_only(path):
-    """Data flows up: no module knows one that stands on its own floor or above."""
-    own = unit(path)
-    assert own in FLOOR_OF, f"{own} has no floor: give it one"
-    above = [name for name in imported(path) if name != own and FLOOR_OF[name] >= FLOOR_OF[own]]
-    assert not above
 
 
 def python(code):

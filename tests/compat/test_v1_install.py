@@ -22,7 +22,7 @@ from tfmixed import hardware
 from tfmixed.compat.v1 import conversion_report, rewrite
 from tfmixed.scaling import ConstantScale
 
-PAGE = Path(__file__).parent.parent / "docs" / "tf1.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tf1.md"
 converts = hardware.describe().policy == "mixed_bfloat16"
 CLASSIC = (
     "opt = tf.train.AdamOptimizer(0.05)\nopt = tf.train.experimental.enable_mixed_precision_graph_rewrite(opt)",

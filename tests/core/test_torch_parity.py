@@ -2,7 +2,7 @@
 
 Where torch is, it is asked again, on more of them: `TFMIXED_PARITY_LOOPS` says how many.
 
-    KERAS_BACKEND=torch python tests/test_torch_parity.py --record
+    KERAS_BACKEND=torch python tests/core/test_torch_parity.py --record
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from thorough import covering
 
 from tfmixed import GradScaler
 
-RECORDED = Path(__file__).parent / "grad_scaler_loops.json"
+RECORDED = Path(__file__).parents[1] / "data" / "grad_scaler_loops.json"
 LOOPS, MORE = 8, int(os.environ.get("TFMIXED_PARITY_LOOPS", "12"))
 ITERATIONS, OPTIMIZERS = 40, 3
 VALUES, ODDS = ("inf", "-inf", "nan", "1.0", "0.001", "0.0", "100.0"), [0.05, 0.05, 0.05, 0.3, 0.2, 0.05, 0.3]

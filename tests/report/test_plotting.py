@@ -10,7 +10,7 @@ from tfmixed.records import EventsLost, GradientRange, RangesRecord, ScaleChange
 HISTORY = ScaleHistory(
     8.0, 10, (ScaleChange(2, 8.0, 4.0, "overflow", "a"), EventsLost(1, 5), ScaleChange(5, 4.0, 8.0, "growth"))
 )
-WIDTHS = [plotting.themes.WIDE, plotting.themes.NARROW]
+WIDTHS = [plotting.style.WIDE, plotting.style.NARROW]
 
 
 def gradient(name, kind="weight", center=-20.0, dtype="float16", seed=0, zeros=3):
@@ -72,14 +72,14 @@ def test_thousands_of_changes_are_thinned_out():
 
 def test_a_long_name_keeps_both_ends():
     """The layer in front and the variable behind."""
-    assert plotting.themes.shorten("encoder/block_1/attention/kernel", 15) == "encoder…/kernel"
-    assert plotting.themes.shorten("kernel", 6) == "kernel"
+    assert plotting.style.shorten("encoder/block_1/attention/kernel", 15) == "encoder…/kernel"
+    assert plotting.style.shorten("kernel", 6) == "kernel"
 
 
 def test_limits_are_seen_on_dark_cells():
     """Each line has one of the other colour behind it."""
     *_, weights, _ = plotting.plot_layers(snapshot(4)).axes
-    style = plotting.themes.STYLES["light"]
+    style = plotting.style.STYLES["light"]
     drawn = [(line.get_color(), line.get_linewidth()) for line in weights.get_lines()][1:]
     assert drawn == [(style.paper, 3.0), (style.ink, 1.0)] * 3
 
@@ -160,7 +160,7 @@ PICTURES = {
 
 def overlaps(figure):
     """Returns pairs of texts of a figure that cover one another, and those that reach beyond its edge."""
-    canvas = plotting.files.FigureCanvasAgg(figure)
+    canvas = plotting.output.FigureCanvasAgg(figure)
     canvas.draw()
     found = [text for text in figure.findobj(lambda each: hasattr(each, "get_text")) if text.get_text().strip()]
     shown = [text for text in found if text.get_visible() and in_view(text, figure)]
@@ -193,11 +193,11 @@ def test_no_text_covers_another_or_is_cut_off(name, width):
 def test_each_picture_has_a_dark_theme(name):
     """Its letters are light on dark, those of ticks too, which matplotlib makes late."""
     figure = PICTURES[name](theme="dark")
-    plotting.files.FigureCanvasAgg(figure).draw()
+    plotting.output.FigureCanvasAgg(figure).draw()
     assert sum(figure.get_facecolor()[:3]) < 0.5
     for axes in figure.axes:
         for text in [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.title]:
-            assert text.get_color() == plotting.themes.STYLES["dark"].ink
+            assert text.get_color() == plotting.style.STYLES["dark"].ink
 
 
 def test_a_name_is_no_formula():

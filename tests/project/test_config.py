@@ -10,7 +10,7 @@ from tfmixed.callbacks import LossScaleLogger
 from tfmixed.config import LogConfig
 from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
 
 def write(tmp_path, text):

@@ -13,7 +13,7 @@ from backend import needs_tensorflow
 import tfmixed
 from tfmixed import records, report
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 X = np.linspace(-1, 1, 32, dtype="float32").reshape(8, 4)
 
 

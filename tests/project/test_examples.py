@@ -17,7 +17,7 @@ from thorough import thorough
 
 from tfmixed import records
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.filterwarnings("ignore:policy .* is slow here")
 

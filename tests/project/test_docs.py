@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import os
 import re
@@ -15,7 +14,6 @@ import keras
 import pages
 import pytest
 import test_nan
-from test_architecture import FLOORS, PACKAGE
 
 import tfmixed
 from tfmixed._cli import main
@@ -137,26 +135,6 @@ def test_every_command_is_on_a_page():
     assert [each for each in commands if not re.search(rf"^tfmixed {each}\b", text, flags=re.MULTILINE)] == []
 
 
-HOW = DOCS / "how_it_works.md"
-MODULES = re.compile(r"(?<=<!-- modules -->\n\n).*?(?=\n\n<!-- end of modules -->)", re.DOTALL)
-
-
-def table_of_modules():
-    """Returns it as Markdown: the first lines of the docstrings, floor by floor."""
-    rows = ["| floor | module | what it does |", "|---|---|---|"]
-    for floor, modules in FLOORS.items():
-        for name in sorted(modules):
-            path = PACKAGE / name / "__init__.py" if (PACKAGE / name).is_dir() else PACKAGE / f"{name}.py"
-            line = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()[0]
-            rows.append(f"| {floor} | `{name}` | {line} |")
-    return "\n".join(rows)
-
-
-def test_the_table_of_modules_is_that_of_the_docstrings():
-    """`python tests/test_docs.py` writes it anew."""
-    assert MODULES.search(HOW.read_text(encoding="utf-8"))[0] == table_of_modules()
-
-
 CELL = re.compile(r"^- \*\*(.+?):\*\* (yes|no|part)\. (.+)$", flags=re.MULTILINE)
 
 
@@ -180,9 +158,5 @@ def test_the_table_of_features_rests_on_tests_and_sources():
         assert ours == "no" or named_tests(why), title
         assert all("](https://" in why or named_tests(why) for *_, why in others), title
         for file, function in named_tests(sections[title]):
-            code = (Path(__file__).parent / file).read_text(encoding="utf-8")
+            code = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
             assert not function or f"\ndef {function}(" in code, f"{title}: {file}::{function}"
-
-
-if __name__ == "__main__":
-    HOW.write_text(MODULES.sub(lambda _: table_of_modules(), HOW.read_text(encoding="utf-8")), encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "report.md"
 sys.path.insert(0, str(ROOT / "examples"))
 import ranges  # noqa: E402
