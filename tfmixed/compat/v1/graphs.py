@@ -11,8 +11,9 @@ from keras import ops
 
 from tfmixed._core import gradients
 from tfmixed._core.event_buffer import NO_VARIABLE
-from tfmixed._core.finite_check import Judge, Verdict
-from tfmixed._core.scaler_state import Observable, Outcome, ScalingState
+from tfmixed._core.finite_check import CheckResult, FiniteCheck, StepResult
+from tfmixed._core.scaler_base import ScalerBase
+from tfmixed._core.scaler_state import ScalerState
 from tfmixed._core.variables import plain_variable
 from tfmixed.compat.v1.control_flow import in_control_flow
 from tfmixed.compat.v1.origins import Origins
@@ -49,16 +50,18 @@ class Found(NamedTuple):
     amax: Any
 
     @classmethod
-    def of(cls, verdict: Verdict, indices: Sequence[int]) -> Found:
-        """Returns what a verdict says of variables in these places."""
+    def of(cls, result: CheckResult, indices: Sequence[int]) -> Found:
+        """Returns the result of a check for variables in these places."""
         places = ops.convert_to_tensor(numpy.array([*indices, NO_VARIABLE], "float32"))
-        bad = 1.0 - ops.cast(verdict.finite, "float32")
-        culprit = ops.take(places, ops.where(verdict.finite, len(indices), ops.cast(ops.argmax(verdict.bad), "int32")))
-        amax = ops.zeros((), "float32") if verdict.amax is None else verdict.amax
-        return cls(bad, culprit, ops.square(verdict.norm), amax)
+        bad = 1.0 - ops.cast(result.finite, "float32")
+        culprit = ops.take(
+            places, ops.where(result.finite, len(indices), ops.cast(ops.argmax(result.overflowed), "int32"))
+        )
+        amax = ops.zeros((), "float32") if result.amax is None else result.amax
+        return cls(bad, culprit, ops.square(result.norm), amax)
 
 
-class GraphState(ScalingState):
+class GraphState(ScalerState):
     """The state of one scaler in one graph.
 
     Gradients are judged when they are computed. What is found goes along with them, and is kept in variables too until
@@ -73,7 +76,7 @@ class GraphState(ScalingState):
     def __init__(self, rule: ScalingRule, mirror: Any = None) -> None:
         self._known: dict[str, Any] = {}
         super().__init__(rule, EVENT_CAPACITY, plain_variable)
-        self.make({**_PENDING, **_LAST}, plain_variable)
+        self.create({**_PENDING, **_LAST}, plain_variable)
         self._mirror = mirror
         self._graph = None if tf.executing_eagerly() else V1.get_default_graph()
         self.paths = _EAGER_PATHS if self._graph is None else _kept_by(self._graph).paths
@@ -96,24 +99,24 @@ class GraphState(ScalingState):
         self.paths += [name for name in dict.fromkeys(names) if name not in self.paths]
         return [self.paths.index(name) for name in names]
 
-    def record(self, judge: Judge, evidence: Any, indices: Sequence[int]) -> Any:
+    def record(self, check: FiniteCheck, evidence: Any, indices: Sequence[int]) -> Any:
         """Keeps in mind what gradients were found to be like when they were computed; returns it, as a vector."""
-        found = Found.of(judge.verdict(evidence), indices)
+        found = Found.of(check.result(evidence), indices)
         self._add(1, found.bad, found.squares)
         known, amax = self.read("pending_culprit"), self.read("pending_amax")
         culprit = ops.where(found.bad > 0, ops.cast(found.culprit, known.dtype), known)
         self.assign({"pending_culprit": culprit, "pending_amax": ops.maximum(amax, found.amax)})
         return ops.stack(found)
 
-    def conclude(self, judge: Judge, evidence: Any, indices: Sequence[int], origins: Origins) -> Any:
+    def conclude(self, check: FiniteCheck, evidence: Any, indices: Sequence[int], origins: Origins) -> Any:
         """Ends a step: moves the scale, and returns whether to apply the gradients."""
-        verdict = judge.verdict(evidence)
-        now = Found.of(verdict, indices)
+        result = check.result(evidence)
+        now = Found.of(result, indices)
         before = self._told(origins.found) if origins.complete else self._remembered(now, origins.found)
-        finite = ops.logical_and(verdict.finite, before.bad <= 0)
+        finite = ops.logical_and(result.finite, before.bad <= 0)
         culprit = ops.cast(ops.where(before.bad > 0, before.culprit, now.culprit), "int64")
         amax = before.amax if self.rule.needs_amax else None
-        self.advance(Outcome(finite, culprit, ops.sqrt(before.squares), amax))
+        self.advance(StepResult(finite, culprit, ops.sqrt(before.squares), amax))
         self._note_culprit(finite, culprit)
         if self._mirror is not None:
             self._mirror.assign(self.read("dynamic_scale"))
@@ -155,10 +158,10 @@ class GraphState(ScalingState):
         return self.variables[name].value
 
 
-class Blaming(Observable):
+class Blaming(ScalerBase):
     """What tells of the scaling of a graph: of the variables that overflow it knows the last one alone."""
 
-    def _overflows(self) -> dict[str, int]:
+    def _overflow_counts(self) -> dict[str, int]:
         state = self._state()
         culprit = int(state.read("last_culprit"))
         return {} if culprit < 0 else {self._paths[culprit]: int(state.read("last_culprit_steps"))}
@@ -169,7 +172,7 @@ class _Kept(NamedTuple):
 
     Args:
         states: Those of its scalers, and the tensor of each one's scale.
-        paths: The names of the variables that its scalers have seen: one may judge what another applies.
+        paths: The names of the variables that its scalers have seen: one may check what another applies.
     """
 
     states: dict[Scalings, tuple[GraphState, Any]]

@@ -12,9 +12,9 @@ import tensorflow as tf
 from keras import ops
 
 from tfmixed._core import arguments, gradients
-from tfmixed._core.control_flow import as_it_is
-from tfmixed._core.finite_check import Judge
+from tfmixed._core.finite_check import FiniteCheck
 from tfmixed._utils import user_warnings
+from tfmixed._utils.autograph import do_not_convert
 from tfmixed.compat.v1 import control_flow, origins, overriding, rewrite
 from tfmixed.compat.v1.graphs import Blaming, GraphState
 from tfmixed.compat.v1.origins import Origins
@@ -102,7 +102,7 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
             )
         return train
 
-    @as_it_is
+    @do_not_convert
     def compute_gradients(self, loss: Any, *arguments: Any, **named: Any) -> list[tuple[Any, Any]]:
         """Returns the gradients of `loss`, computed with the scale and divided by it, and their variables.
 
@@ -149,17 +149,20 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
         grads, variables = zip(*present, strict=True)
         state, largest = self._state(), self.rule.bounds[1]
         # Clipping may follow: that it fits its variable and its optimizer is asked of what is applied.
-        judge, indices = Judge.of_unknown([False] * len(grads), 1, self.rule.needs_amax), state.indices(variables)
+        check, indices = (
+            FiniteCheck.for_gradients([False] * len(grads), 1, self.rule.needs_amax),
+            state.indices(variables),
+        )
         with V1.name_scope(_SCOPE):
-            evidence = judge.evidence(grads, scale, range(len(grads)))
-            found = control_flow.as_one(lambda said: state.record(judge, said, indices), evidence)
+            evidence = check.measure(grads, scale, range(len(grads)))
+            found = control_flow.as_one(lambda said: state.record(check, said, indices), evidence)
             with V1.control_dependencies([found]):
                 return [
                     (origins.marked(gradients.unscale(each, scale, largest), found), variable)
                     for each, variable in pairs
                 ]
 
-    @as_it_is
+    @do_not_convert
     def apply_gradients(
         self, grads_and_vars: Iterable[tuple[Any, Any]], global_step: Any = None, name: str | None = None, **named: Any
     ) -> Any:
@@ -196,13 +199,16 @@ class LossScaleOptimizer(Blaming, tf.compat.v1.train.Optimizer):
     def _concluded(self, grads: Sequence[Any], variables: Sequence[Any]) -> Any:
         """Moves the scale, and returns whether to apply these gradients."""
         state, origin = self._state(), origins.of(grads)
-        judge, indices = Judge.of(self._optimizer, variables, 1, self.rule.needs_amax), state.indices(variables)
+        check, indices = (
+            FiniteCheck.for_variables(self._optimizer, variables, 1, self.rule.needs_amax),
+            state.indices(variables),
+        )
 
         def conclude(evidence: Any, *found: Any) -> Any:
-            return state.conclude(judge, evidence, indices, Origins(found, origin.complete))
+            return state.conclude(check, evidence, indices, Origins(found, origin.complete))
 
         with V1.name_scope(_SCOPE):
-            evidence = judge.evidence(grads, ops.ones((), "float32"), range(len(grads)))
+            evidence = check.measure(grads, ops.ones((), "float32"), range(len(grads)))
             return control_flow.as_one(conclude, evidence, *origin.found)
 
     def _stepping(self, pairs: Sequence[tuple[Any, Any]], **named: Any) -> Callable[[], Any]:
