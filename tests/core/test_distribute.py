@@ -159,9 +159,9 @@ def test_a_parameter_server_is_an_error():
     code = """
 import socket, tensorflow as tf, keras, tfmixed
 sockets = [socket.socket() for _ in range(3)]
-for each in sockets: each.bind(("127.0.0.1", 0))
-jobs = {job: [f"127.0.0.1:{each.getsockname()[1]}"] for job, each in zip(("chief", "worker", "ps"), sockets)}
-for each in sockets: each.close()
+for socket_ in sockets: socket_.bind(("127.0.0.1", 0))
+jobs = {job: [f"127.0.0.1:{socket_.getsockname()[1]}"] for job, socket_ in zip(("chief", "worker", "ps"), sockets)}
+for socket_ in sockets: socket_.close()
 servers = [tf.distribute.Server(tf.train.ClusterSpec(jobs), job, 0, protocol="grpc") for job in ("worker", "ps")]
 kind = tf.distribute.cluster_resolver.SimpleClusterResolver
 resolver = kind(tf.train.ClusterSpec(jobs), task_type="chief", task_id=0, rpc_layer="grpc")

@@ -470,11 +470,11 @@ def test_copy_and_pickle(duplicate, enabled):
     assert duplicate(scaler).get_scale() == scaler.get_scale()
     if enabled:
         run(scaler, "TTF")
-    other = duplicate(scaler)
-    assert (other.max_consecutive_skips, other.event_capacity, other.is_enabled()) == (7, 3, enabled)
-    assert other.state_dict() == scaler.state_dict()
+    again = duplicate(scaler)
+    assert (again.max_consecutive_skips, again.event_capacity, again.is_enabled()) == (7, 3, enabled)
+    assert again.state_dict() == scaler.state_dict()
     if enabled:
-        assert run(other, "TFT") == run(scaler, "TFT")
+        assert run(again, "TFT") == run(scaler, "TFT")
 
 
 PYTORCH = {"scale": 1024.0, "growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 5, "_growth_tracker": 3}
@@ -490,11 +490,11 @@ def test_a_state_of_pytorch_is_loaded():
 
 def test_a_state_brings_its_rule():
     """Into a scaler in use whose rule has fewer variables."""
-    scaler, other = GradScaler(rule=2.0), GradScaler(rule=RULE)
+    scaler, saved = GradScaler(rule=2.0), GradScaler(rule=RULE)
     run(scaler, "TF")
-    assert run(other, "TTT") == [8.0, 16.0, 16.0]
-    scaler.load_state_dict(other.state_dict())
-    assert run(scaler, "TF") == run(other, "TF") == [32.0, 16.0]
+    assert run(saved, "TTT") == [8.0, 16.0, 16.0]
+    scaler.load_state_dict(saved.state_dict())
+    assert run(scaler, "TF") == run(saved, "TF") == [32.0, 16.0]
 
 
 def test_entries_of_pytorch_take_precedence():

@@ -33,7 +33,7 @@ class Loop:
 
     def __init__(self, rule=RULE, optimizer=None, weight=None):
         self.scaler = GradScaler(rule=rule)
-        self.optimizer, self.other = optimizer or keras.optimizers.Adam(0.1), keras.optimizers.SGD()
+        self.optimizer, self.second = optimizer or keras.optimizers.Adam(0.1), keras.optimizers.SGD()
         self.weight = keras.Variable([1.0, 2.0], name="w") if weight is None else weight
 
     def scaled(self, bad):
@@ -234,12 +234,12 @@ def update_twice(loop, bad):
 
 def unscale_twice_with_another_in_between(loop, bad):
     loop.unscale(loop.scaled(bad))
-    loop.scaler.unscale(loop.other, loop.scaled(bad))
+    loop.scaler.unscale(loop.second, loop.scaled(bad))
     loop.unscale(loop.scaled(bad))
 
 
 def step_of_another_optimizer(loop, bad):
-    loop.step(loop.scaler.unscale(loop.other, loop.scaled(bad)))
+    loop.step(loop.scaler.unscale(loop.second, loop.scaled(bad)))
 
 
 WRONG = {
@@ -356,9 +356,9 @@ def test_get_scale_in_a_graph():
 def test_another_rule_cannot_be_loaded_after_compiling():
     """The old rule is part of the compiled functions."""
     loop = Loop()
-    saved, other = GradScaler(rule=RULE).state_dict(), GradScaler().state_dict()
+    saved, default = GradScaler(rule=RULE).state_dict(), GradScaler().state_dict()
     loop.scaler.scale(1.0)
-    loop.scaler.load_state_dict(other)
+    loop.scaler.load_state_dict(default)
     assert loop.scaler.get_scale() == 65536.0
     tf.function(loop.scaler.scale)(1.0)
     with pytest.raises(RuntimeError, match="state_dict"):

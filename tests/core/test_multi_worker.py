@@ -16,7 +16,6 @@ from thorough import thorough
 from tfmixed import records, scaling
 from tfmixed.distribute import enable_multi_worker_fit
 
-
 slow = pytest.mark.slow
 
 

@@ -450,14 +450,14 @@ def test_a_run_is_that_of_the_inner_optimizer(make):
         model = small_model(LossScaleOptimizer(make(), 1024))
         history = model.fit(*data, batch_size=16, shuffle=False, verbose=0).history["loss"]
         results.append((history, model.get_weights(), model.optimizer.iterations, model.optimizer.learning_rate))
-    (clean_losses, clean, *numbers), (_, skipped, *others) = results
+    (clean_losses, clean, *numbers), (_, skipped, *with_skip) = results
     np.testing.assert_allclose(clean_losses, losses, rtol=1e-6)
     for ours, theirs in zip(clean, bare.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
     for ours, theirs in zip(clean, skipped, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     expected = [float(bare.optimizer.iterations), float(bare.optimizer.learning_rate)]
-    assert [float(value) for value in numbers] == [float(value) for value in others] == expected
+    assert [float(value) for value in numbers] == [float(value) for value in with_skip] == expected
 
 
 @pytest.mark.parametrize(

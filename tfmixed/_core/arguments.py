@@ -20,11 +20,7 @@ def skip_limit(max_consecutive_skips: int | None) -> int | None:
 def rule_from(
     scale: Any, initial_scale: float | None, dynamic_growth_steps: int | None, dynamic: bool | None
 ) -> ScalingRule:
-    """Returns the rule for arguments of `LossScaleOptimizer`.
-
-    Raises:
-        ValueError: If one is out of range, or two of them contradict each other.
-    """
+    """Returns the rule for arguments of `LossScaleOptimizer`."""
     if isinstance(scale, bool) and dynamic is None:
         scale, dynamic = "dynamic", scale  # Keras 2 has `dynamic` in second place
     if (initial_scale, dynamic_growth_steps, dynamic) == (None, None, None):
@@ -61,12 +57,7 @@ def dynamic_rule(initial_scale: float | None, steps: int | None) -> DynamicScale
 
 
 def inner_from(optimizer: Any) -> keras.optimizers.Optimizer:
-    """Returns the optimizer to wrap, from an optimizer or its name.
-
-    Raises:
-        TypeError: If it is not an optimizer.
-        ValueError: If it scales the loss by itself.
-    """
+    """Returns the optimizer to wrap, from an optimizer or its name."""
     inner = keras.optimizers.get(optimizer) if isinstance(optimizer, str) else optimizer
     if isinstance(inner, keras.optimizers.LossScaleOptimizer):
         raise ValueError(f"`inner_optimizer` must not scale the loss itself. Received: a {type(inner).__name__}")
@@ -82,11 +73,7 @@ def inner_from(optimizer: Any) -> keras.optimizers.Optimizer:
 
 
 def scaler_rule(rule: Any, numbers: dict[str, Any]) -> ScalingRule:
-    """Returns the rule for arguments of `GradScaler`: a rule, or PyTorch's four numbers.
-
-    Raises:
-        ValueError: If one is out of range, or both are given.
-    """
+    """Returns the rule for arguments of `GradScaler`: a rule, or PyTorch's four numbers."""
     if rule is None:
         return _torch_rule(**numbers)
     if numbers != scaling.PEERS["torch"].defaults:
