@@ -20,6 +20,7 @@ _MATMUL_SIZES = tuple(2**power for power in range(6, 14))
 _CONV_CHANNELS = tuple(2**power for power in range(4, 10))
 _IMAGE = 32
 _MAX_REPEATS = 256
+_CPU_LENGTH = 2**26  # 256 MiB
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Work:
 
 def measure() -> Measured:
     """Measures all dtypes and the memory bandwidth."""
-    works = {"memory": addition(2**26 if hardware.describe().main.kind == "cpu" else 2**28)}
+    works = {"memory": addition(_CPU_LENGTH if hardware.describe().main.kind == "cpu" else 2**28)}
     works["memory"].repeats = max(1, round(_MIN_SECONDS / timing.elapsed(works["memory"].run)))
     for dtype in DTYPES:
         works[f"matmul {dtype}"] = _long_enough(partial(_matmul, dtype), _MATMUL_SIZES)
