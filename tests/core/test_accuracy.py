@@ -59,10 +59,10 @@ def test_all_of_it_is_learned_in_half_precision():
 
 def test_a_difference_in_all_seeds_exceeds_their_noise_and_one_in_some_does_not():
     """Runs of one seed are compared with each other: seeds that are far apart hide nothing."""
-    beyond = parity.verdict(results(mixed_bfloat16=SEEDS - [0.3, 0.4, 0.5, 0.4, 0.4]))
+    beyond = parity.conclusion(results(mixed_bfloat16=SEEDS - [0.3, 0.4, 0.5, 0.4, 0.4]))
     assert "Of 3 differences from float32, 1 exceed the noise" in beyond
     assert "- mixed_bfloat16, digits: -0.40 ± 0.09, 0.3 deviations of float32" in beyond
-    within = parity.verdict(results(mixed_bfloat16=SEEDS - [-0.5, 0.5, -0.4, 0.4, -0.3]))
+    within = parity.conclusion(results(mixed_bfloat16=SEEDS - [-0.5, 0.5, -0.4, 0.4, -0.3]))
     assert within == "None of the 3 differences from float32 exceeds the noise of seeds.\n"
 
 
