@@ -106,7 +106,7 @@ def test_rules_are_parsed_from_text(text, rule):
         ("apex:scale_window=5", "Received: scale_window"),
         ("dynamic:growth_interval=0", "`growth_interval`"),
         ("dynamic:hysteresis", "name=value"),
-        ("constant", "constant:value"),
+        ("constant", "ConstantScale"),
         ("-5", "`value`"),
         ("", "`rule`"),
         ("-8^0.5", "`rule`"),

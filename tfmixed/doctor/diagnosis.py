@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Diagnosis:
         if self.widths:
             parts.append(_width_table(self.widths))
         if self.warnings:
-            parts.append(_grid((("!", warning) for warning in self.warnings), padding=(0, 1)))
+            parts.append(_filled(Table.grid(padding=(0, 1)), (("!", warning) for warning in self.warnings)))
         return Group(parts[0], *(Padding(part, (1, 0, 0, 0)) for part in parts[1:]))
 
     def __str__(self) -> str:
@@ -150,66 +150,56 @@ def _cpu_warnings(machine: Hardware, settings: BackendSettings) -> Iterator[str]
 
 
 def _device_table(machine: Hardware) -> Table:
-    table = _table("device", "name", "fast in", "has")
+    rows = []
     for device in machine.devices:
         has = device.compute_capability and f"compute capability {device.compute_capability}"
         has = has or ", ".join(device.features) or "-"
-        _add(table, device.kind, device.name, ", ".join(device.fast) or "-", has)
-    return table
+        rows.append((device.kind, device.name, ", ".join(device.fast) or "-", has))
+    return _table(("device", "name", "fast in", "has"), rows)
 
 
 def _settings_table(machine: Hardware, settings: BackendSettings) -> Table:
     name = _BACKENDS.get(settings.backend, settings.backend)
     gpus_only = "" if any(device.kind == "gpu" for device in machine.devices) else " (GPUs only)"
+    switches = {
+        "oneDNN": (settings.onednn, "on", "off"),
+        "XLA": (settings.xla, "compiles", "cannot compile here"),
+        "TF32": (settings.tf32, f"on{gpus_only}", f"off{gpus_only}"),
+    }
     rows = {
         "policy": f"{machine.policy}: {machine.reason}",
         "backend": f"{name} {settings.backend_version}, Keras {settings.keras_version}, {settings.cores} CPU cores",
-        "oneDNN": _word(settings.onednn, "on", "off"),
-        "XLA": _word(settings.xla, "compiles", "cannot compile here"),
-        "TF32": _word(settings.tf32, f"on{gpus_only}", f"off{gpus_only}"),
+        **{label: on if value else off for label, (value, on, off) in switches.items() if value is not None},
         **settings.variables,
     }
-    return _grid(((label, value) for label, value in rows.items() if value is not None), padding=(0, 2))
-
-
-def _word(setting: bool | None, on: str, off: str) -> str | None:
-    return None if setting is None else on if setting else off
+    return _filled(Table.grid(padding=(0, 2)), rows.items())
 
 
 def _speed_table(measured: Measured, kind: str) -> Group:
-    table = _table(f"{kind}, TFLOP/s", "matrix products", "", "convolutions", "")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    rows = []
     for speed in measured.speeds:
         matmul, conv = (f"{ratio:.2g} x" for ratio in measured.ratios(speed.dtype))
-        _add(table, speed.dtype, f"{speed.matmul_tflops:.3g}", matmul, f"{speed.conv_tflops:.3g}", conv)
+        rows.append((speed.dtype, f"{speed.matmul_tflops:.3g}", matmul, f"{speed.conv_tflops:.3g}", conv))
+    table = _table((f"{kind}, TFLOP/s", "matrix products", "", "convolutions", ""), rows)
+    for column in table.columns[1:]:
+        column.justify = "right"
     return Group(table, f"memory: {measured.bandwidth_gb_s:.3g} GB/s, read and written")
 
 
 def _width_table(widths: tuple[Width, ...]) -> Table:
-    layers = [list(group) for _, group in itertools.groupby(widths, key=lambda width: width.layer)]
-    table = _table("layer", "is", "use")
-    for layer in layers[:_MAX_ROWS]:
-        current = ", ".join(f"{width.name} {width.width}" for width in layer)
-        _add(table, f"{layer[0].layer} ({layer[0].kind})", current, ", ".join(str(width.better) for width in layer))
-    if len(layers) > _MAX_ROWS:
-        _add(table, f"and {len(layers) - _MAX_ROWS} more")
-    return table
+    rows = []
+    for (path, kind), group in itertools.groupby(widths, key=lambda width: (width.layer, width.kind)):
+        found = [(f"{width.name} {width.width}", str(width.better)) for width in group]
+        rows.append((f"{path} ({kind})", *(", ".join(cells) for cells in zip(*found, strict=True))))
+    more = [(f"and {len(rows) - _MAX_ROWS} more",)] if len(rows) > _MAX_ROWS else []
+    return _table(("layer", "is", "use"), [*rows[:_MAX_ROWS], *more])
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in columns:
-        table.add_column(column)
-    return table
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    return _filled(Table(*columns, box=None, padding=(0, 2, 0, 0), header_style="dim"), rows)
 
 
-def _grid(rows: Iterator[tuple[str, str]], padding: tuple[int, int]) -> Table:
-    table = Table.grid(padding=padding)
+def _filled(table: Table, rows: Iterable[Iterable[str]]) -> Table:
     for row in rows:
-        _add(table, *row)
+        table.add_row(*map(Text, row))  # as Text, so that brackets in a path are not read as markup
     return table
-
-
-def _add(table: Table, *cells: str) -> None:
-    table.add_row(*map(Text, cells))  # as Text, so that brackets in a path are not read as markup

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, ClassVar, cast
 
 import numpy
@@ -53,11 +53,13 @@ class ScalingRule:
         Raises:
             ValueError: If the class is not registered or the fields do not match its constructor.
         """
-        fields = dict(config)
-        name = fields.pop("rule", None)
+        values = dict(config)
+        name = values.pop("rule", None)
         if not isinstance(name, str) or name not in ScalingRule._classes:
             raise ValueError(f"`rule` must be one of {', '.join(ScalingRule._classes)}. Received: rule={name!r}")
+        rule = ScalingRule._classes[name]
         try:
-            return ScalingRule._classes[name](**fields)
-        except TypeError as error:
-            raise ValueError(f"The configuration does not fit {name}: {error}. Received: {config}") from None
+            return rule(**values)
+        except TypeError:
+            names = ", ".join(field.name for field in fields(cast("Any", rule)))
+            raise ValueError(f"The parameters of {name} are {names}. Received: {', '.join(values) or 'none'}") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -79,8 +79,7 @@ class Trace:
         Raises:
             ValueError: If there is another letter, or none.
         """
-        finite = tuple(_flag(letter) for letter in "".join(letters.split()) or [""])
-        return cls(finite)
+        return cls(tuple(_flag(letter) for letter in "".join(letters.split()) or [""]))
 
     @classmethod
     def of_log(cls, log: Sequence[Record]) -> Trace:
@@ -191,16 +190,9 @@ def parse(text: str) -> ScalingRule:
     params = dict(_parameter(part) for part in listed.split(",") if part.strip())
     if name in PEERS:
         return like(name, **params)
-    if name not in RULES:
-        raise ValueError(f"`rule` must be a number or one of {', '.join([*RULES, *PEERS])}. Received: rule={name!r}")
-    names = [field.name for field in fields(RULES[name])]
-    if unknown := params.keys() - set(names):
-        received = ", ".join(sorted(unknown))
-        raise ValueError(f"Parameters of {name} must be among {', '.join(names)}. Received: {received}")
-    if name == "constant" and "value" not in params:
-        raise ValueError(f"A constant scale needs a value, as in constant:value=1024. Received: {text!r}")
-    rule: ScalingRule = RULES[name](**params)
-    return rule
+    if name in RULES:
+        return ScalingRule.from_config({"rule": RULES[name].__name__, **params})
+    raise ValueError(f"`rule` must be a number or one of {', '.join([*RULES, *PEERS])}. Received: rule={name!r}")
 
 
 def _flag(step: Any) -> bool:

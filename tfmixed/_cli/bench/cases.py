@@ -138,17 +138,10 @@ class Case:
         steps = max(_MIN_STEPS, math.ceil(seconds * _MIN_STEPS / warm["float32"]))
         times = timing.interleaved(runs, rounds, lambda training: training.epoch(steps))
         total = 1 + _MIN_STEPS + rounds * steps
+        ms = {variant: tuple(1e3 * taken / steps for taken in times[variant]) for variant in VARIANTS}
         return [
-            Row(
-                self.spec,
-                variant,
-                self.batch,
-                tuple(1e3 * taken / steps for taken in times[variant]),
-                firsts[variant],
-                total,
-                training.loss,
-            )
-            for variant, training in runs.items()
+            Row(self.spec, variant, self.batch, ms[variant], firsts[variant], total, runs[variant].loss)
+            for variant in VARIANTS
         ]
 
     def with_memory(self, row: Row, limit: float, tick: Callable[[], None]) -> Row:
