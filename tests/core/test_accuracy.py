@@ -59,10 +59,10 @@ def test_all_tasks_are_learned_in_half_precision():
 
 def test_a_difference_in_all_seeds_exceeds_the_noise():
     """Runs of the same seed are compared, so that differences between seeds do not hide it."""
-    beyond = parity.verdict(results(mixed_bfloat16=SEEDS - [0.3, 0.4, 0.5, 0.4, 0.4]))
+    beyond = parity.conclusion(results(mixed_bfloat16=SEEDS - [0.3, 0.4, 0.5, 0.4, 0.4]))
     assert "Of 3 differences from float32, 1 exceed the noise" in beyond
     assert "- mixed_bfloat16, digits: -0.40 ± 0.09, 0.3 deviations of float32" in beyond
-    within = parity.verdict(results(mixed_bfloat16=SEEDS - [-0.5, 0.5, -0.4, 0.4, -0.3]))
+    within = parity.conclusion(results(mixed_bfloat16=SEEDS - [-0.5, 0.5, -0.4, 0.4, -0.3]))
     assert within == "None of the 3 differences from float32 exceeds the noise of seeds.\n"
 
 

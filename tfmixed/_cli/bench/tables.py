@@ -1,4 +1,4 @@
-"""What was measured: a row for each network and variant, and a table of them."""
+"""Benchmark results: a row for each network and variant, and tables of them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ GIB, MIB = 2**30, 2**20
 
 @dataclass(frozen=True)
 class Row:
-    """One network in one variant.
+    """Result of one network in one variant.
 
     Args:
-        network: Its name.
+        network: The name of the network.
         variant: A key of `VARIANTS`.
-        batch: Samples a step.
-        ms: Milliseconds a step of an epoch of `fit`, one a round.
-        first_step: Seconds of the first epoch, of one step: tracing and compiling.
-        steps: How many steps were taken in all, the same for all variants.
-        loss: Mean loss over the last round.
-        peak: Bytes of memory at the peak of training, above what the process had before the model was made; None where
-            nobody measured. Each in a process of its own.
-        batch_in_memory: The batch whose peak is `Report.memory`, from the line through two batches. Not trained.
+        batch: The batch size.
+        ms: The milliseconds of a step of `fit`, for each round.
+        first_step: The seconds of the first step, with tracing and compilation.
+        steps: The number of steps in all, which is the same for all variants.
+        loss: The mean loss of the last round.
+        peak: The peak memory of training in bytes, above that of the process before the model was made. Measured in a
+            separate process. Defaults to `None`, not measured.
+        batch_in_memory: The batch size whose peak is `Report.memory`, extrapolated from two batch sizes. Defaults to
+            `None`.
     """
 
     network: str
@@ -45,21 +46,21 @@ class Row:
 
     @property
     def median(self) -> float:
-        """Milliseconds a step."""
+        """Median milliseconds of a step."""
         return statistics.median(self.ms)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `run` measured. Prints as a table.
+    """Result of `run`. Prints as a table for each network.
 
     Args:
         policy: The half-precision policy of all variants but float32.
-        device: Name of the device that decides.
-        versions: Of what ran, by name.
-        memory: Bytes that `Row.batch_in_memory` may take.
-        rows: For each network all variants.
-        warnings: What makes the figures mean less than they seem to.
+        device: The name of the device.
+        versions: The versions of the packages, by name.
+        memory: The bytes that `Row.batch_in_memory` may use.
+        rows: The rows of all variants, for each network. Defaults to an empty tuple.
+        warnings: Warnings about the result. Defaults to an empty tuple.
     """
 
     policy: str
@@ -70,12 +71,12 @@ class Report:
     warnings: tuple[str, ...] = ()
 
     def ratio(self, row: Row, variant: str) -> float:
-        """Returns how many times faster `row` is than `variant` on the same network."""
-        (other,) = (each for each in self.rows if (each.network, each.variant) == (row.network, variant))
-        return other.median / row.median
+        """Returns the speedup of `row` over `variant` on the same network."""
+        (base,) = (base for base in self.rows if (base.network, base.variant) == (row.network, variant))
+        return base.median / row.median
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns it in JSON's types, ratios included."""
+        """Returns all fields as plain values, with the speedups."""
         rows = [
             {
                 **asdict(row),
@@ -88,16 +89,18 @@ class Report:
         return {**asdict(self), "rows": rows}
 
     def times(self) -> dict[str, dict[str, tuple[float, ...]]]:
-        """Returns the milliseconds of each network and variant, as `plotting.plot_times` takes them."""
-        found: dict[str, dict[str, tuple[float, ...]]] = {}
+        """Returns the milliseconds by network and variant, for `plotting.plot_times`."""
+        times: dict[str, dict[str, tuple[float, ...]]] = {}
         for row in self.rows:
-            found.setdefault(row.network, {})[row.variant] = row.ms
-        return found
+            times.setdefault(row.network, {})[row.variant] = row.ms
+        return times
 
     def __rich__(self) -> Group:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         tables = [self._table(network) for network in self.times()]
-        return Group(f"{self.policy} on {self.device}; {versions}", *tables, *(f"! {each}" for each in self.warnings))
+        return Group(
+            f"{self.policy} on {self.device}; {versions}", *tables, *(f"! {warning}" for warning in self.warnings)
+        )
 
     def _table(self, network: str) -> Table:
         rows = [row for row in self.rows if row.network == network]
