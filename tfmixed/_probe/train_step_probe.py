@@ -10,11 +10,10 @@ from typing import Any, Literal, get_args
 import keras
 from keras import tree
 
-from tfmixed._cli import load_model
 from tfmixed._core import gradients
 from tfmixed._probe import gradient_histogram
 from tfmixed._probe.train_steps import compiled, holds_grad_scaler, untaken
-from tfmixed._utils import layer_tree, temporary_state
+from tfmixed._utils import layer_tree, model_building, temporary_state
 from tfmixed.formats import HALF
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import GradientRange, RangesRecord
@@ -67,8 +66,10 @@ def measure_gradients(
     [('dense', 'activation'), ('dense', 'weight'), ('dense', 'weight')]
     """
     validation.count("steps", steps, 1)
+    if batch_size is not None:
+        validation.count("batch_size", batch_size, 1)
     probe = Probe(model, precision, scale)
-    batches = itertools.islice(load_model.batches(data, batch_size), steps)
+    batches = itertools.islice(model_building.batches(data, batch_size), steps)
     with temporary_state.random_states():  # PyTorch's loaders draw from them
         first = list(itertools.islice(batches, 1))
     for batch in first:

@@ -16,8 +16,7 @@ import keras
 from keras import tree
 
 from tfmixed import hardware
-from tfmixed._cli import load_model
-from tfmixed._utils import layer_tree, temporary_state
+from tfmixed._utils import layer_tree, model_building, temporary_state
 from tfmixed.auditing import comparison, differences, functions, inspection, rules, tracing
 from tfmixed.auditing.findings import Audit, Finding
 from tfmixed.auditing.hazards import SEVERITIES, Context, Found
@@ -64,7 +63,7 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
         raise ValueError(f"`model` must be a Keras model that is built, or come with inputs. Received: {model!r:.80}")
     given = _tensors(inputs), _tensors(targets)
     if not model.built:
-        load_model.build(model, given[0])
+        model_building.build(model, given[0])
     specs = specs_of(model) if inputs is None else specs_from(given[0])
     step, half = _step(model, specs, given[1])
     context = _context(half, given[0])

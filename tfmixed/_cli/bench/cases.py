@@ -17,7 +17,7 @@ import numpy
 
 from tfmixed._cli.bench import memory, networks
 from tfmixed._cli.bench.reports import MIB, Row
-from tfmixed._cli.load_model import function_of
+from tfmixed._cli.load_model import load_function
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
 from tfmixed._utils import temporary_state
 from tfmixed.callbacks import LossScaleLogger
@@ -48,7 +48,7 @@ class Case:
             raise UsageError(
                 f"networks must be among {', '.join(networks.BATCHES)}, or model=module:function, received {spec!r}"
             )
-        self._function = getattr(networks, spec) if spec in networks.BATCHES else function_of(spec)
+        self._function = getattr(networks, spec) if spec in networks.BATCHES else load_function(spec)
 
     def made(self, variant: str) -> networks.Problem:
         """Returns the model, compiled as the variant says, inputs and targets."""
