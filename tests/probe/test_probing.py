@@ -76,9 +76,9 @@ def test_planted_magnitudes_come_back_exactly(scale):
 
 def test_what_is_not_finite_is_counted_apart():
     """And is neither the largest nor the smallest magnitude."""
-    tally = gradient_histogram.Tally()
-    gradient_histogram.count(ops.array([1.0, -4.0, np.inf, -np.inf, np.nan, 0.0]), tally)
-    found = tally.range("w", "weight", "layer", "float32")
+    histogram = gradient_histogram.Histogram()
+    gradient_histogram.add_gradient(histogram, ops.array([1.0, -4.0, np.inf, -np.inf, np.nan, 0.0]))
+    found = histogram.range("w", "weight", "layer", "float32")
     assert (found.nonfinite, found.zeros, found.nonzeros, found.largest, found.smallest) == (3, 1, 2, 4.0, 1.0)
 
 
