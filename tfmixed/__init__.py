@@ -40,7 +40,6 @@ if TYPE_CHECKING:
         records,
         scaling,
     )
-    from tfmixed._probe.train_step_probe import measure_gradients
     from tfmixed.auditing import audit
     from tfmixed.config import Config, load_config
     from tfmixed.errors import ConfigError
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from tfmixed.islands import force_float32
     from tfmixed.optimizer import LossScaleOptimizer
     from tfmixed.policy import policy_scope, set_policy
+    from tfmixed.ranges.measure import measure_gradients
     from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
 
 _HOMES = {
@@ -61,7 +61,7 @@ _HOMES = {
     "audit": "auditing",
     "force_float32": "islands",
     "load_config": "config",
-    "measure_gradients": "_probe.train_step_probe",
+    "measure_gradients": "ranges.measure",
     "policy_scope": "policy",
     "set_policy": "policy",
 }

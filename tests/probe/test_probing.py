@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import random
 
 import keras
@@ -8,7 +9,7 @@ import pytest
 from backend import BACKEND, needs_tensorflow, tf
 from keras import layers, ops
 from test_ranges import counted
-from thorough import covering
+from thorough import thorough
 
 import tfmixed
 from tfmixed import LossScaleOptimizer, measure_gradients
@@ -23,15 +24,18 @@ X = RNG.normal(size=(24, 6)).astype("float32")
 Y = RNG.normal(size=(24, 2)).astype("float32")
 
 
-def linear(optimizer="sgd", **compile_arguments):
-    """One product: the gradients are known by pencil and paper."""
+EAGER = BACKEND == "tensorflow"  # where tracing a step takes longer than to run it
+
+
+def linear(optimizer="sgd", run_eagerly=EAGER):
+    """One product, with gradients that can be computed by hand."""
     model = keras.Sequential([keras.Input((6,)), layers.Dense(2, name="only")])
-    model.compile(optimizer, loss="mse", **compile_arguments)
+    model.compile(optimizer, loss="mse", run_eagerly=run_eagerly)
     return model
 
 
 def by_name(found):
-    return {(each.kind, each.name.rpartition("/")[2]): each for each in found}
+    return {(gradient.kind, gradient.name.rpartition("/")[2]): gradient for gradient in found}
 
 
 def same(range_, values, rtol=0.0):
@@ -48,7 +52,7 @@ def planted(gradient):
     model = keras.Sequential(
         [keras.Input(gradient.shape[1:]), layers.EinsumDense("bi,i->bi", gradient.shape[1:], name="scaling")]
     )
-    model.compile("sgd", loss=lambda y, x: ops.sum(y * x, axis=-1))
+    model.compile("sgd", loss=lambda y, x: ops.sum(y * x, axis=-1), run_eagerly=EAGER)
     return model
 
 
@@ -76,21 +80,22 @@ def test_planted_magnitudes_come_back_exactly(scale):
 
 def test_what_is_not_finite_is_counted_apart():
     """And is neither the largest nor the smallest magnitude."""
-    tally = gradient_histogram.Tally()
-    gradient_histogram.count(ops.array([1.0, -4.0, np.inf, -np.inf, np.nan, 0.0]), tally)
-    found = tally.range("w", "weight", "layer", "float32")
+    histogram = gradient_histogram.Histogram()
+    gradient_histogram.add_gradient(histogram, ops.array([1.0, -4.0, np.inf, -np.inf, np.nan, 0.0]))
+    found = histogram.range("w", "weight", "layer", "float32")
     assert (found.nonfinite, found.zeros, found.nonzeros, found.largest, found.smallest) == (3, 1, 2, 4.0, 1.0)
 
 
-def test_gradients_of_a_linear_model_are_those_of_pencil_and_paper():
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_gradients_of_a_linear_model_are_those_of_pencil_and_paper(run_eagerly):
     """Over three batches: of the output 2 (y - t) / n, of the kernel x' times that, of the bias its sum."""
-    model = linear()
+    model = linear(run_eagerly=run_eagerly)
     kernel, bias = model.get_weights()
     found = by_name(measure_gradients(model, (X, Y), batch_size=8))
     outputs = [2 * (X[i : i + 8] @ kernel + bias - Y[i : i + 8]) / 16 for i in (0, 8, 16)]
     same(found["activation", "only"], np.concatenate(outputs), rtol=1e-5)
-    same(found["weight", "kernel"], [X[8 * i : 8 * i + 8].T @ each for i, each in enumerate(outputs)], rtol=1e-3)
-    same(found["weight", "bias"], [each.sum(0) for each in outputs], rtol=1e-4)
+    same(found["weight", "kernel"], [X[8 * i : 8 * i + 8].T @ output for i, output in enumerate(outputs)], rtol=1e-3)
+    same(found["weight", "bias"], [output.sum(0) for output in outputs], rtol=1e-4)
 
 
 def test_steps_is_a_limit():
@@ -100,7 +105,7 @@ def test_steps_is_a_limit():
     assert by_name(found)["activation", "only"].nonzeros == 2 * 16
 
 
-def functional():
+def functional(run_eagerly=EAGER):
     a, b = keras.Input((6,), name="a"), keras.Input((6,), name="b")
     shared = layers.Dense(4, activation="relu", name="shared")
     inner = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="deep"), layers.Dropout(0.5)], name="inner")
@@ -108,7 +113,9 @@ def functional():
     model = keras.Model(
         [a, b], {"one": layers.Dense(2, name="one")(joined), "two": layers.Dense(1, name="two")(joined)}
     )
-    model.compile("adam", loss={"one": "mse", "two": "mae"}, loss_weights={"one": 0.5, "two": 2.0})
+    model.compile(
+        "adam", loss={"one": "mse", "two": "mae"}, loss_weights={"one": 0.5, "two": 2.0}, run_eagerly=run_eagerly
+    )
     weights = {"one": np.linspace(0.1, 1, 24), "two": np.linspace(2, 1, 24)}
     return model, ({"a": X, "b": X[::-1]}, {"one": Y, "two": Y[:, :1]}, weights)
 
@@ -128,13 +135,13 @@ class Own(keras.Model):
         return x * self.gain
 
 
-def own():
+def own(run_eagerly=EAGER):
     model = Own()
-    model.compile(LossScaleOptimizer("adam"), loss="mse")
+    model.compile(LossScaleOptimizer("adam"), loss="mse", run_eagerly=run_eagerly)
     return model, (X, Y)
 
 
-def sequence():
+def sequence(run_eagerly=EAGER):
     """Layers inside a loop, a mask, an embedding, normalization, recurrent dropout."""
     model = keras.Sequential(
         [
@@ -146,11 +153,11 @@ def sequence():
             layers.Dense(3),
         ]
     )
-    model.compile("adam", loss=SparseCategoricalCrossentropy())
+    model.compile("adam", loss=SparseCategoricalCrossentropy(), run_eagerly=run_eagerly)
     return model, (np.arange(120).reshape(24, 5) % 7, np.arange(24) % 3)
 
 
-def images():
+def images(run_eagerly=EAGER):
     """Moving statistics and noise."""
     model = keras.Sequential(
         [
@@ -162,7 +169,7 @@ def images():
             layers.Dense(2),
         ]
     )
-    model.compile("sgd", loss="mse", metrics=["mae"])
+    model.compile("sgd", loss="mse", metrics=["mae"], run_eagerly=run_eagerly)
     return model, (np.repeat(X, 6, axis=1).reshape(24, 6, 6, 1), Y)
 
 
@@ -182,36 +189,48 @@ def state(model):
 def test_a_model_that_is_built_for_the_measurement_keeps_its_first_statistics():
     """Though its variables are made in it."""
     model = keras.Sequential([layers.Dense(2), layers.BatchNormalization(name="norm"), layers.Dense(2)])
-    model.compile("sgd", loss="mse")
+    model.compile("sgd", loss="mse", run_eagerly=EAGER)
     measure_gradients(model, (X, Y), steps=1)
     assert ops.max(ops.abs(model.get_layer("norm").moving_mean)) == 0
     assert not model.optimizer.built
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["functional", "own", "images", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_every_layer_and_variable_of_any_model_is_there(kind):
-    """Each layer that a gradient reaches, each trainable variable once."""
+    """Each layer that a gradient reaches, gradient trainable variable once."""
     model, data = KINDS[kind]()
     found = list(measure_gradients(model, data, steps=2, batch_size=8))
-    weights = [each.name for each in found if each.kind == "weight"]
+    weights = [gradient.name for gradient in found if gradient.kind == "weight"]
     assert sorted(weights) == sorted(variable.path for variable in model.trainable_variables)
-    names = {each.name.rpartition("/")[2] for each in found if each.kind == "activation"}
+    names = {gradient.name.rpartition("/")[2] for gradient in found if gradient.kind == "activation"}
     reached = {
         layer.name
         for layer in model._flatten_layers(include_self=False)
         if not isinstance(layer, (layers.InputLayer, keras.Sequential, layers.GaussianNoise))
     }
     assert names - {model.name} == reached
-    assert all(each.nonzeros for each in found)
+    assert all(gradient.nonzeros for gradient in found)
 
 
-@pytest.mark.parametrize(("kind", "precision"), covering(1, list(KINDS), ["float32", "float16"]))
-def test_nothing_is_changed(kind, precision):
+UNCHANGED = [
+    ("functional", "float32", EAGER),
+    ("own", "float16", False),
+    ("images", "float32", EAGER),
+    pytest.param("functional", "float32", False, marks=pytest.mark.slow),
+    pytest.param("sequence", "float32", False, marks=pytest.mark.slow),
+    pytest.param("images", "float32", False, marks=pytest.mark.slow),
+    *(pytest.param(kind, "float16", False, marks=thorough) for kind in ("functional", "sequence", "images")),
+    pytest.param("own", "float32", False, marks=thorough),
+]
+
+
+@pytest.mark.parametrize(("kind", "precision", "run_eagerly"), UNCHANGED)
+def test_nothing_is_changed(kind, precision, run_eagerly):
     """Weights, moving statistics, metrics, optimizer, policies: `fit` goes on to the very weights as without it."""
     results = []
     for measured in (False, True):
         keras.utils.set_random_seed(1)
-        model, data = KINDS[kind]()
+        model, data = KINDS[kind](run_eagerly)
         fit(model, data)
         before, policies = state(model), [layer.dtype_policy for layer in model._flatten_layers()]
         if measured:
@@ -222,12 +241,12 @@ def test_nothing_is_changed(kind, precision):
             assert not any("call" in vars(layer) for layer in model._flatten_layers())
         fit(model, data)
         results.append(state(model))
-    for value, other in zip(*results, strict=True):
-        np.testing.assert_array_equal(value, other)
+    for value, expected in zip(*results, strict=True):
+        np.testing.assert_array_equal(value, expected)
 
 
 class Restless(layers.Layer):
-    """Changes and draws whatever a layer can, in each training step."""
+    """Changes and draws whatever a layer can, in gradient training step."""
 
     def __init__(self):
         super().__init__()
@@ -288,14 +307,23 @@ def restless_training(look=None, **compile_arguments):
     return [*state(model), *map(ops.convert_to_numpy, drawn)]
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("look", LOOKS)
+@functools.cache
+def undisturbed_training(eager):
+    return restless_training(run_eagerly=eager)
+
+
+RESTLESS = [
+    pytest.param(look, eager, marks=() if eager and look in ("measured", "callback", "read") else pytest.mark.slow)
+    for look in LOOKS
+    for eager in (True, False)
+]
+
+
+@pytest.mark.parametrize(("look", "eager"), RESTLESS)
 def test_states_and_random_numbers_are_as_without_it(look, eager):
     """Of stateful layers, raw variables, generators and buffers, in compiled and in eager steps: to the bit."""
-    for value, other in zip(
-        restless_training(look, run_eagerly=eager), restless_training(run_eagerly=eager), strict=True
-    ):
-        np.testing.assert_array_equal(value, other)
+    for value, expected in zip(restless_training(look, run_eagerly=eager), undisturbed_training(eager), strict=True):
+        np.testing.assert_array_equal(value, expected)
 
 
 @needs_tensorflow
@@ -328,13 +356,13 @@ def test_what_is_built_draws_as_fit_would():
     for measured in (False, True):
         keras.utils.set_random_seed(1)
         model = Late()
-        model.compile("sgd", loss="mse")
+        model.compile("sgd", loss="mse", run_eagerly=EAGER)
         if measured:
             measure_gradients(model, (X.reshape(24, 3, 2), Y), steps=1)
         model.fit(X.reshape(24, 3, 2), Y, verbose=0)
         results.append([*model.get_weights(), random.random()])
-    for value, other in zip(*results, strict=True):
-        np.testing.assert_allclose(value, other, atol=1e-6)  # PyTorch rounds otherwise, as memory lies
+    for value, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-6)  # PyTorch rounds otherwise, as memory lies
 
 
 def test_added_losses_stay_those_of_the_last_call():
@@ -355,10 +383,10 @@ def test_modules_of_pytorch_keep_gradients_and_modes():
 
     wrapped = keras.layers.TorchModuleWrapper(torch.nn.BatchNorm1d(6))
     model = keras.Sequential([keras.Input((6,)), wrapped, layers.Dense(2)])
-    model.compile("sgd", loss="mse")
+    model.compile("sgd", loss="mse", run_eagerly=EAGER)
     ops.sum(model(X, training=False)).backward()
     weights = [variable.value for variable in model.trainable_variables]
-    before = [each.grad.clone() for each in weights]
+    before = [gradient.grad.clone() for gradient in weights]
     statistics = wrapped.module.running_mean.clone()
     measure_gradients(model, (X, Y))
     assert not wrapped.module.training
@@ -406,8 +434,8 @@ def test_data_is_what_fit_takes(kind):
     wanted = measure_gradients(model, (X, Y), batch_size=8)
     found = measure_gradients(model, DATA[kind](), batch_size=8 if kind in ("arrays", "weights of ones") else None)
     assert found.record.batches == 3
-    for one, other in zip(found, wanted, strict=True):
-        assert one.octaves == other.octaves
+    for first, second in zip(found, wanted, strict=True):
+        assert first.octaves == second.octaves
 
 
 def test_sample_weights_weigh_gradients():
@@ -438,22 +466,22 @@ def test_a_mixed_model_is_measured_in_float32_too():
         keras.config.set_dtype_policy(policy)
         keras.utils.set_random_seed(3)
         found.append(measure_gradients(linear(), (X * 1e-3, Y * 1e-3)))
-    for one, other in zip(*found, strict=True):
-        assert one.octaves == other.octaves
-        assert (one.dtype, other.dtype) == ("float32", "float16")
+    for first, second in zip(*found, strict=True):
+        assert first.octaves == second.octaves
+        assert (first.dtype, second.dtype) == ("float32", "float16")
 
 
 def test_islands_are_told_apart():
     """A layer in float32 within a half-precision model: its gradient is held in float32."""
     keras.config.set_dtype_policy("mixed_float16")
     model = keras.Sequential([keras.Input((6,)), layers.Dense(2), tfmixed.layers.Softmax()])
-    model.compile("sgd", loss="mse")
+    model.compile("sgd", loss="mse", run_eagerly=EAGER)
     found = measure_gradients(model, (X, Y), steps=1)
-    assert {each.layer: each.dtype for each in found} == {
+    assert {gradient.layer: gradient.dtype for gradient in found} == {
         model.layers[0].name: "float16",
         model.layers[1].name: "float32",
     }
-    assert {each.layer for each in found.half} == {model.layers[0].name}
+    assert {gradient.layer for gradient in found.half} == {model.layers[0].name}
 
 
 @pytest.mark.parametrize("scale", [2.0**10, 3.0])
@@ -462,9 +490,9 @@ def test_what_is_scaled_is_unscaled_before_it_is_counted(scale):
     model, data = own()
     plain = measure_gradients(model, data, steps=1)
     scaled = measure_gradients(model, data, steps=1, scale=scale)
-    for one, other in zip(plain, scaled, strict=True):
-        assert other.largest == pytest.approx(one.largest, rel=1e-5)
-        assert other.nonzeros == one.nonzeros
+    for first, second in zip(plain, scaled, strict=True):
+        assert second.largest == pytest.approx(first.largest, rel=1e-5)
+        assert second.nonzeros == first.nonzeros
 
 
 class Adversaries(keras.Model):
@@ -497,7 +525,7 @@ class Adversaries(keras.Model):
 def test_optimizers_in_lists_and_dictionaries_take_no_step_either(held):
     """They are found wherever the model holds them."""
     model = Adversaries()
-    model.compile(LossScaleOptimizer("sgd", 4.0))
+    model.compile(LossScaleOptimizer("sgd", 4.0), run_eagerly=EAGER)
     second = model.second
     del model.second
     model.others = [second] if held == "list" else {"second": second}
@@ -507,7 +535,7 @@ def test_optimizers_in_lists_and_dictionaries_take_no_step_either(held):
         found = measure_gradients(model, (X, Y), steps=1)
     finally:
         del type(model).second
-    assert sum(each.kind == "weight" for each in found) == 4
+    assert sum(gradient.kind == "weight" for gradient in found) == 4
     np.testing.assert_array_equal(model.judge.get_weights()[0], before[0])
 
 
@@ -532,7 +560,7 @@ def test_an_optimizer_that_is_nowhere_is_told():
     HIDDEN = keras.optimizers.SGD()  # noqa: N806
     model = Hidden()
     model.compile("sgd", loss="mse", run_eagerly=True)
-    with pytest.raises(ValueError, match="model must hold the optimizers that its train_step uses"):
+    with pytest.raises(ValueError, match="optimizers"):
         measure_gradients(model, (X, Y), steps=1)
 
 
@@ -540,9 +568,9 @@ def test_layers_come_in_the_order_of_the_data():
     """What is inside a model right where it stands."""
     inner = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="i1"), layers.Dense(4, name="i2")], name="inner")
     model = keras.Sequential([keras.Input((6,)), layers.Dense(4, name="first"), inner, layers.Dense(2, name="last")])
-    model.compile("sgd", loss="mse")
+    model.compile("sgd", loss="mse", run_eagerly=EAGER)
     found = measure_gradients(model, (X, Y), steps=1)
-    assert list(dict.fromkeys(each.layer for each in found)) == ["first", "inner/i1", "inner/i2", "last"]
+    assert list(dict.fromkeys(gradient.layer for gradient in found)) == ["first", "inner/i1", "inner/i2", "last"]
 
 
 class Shuffling(Batches):
@@ -564,7 +592,7 @@ def test_a_users_epoch_does_not_end():
 def test_a_train_step_of_ones_own_is_measured():
     """Both optimizers' gradients, unscaled; neither takes a step."""
     model = Adversaries()
-    model.compile(LossScaleOptimizer("sgd", 4.0))
+    model.compile(LossScaleOptimizer("sgd", 4.0), run_eagerly=EAGER)
     before = [variable.numpy() for variable in model.variables]
     found = by_name(measure_gradients(model, (X, Y), steps=1))
     assert found.keys() >= {("activation", "maker"), ("activation", "judge"), ("weight", "kernel")}
@@ -574,7 +602,9 @@ def test_a_train_step_of_ones_own_is_measured():
     kernel, bias = before[2], before[3]
     made = X @ before[0] + before[1]
     outputs = 2 * (made @ kernel + bias) / 24
-    judge = next(each for each in measure_gradients(model, (X, Y), steps=1) if each.name == model.judge.bias.path)
+    judge = next(
+        gradient for gradient in measure_gradients(model, (X, Y), steps=1) if gradient.name == model.judge.bias.path
+    )
     np.testing.assert_allclose(judge.largest, np.abs(outputs.sum()), rtol=1e-4)
 
 
@@ -589,12 +619,12 @@ def test_layers_in_loops_and_sparse_gradients_are_counted():
             layers.Dense(1),
         ]
     )
-    model.compile("sgd", loss="mse")
+    model.compile("sgd", loss="mse", run_eagerly=EAGER)
     data = np.full((2, 5), 3), np.ones((2, 1))
     found = by_name(measure_gradients(model, data, steps=1))
     embeddings = found["weight", "embeddings"]
     assert (embeddings.zeros, embeddings.nonzeros) == (8 * 4, 4)
-    # The output and two states, each with a gradient in each of five steps, for two samples of three units.
+    # The output and two states, gradient with a gradient in gradient of five steps, for two samples of three units.
     assert 2 * 3 * 5 <= found["activation", "cell"].nonzeros + found["activation", "cell"].zeros <= 3 * 2 * 3 * 5
 
 
@@ -606,7 +636,7 @@ def test_the_prediction_comes_true():
     def model(scale):
         keras.utils.set_random_seed(0)
         made = keras.Sequential([keras.Input((6,)), layers.Dense(8, activation="sigmoid"), layers.Dense(2)])
-        made.compile(LossScaleOptimizer(keras.optimizers.SGD(1e-3), scale), loss="mse")
+        made.compile(LossScaleOptimizer(keras.optimizers.SGD(1e-3), scale), loss="mse", run_eagerly=EAGER)
         return made
 
     data = x, x[:, :2]
@@ -631,28 +661,22 @@ def test_a_model_with_a_grad_scaler_is_refused():
     """Its step would count one of the scaler's."""
     model = linear()
     model.scaler = tfmixed.GradScaler()
-    with pytest.raises(NotImplementedError, match="model must not hold a GradScaler"):
+    with pytest.raises(NotImplementedError, match="GradScaler"):
         measure_gradients(model, (X, Y))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: measure_gradients(keras.Sequential([layers.Dense(1)]), (X, Y)),
-            "model must be .* compiled .*model.compile",
-        ),
-        (lambda: measure_gradients("model", (X, Y)), "model must be a keras.Model .*received 'model'"),
-        (lambda: measure_gradients(linear(), None), "data must be what `fit` takes.*received None"),
-        (lambda: measure_gradients(linear(), []), "data must be what `fit` takes"),
-        (lambda: measure_gradients(linear(), (X, Y), batch_size=0), "batch_size must be .*received 0"),
-        (lambda: measure_gradients(linear(), (X, Y), steps=0), "steps must be a whole number, at least 1.*received 0"),
-        (lambda: measure_gradients(linear(), (X, Y), precision="half"), "precision must be one of .*received 'half'"),
-        (lambda: measure_gradients(linear(), (X, Y), scale=-1), "scale must be .*received -1"),
-        (
-            lambda: measure_gradients(linear(), (np.zeros((0, 6)), np.zeros((0, 2)))),
-            "data must hold a batch at least, received",
-        ),
+        (lambda: measure_gradients(keras.Sequential([layers.Dense(1)]), (X, Y)), "compile"),
+        (lambda: measure_gradients("model", (X, Y)), "keras.Model"),
+        (lambda: measure_gradients(linear(), None), "data.*None"),
+        (lambda: measure_gradients(linear(), []), "data"),
+        (lambda: measure_gradients(linear(), (X, Y), batch_size=0), "batch_size.*0"),
+        (lambda: measure_gradients(linear(), (X, Y), steps=0), "steps.*0"),
+        (lambda: measure_gradients(linear(), (X, Y), precision="half"), "precision.*'half'"),
+        (lambda: measure_gradients(linear(), (X, Y), scale=-1), "scale.*-1"),
+        (lambda: measure_gradients(linear(), (np.zeros((0, 6)), np.zeros((0, 2)))), "at least one batch"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -663,7 +687,7 @@ def test_bad_arguments_are_named(call, message):
 
 def noise(model, data, **arguments):
     found = measure_gradients(model, data, steps=2, batch_size=8, **arguments)
-    return {each.name for each in found if each.noise}, found
+    return {gradient.name for gradient in found if gradient.noise}, found
 
 
 def normalized():
@@ -672,7 +696,7 @@ def normalized():
     x = layers.BatchNormalization(name="n1")(layers.Conv2D(3, 3, name="c1")(inputs))
     x = layers.BatchNormalization(name="n2")(layers.Conv2D(3, 3, name="c2")(x))
     model = keras.Model(inputs, layers.Dense(2, name="d")(layers.Flatten()(layers.ReLU()(x))))
-    model.compile("sgd", loss="mse")
+    model.compile("sgd", loss="mse", run_eagerly=EAGER)
     return model, (RNG.normal(size=(24, 6, 6, 2)).astype("float32"), Y)
 
 
@@ -681,7 +705,7 @@ def attentive():
     x = layers.LayerNormalization()(inputs)
     x = layers.MultiHeadAttention(2, 3, name="a")(x, x) + inputs
     model = keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling1D()(layers.Dense(4, "gelu")(x))))
-    model.compile("sgd", loss="mse")
+    model.compile("sgd", loss="mse", run_eagerly=EAGER)
     return model, (RNG.normal(size=(24, 5, 4)).astype("float32"), Y)
 
 
@@ -694,7 +718,7 @@ def test_sums_that_cancel_are_noise(precision):
     for (model, data), wanted in cases:
         found, ranges = noise(model, data, precision=precision, scale=2.0**10)
         assert found == wanted
-        assert not {each.name for each in ranges.half} & wanted
+        assert not {gradient.name for gradient in ranges.half} & wanted
 
 
 @pytest.mark.parametrize("kind", ["functional", "own", "sequence"])
@@ -707,7 +731,7 @@ def test_what_is_summed_for_good_is_not_noise(kind):
 def test_small_gradients_are_not_noise():
     """However small: what is far below float16's reach is what a scale is for."""
     model, data = normalized()
-    model.compile("sgd", loss=lambda y, x: 2.0**-40 * ops.mean(ops.square(y - x), axis=-1))
+    model.compile("sgd", loss=lambda y, x: 2.0**-40 * ops.mean(ops.square(y - x), axis=-1), run_eagerly=EAGER)
     found, ranges = noise(model, data)
     assert found == {"c1/bias", "n1/beta", "c2/bias"}
     assert ranges.underflow() > 0.9
@@ -726,7 +750,7 @@ def test_perturbed_gradients_are_off_by_a_sixteenth():
 
 @needs_tensorflow
 def test_float32_on_gpus_is_all_of_it():
-    """TensorFloat-32 keeps 11 bits of each factor; what the script has set is set again."""
+    """TensorFloat-32 keeps 11 bits of gradient factor; what the script has set is set again."""
     enabled = tf.config.experimental.tensor_float_32_execution_enabled
     before = enabled()
     with temporary_state.in_float32([]):

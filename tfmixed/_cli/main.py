@@ -107,7 +107,8 @@ def audit(
 ) -> None:
     """What in a model's forward and backward pass is unsafe in half precision; inputs, if given, run through it."""
     with _on_models():
-        from tfmixed._cli.load_model import first_batch, load_step
+        from tfmixed._cli.load_model import load_step
+        from tfmixed._utils.model_building import first_batch
 
         _set_policy(policy)
         made, *data = load_step(model)
@@ -135,13 +136,13 @@ def ranges(
 ) -> None:
     """The magnitudes of a model's gradients, what float16 loses of them, and which loss scale to choose."""
     with _on_models():
-        from tfmixed._cli.load_model import load_problem
+        from tfmixed._cli.load_model import load_training
 
         _check_picture(png)
         for option, path in (("--save", save), ("--png", png)):
             log_commands.prepare(option, path)
         _set_policy(policy)
-        found = tfmixed.measure_gradients(*load_problem(model), steps, precision=precision, batch_size=batch)
+        found = tfmixed.measure_gradients(*load_training(model), steps, precision=precision, batch_size=batch)
     print(json.dumps(found.as_dict(headroom), indent=2)) if as_json else _print(found.explained(headroom))
     if save is not None:
         found.save(save)

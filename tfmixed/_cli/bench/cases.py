@@ -24,7 +24,7 @@ from rich.progress import Progress
 from tfmixed import hardware
 from tfmixed._cli.bench import networks
 from tfmixed._cli.bench.tables import GIB, MIB, Report, Row
-from tfmixed._cli.load_model import function_of
+from tfmixed._cli.load_model import load_function
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
 from tfmixed._utils import temporary_state, timing
 from tfmixed.callbacks import LossScaleLogger
@@ -104,7 +104,7 @@ class Case:
             raise UsageError(
                 f"Networks must be among {names}, or given by `--model module:function`. Received: {spec!r}"
             )
-        self._function = getattr(networks, spec) if spec in NETWORKS else function_of(spec)
+        self._function = getattr(networks, spec) if spec in NETWORKS else load_function(spec)
 
     def make(self, variant: str) -> networks.Problem:
         """Returns the model compiled for a variant, inputs and targets."""
