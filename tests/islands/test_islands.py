@@ -45,7 +45,7 @@ def numbers(outputs):
 def force_own_code(model, layer):
     """What `force_float32` does with a layer in whose code an audit found something; on every backend."""
     plan = Plan(model)
-    plan.own_code(layer)
+    plan.force_own_code(layer)
     return plan.make()
 
 
