@@ -30,10 +30,6 @@ class LayerNormalization(InFloat32, keras.layers.LayerNormalization):
     The Keras layer computes in float32 under any policy. It rounds the output to float16, one part in 2,000, and for
     float16 inputs even with `dtype="float32"`. Under the policy "float16" its variables are float16, too: updates below
     half their spacing, 0.0005 for a gamma of 1, are lost.
-
-    Example:
-    >>> LayerNormalization(dtype="float16")(keras.ops.ones((2, 4), "float16")).dtype.name
-    'float32'
     """
 
 
@@ -43,10 +39,6 @@ class RMSNormalization(InFloat32, keras.layers.RMSNormalization):
 
     The Keras layer squares in float32 under any policy, but rounds wider inputs and the output to float16, one part in
     2,000. Under the policy "float16" its variable is float16, too.
-
-    Example:
-    >>> RMSNormalization(dtype="float16")(keras.ops.ones((2, 4), "float16")).dtype.name
-    'float32'
     """
 
 
@@ -70,8 +62,4 @@ class GroupNormalization(InFloat32, keras.layers.GroupNormalization):
     """Group normalization, in float32 from the inputs to the output.
 
     The Keras layer computes in float32 and rounds the output like `LayerNormalization`.
-
-    Example:
-    >>> GroupNormalization(2, dtype="float16")(keras.ops.ones((2, 4), "float16")).dtype.name
-    'float32'
     """

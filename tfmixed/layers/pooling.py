@@ -64,10 +64,6 @@ class GlobalAveragePooling2D(InFloat32, keras.layers.GlobalAveragePooling2D):
 
     The Keras layer averages float16 values in float32, but rounds the result to float16, one part in 2,000; averages
     below 6e-8 become 0.
-
-    Example:
-    >>> GlobalAveragePooling2D()(keras.ops.ones((1, 4, 4, 2), "float16")).dtype.name
-    'float32'
     """
 
 
@@ -76,8 +72,4 @@ class GlobalAveragePooling3D(InFloat32, keras.layers.GlobalAveragePooling3D):
     """Average over a volume, in float32.
 
     The Keras layer rounds the result to float16, like `GlobalAveragePooling2D`.
-
-    Example:
-    >>> GlobalAveragePooling3D()(keras.ops.ones((1, 4, 4, 4, 2), "float16")).dtype.name
-    'float32'
     """
