@@ -41,7 +41,7 @@ class Plan:
         """Forces what goes wrong in half precision.
 
         Args:
-            unsafe: Layers in whose own code an audit found a severe hazard, besides the classes known here.
+            unsafe: Layers in whose own code an audit found a severe hazard, in addition to the classes known here.
             adding: Layers that add a loss in half precision.
         """
         for layer in self.inside:
