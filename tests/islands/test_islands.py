@@ -741,12 +741,7 @@ ADDING = {
     ),
     "own_code": (lambda: AddsLoss(name="a"), ["a"]),
 }
-MARKS = {
-    "own_code": needs_tensorflow,
-    "layer": pytest.mark.slow,
-    "recurrent": pytest.mark.slow,
-    "variables": pytest.mark.slow,
-}
+MARKS = {"own_code": needs_tensorflow} | dict.fromkeys(["layer", "recurrent", "variables"], pytest.mark.slow)
 KINDS = [pytest.param(kind, marks=MARKS.get(kind, ())) for kind in ADDING]
 
 
