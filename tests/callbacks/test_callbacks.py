@@ -81,7 +81,7 @@ MODES = [
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_log_has_the_exact_step_and_epoch_of_every_change(tmp_path, mode):
+def test_log_holds_every_change_with_its_exact_step_and_epoch(tmp_path, mode):
     """One JSON line for each change, in the documented form."""
     path = tmp_path / "run" / "scale.jsonl"
     model, _ = fit(LossScaleLogger(path, verbose=0), epochs=2, compile_options=mode)

@@ -193,7 +193,7 @@ def error(layer, x, expected):
 @pytest.mark.slow
 @breaks_on_cpus
 @every_layer
-def test_keras_layers_fail_in_float16(case):
+def test_keras_breaks_in_float16(case):
     """By one percent or more, or by rounding if Keras computes in float32."""
     layer = case.keras(dtype="mixed_float16")
     bar = ROUNDED if BACKEND in case.right_on else case.error
