@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import pytest
 from backend import BACKEND, modes, needs_tensorflow, tf
-from thorough import covering
+from thorough import thorough
 
 import tfmixed
 from tfmixed import LossScaleOptimizer, records
@@ -305,7 +305,15 @@ class KillAt(keras.callbacks.Callback):
             raise Killed
 
 
-@pytest.mark.parametrize(("frequency", "backup_first"), covering(1, {"epoch": "epoch", "5": 5}, [False, True]))
+@pytest.mark.parametrize(
+    ("frequency", "backup_first"),
+    [
+        ("epoch", False),
+        pytest.param(5, True, marks=slow),
+        pytest.param("epoch", True, marks=thorough),
+        pytest.param(5, False, marks=thorough),
+    ],
+)
 def test_a_restored_run_has_the_log_of_an_uninterrupted_one(tmp_path, backup_first, frequency):
     """Without gaps and duplicates, in either order of logger and backup."""
     whole, path = tmp_path / "whole.jsonl", tmp_path / "scale.jsonl"
@@ -391,7 +399,9 @@ def test_without_a_logger_fit_raises_at_its_end():
         pytest.param(RULE, range(3, 12), r"^9 of the 12 .*last 9 .*step 3.*kernel .9 times", False, id="from step 3"),
         pytest.param(RULE, (*range(6), 9, 10), r"^8 of the 12 .*kernel\.", True, id="two rows", marks=slow),
         pytest.param(
-            DynamicScale(2.0**12), (*range(6), 9, 10), r"^8 of the 12 .*last 2 .*step 9.*kernel\.", False, id="last two"
+            *(DynamicScale(2.0**12), (*range(6), 9, 10), r"^8 of the 12 .*last 2 .*step 9.*kernel\.", False),
+            id="last two",
+            marks=slow,
         ),
         pytest.param(ConstantScale(16), range(1, 11), r"^10 of the 12 .*below 16", True, id="constant", marks=slow),
         pytest.param(DynamicScale(2.0**24), range(8), r"initial_scale=65536", True, id="too high", marks=slow),

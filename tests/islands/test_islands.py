@@ -593,9 +593,9 @@ class Chain(keras.Model):
         return self.last(x)
 
 
-def chained(codes, functional):
+def chained(codes, kind):
     model = Chain(codes, name="chain")
-    if not functional:
+    if kind == "subclassed":
         return model
     inputs = keras.Input((16,))
     x = model.first(inputs)
@@ -609,20 +609,32 @@ CHAINS = {
     "exp, part": (["exp", "part"], 20.0, {"exp", "part"}),
     "sigmoid, log": (["log"], -30.0, {"first: activation", "log"}),
 }
+MARKED = {
+    ("squares, sum", "functional"): (),
+    ("exp, part", "subclassed"): (),
+    ("sigmoid, log", "functional"): pytest.mark.slow,
+}
 
 
 @needs_tensorflow
-@pytest.mark.parametrize(("chain", "functional"), covering(1, CHAINS, {"functional": True, "subclassed": False}))
-def test_forced_layers_pass_float32_on(chain, functional, tmp_path):
+@pytest.mark.parametrize(
+    ("chain", "kind"),
+    [
+        pytest.param(chain, kind, id=f"{name}, {kind}", marks=MARKED.get((name, kind), thorough))
+        for name, chain in CHAINS.items()
+        for kind in ("functional", "subclassed")
+    ],
+)
+def test_forced_layers_pass_float32_on(chain, kind, tmp_path):
     """To a layer that is forced as well, and to one that is float32 anyway; also in a loaded model."""
     codes, level, changed = chain
     x = np.linspace(0.9, 1.0, 32, dtype="float32").reshape(2, 16) * level
     keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(0)
-    right = chained(codes, functional)(x)
+    right = chained(codes, kind)(x)
     keras.config.set_dtype_policy("mixed_float16")
     keras.utils.set_random_seed(0)
-    model = chained(codes, functional)
+    model = chained(codes, kind)
     assert error(model(x), right) > 0.1
     assert changed <= set(force_float32(model))
     assert force_float32(model) == []

@@ -93,7 +93,7 @@ class OfKerasHub(layers.Layer):
     """A layer written for half precision."""
 
     def call(self, x):
-        self.input_dtype = dtype(x)
+        self.received = dtype(x)
         return x
 
 
@@ -108,7 +108,7 @@ def test_keras_layers_keep_half_precision_among_themselves():
     whole = functional(graph, last, shape=(3, 8))
     assert {layer.output.dtype for layer in (*graph.layers[1:], *whole.layers[1:])} == {"bfloat16"}
     assert dtype(whole(ops.ones((2, 3, 8)))) == "float32"
-    assert last.input_dtype == "bfloat16"
+    assert last.received == "bfloat16"
 
 
 @needs_tensorflow
