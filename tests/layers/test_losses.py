@@ -53,7 +53,7 @@ class Case(NamedTuple):
     reference: Callable
     y: np.ndarray
     z: np.ndarray
-    arguments: dict = {}  # noqa: RUF012
+    arguments: dict = {}  # noqa: RUF012 - not modified
     right_on: tuple[str, ...] = ()
 
     @property

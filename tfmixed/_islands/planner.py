@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -37,7 +37,7 @@ class Plan:
         self._reports: dict[Any, dict[str, list[Any]]] = {}  # by layer and part: the layers that must have changed
         self._unsafe: list[Any] = []  # layers whose outputs may not fit half precision
 
-    def force_sensitive(self, unsafe: Iterable[Any] = (), adding: Iterable[Any] = ()) -> None:
+    def force_sensitive(self, unsafe: Sequence[Any] = (), adding: Sequence[Any] = ()) -> None:
         """Forces what goes wrong in half precision.
 
         Args:
@@ -107,7 +107,7 @@ class Plan:
             _reset_compiled_functions([self.model, *self.inside])
         return list(self._changed_paths(changed))
 
-    def _changed_paths(self, changed: set[Any]) -> Iterable[str]:
+    def _changed_paths(self, changed: set[Any]) -> Iterator[str]:
         for layer in [*self.inside, self.model]:
             for part, members in self._reports.get(layer, {}).items():
                 if changed & set(members):

@@ -35,5 +35,5 @@ def around(cls: Any, name: str, function: Callable[..., Any], traced: bool = Fal
         return function(original, self, *args, **kwargs)
 
     # Keras inspects the arguments of constructors, and does not look behind a decorator.
-    method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # functions take attributes
     setattr(owner, name, control_flow.as_it_is(method) if traced else method)

@@ -119,18 +119,17 @@ class GradientRanges(keras.callbacks.Callback):
         self.last = ranges.GradientRanges(record)
         run_log.append(self.path, [record])
         if self.tensorboard is not None:
-            self._write(self.last)
+            self._write(self.last, self.tensorboard)
         if self.verbose:
             print(f"step {self._step}: {self.last.verdict()}")
 
-    def _write(self, snapshot: ranges.GradientRanges) -> None:
+    def _write(self, snapshot: ranges.GradientRanges, folder: str | os.PathLike[str]) -> None:
         import tensorflow
-        from tensorboard.plugins.histogram import metadata  # type: ignore[import-untyped]
+        from tensorboard.plugins.histogram import metadata  # type: ignore[import-untyped]  # ships no types
 
         if self._writer is None:
             # A separate folder, since TensorBoard follows only the newest file of a folder.
-            folder = Path(os.fspath(self.tensorboard)) / "gradients"  # type: ignore[arg-type]
-            self._writer = tensorflow.summary.create_file_writer(str(folder))
+            self._writer = tensorflow.summary.create_file_writer(str(Path(folder) / "gradients"))
         kind = metadata.create_summary_metadata(display_name=None, description="log2 of nonzero magnitudes")
         with self._writer.as_default(snapshot.record.step):
             for gradient in snapshot:
