@@ -149,7 +149,7 @@ class Training:
 
     def save(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:
         """Saves a model as its script made it: without our islands."""
-        with layer_rewrite.as_before(model) if model in self._with_islands else contextlib.nullcontext():
+        with layer_rewrite.without_rewrites(model) if model in self._with_islands else contextlib.nullcontext():
             return plain(model, *arguments, **named)
 
     def _fit(self, plain: _Plain, model: Any, *arguments: Any, **named: Any) -> Any:

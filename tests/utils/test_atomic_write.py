@@ -1,3 +1,5 @@
+"""Atomic writes of files, links, pipes and devices."""
+
 from __future__ import annotations
 
 import os
@@ -12,7 +14,7 @@ from tfmixed._utils import atomic_write
 
 
 def test_a_file_is_written_with_its_folders(tmp_path):
-    """Byte for byte, over an old one, and with nothing beside it."""
+    """Byte for byte, also over an old one, and without temporary files."""
     path = tmp_path / "new" / "a.txt"
     for text in ("old", "ä\n\r\n"):
         atomic_write.write_text(path, text)
@@ -21,7 +23,7 @@ def test_a_file_is_written_with_its_folders(tmp_path):
 
 
 def test_a_reader_keeps_the_old_file(tmp_path):
-    """It is replaced, never written into: a second name of it stays as it was."""
+    """The file is replaced, so another hard link keeps the old content."""
     path, other = tmp_path / "a.txt", tmp_path / "b.txt"
     atomic_write.write_text(path, "old")
     other.hardlink_to(path)
@@ -30,22 +32,22 @@ def test_a_reader_keeps_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize("write", [lambda path: atomic_write.write_bytes(path, b"new"), atomic_write.prepare])
-def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, write):
-    """In the place of a folder there can be no file."""
+def test_a_failure_leaves_nothing_behind(tmp_path, write):
+    """A folder cannot be replaced by a file."""
     (tmp_path / "folder" / "full").mkdir(parents=True)
     with pytest.raises(OSError, match="folder"):
         write(tmp_path / "folder")
-    assert [each.name for each in tmp_path.iterdir()] == ["folder"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
-def test_what_can_be_written_is_prepared_without_a_trace(tmp_path):
-    """But for the folder."""
+def test_prepare_creates_only_the_folder(tmp_path):
+    """It removes the file that it wrote."""
     atomic_write.prepare(tmp_path / "new" / "a.txt")
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path):
-    """One that leads nowhere yet and one of several steps included; a loop of links is an error."""
+    """Also a dangling link and a link to a link; a loop of links is an error."""
     (tmp_path / "big").mkdir()
     (tmp_path / "link").symlink_to("big/real")
     (tmp_path / "far").symlink_to(tmp_path / "link")
@@ -58,11 +60,11 @@ def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path):
     with pytest.raises(OSError, match="loop"):
         atomic_write.write_text(tmp_path / "loop", "x")
     assert (tmp_path / "loop").is_symlink()
-    assert {each.name for each in tmp_path.iterdir()} == {"big", "link", "far", "loop"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"big", "link", "far", "loop"}
 
 
 def test_the_mode_of_a_file_stays_and_a_new_one_has_the_default(tmp_path):
-    """That of the umask, as `open` gives it."""
+    """Given by the umask, as by `open`."""
     old, new, usual = tmp_path / "old", tmp_path / "new", tmp_path / "usual"
     old.write_text("old")
     old.chmod(0o600)
@@ -73,9 +75,9 @@ def test_the_mode_of_a_file_stays_and_a_new_one_has_the_default(tmp_path):
     assert new.stat().st_mode == usual.stat().st_mode
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_the_owner_of_a_file_stays(tmp_path):
-    """Whoever writes it."""
+    """If root writes it."""
     (tmp_path / "a").write_text("old")
     os.chown(tmp_path / "a", 1234, 1235)
     atomic_write.write_text(tmp_path / "a", "new")
@@ -83,23 +85,23 @@ def test_the_owner_of_a_file_stays(tmp_path):
 
 
 def test_a_pipe_is_written_as_a_stream(tmp_path):
-    """It stays a pipe, behind a link too."""
-    pipe, link, seen = tmp_path / "pipe", tmp_path / "link", []
+    """It stays a pipe, also behind a link."""
+    pipe, link, texts = tmp_path / "pipe", tmp_path / "link", []
     os.mkfifo(pipe)
     link.symlink_to("pipe")
     for path in (pipe, link):
         atomic_write.prepare(path)
-        reader = threading.Thread(target=lambda: seen.append(pipe.read_text()))
+        reader = threading.Thread(target=lambda: texts.append(pipe.read_text()))
         reader.start()
         atomic_write.write_text(path, "x" * 100_000)
         reader.join(timeout=60)
-    assert seen == ["x" * 100_000] * 2
+    assert texts == ["x" * 100_000] * 2
     assert stat.S_ISFIFO(pipe.stat().st_mode)
-    assert {each.name for each in tmp_path.iterdir()} == {"pipe", "link"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"pipe", "link"}
 
 
 def test_a_device_stays_a_device(tmp_path):
-    """A null device in a folder of one's own: no test writes to those of the machine."""
+    """A null device in a temporary folder, not that of the machine."""
     device = tmp_path / "null"
     try:
         os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
@@ -109,13 +111,13 @@ def test_a_device_stays_a_device(tmp_path):
     atomic_write.prepare(device)
     atomic_write.write_text(device, "new")
     assert stat.S_ISCHR(device.stat().st_mode)
-    assert [each.name for each in tmp_path.iterdir()] == ["null"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["null"]
 
 
 @pytest.mark.parametrize("to", ["file", "pipe"])
-def test_standard_output_is_written_where_it_stands(tmp_path, to):
-    """Between what is printed, also where it is a file: that is neither truncated nor replaced."""
-    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is, which a fault would destroy
+def test_standard_output_is_written_at_its_position(tmp_path, to):
+    """Between printed lines. If it is a file, that is neither truncated nor replaced."""
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # like /dev/stdout, which a bug would destroy
     write = f"atomic_write.write_text({str(tmp_path / 'stdout')!r}, 'b\\n')"
     code = f"from tfmixed._utils import atomic_write; print('a'); {write}; print('c')"
     with (tmp_path / "out").open("wb") as file:
@@ -126,7 +128,7 @@ def test_standard_output_is_written_where_it_stands(tmp_path, to):
 
 
 def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
-    """Each text is written whole, and a reader never sees a part."""
+    """A reader always gets a complete text."""
     path, failed = tmp_path / "a.txt", []
     atomic_write.write_text(path, "0" * 100_000)
 
@@ -138,9 +140,9 @@ def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
             failed.append(error)
 
     writers = [threading.Thread(target=write, args=(letter,)) for letter in "1234"]
-    for each in writers:
-        each.start()
-    while any(each.is_alive() for each in writers):
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
         text = path.read_text()
         assert (len(text), len(set(text))) == (100_000, 1)
     assert not failed
@@ -148,7 +150,7 @@ def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    """And nothing beside it."""
+    """Without temporary files."""
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(TypeError), atomic_write.replacement(path) as file:

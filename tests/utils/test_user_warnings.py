@@ -1,4 +1,4 @@
-"""Warnings point at the line of the user's file, however deep the reason was found."""
+"""Warnings point at the line of the user's file, however deep their cause is found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tfmixed._utils import user_warnings
 
 
 def subclassed():
-    """A model that does not tell what it was built with."""
+    """Returns a built model with unknown inputs."""
 
     class Two(keras.Model):
         def __init__(self):
@@ -31,13 +31,13 @@ def subclassed():
 
 
 def in_a_replica():
-    thread = threading.Thread(target=user_warnings.warn, args=["from a thread of a framework's"])
+    thread = threading.Thread(target=user_warnings.warn, args=["in a thread of a framework"])
     thread.start()
     thread.join()
 
 
 def in_a_structure():
-    keras.tree.map_structure(user_warnings.warn, ["of a leaf"])
+    keras.tree.map_structure(user_warnings.warn, ["for a leaf"])
 
 
 def unscaled():
@@ -59,20 +59,20 @@ FORCED = pytest.param(lambda: tfmixed.force_float32(subclassed()), marks=needs_t
 
 @pytest.mark.parametrize("warns", [FORCED, in_a_replica, in_a_structure, unscaled, policy])
 def test_warnings_point_at_the_users_file(warns):
-    """Each of them, and at least one."""
-    with warnings.catch_warnings(record=True) as told:
+    """Also from threads and from code that a framework calls."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warns()
-    ours = [each for each in told if each.category is UserWarning]
-    assert ours
-    assert {each.filename for each in ours} == {__file__}
+    files = [warning.filename for warning in caught if warning.category is UserWarning]
+    assert files
+    assert set(files) == {__file__}
 
 
 def test_warnings_of_callbacks_point_at_the_call_of_fit(tmp_path):
-    """Though Keras calls them."""
+    """Although Keras calls them."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     logger = tfmixed.callbacks.LossScaleLogger(tmp_path / "log.jsonl")
-    with pytest.warns(UserWarning, match="logs nothing") as told:
+    with pytest.warns(UserWarning, match="logs nothing") as caught:
         model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[logger])
-    assert told[0].filename == __file__
+    assert caught[0].filename == __file__
