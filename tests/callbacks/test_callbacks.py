@@ -15,9 +15,8 @@ from thorough import covering
 
 import tfmixed
 from tfmixed import LossScaleOptimizer, records
-from tfmixed.callbacks import LossScaleLogger
+from tfmixed.callbacks import LossScaleLogger, run_log
 from tfmixed.errors import LossScaleExhausted
-from tfmixed.records import run_log
 from tfmixed.scaling import ConstantScale, DynamicScale
 
 RULE = DynamicScale(initial_scale=8.0, growth_interval=4)

@@ -15,8 +15,7 @@ from tfmixed._cli.run.ledger import Entry, Ledger
 from tfmixed._cli.run.saying import say
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
 from tfmixed._core.scaler_state import Observable, ScalingState
-from tfmixed.callbacks import LossScaleLogger
-from tfmixed.records import run_log
+from tfmixed.callbacks import LossScaleLogger, run_log
 
 
 class Logger(LossScaleLogger):
