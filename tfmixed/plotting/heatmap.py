@@ -42,9 +42,8 @@ def plot_layers(record: RangesRecord, scale: float = 1.0, *, theme: Theme = "lig
     ['d']
     """
     layers = list(dict.fromkeys(gradient.layer for gradient in record.ranges))
-    kinds = [kind for kind in zones.KINDS if any(gradient.kind == kind for gradient in record.ranges)] or list(
-        zones.KINDS
-    )
+    found = {gradient.kind for gradient in record.ranges}
+    kinds = [kind for kind in zones.KINDS if kind in found or not found]
     height = 2.2 + max(len(layers), 4) * (0.2 if len(layers) <= 40 else 0.14)
     with sheet(theme, width, height) as (figure, style):
         panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
@@ -73,10 +72,8 @@ def _span(record: RangesRecord, scale: float) -> tuple[int, int]:
     """Returns the first octave that is drawn, and the one after the last: all values and all limits."""
     kept = [gradient for gradient in record.ranges if not gradient.noise]
     octaves = [octave for octave in zones.pooled(kept) if -80 <= octave < 40]
-    limits = [limit - math.log2(scale) for limit in zones.LIMITS]
-    return math.floor(min([limits[0] - 4, *octaves])), math.ceil(
-        max([limits[-1] + 4, *(octave + 1 for octave in octaves)])
-    )
+    first, *_, last = (limit - math.log2(scale) for limit in zones.LIMITS)
+    return math.floor(min([first - 4, *octaves])), math.ceil(max([last + 4, *(octave + 1 for octave in octaves)]))
 
 
 def _paint(axes: Axes, rows: list[list[GradientRange]], span: tuple[int, int], style: Style) -> QuadMesh:

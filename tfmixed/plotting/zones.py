@@ -23,14 +23,12 @@ LIMITS = tuple(map(math.log2, limits()))
 
 def pooled(gradients: Iterable[GradientRange]) -> dict[int, tuple[int, int, int, int]]:
     """Returns the sums of the octaves of all gradients, in ascending order."""
-    parts = [Counter[int]() for _ in range(4)]
+    first, second, third, fourth = parts = [Counter[int]() for _ in range(4)]
     for gradient in gradients:
         for octave, counts in gradient.octaves.items():
             for part, count in zip(parts, counts, strict=True):
                 part[octave] += count
-    return {
-        octave: (parts[0][octave], parts[1][octave], parts[2][octave], parts[3][octave]) for octave in sorted(parts[0])
-    }
+    return {octave: (first[octave], second[octave], third[octave], fourth[octave]) for octave in sorted(first)}
 
 
 def shares(octaves: Octaves, scale: float) -> dict[str, float]:
