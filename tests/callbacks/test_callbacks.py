@@ -341,7 +341,7 @@ def test_a_loss_that_is_nan_is_told_apart():
     optimizer = LossScaleOptimizer("sgd", STUCK, max_consecutive_skips=5)
     with pytest.raises(
         LossScaleExhausted,
-        match=r"loss itself is (nan|inf) .*a batch of this epoch\): no loss scale mends",
+        match=r"loss itself is (nan|inf) .*a batch of this epoch\): no loss scale fixes",
     ):
         fit(LossScaleLogger(verbose=0), optimizer=optimizer, bad=range(12))
 

@@ -207,9 +207,9 @@ def test_variables_that_hold_their_gradient_must_hold_it():
 @pytest.mark.parametrize(
     ("loss", "advice"),
     [
-        (None, "Try lowering the learning rate.*If the loss itself is not finite: no loss scale mends that"),
+        (None, "Try lowering the learning rate.*If the loss itself is not finite: no loss scale fixes that"),
         (0.5, r"Try lowering the learning rate, clipping .* `min_scale` below 1 .*tfmixed\.force_float32.*\.$"),
-        (np.nan, r"The loss itself is nan .*: no loss scale mends that\."),
+        (np.nan, r"The loss itself is nan .*: no loss scale fixes that\."),
     ],
 )
 def test_a_custom_loop_asks_whether_the_run_is_stuck(loss, advice):

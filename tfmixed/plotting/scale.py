@@ -20,7 +20,7 @@ _CROWD = 100  # marks above which they are drawn smaller
 _MOST_CHANGES = 1000  # changes above which they are drawn in bins
 _BINS = 80
 _MOST_NAMED = 4  # variables with a colour of their own
-_EDGE = {"markeredgewidth": 0.6}
+_EDGE: dict[str, Any] = {"markeredgewidth": 0.6}
 
 
 def plot_scale(

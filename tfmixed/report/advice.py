@@ -82,9 +82,9 @@ def _exhausted(run: Run) -> Iterator[str]:
     if recent > 0.5:
         names = ", ".join(f"`{name}`" for name, _ in run.overflow_counts.most_common(3))
         yield (
-            f"{percent(recent)} of the last steps were skipped, so the run hardly learns. Lower the learning rate, clip "
-            f"gradients, or put {names or 'the layers that overflow'} in float32. If the loss is not finite, no scale "
-            "helps."
+            f"{percent(recent)} of the last steps were skipped, so the run hardly learns. Lower the learning rate, "
+            f"clip gradients, or put {names or 'the layers that overflow'} in float32. If the loss is not finite, no "
+            "scale helps."
         )
     if isinstance(floor, (int, float)) and run.final_scale <= floor and run.skipped:
         yield f"The scale fell to its minimum, {short(floor)}. Set a lower `min_scale`, or clip gradients."

@@ -155,7 +155,9 @@ def find(path: Path) -> Path:
 
 
 def _invalid(lines: list[int]) -> list[str]:
-    problems = [f"Line {number} is not a record that this version knows. It was left out." for number in lines[:_MOST_NAMED]]
+    problems = [
+        f"Line {number} is not a record that this version knows. It was left out." for number in lines[:_MOST_NAMED]
+    ]
     if len(lines) > _MOST_NAMED:
         problems.append(f"{len(lines) - _MOST_NAMED} more lines were left out, the last of them line {lines[-1]}.")
     return problems
