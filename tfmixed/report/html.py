@@ -52,11 +52,12 @@ def _sections(runs: Sequence[Run]) -> Iterator[Element]:
 
 def _part(part: Part, run: Run, runs: Sequence[Run], is_named: bool) -> Element:
     sentences = [_node("li", *_words(sentence)) for sentence in part.sentences]
+    figures = [_figure(run, key, runs) for key in part.figures]
     return _node(
         "div",
         *([_node("h3", run.name)] if is_named else []),
         *([_node("ul", *sentences)] if sentences else []),
-        _node("div", *(_figure(run, key, runs) for key in part.figures), **{"class": "figures"}),
+        *([_node("div", *figures, **{"class": "figures"})] if figures else []),
         *([_table(part.table)] if part.table else []),
     )
 
