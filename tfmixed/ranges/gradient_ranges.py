@@ -220,7 +220,9 @@ class GradientRanges:
             headroom: As in `suggest_constant_scale`.
         """
         record = self.record
-        lines = [f"{len(self)} gradients of {record.model}, {record.batches} batches in {record.precision}"]
+        gradients = "1 gradient" if len(self) == 1 else f"{len(self)} gradients"
+        batches = "1 batch" if record.batches == 1 else f"{record.batches} batches"
+        lines = [f"{gradients} of {record.model}, {batches} in {record.precision}"]
         if noise := [f"`{gradient.name}`" for gradient in self if gradient.noise]:
             lines.append(f"Rounding noise, which is ignored: {', '.join(noise)}")
         lines.append(f"float16: {self.verdict()}")
