@@ -18,9 +18,8 @@ from thorough import thorough
 
 import tfmixed
 from tfmixed import LossScaleOptimizer, records
-from tfmixed.callbacks import LossScaleLogger
+from tfmixed.callbacks import LossScaleLogger, run_log
 from tfmixed.errors import LossScaleExhausted
-from tfmixed.records import run_log
 from tfmixed.scaling import ConstantScale, DynamicScale
 
 slow = pytest.mark.slow

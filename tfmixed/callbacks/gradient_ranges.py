@@ -15,7 +15,8 @@ from tfmixed import ranges
 from tfmixed._core import replica_sync
 from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._probe.train_step_probe import Precision, Probe, checked_precision
-from tfmixed.records import GradientRange, RangesRecord, run_log
+from tfmixed.callbacks import run_log
+from tfmixed.records import GradientRange, RangesRecord
 from tfmixed.scaling import validation
 
 

@@ -12,9 +12,10 @@ import keras
 from tfmixed._core import replica_sync
 from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._utils import user_warnings
+from tfmixed.callbacks import run_log
 from tfmixed.callbacks.gradient_ranges import checked_tensorboard
 from tfmixed.errors import LossScaleExhausted
-from tfmixed.records import Change, Record, ScaleChange, run_log
+from tfmixed.records import Change, Record, ScaleChange
 from tfmixed.scaling import validation
 
 

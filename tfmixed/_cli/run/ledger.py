@@ -128,7 +128,7 @@ class Ledger:
         return self._log_of(self.entry(optimizer), int(optimizer.attempted_steps) > 0)
 
     def _log_of(self, entry: Entry, is_restored: bool) -> Path:
-        from tfmixed.records import run_log
+        from tfmixed.callbacks import run_log
 
         if entry.log is None:
             goes_on = len(self._found) == 1 and is_restored

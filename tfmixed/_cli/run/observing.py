@@ -16,8 +16,7 @@ from tfmixed._cli.run.saying import say
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
 from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._core.scaler_state import ScalerState
-from tfmixed.callbacks import LossScaleLogger
-from tfmixed.records import run_log
+from tfmixed.callbacks import LossScaleLogger, run_log
 
 
 class Logger(LossScaleLogger):

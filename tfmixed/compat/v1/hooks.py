@@ -10,9 +10,10 @@ from typing import Any, get_args
 import tensorflow as tf
 
 from tfmixed._core import event_buffer
+from tfmixed.callbacks import run_log
 from tfmixed.compat.v1.graphs import Blaming
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
-from tfmixed.records import Change, Record, ScaleChange, run_log
+from tfmixed.records import Change, Record, ScaleChange
 from tfmixed.scaling import validation
 
 V1 = tf.compat.v1
