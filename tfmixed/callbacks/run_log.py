@@ -78,7 +78,7 @@ def _agrees(log: Sequence[Record], step: int, scaler: ScalerBase | None) -> bool
         if isinstance(record, Progress) and record.step == step - 1:
             now = progress(step - 1, None, numbers(scaler), {})
             return (record.skipped_steps, record.gradient_norm) == (now.skipped_steps, now.gradient_norm)
-    known = scaler._remembered()
+    known = scaler._buffered_events()
     first = known[0].step + 1 if known and isinstance(known[0], EventsLost) else 0
     logged = [record.step for record in log if isinstance(record, (RunRecord, ScaleChange, EventsLost, Progress))]
     window = range(max(first, min(logged, default=0)), min(step, max(logged, default=-1) + 1))
