@@ -1,3 +1,5 @@
+"""Lazy imports, public names, and Keras's registration of classes."""
+
 from __future__ import annotations
 
 import subprocess
@@ -16,15 +18,15 @@ def python(code):
 
 
 def test_import_loads_no_framework():
-    """`import tfmixed` is fast: what it needs of Keras comes on first use."""
+    """`import tfmixed` is fast."""
     heavy = {"keras", "tensorflow", "torch", "jax", "matplotlib", "rich", "numpy"}
     assert not heavy & set(python("import tfmixed, sys; print(*sys.modules)"))
 
 
 def test_every_public_name_exists():
-    """What dir() lists can be used; what it does not is an AttributeError."""
+    """All names in `dir()`. Other names raise `AttributeError`."""
     assert all(getattr(tfmixed, name) is not None for name in dir(tfmixed))
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+    with pytest.raises(AttributeError, match="nonsense"):
         _ = tfmixed.nonsense
 
 
@@ -32,12 +34,11 @@ def test_every_public_name_exists():
     "imports",
     [
         "import keras, tfmixed",
-        # As others look for it.
         pytest.param("import tfmixed, importlib.util; importlib.util.find_spec('keras'); import keras", marks=thorough),
     ],
 )
 def test_saved_models_load_in_a_fresh_process(tmp_path, imports):
-    """Keras finds our classes whichever package is imported first, and without naming any of them."""
+    """Keras finds our classes with any order of imports, without custom objects."""
     import keras
 
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), tfmixed.layers.Softmax()])
@@ -65,12 +66,11 @@ print(type(keras.__spec__.loader).__name__)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filters", ["default", "error::UserWarning"])
-def test_keras_imports_and_trains_where_a_private_module_of_it_has_another_name(filters):
-    """A warning says which saved models do not load; it does not break the import where warnings are errors."""
+def test_keras_works_without_the_private_modules_that_we_import(filters):
+    """A warning names the saved models that do not load. It does not break the import if warnings are errors."""
     command = [sys.executable, "-W", filters, "-c", RENAMED]
     run = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert (run.returncode, run.stdout) == (0, "SourceFileLoader\n"), run.stderr
-    assert ("Saved models that need `tfmixed._islands.layer_rewrite` cannot be loaded" in run.stderr) == (
-        filters == "default"
-    )
+    assert ("tfmixed._islands.layer_rewrite" in run.stderr) == (filters == "default")

@@ -107,6 +107,7 @@ def test_transformer_is_causal(monkeypatch):
     assert (np.abs(original[20:] - changed[20:]).max(axis=-1) > 1e-3).all()
 
 
+@slow
 def test_custom_loops(run):
     """The losses equal those of `fit` in each step. The first steps overflow and change nothing."""
     losses = np.array([numbers for first, numbers in rows(run("custom_loop")).items() if first.isdigit()])
