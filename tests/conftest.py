@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import os
-import re
 
 import keras
 import pytest
@@ -12,8 +12,6 @@ import pytest
 from tfmixed._islands import promotion
 
 BACKEND = keras.backend.backend()
-USES_BACKEND = re.compile(r"^(from|import) backend\b", re.MULTILINE)
-IMPORTS_TENSORFLOW = re.compile(r"^(from|import) (tensorflow|tf1|tfmixed\.compat\.v1)\b", re.MULTILINE)
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -33,8 +31,11 @@ def pytest_ignore_collect(collection_path):
     """Selects the test files for JAX and PyTorch: those that use `tests/backend.py` and do not import TensorFlow."""
     if BACKEND == "tensorflow" or collection_path.suffix != ".py":
         return None
-    code = collection_path.read_text(encoding="utf-8")
-    return None if USES_BACKEND.search(code) and not IMPORTS_TENSORFLOW.search(code) else True
+    statements = ast.parse(collection_path.read_text(encoding="utf-8")).body
+    modules = {node.module for node in statements if isinstance(node, ast.ImportFrom)}
+    modules |= {name.name for node in statements if isinstance(node, ast.Import) for name in node.names}
+    needs_tensorflow = any(name.startswith(("tensorflow", "tf1", "tfmixed.compat.v1")) for name in modules)
+    return None if "backend" in modules and not needs_tensorflow else True
 
 
 @pytest.fixture(autouse=True)

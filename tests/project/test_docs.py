@@ -92,11 +92,8 @@ def test_wrong_pages_are_errors(tmp_path, monkeypatch):
 # Public names that only other modules of the package use.
 INTERNAL = {
     "auditing": "specs is_traceable unsafe",
-    "compat": "keras2 v1",
-    "compat.keras2": "Policy experimental global_policy",
+    "compat.keras2": "Policy global_policy",
     "compat.experimental": "global_policy",
-    "distribute": "check_supported replicas replica is_chief works_with_others decide_together once current",
-    "doctor": "warnings",
     "ranges": "share_of_zeros span",
     "scaling": "RULES",
     "records": "to_line from_line short Change Kind Reason Record",
