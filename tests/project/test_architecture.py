@@ -91,6 +91,4 @@ def test_keras_imports_and_trains_if_its_private_modules_have_moved(filters):
     command = [sys.executable, "-W", filters, "-c", RENAMED]
     run = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert (run.returncode, run.stdout) == (0, "SourceFileLoader\n"), run.stderr
-    assert ("Saved models that need `tfmixed._islands.layer_rewrite` cannot be loaded" in run.stderr) == (
-        filters == "default"
-    )
+    assert ("tfmixed._islands.layer_rewrite" in run.stderr) == (filters == "default")

@@ -60,7 +60,7 @@ def test_stateless_apply_takes_values_to_values(jit, bad):
 
 
 def test_an_error_in_a_callback_is_not_hidden():
-    """On JAX `fit` finalizes the optimizer after an exception too, with variables that are empty then."""
+    """On JAX, `fit` also finalizes the optimizer after an exception, when its variables are empty."""
 
     class Broken(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
