@@ -13,10 +13,10 @@ from thorough import covering
 
 import tfmixed.compat.v1 as shim
 from tfmixed import hardware
-from tfmixed.compat.v1 import conversion_report, rewrite
+from tfmixed.compat.v1 import conversion_report, graph_rewrite
 
 converts = hardware.describe().policy == "mixed_bfloat16"
-pytestmark = pytest.mark.filterwarnings("ignore:the graph rewrite converts nothing here")
+pytestmark = pytest.mark.filterwarnings("ignore:The graph rewrite")
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _own_graph():
     with tf.Graph().as_default():
         yield
     shim.uninstall()
-    if rewrite.is_enabled():
+    if graph_rewrite.is_enabled():
         shim.disable_mixed_precision_graph_rewrite()
 
 
