@@ -23,7 +23,7 @@ from update import by_turns, update
 
 import tfmixed
 from tfmixed import plotting
-from tfmixed._core.finite_check import Judge
+from tfmixed._core.finite_check import FiniteCheck
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 2048
@@ -53,8 +53,8 @@ class Point(NamedTuple):
 def check(shape: tuple[int, ...], count: int) -> Callable[[], object]:
     """Returns the finite check alone: all that is looked at before the update."""
     gradients = [tf.random.stateless_normal(shape, (0, index)) for index in range(count)]
-    judge, scale = Judge.of_unknown([False] * count, 1, needs_amax=False), tf.constant(2.0**15)
-    return tf.function(lambda: judge.evidence(gradients, scale, range(count)), autograph=False)
+    check, scale = FiniteCheck.for_gradients([False] * count, 1, needs_amax=False), tf.constant(2.0**15)
+    return tf.function(lambda: check.measure(gradients, scale, range(count)), autograph=False)
 
 
 def measured(shape: tuple[int, ...], count: int, rounds: int) -> Point:

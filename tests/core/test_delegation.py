@@ -10,7 +10,7 @@ from backend import apply, needs_tensorflow, tf
 from keras import ops
 
 from tfmixed import LossScaleOptimizer
-from tfmixed._core.delegation import HYPERPARAMETERS
+from tfmixed._core.hyperparameters import HYPERPARAMETERS
 
 VALUES = {
     "weight_decay": 0.25,

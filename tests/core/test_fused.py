@@ -11,7 +11,7 @@ import tensorflow as tf
 from backend import made_up
 
 from tfmixed import LossScaleOptimizer
-from tfmixed._core.control_flow import when
+from tfmixed._core.control_flow import cond
 
 pytestmark = made_up
 
@@ -313,7 +313,7 @@ def operations(graph):
 def test_a_branch_stays_one_operation():
     """Lowered to switches it costs a tenth of an update of many variables."""
     variable = tf.Variable(1.0)
-    function = tf.function(lambda go: when(go, lambda: (variable.assign_add(1.0), None)[1]), autograph=False)
+    function = tf.function(lambda go: cond(go, lambda: (variable.assign_add(1.0), None)[1]), autograph=False)
     kinds = operations(function.get_concrete_function(tf.TensorSpec((), tf.bool)).graph)
     assert "If" in kinds
     for go in (True, False, True):
@@ -326,7 +326,7 @@ def test_a_branch_returns_zeros_where_it_is_not_taken(how):
     """Of the shape that was given, which the graph knows too."""
 
     def taken(go, x):
-        result = when(go, lambda: x + 1.0, (2,))
+        result = cond(go, lambda: x + 1.0, (2,))
         assert result.shape == (2,)
         return result
 

@@ -12,7 +12,7 @@ from replicas import KINDS, STEPS, Trainer, bad_values, check, data
 from thorough import thorough
 
 from tfmixed import records, scaling
-from tfmixed._core import replica_sync
+from tfmixed._core import multi_worker_fit
 
 
 def agree(outcomes):
@@ -158,12 +158,12 @@ def test_enabling_changes_keras_and_undoing_restores_it():
         return [kind._maybe_symbolic_build, kind._make_function, trainer.reduce_per_replica]
 
     before = patched()
-    undo = replica_sync.enable_multi_worker_fit()
-    assert replica_sync.enable_multi_worker_fit() is undo
+    undo = multi_worker_fit.enable_multi_worker_fit()
+    assert multi_worker_fit.enable_multi_worker_fit() is undo
     assert not set(before) & set(patched())
     undo()
     assert patched() == before
-    again = replica_sync.enable_multi_worker_fit()
+    again = multi_worker_fit.enable_multi_worker_fit()
     assert not set(before) & set(patched())
     again()
 
@@ -172,13 +172,13 @@ def test_an_unknown_keras_is_left_alone(monkeypatch):
     """It says so; the returned function does nothing."""
     monkeypatch.setattr(keras, "__version__", "3.99.0")
     with pytest.warns(UserWarning, match=r"changes nothing: it knows Keras 3\.14, 3\.15, and this is 3\.99\.0"):
-        replica_sync.enable_multi_worker_fit()()
+        multi_worker_fit.enable_multi_worker_fit()()
 
 
 def test_one_device_fit_is_left_alone(monkeypatch):
     """Other strategies go on as they were, in Keras's own loop."""
     monkeypatch.setattr("tfmixed._core.multi_worker_fit._loop", None)
-    undo = replica_sync.enable_multi_worker_fit()
+    undo = multi_worker_fit.enable_multi_worker_fit()
     try:
         check(Trainer(tf.distribute.OneDeviceStrategy("CPU:0"), steps_per_execution=4).fit({}), [])
     finally:

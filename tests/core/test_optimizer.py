@@ -466,7 +466,7 @@ def test_a_norm_that_float32_cannot_hold_is_an_overflow(scale, inner):
         assert np.isfinite(float(optimizer.gradient_norm)) == (step == 0)
         assert np.array_equal(weights[1].numpy(), before[1]) == (step > 0)
         assert step == 0 or np.array_equal(weights[0].numpy(), before[0])
-    assert optimizer._overflows() == {"a": 0, "b": 3}
+    assert optimizer._overflow_counts() == {"a": 0, "b": 3}
 
 
 def test_a_value_that_is_not_finite_takes_the_blame_before_a_large_one():

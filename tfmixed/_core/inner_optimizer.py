@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
-import ml_dtypes
 import numpy
 
 from tfmixed._core import control_flow
-from tfmixed.formats import FLOAT32
 
 # They derive several scalars of the step number for each variable, and make sparse gradients dense by themselves.
 ADAMS = (keras.optimizers.Adam, keras.optimizers.AdamW, keras.optimizers.Adamax, keras.optimizers.Lamb)
@@ -88,52 +85,10 @@ def branches(inner: Any) -> list[str]:
     return [f"{type(part).__name__}({name}={value})" for part, name, value in found if value]
 
 
-def largest_gradient(optimizer: Any, dtype: str) -> float:
-    """Returns the largest gradient that an optimizer can be given for variables of a dtype.
-
-    A gradient must be finite in that dtype, with all those that are accumulated. It is squared in it too, into second
-    moments, unless the optimizer is known not to, or clips it before. Where the dtype has the range of float32 nothing
-    is left to ask: a norm that float32 can hold has a square and sums that it can hold.
-
-    Args:
-        optimizer: Keras's or another.
-        dtype: Of floating-point numbers.
-    """
-    largest = float(ml_dtypes.finfo(dtype).max)
-    if largest > FLOAT32.max / 2:  # bfloat16's is a little below
-        return FLOAT32.max
-    root, limit = math.sqrt(largest), largest
-    for part in parts(optimizer)[1:] or [optimizer]:
-        limit = min(limit, largest / (getattr(part, "gradient_accumulation_steps", None) or 1))
-        if not (_is_linear(part) or _clip(part) <= root):
-            limit = min(limit, root)
-    return 0.99 * limit  # rounding to the dtype must not lead beyond its edge
-
-
 def parts(inner: Any) -> list[Any]:
     """Returns an optimizer and, if it is a `MultiOptimizer`, those that it hands variables to."""
     members = getattr(inner, "optimizers", None)
     return [inner, *(members if isinstance(members, list | tuple) else ())]
-
-
-def _is_linear(optimizer: Any) -> bool:
-    """Returns whether the state that an optimizer keeps in its variables' dtype has no squares of gradients.
-
-    By the very function that takes the step: a subclass that overrides it may do anything.
-    """
-    kinds, name = (keras.optimizers.SGD, keras.optimizers.Lion), "update_step"
-    if not isinstance(optimizer, keras.optimizers.Optimizer) and keras.backend.backend() == "tensorflow":
-        from tensorflow.compat.v1 import train
-
-        kinds, name = (train.GradientDescentOptimizer, train.MomentumOptimizer), "_resource_apply_dense"
-    step = getattr(getattr(optimizer, name, None), "__func__", None)
-    return any(step is getattr(kind, name) for kind in kinds)
-
-
-def _clip(optimizer: Any) -> float:
-    """Returns the largest value that an optimizer's own clipping lets through."""
-    bounds = (getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue"))
-    return min((float(bound) for bound in bounds if bound and bound > 0), default=math.inf)
 
 
 def _is_of_keras(members: Sequence[Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from tfmixed._core.scaler_state import Observable
+from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._utils import temporary_state
 
 # Takes gradients and their variables.
@@ -104,7 +104,7 @@ def _instead_of(optimizer: Any, model: keras.Model, count: Count, scale: float) 
 
 def holds_grad_scaler(model: keras.Model) -> bool:
     """Returns whether a `GradScaler` is among a model's attributes, whose `train_step` then steps it."""
-    return any(isinstance(each, Observable) and not _is_optimizer(each) for each in _leaves(vars(model).values()))
+    return any(isinstance(each, ScalerBase) and not _is_optimizer(each) for each in _leaves(vars(model).values()))
 
 
 def _optimizers(model: keras.Model) -> list[Any]:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from tfmixed._core import control_flow
+from tfmixed._utils.autograph import do_not_convert
 
 
 def around(kind: Any, name: str, function: Callable[..., Any], traced: bool = False) -> None:
@@ -33,4 +33,4 @@ def around(kind: Any, name: str, function: Callable[..., Any], traced: bool = Fa
 
     # Keras asks constructors for their arguments, and does not look behind a decorator.
     method.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
-    setattr(home, name, control_flow.as_it_is(method) if traced else method)
+    setattr(home, name, do_not_convert(method) if traced else method)

@@ -13,7 +13,7 @@ import keras
 
 from tfmixed import ranges
 from tfmixed._core import replica_sync
-from tfmixed._core.scaler_state import Observable
+from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._probe.train_step_probe import Precision, Probe, checked_precision
 from tfmixed.records import GradientRange, RangesRecord, run_log
 from tfmixed.scaling import validation
@@ -75,7 +75,7 @@ class GradientRanges(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         model = self.model
-        if replica_sync.works_with_others(model):
+        if replica_sync.is_multi_worker(model):
             raise NotImplementedError(
                 "GradientRanges measures in one process, received a model on several workers: measure_gradients(model, "
                 "data) on one of them before or after `fit` tells the same"
@@ -88,7 +88,7 @@ class GradientRanges(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._epoch = epoch
         optimizer = self.model.optimizer
-        if isinstance(optimizer, Observable):
+        if isinstance(optimizer, ScalerBase):
             self._step = int(optimizer.attempted_steps)
         else:  # which also counts where a dataset of unknown size has ended
             steps = int(optimizer.iterations)
@@ -97,7 +97,7 @@ class GradientRanges(keras.callbacks.Callback):
             self._due = self._step
             self._begun = True
             if self.path is not None:
-                scaler = optimizer if isinstance(optimizer, Observable) else None
+                scaler = optimizer if isinstance(optimizer, ScalerBase) else None
                 self.path, _ = run_log.begin(self.path, self._step, (RangesRecord,), scaler=scaler)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

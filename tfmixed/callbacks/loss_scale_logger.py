@@ -10,7 +10,7 @@ from typing import Any, get_args
 import keras
 
 from tfmixed._core import replica_sync
-from tfmixed._core.scaler_state import Observable
+from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._utils import user_warnings
 from tfmixed.callbacks.gradient_ranges import checked_tensorboard
 from tfmixed.errors import LossScaleExhausted
@@ -76,9 +76,9 @@ class LossScaleLogger(keras.callbacks.Callback):
         self._pending: list[Change] = []
         self._epoch = 0
         self._collected_at = 0
-        self._watched: Observable | None = None
+        self._watched: ScalerBase | None = None
 
-    def watch(self, scaler: Observable) -> LossScaleLogger:
+    def watch(self, scaler: ScalerBase) -> LossScaleLogger:
         """Makes it log a `GradScaler` instead of the model's optimizer, and returns it.
 
         A loop without `fit` calls `on_train_begin`, `on_epoch_begin(epoch)`, `on_train_batch_end(batch, logs)`,
@@ -95,7 +95,7 @@ class LossScaleLogger(keras.callbacks.Callback):
         >>> logs["loss_scale"]
         65536.0
         """
-        if not isinstance(scaler, Observable):
+        if not isinstance(scaler, ScalerBase):
             raise TypeError(f"scaler must be a tfmixed.GradScaler, received {scaler!r}")
         self._watched = scaler
         return self
@@ -112,12 +112,12 @@ class LossScaleLogger(keras.callbacks.Callback):
             self._writer = tensorflow.summary.create_file_writer(os.fspath(self.tensorboard))
 
     @property
-    def _optimizer(self) -> Observable | None:
+    def _optimizer(self) -> ScalerBase | None:
         if self._watched is not None:
             return self._watched
         # Asked for each time: on JAX, `self.model` gives the optimizer the values that the step left in the trainer.
         optimizer = self.model.optimizer
-        return optimizer if isinstance(optimizer, Observable) else None
+        return optimizer if isinstance(optimizer, ScalerBase) else None
 
     @property
     def _is_chief(self) -> bool:
@@ -189,7 +189,7 @@ class LossScaleLogger(keras.callbacks.Callback):
                 self._close()  # nobody else does: `fit` ends here
                 raise
 
-    def _write(self, changes: list[Change], optimizer: Observable) -> None:
+    def _write(self, changes: list[Change], optimizer: ScalerBase) -> None:
         if self.path is not None and not self._running:
             step = int(optimizer.attempted_steps)
             kinds = get_args(Record)

@@ -22,7 +22,7 @@ import keras
 
 import tfmixed
 from tfmixed import hardware, records
-from tfmixed._core.scaler_state import Observable
+from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._utils import atomic_write, user_warnings
 from tfmixed.records import Change, EventsLost, Progress, Record, RunRecord, ScaleChange
 
@@ -91,7 +91,7 @@ def begin(
     step: int,
     kinds: tuple[type[Record], ...],
     changes: Sequence[Change] = (),
-    scaler: Observable | None = None,
+    scaler: ScalerBase | None = None,
     loop: Any = None,
 ) -> tuple[Path, list[Change]]:
     """Claims a log and continues it; returns its path and what `continue_at` returns.
@@ -112,7 +112,7 @@ def begin(
         raise
 
 
-def is_own(path: Path, step: int, kinds: tuple[type[Record], ...], scaler: Observable | None) -> bool:
+def is_own(path: Path, step: int, kinds: tuple[type[Record], ...], scaler: ScalerBase | None) -> bool:
     """Returns whether a run that goes on at `step` may continue a log: nothing of another training would be deleted.
 
     A run that begins at step 0 replaces any log. One that was restored deletes lines only of a log that agrees with
@@ -130,7 +130,7 @@ def is_own(path: Path, step: int, kinds: tuple[type[Record], ...], scaler: Obser
     return agrees is True and not any(_agrees(other, step, scaler) for other in _logs_beside(path))
 
 
-def _agrees(log: Sequence[Record], step: int, scaler: Observable | None) -> bool | None:
+def _agrees(log: Sequence[Record], step: int, scaler: ScalerBase | None) -> bool | None:
     """Compares a log with the state of a scaler before `step`. Reads the device.
 
     Returns:
@@ -143,7 +143,7 @@ def _agrees(log: Sequence[Record], step: int, scaler: Observable | None) -> bool
     if ends:
         now = progress(step - 1, None, numbers(scaler), {})
         return (ends[-1].skipped_steps, ends[-1].gradient_norm) == (now.skipped_steps, now.gradient_norm)
-    known = scaler._remembered()
+    known = scaler._buffered_events()
     first = known[0].step + 1 if known and isinstance(known[0], EventsLost) else 0
     told = [record.step for record in log if isinstance(record, (RunRecord, ScaleChange, EventsLost, Progress))]
     window = range(max(first, min(told, default=0)), min(step, max(told, default=-1) + 1))
@@ -307,7 +307,7 @@ if hasattr(os, "register_at_fork"):  # a forked process would keep the locks whe
     os.register_at_fork(after_in_child=_release_all)
 
 
-def describe(model: keras.Model | None, scaler: Observable) -> RunRecord:
+def describe(model: keras.Model | None, scaler: ScalerBase) -> RunRecord:
     """Returns the record of a run that begins now.
 
     Args:
@@ -336,7 +336,7 @@ def describe(model: keras.Model | None, scaler: Observable) -> RunRecord:
     )
 
 
-def numbers(scaler: Observable) -> dict[str, float]:
+def numbers(scaler: ScalerBase) -> dict[str, float]:
     """Returns what a scaler has measured, as numbers. Reads the device."""
     return {name: float(value) for name, value in scaler.measured().items()}
 

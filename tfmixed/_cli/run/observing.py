@@ -14,7 +14,8 @@ import keras
 from tfmixed._cli.run.ledger import Entry, Ledger
 from tfmixed._cli.run.saying import say
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
-from tfmixed._core.scaler_state import Observable, ScalingState
+from tfmixed._core.scaler_base import ScalerBase
+from tfmixed._core.scaler_state import ScalerState
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.records import run_log
 
@@ -92,7 +93,7 @@ class Once(keras.callbacks.Callback):
             self.model.make_train_function()
 
 
-class Remains(Observable):
+class Remains(ScalerBase):
     """What an optimizer that scales knows of its steps, without its weights: it outlives the optimizer.
 
     Args:
@@ -104,7 +105,7 @@ class Remains(Observable):
         self._scaling, self._paths = optimizer._state(), optimizer._paths
         self.kind = type(optimizer.inner_optimizer).__name__
 
-    def _state(self) -> ScalingState:
+    def _state(self) -> ScalerState:
         return self._scaling
 
 
@@ -150,14 +151,14 @@ def remains(optimizer: Any) -> Any:
     """
     if isinstance(optimizer, LossScaleOptimizer):
         return Remains(optimizer) if optimizer.built else None
-    return optimizer if isinstance(optimizer, Observable) else Count(optimizer)
+    return optimizer if isinstance(optimizer, ScalerBase) else Count(optimizer)
 
 
 def numbers(known: Any) -> tuple[int, int | None, float | None] | None:
     """Returns steps, skipped ones and the scale, as far as what `remains` returned knows them; None: nobody does."""
     if known is None:
         return None
-    if isinstance(known, Observable):
+    if isinstance(known, ScalerBase):
         if getattr(known, "_scaling", known) is None:  # never used, and not to be made for this
             return None
         return int(known.attempted_steps), int(known.skipped_steps), float(known.measured()["loss_scale"])
@@ -167,11 +168,11 @@ def numbers(known: Any) -> tuple[int, int | None, float | None] | None:
 
 def skips(entry: Entry) -> str | None:
     """Returns a warning if most steps of an optimizer or scaler in this run were skipped; None otherwise."""
-    if not isinstance(entry.source, Observable) or entry.skipped is None:
+    if not isinstance(entry.source, ScalerBase) or entry.skipped is None:
         return None
     steps, skipped, _ = entry.before or (0, 0, None)
     try:
-        return entry.source._describe_skips(steps, skipped)
+        return entry.source._skip_warning(steps, skipped)
     except (RuntimeError, ValueError):  # as in `numbers`
         return None
 
@@ -186,7 +187,7 @@ def write_log(known: Any, path: Path, step: int, scale: float | None) -> None:
         scale: The scale then; None: the rule's first.
     """
     # The whole ring, of which the script may have drained some.
-    changes = [each for each in known._remembered() if each.step >= step]
+    changes = [each for each in known._buffered_events() if each.step >= step]
     begin = run_log.describe(None, known)
     run_log.continue_at(path, step, ())  # a last line that was not written to its end goes
     start = float(known.rule.start().scale) if scale is None else scale

@@ -11,8 +11,9 @@ from keras import ops
 
 from tfmixed._core import gradients
 from tfmixed._core.event_buffer import NO_VARIABLE
-from tfmixed._core.finite_check import Verdict
-from tfmixed._core.scaler_state import Observable, Outcome, ScalingState
+from tfmixed._core.finite_check import CheckResult, StepResult
+from tfmixed._core.scaler_base import ScalerBase
+from tfmixed._core.scaler_state import ScalerState
 from tfmixed._core.variables import plain_variable
 from tfmixed.compat.v1.graph_ops import Origins, in_control_flow
 from tfmixed.scaling import ScalingRule
@@ -49,16 +50,16 @@ class Finding(NamedTuple):
     amax: Any
 
     @classmethod
-    def of(cls, result: Verdict, indices: Sequence[int]) -> Finding:
+    def of(cls, result: CheckResult, indices: Sequence[int]) -> Finding:
         """Returns the finding for variables of these indices."""
         known = ops.convert_to_tensor(numpy.array([*indices, NO_VARIABLE], "float32"))
-        position = ops.where(result.finite, len(indices), ops.cast(ops.argmax(result.bad), "int32"))
+        position = ops.where(result.finite, len(indices), ops.cast(ops.argmax(result.overflowed), "int32"))
         amax = ops.zeros((), "float32") if result.amax is None else result.amax
         overflow = 1.0 - ops.cast(result.finite, "float32")
         return cls(overflow, ops.take(known, position), ops.square(result.norm), amax)
 
 
-class GraphState(ScalingState):
+class GraphState(ScalerState):
     """The state of one scaler in one graph.
 
     Gradients are checked when they are computed. The finding travels with them, and also stays in pending variables
@@ -73,7 +74,7 @@ class GraphState(ScalingState):
     def __init__(self, rule: ScalingRule, mirror: Any = None) -> None:
         self._tensors: dict[str, Any] = {}
         super().__init__(rule, EVENT_CAPACITY, plain_variable)
-        self.make({**_PENDING, **_LAST}, plain_variable)
+        self.create({**_PENDING, **_LAST}, plain_variable)
         self._mirror = mirror
         self._graph = None if tf.executing_eagerly() else V1.get_default_graph()
         self.paths = _EAGER_PATHS if self._graph is None else _registry_of(self._graph).paths
@@ -95,7 +96,7 @@ class GraphState(ScalingState):
         self.paths += [name for name in dict.fromkeys(names) if name not in self.paths]
         return [self.paths.index(name) for name in names]
 
-    def record(self, result: Verdict, indices: Sequence[int]) -> Any:
+    def record(self, result: CheckResult, indices: Sequence[int]) -> Any:
         """Stores the check of computed gradients as pending, and returns the finding as a vector."""
         finding = Finding.of(result, indices)
         self._add_pending(1, finding.overflow, finding.squares)
@@ -104,7 +105,7 @@ class GraphState(ScalingState):
         self.assign({"pending_culprit": variable, "pending_amax": ops.maximum(amax, finding.amax)})
         return ops.stack(finding)
 
-    def advance_from(self, result: Verdict, indices: Sequence[int], origins: Origins) -> Any:
+    def advance_from(self, result: CheckResult, indices: Sequence[int], origins: Origins) -> Any:
         """Advances the state by one step, and returns whether to apply the gradients.
 
         Args:
@@ -117,7 +118,7 @@ class GraphState(ScalingState):
         finite = ops.logical_and(result.finite, computed.overflow <= 0)
         variable = ops.cast(ops.where(computed.overflow > 0, computed.variable, now.variable), "int64")
         amax = computed.amax if self.rule.needs_amax else None
-        self.advance(Outcome(finite, variable, ops.sqrt(computed.squares), amax))
+        self.advance(StepResult(finite, variable, ops.sqrt(computed.squares), amax))
         self._count_overflows(finite, variable)
         if self._mirror is not None:
             self._mirror.assign(self.read("dynamic_scale"))
@@ -163,10 +164,10 @@ class GraphState(ScalingState):
         self.assign({"last_culprit": variable, "last_culprit_steps": ops.where(finite, ops.zeros_like(steps), count)})
 
 
-class GraphScaler(Observable):
+class GraphScaler(ScalerBase):
     """Base class of scalers with a `GraphState`, which only counts overflows of the last variable that overflowed."""
 
-    def _overflows(self) -> dict[str, int]:
+    def _overflow_counts(self) -> dict[str, int]:
         state = self._state()
         index = int(state.read("last_culprit"))
         return {} if index < 0 else {self._paths[index]: int(state.read("last_culprit_steps"))}

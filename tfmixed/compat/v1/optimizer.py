@@ -12,9 +12,9 @@ from keras import ops
 from tensorflow.python.training.experimental import mixed_precision_global_state as flags
 
 from tfmixed._core import arguments, gradients
-from tfmixed._core.control_flow import as_it_is
-from tfmixed._core.finite_check import Judge
+from tfmixed._core.finite_check import FiniteCheck
 from tfmixed._utils import user_warnings
+from tfmixed._utils.autograph import do_not_convert
 from tfmixed.compat.v1 import graph_ops, patches
 from tfmixed.compat.v1.graph_state import GraphScaler, GraphState
 from tfmixed.compat.v1.loss_scale import states_of
@@ -111,7 +111,7 @@ class LossScaleOptimizer(GraphScaler, tf.compat.v1.train.Optimizer):
             )
         return train
 
-    @as_it_is
+    @do_not_convert
     def compute_gradients(self, loss: Any, *args: Any, **kwargs: Any) -> list[tuple[Any, Any]]:
         """Returns the unscaled gradients of `loss`, computed with the scale, and their variables.
 
@@ -162,17 +162,18 @@ class LossScaleOptimizer(GraphScaler, tf.compat.v1.train.Optimizer):
         grads, variables = zip(*present, strict=True)
         state, largest = self._state(), self.rule.bounds[1]
         # Clipping may follow. The limits of the variables and the optimizer apply in `apply_gradients`.
-        check, indices = Judge.of_unknown([False] * len(grads), 1, self.rule.needs_amax), state.indices(variables)
+        check = FiniteCheck.for_gradients([False] * len(grads), 1, self.rule.needs_amax)
+        indices = state.indices(variables)
         with V1.name_scope(_SCOPE):
-            statistics = check.evidence(grads, scale, range(len(grads)))
-            finding = graph_ops.in_order(lambda values: state.record(check.verdict(values), indices), statistics)
+            statistics = check.measure(grads, scale, range(len(grads)))
+            finding = graph_ops.in_order(lambda values: state.record(check.result(values), indices), statistics)
             with V1.control_dependencies([finding]):
                 return [
                     (graph_ops.mark(gradients.unscale(gradient, scale, largest), finding), variable)
                     for gradient, variable in pairs
                 ]
 
-    @as_it_is
+    @do_not_convert
     def apply_gradients(
         self, grads_and_vars: Iterable[tuple[Any, Any]], global_step: Any = None, name: str | None = None, **kwargs: Any
     ) -> Any:
@@ -221,13 +222,14 @@ class LossScaleOptimizer(GraphScaler, tf.compat.v1.train.Optimizer):
     def _check_and_advance(self, grads: Sequence[Any], variables: Sequence[Any]) -> Any:
         """Checks gradients, advances the state, and returns whether to apply them."""
         state, origins = self._state(), graph_ops.origins(grads)
-        check, indices = Judge.of(self._optimizer, variables, 1, self.rule.needs_amax), state.indices(variables)
+        check = FiniteCheck.for_variables(self._optimizer, variables, 1, self.rule.needs_amax)
+        indices = state.indices(variables)
 
         def advance(statistics: Any, *findings: Any) -> Any:
-            return state.advance_from(check.verdict(statistics), indices, origins._replace(findings=findings))
+            return state.advance_from(check.result(statistics), indices, origins._replace(findings=findings))
 
         with V1.name_scope(_SCOPE):
-            statistics = check.evidence(grads, ops.ones((), "float32"), range(len(grads)))
+            statistics = check.measure(grads, ops.ones((), "float32"), range(len(grads)))
             return graph_ops.in_order(advance, statistics, *origins.findings)
 
     def get_slot(self, var: Any, name: str) -> Any:

@@ -15,6 +15,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfmixed._utils.autograph import do_not_convert
+
 _is_wrapped_call = contextvars.ContextVar("is_wrapped_call", default=False)
 _lock = threading.RLock()
 _owners: dict[Hashable, contextlib.ExitStack] = {}
@@ -69,7 +71,7 @@ def wrap(owner: Hashable, target: Any, name: str, wrapper: Callable[..., Any]) -
 
 
 def _wrapped(original: Callable[..., Any], wrappers: dict[Hashable, Callable[..., Any]]) -> Callable[..., Any]:
-    @tf.autograph.experimental.do_not_convert
+    @do_not_convert
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
         function = original

@@ -1,4 +1,4 @@
-"""Delegation of hyperparameters and methods to the inner optimizer of a `LossScaleOptimizer`."""
+"""Hyperparameters of a `LossScaleOptimizer`, which are those of its inner optimizer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ HYPERPARAMETERS = (
     *("weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "gradient_accumulation_steps"),
     *("use_ema", "ema_momentum", "ema_overwrite_frequency"),
 )
-
-
-# Set by the constructor of Keras's `LossScaleOptimizer`, or by ours: the state is made of them.
+# Set by the constructor, and part of the variables that it creates.
 _FIXED = ("rule", "initial_scale", "dynamic_growth_steps")
 
 
-class Delegating:
+class DelegatedHyperparameters:
     """Mixin for an optimizer that wraps another one.
 
     Attributes that the wrapper does not have are read from the inner optimizer and set on it: hyperparameters of
@@ -40,7 +38,7 @@ class Delegating:
     update_step = property(attrgetter("inner_optimizer.update_step"))
 
     def _delegate(self) -> None:
-        """Starts to delegate, and drops the hyperparameters that the base class has set on the wrapper."""
+        """Starts to delegate, and removes the hyperparameters that the base class has set on the wrapper."""
         for name in HYPERPARAMETERS:
             vars(self).pop(name, None)
         self._delegates = True
@@ -53,11 +51,11 @@ class Delegating:
     def __setattr__(self, name: str, value: Any) -> None:
         if self._delegates and name in _FIXED:
             raise AttributeError(
-                f"`{name}` cannot be changed after construction. Set `loss_scale`, or make another optimizer with "
+                f"`{name}` cannot be changed after construction. Set `loss_scale`, or create another optimizer with "
                 f"`LossScaleOptimizer(inner_optimizer, scale)`. Received: {name}={value!r}"
             )
-        own = not self._delegates or name.startswith("_") or name in vars(self) or hasattr(type(self), name)
-        if own or not hasattr(self.inner_optimizer, name):
+        is_own = not self._delegates or name.startswith("_") or name in vars(self) or hasattr(type(self), name)
+        if is_own or not hasattr(self.inner_optimizer, name):
             super().__setattr__(name, value)
         else:
             setattr(self.inner_optimizer, name, value)
@@ -75,7 +73,7 @@ class Delegating:
 
     @property
     def loss_scale_factor(self) -> None:
-        """None: Keras's factor without a check. The loss is multiplied by `loss_scale`."""
+        """None. Keras's factor scales without a finite check; the loss is multiplied by `loss_scale`."""
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, value: float | None) -> None:
@@ -87,10 +85,10 @@ class Delegating:
 
     @property
     def iterations(self) -> Any:
-        """Steps that were applied: the inner optimizer's count.
+        """Number of applied steps: the inner optimizer's count.
 
-        Assigning a number sets it. Assigning a variable has that variable count the steps, as in Keras 2; this must be
-        done before the optimizer is built.
+        Assigning a number sets it. Assigning a variable makes that variable count the steps, as in Keras 2; this must
+        be done before the optimizer is built.
         """
         return self.inner_optimizer.iterations
 
@@ -106,13 +104,13 @@ class Delegating:
             counter = value if isinstance(value, keras.Variable) else _wrapped(value)
             inner._tracker.replace_tracked_value("variables", inner._iterations, counter)
             inner._iterations = counter
-        for each in (inner, *getattr(inner, "optimizers", ())):
-            if each._iterations is not counter:
-                each._iterations.assign(value * (each.gradient_accumulation_steps or 1))
+        for part in (inner, *getattr(inner, "optimizers", ())):
+            if part._iterations is not counter:
+                part._iterations.assign(value * (part.gradient_accumulation_steps or 1))
 
 
 def _wrapped(variable: Any) -> keras.Variable:
-    """Returns a Keras variable that reads and writes one of TensorFlow's."""
+    """Returns a Keras variable that reads and writes a `tf.Variable`."""
     dtype = keras.backend.standardize_dtype(variable.dtype)
     wrapped = keras.Variable(0, dtype=dtype, trainable=False, aggregation="only_first_replica", name="iteration")
     wrapped._value = variable
