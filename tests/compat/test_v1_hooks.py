@@ -50,7 +50,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("every", [1, 2, 100])
+@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow), 100])
 def test_each_change_is_logged_with_its_step(tmp_path, capsys, every):
     """For any interval of the hook. Changes are printed as by the callback."""
     assert run("TTFFT", tmp_path, every=every) == [8.0, 8.0, 16.0, 8.0, 4.0]
@@ -82,6 +82,7 @@ def test_log_equals_that_of_the_callback(tmp_path):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_each_of_two_hooks_logs_every_change(tmp_path):
     """The hooks collect at different intervals."""
     with tf.Graph().as_default():
@@ -155,6 +156,7 @@ def test_optimizer_without_a_scale():
         LossScaleHook(V1.train.AdamOptimizer())
 
 
+@pytest.mark.slow
 def test_custom_hook_fetches_the_scale_by_name():
     """The tensor is `tfmixed/loss_scale:0`."""
 

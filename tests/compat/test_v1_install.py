@@ -64,8 +64,17 @@ def check_trained(opt, config=None):
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("package", [tf, V1, shim], ids=lambda module: module.__name__)
-@pytest.mark.parametrize("kind", ["session", "monitored", "function"])
+@pytest.mark.parametrize(
+    ("package", "kind"),
+    tf1.some(
+        ["tf-monitored", "import-function"],
+        {
+            f"{name}-{kind}": (package, kind)
+            for name, package in {"tf": tf, "v1": V1, "import": shim}.items()
+            for kind in ("session", "monitored", "function")
+        },
+    ),
+)
 def test_the_classic_two_lines_train(package, kind):
     """Under each import, in a session, a monitored session and a function."""
     names = {"tf": package}
@@ -252,8 +261,25 @@ ROWS = {
 }
 
 
+DEFAULT_ROWS = [
+    "tf.train.AdamOptimizer()",
+    "tf.train.experimental.enable_mixed_precision_graph_rewrite(opt)",
+    "tf.train.experimental.disable_mixed_precision_graph_rewrite()",
+    "tf.train.experimental.DynamicLossScale()",
+    "tf.compat.v1.mixed_precision.enable_mixed_precision_graph_rewrite(opt)",
+    "tf.contrib.mixed_precision.LossScaleOptimizer(opt, manager)",
+    "tf.contrib.mixed_precision.ExponentialUpdateLossScaleManager(2**15, 1000)",
+    "from tensorflow.contrib.mixed_precision import FixedLossScaleManager",
+    'tf.keras.mixed_precision.experimental.Policy("mixed_float16")',
+    'tf.keras.mixed_precision.experimental.set_policy("mixed_float16")',
+    'tf.keras.mixed_precision.experimental.LossScaleOptimizer(opt, "dynamic")',
+    "config.graph_options.rewrite_options.auto_mixed_precision = 1",
+    "TF_ENABLE_AUTO_MIXED_PRECISION=1",
+]
+
+
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("check", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("check", tf1.some(DEFAULT_ROWS, ROWS))
 def test_row_of_the_table(check):
     """In the order of the page."""
     check()
@@ -337,6 +363,7 @@ def test_existing_contrib_is_kept(monkeypatch):
     assert tf.contrib == "theirs"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("installed")
 def test_variable_that_a_script_sets_in_its_main(monkeypatch):
     """Set after the imports and before the graph. The script can still disable the rewrite."""
@@ -361,7 +388,7 @@ def test_sessions_read_the_rewrite_variable(monkeypatch):
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("value", ["yes", "2"])
+@pytest.mark.parametrize("value", ["yes", pytest.param("2", marks=pytest.mark.slow)])
 def test_variable_with_an_invalid_value_warns(monkeypatch, value):
     """Nothing is enabled."""
     monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION_LOSS_SCALING", value)

@@ -44,7 +44,7 @@ def product(variable, factor):
 GOOD, BAD = [1.0, 1.0], [1.0, np.inf]
 
 
-@pytest.mark.parametrize("shared", ["optimizer", "scale"])
+@pytest.mark.parametrize("shared", ["optimizer", pytest.param("scale", marks=pytest.mark.slow)])
 def test_overflow_of_one_loss_does_not_skip_another(shared):
     """As the two networks of a GAN in one session run."""
     both, given = weights("generator", "discriminator")
@@ -62,6 +62,7 @@ def test_overflow_of_one_loss_does_not_skip_another(shared):
         assert session.run(first.loss_scale) < 2.0**20
 
 
+@pytest.mark.slow
 def test_threads_skip_only_their_own_overflows():
     """Two threads train in one graph."""
     both, given = weights("a", "b")
@@ -103,6 +104,7 @@ def test_one_optimizer_applies_gradients_computed_by_another():
             assert (event.reason, event.variable) == ("overflow", "head")
 
 
+@pytest.mark.slow
 def test_gradients_for_a_summary_do_not_skip_a_later_step():
     """They are computed in the same run as the applied ones, and overflow with them."""
     (weight,), (given,) = weights("w")
@@ -131,6 +133,7 @@ def test_overflow_of_fetched_gradients():
         assert session.run(optimizer.skipped_steps) == 1
 
 
+@pytest.mark.slow
 def test_gradients_of_an_imported_graph(tmp_path):
     """Under a scope of its own, where the finding has another name."""
     (weight,), (given,) = weights("w")
