@@ -200,10 +200,7 @@ def test_the_custom_loop_of_the_mixed_precision_guide(compiled):
 @needs_tensorflow
 @pytest.mark.parametrize(
     ("scale", "compiled"),
-    [
-        ("dynamic", True),
-        *(pytest.param(*values, marks=slow) for values in (("dynamic", False), (128, True), (128, False))),
-    ],
+    [("dynamic", True), in_ci("dynamic", False), in_ci(128, True), in_ci(128, False)],
 )
 def test_loop_that_clips_by_the_global_norm(scale, compiled):
     """With the experimental name. Gradients are clipped between unscaling and applying."""

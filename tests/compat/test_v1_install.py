@@ -19,7 +19,7 @@ from thorough import thorough
 import tfmixed
 import tfmixed.compat.v1 as shim
 from tfmixed import hardware
-from tfmixed.compat.v1 import conversion_report, graph_rewrite
+from tfmixed.compat.v1 import conversion_report, graph_rewrite, patches
 from tfmixed.scaling import ConstantScale
 
 PAGE = Path(__file__).parents[2] / "docs" / "tf1.md"
@@ -337,6 +337,24 @@ def test_install_changes_no_names_and_uninstall_restores_everything(monkeypatch)
     shim.uninstall()
     assert everything() == before
     assert not graph_rewrite.is_enabled()
+
+
+def test_wrappers_of_two_owners_are_undone_in_any_order():
+    """The original method is restored with the last one."""
+
+    class Target:
+        def method(self):
+            return "original"
+
+    plain = vars(Target)["method"]
+    for first, second in (("a", "b"), ("b", "a")):
+        for owner in ("a", "b"):
+            patches.wrap(owner, Target, "method", lambda plain, self, owner=owner: f"{owner} {plain(self)}")
+        assert Target().method() == "b a original"
+        patches.undo(first)
+        assert Target().method() == f"{second} original"
+        patches.undo(second)
+        assert vars(Target)["method"] is plain
 
 
 @pytest.mark.usefixtures("installed")

@@ -38,7 +38,7 @@ def watch(owner: str) -> None:
         patches.wrap(owner, SyncReplicas, name, _do_not_scale)
     patches.wrap(owner, BaseSession, "__init__", _create_session)
     if context.context_safe() is None:
-        patches.wrap(owner, context, "_create_context", _create_context)
+        patches.wrap(owner, context, "_create_context", _read_with_context)
     else:
         enable_rewrite()
 
@@ -52,7 +52,7 @@ def enable_rewrite() -> None:
             graph_rewrite.enable("auto")
 
 
-def _create_context(plain: Callable[[], None]) -> None:
+def _read_with_context(plain: Callable[[], None]) -> None:
     plain()
     enable_rewrite()
 

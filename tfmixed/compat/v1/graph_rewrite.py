@@ -33,7 +33,7 @@ _OPTIONS: dict[str | None, dict[str, bool]] = {
 }
 _ON, _OFF = rewriter_config_pb2.RewriterConfig.ON, rewriter_config_pb2.RewriterConfig.OFF
 # What the rewrite converts to while it is enabled.
-_dtype: str | None = None
+_active_dtype: str | None = None
 
 
 def enable_mixed_precision_graph_rewrite(opt: Any, loss_scale: Any = "dynamic", dtype: str = "auto") -> Any:
@@ -96,8 +96,8 @@ def enable(dtype: str = "auto") -> None:
 
 
 def _set_state(dtype: str | None, options: dict[str, bool], enabled: bool) -> None:
-    global _dtype
-    _dtype = dtype
+    global _active_dtype
+    _active_dtype = dtype
     tf.config.optimizer.set_experimental_options(options)
     flags.set_mixed_precision_graph_rewrite_enabled(enabled)
 
@@ -109,7 +109,7 @@ def is_enabled() -> bool:
 
 def active() -> str | None:
     """Returns the dtype that the rewrite converts to, or None."""
-    return _dtype
+    return _active_dtype
 
 
 def create_session(
@@ -131,9 +131,9 @@ def _configured(config: Any) -> Any:
     if not isinstance(config, tf.compat.v1.ConfigProto):
         return config
     asked = config.graph_options.rewrite_options.auto_mixed_precision
-    if asked == _OFF or (asked != _ON and _dtype is None):
+    if asked == _OFF or (asked != _ON and _active_dtype is None):
         return config
-    dtype = _dtype if is_enabled() else _select("auto")
+    dtype = _active_dtype if is_enabled() else _select("auto")
     changed = tf.compat.v1.ConfigProto()
     changed.CopyFrom(config)
     if dtype is not None:

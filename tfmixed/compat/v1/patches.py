@@ -59,7 +59,7 @@ def set_item(owner: Hashable, mapping: MutableMapping[Any, Any], key: Any, value
 def wrap(owner: Hashable, target: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Calls `wrapper(original, *args, **kwargs)` instead of a method or function.
 
-    Wrappers of several owners are nested, the latest outermost. The same wrapper is applied once.
+    Wrappers of several owners are nested, the latest outermost.
     """
     with _lock:
         if (target, name) not in _methods:
@@ -75,7 +75,7 @@ def _wrapped(original: Callable[..., Any], wrappers: dict[Hashable, Callable[...
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
         function = original
-        for wrapper in dict.fromkeys(wrappers.values()):
+        for wrapper in list(wrappers.values()):
             function = functools.partial(wrapper, function)
         return function(*args, **kwargs)
 
