@@ -212,7 +212,7 @@ class GradScaler(StateDict):
         statistics = check.measure(grads, scale, indices, replica_sync.replica_id())
 
         # As in `LossScaleOptimizer.apply`: captures from replica 0 are scalars that are the same on all replicas.
-        def step(replicas: replica_sync.Replicas, statistics: Any, grads: Sequence[Any]) -> Any:
+        def joint_step(replicas: replica_sync.Replicas, statistics: Any, grads: Sequence[Any]) -> Any:
             result = steps.complete(check.result(replicas.sum(statistics)), was_unscaled, present)
             finite = result.finite if self.rule.skip_nonfinite else ops.ones_like(result.finite)
             written = optimizer_adapters.written(optimizer, variables)
@@ -220,7 +220,7 @@ class GradScaler(StateDict):
             self._tracker.step(steps, result, is_row)
             return finite
 
-        return replica_sync.run(step, statistics, grads)
+        return replica_sync.run(joint_step, statistics, grads)
 
     def _steps_of(self, optimizer: Any, grads: Sequence[Any], method: Method) -> OptimizerSteps:
         """Returns the progress of an optimizer, and checks that it may do this now."""

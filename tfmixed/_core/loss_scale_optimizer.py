@@ -169,15 +169,15 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
         update = self._fused_update(grads, variables, indices)  # unscales and applies
         statistics = check.measure(grads, scale, indices, replica_sync.replica_id())  # of this replica, in one pass
 
-        # Under strategies that merge replicas, `run` calls the `step` of replica 0 for all of them. It captures that
+        # Under strategies that merge replicas, `run` calls the function of replica 0 for all of them. It captures that
         # replica's `scale`, which has the same value on all, and mirrored variables. Gradients are arguments instead.
-        def step(replicas: replica_sync.Replicas, statistics: Any, grads: Sequence[Any]) -> None:
+        def joint_step(replicas: replica_sync.Replicas, statistics: Any, grads: Sequence[Any]) -> None:
             result = check.result(replicas.sum(statistics))  # the same on every replica
             is_applied = result.finite if self.rule.skip_nonfinite else True
             cond(is_applied, partial(replicas.call, update, grads, scale), variables=self._written(variables))
             self._state().advance(result)
 
-        replica_sync.run(step, statistics, grads)
+        replica_sync.run(joint_step, statistics, grads)
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]

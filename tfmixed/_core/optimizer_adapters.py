@@ -12,12 +12,7 @@ from tfmixed._core.inner_optimizer import parts
 
 
 def check(optimizer: Any) -> None:
-    """Checks that `optimizer` is an optimizer, and does not scale or unscale by itself.
-
-    Raises:
-        TypeError: If it has no `apply_gradients`.
-        ValueError: If it scales by itself.
-    """
+    """Checks that `optimizer` is an optimizer, and does not scale or unscale by itself."""
     if isinstance(optimizer, type) or not callable(getattr(optimizer, "apply_gradients", None)):
         raise TypeError(f"`optimizer` must be an optimizer, with `apply_gradients`. Received: {optimizer!r}")
     if _scales(optimizer):
@@ -44,11 +39,7 @@ def _scales(optimizer: Any) -> bool:
 
 
 def check_gradients(grads: Any) -> list[Any]:
-    """Returns gradients as a list.
-
-    Raises:
-        TypeError: If one is neither a tensor nor `tf.IndexedSlices` nor None.
-    """
+    """Returns gradients as a list, after a check of their types."""
     found = list(grads)
     for gradient in found:
         if not (gradient is None or gradients.is_sparse(gradient) or keras.ops.is_tensor(gradient)):
@@ -57,11 +48,7 @@ def check_gradients(grads: Any) -> list[Any]:
 
 
 def split(grads_and_vars: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
-    """Returns the gradients and the variables of pairs.
-
-    Raises:
-        TypeError: If one is not a pair of a gradient and its variable.
-    """
+    """Returns the gradients and the variables of pairs, after a check of their types."""
     pairs = list(grads_and_vars)
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not hasattr(pair[1], "assign"):

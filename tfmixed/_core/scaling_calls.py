@@ -79,11 +79,7 @@ class ScalingCalls:
         return ScalingCalls, (self._scales,)
 
     def scale(self, state: State, losses: Iterable[Any], scaled: Iterable[Any] = ()) -> None:
-        """Records a call that scales `losses` to `scaled`.
-
-        Raises:
-            RuntimeError: If one of `losses` is scaled already.
-        """
+        """Records a call that scales `losses` to `scaled`, and checks that they are not scaled already."""
         if self.has_scaled(losses):
             raise RuntimeError(
                 "The loss is scaled already, and its gradients would be too large by the loss scale. Call one of "
@@ -98,11 +94,7 @@ class ScalingCalls:
         return self._scales and any(loss in self._losses for loss in losses)
 
     def unscale(self, grads: Sequence[Any], unscaled: Iterable[Any]) -> None:
-        """Records a call that unscales `grads` to `unscaled`.
-
-        Raises:
-            RuntimeError: If one of `grads` is unscaled already.
-        """
+        """Records a call that unscales `grads` to `unscaled`, and checks that they are not unscaled already."""
         if self._scales and any(gradient in self._returned for gradient in grads):
             raise RuntimeError("get_unscaled_gradients was given gradients that it had returned. Call it once.")
         if not self._has_scaled:
@@ -116,12 +108,9 @@ class ScalingCalls:
         self._eager = None
 
     def are_unscaled(self, grads: Sequence[Any]) -> bool:
-        """Returns whether the gradients given to `apply` are unscaled.
+        """Returns whether the gradients given to `apply` are unscaled, and raises an error if that cannot be known.
 
         Gradients that `get_unscaled_gradients` was given or returned are known by identity.
-
-        Raises:
-            RuntimeError: If that cannot be known.
         """
         graph = current_graph()
         if graph is not None:
@@ -136,7 +125,8 @@ class ScalingCalls:
     def _last_call(self, graph: Any) -> State | None:
         own = self._eager if graph is None else self._traced.get(graph)
         states = {state for function, state in self._traced.items() if function not in self._applying}
-        states |= {own or self._eager} - {None}
+        if (nearest := own or self._eager) is not None:
+            states.add(nearest)
         if {"scaled", "unscaled"} <= states:
             raise RuntimeError(_UNKNOWN)
         if not states:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import keras
 
@@ -16,4 +16,4 @@ def do_not_convert(function: _F) -> _F:
         return function
     import tensorflow as tf
 
-    return tf.autograph.experimental.do_not_convert(function)
+    return cast("_F", tf.autograph.experimental.do_not_convert(function))
