@@ -61,13 +61,14 @@ def by_restorer(path):
     return lambda: checkpoints.restorer(path)
 
 
+@pytest.mark.slow
 def test_a_mixed_checkpoint_restores_into_a_float32_run(tmp_path):
     """With a plain `Saver`, because the names are the same."""
     path, losses = saved("mixed", tmp_path)
     np.testing.assert_allclose(continued("float32", by_saver(path))[0], losses, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["float32", "mixed", "theirs"])
+@pytest.mark.parametrize("kind", tf1.some(["float32"], {kind: kind for kind in RUNS}))
 def test_each_checkpoint_restores_into_a_mixed_run(tmp_path, kind):
     """Missing variables get initial values. The scale and good steps of TensorFlow are restored."""
     path, losses = saved(kind, tmp_path)
@@ -77,9 +78,9 @@ def test_each_checkpoint_restores_into_a_mixed_run(tmp_path, kind):
     assert attempted == (4 if kind == "mixed" else 0)
 
 
-@pytest.mark.parametrize("kind", ["float32", "theirs"])
-def test_a_written_checkpoint_restores_with_a_plain_saver(tmp_path, kind):
-    """And in an unchanged monitored session."""
+@pytest.mark.parametrize("kind", tf1.some(["theirs"], {kind: kind for kind in ("float32", "theirs")}))
+def test_converted_checkpoint_restores_with_a_plain_saver(tmp_path, kind):
+    """All variables of the mixed run are there."""
     path, losses = saved(kind, tmp_path)
     target = str(tmp_path / "written" / "model.ckpt-4")
     added = checkpoints.to_mixed(path, target, RULE)
@@ -87,6 +88,13 @@ def test_a_written_checkpoint_restores_with_a_plain_saver(tmp_path, kind):
     again, (scale,) = continued("mixed", by_saver(target), "loss_scale")
     np.testing.assert_allclose(again, losses, rtol=1e-4)
     assert scale == (64.0 if kind == "float32" else 128.0)
+
+
+@pytest.mark.slow
+def test_converted_checkpoint_restores_into_a_monitored_session(tmp_path):
+    """The session is unchanged, and finds the latest checkpoint of its folder."""
+    path, losses = saved("float32", tmp_path)
+    checkpoints.to_mixed(path, str(tmp_path / "written" / "model.ckpt-4"), RULE)
     with tf.Graph().as_default():
         _, train, loss, feed = build("mixed")
         with V1.train.MonitoredTrainingSession(
@@ -96,7 +104,7 @@ def test_a_written_checkpoint_restores_with_a_plain_saver(tmp_path, kind):
             np.testing.assert_allclose(session.run([loss, train], feed)[0], losses[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["mixed", "theirs"])
+@pytest.mark.parametrize("kind", tf1.some(["mixed"], {kind: kind for kind in ("mixed", "theirs")}))
 def test_conversion_to_float32(tmp_path, kind):
     """Removes all variables of the scaling."""
     path, losses = saved(kind, tmp_path)
@@ -107,6 +115,7 @@ def test_conversion_to_float32(tmp_path, kind):
     np.testing.assert_allclose(continued("float32", by_saver(target))[0], losses, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_monitored_session_restores_through_its_scaffold(tmp_path):
     """The graph is finalized before the session is created."""
     path, losses = saved("float32", tmp_path)
@@ -175,6 +184,7 @@ def with_theirs(opt):
 MODELS = {"cond": {"cond": True}, "partitioned": {"partitioner": V1.fixed_size_partitioner(2)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "wrap", "how"), covering(2, MODELS, {"ours": ours, "theirs": theirs}, ["restorer", "command", "back"])
 )
@@ -196,6 +206,7 @@ def test_a_layer_called_cond_and_partitioned_variables_keep_their_names(tmp_path
         np.testing.assert_array_equal(one, another)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "how"),
     covering(
@@ -280,6 +291,7 @@ def test_single_variable_named_good_steps_is_kept(tmp_path):
     assert tf.train.list_variables(str(tmp_path / "plain.ckpt")) == [("net/good_steps", [])]
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_read(tmp_path):
     """All of its shards."""
     path, weights = other_saved(tmp_path / "model.ckpt", RUNS["float32"], sharded=True)

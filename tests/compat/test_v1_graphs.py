@@ -52,6 +52,7 @@ def test_reference_variables_are_trained(inner):
     assert V1.control_flow_v2_enabled()
 
 
+@pytest.mark.slow
 def test_a_loss_scale_does_not_keep_its_graph_alive():
     """The object is used in two graphs, which are then deleted."""
     scale, graphs = DynamicLossScale(), []

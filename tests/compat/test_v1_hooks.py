@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf1
 from tf1 import V1
 
 import tfmixed
@@ -50,7 +51,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow), 100])
+@pytest.mark.parametrize("every", tf1.some(["100"], {"1": 1, "2": 2, "100": 100}))
 def test_each_change_is_logged_with_its_step(tmp_path, capsys, every):
     """For any interval of the hook. Changes are printed as by the callback."""
     assert run("TTFFT", tmp_path, every=every) == [8.0, 8.0, 16.0, 8.0, 4.0]
@@ -103,15 +104,21 @@ def test_each_of_two_hooks_logs_every_change(tmp_path):
 
 
 def test_resumed_run_continues_the_log(tmp_path, capsys):
-    """A run that starts from the beginning replaces it."""
+    """From the step of the checkpoint."""
     for trace in ("TTF", "FT"):
         run(trace, tmp_path, checkpoints=tmp_path / "checkpoints", verbose=0)
     steps = [(record.event, record.step) for record in log(tmp_path)]
     changes = [("scale_change", step) for step in (1, 2, 3)]
     assert steps == [("run", 0), *changes[:2], ("progress", 2), ("run", 3), changes[2], ("progress", 4)]
-    run("T", tmp_path, verbose=0)
-    assert [record.event for record in log(tmp_path)] == ["run", "progress"]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_new_run_replaces_the_log(tmp_path):
+    """It starts at step 0."""
+    for _ in range(2):
+        run("T", tmp_path, verbose=0)
+        assert [record.event for record in log(tmp_path)] == ["run", "progress"]
 
 
 def test_the_summaries_have_the_scale_at_the_step_of_each_change(tmp_path):

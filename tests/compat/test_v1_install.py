@@ -267,7 +267,6 @@ DEFAULT_ROWS = [
     "tf.train.experimental.disable_mixed_precision_graph_rewrite()",
     "tf.train.experimental.DynamicLossScale()",
     "tf.compat.v1.mixed_precision.enable_mixed_precision_graph_rewrite(opt)",
-    "tf.contrib.mixed_precision.LossScaleOptimizer(opt, manager)",
     "tf.contrib.mixed_precision.ExponentialUpdateLossScaleManager(2**15, 1000)",
     "from tensorflow.contrib.mixed_precision import FixedLossScaleManager",
     'tf.keras.mixed_precision.experimental.Policy("mixed_float16")',

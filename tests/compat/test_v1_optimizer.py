@@ -52,7 +52,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rule", tf1.some(["dynamic", "logmax"], RULES))
+@pytest.mark.parametrize("rule", tf1.some(["dynamic"], RULES))
 def test_scale_follows_the_simulated_rule(rule):
     """Checks scale, weights and global_step after each step, and the counters at the end."""
     given, weight, loss = quadratic()
@@ -96,7 +96,7 @@ def test_the_scale_reaches_neither_0_nor_inf(letter, bound):
     assert np.isfinite(scales).all()
 
 
-@pytest.mark.parametrize("shape", tf1.some(["scalar", "matrix"], {"scalar": [], "vector": [1], "matrix": [2, 3]}))
+@pytest.mark.parametrize("shape", tf1.some(["scalar"], {"scalar": [], "vector": [1], "matrix": [2, 3]}))
 def test_non_finite_gradients_of_any_shape_are_skipped(shape):
     """Grappler simplifies comparisons of scalars as if NaN did not exist."""
     weight = V1.get_variable("w", shape, initializer=V1.ones_initializer())
@@ -175,6 +175,7 @@ def test_a_norm_that_float32_cannot_hold_is_an_overflow():
         np.testing.assert_array_equal(session.run(weight), [1.0, 2.0])
 
 
+@pytest.mark.slow
 def test_float16_limits_apply_to_the_applied_gradients():
     """Adam can square the clipped gradients in float16, but not the unclipped ones."""
     for clip, skipped in ((lambda gradient: tf.clip_by_value(gradient, -1.0, 1.0), 0), (lambda gradient: gradient, 1)):
@@ -484,6 +485,7 @@ def test_optimizer_variables_with_tensors_as_initial_values(switch):
     tf1.script(START_WITH_TENSORS, switch)
 
 
+@pytest.mark.slow
 def test_monitored_session_resumes(tmp_path):
     """Weights, scale and counters are restored from its own checkpoints."""
     values = []
