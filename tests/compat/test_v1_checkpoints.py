@@ -300,11 +300,14 @@ def test_a_sharded_checkpoint_is_read(tmp_path):
     np.testing.assert_array_equal(got[0], weights[0])
 
 
-def test_converted_checkpoint_is_the_latest_of_its_folder(tmp_path):
-    """Earlier ones remain listed."""
+def test_converted_checkpoint_is_the_latest_of_its_folder(tmp_path, monkeypatch, capsys):
+    """Earlier ones remain listed. Conversion by the command, and back."""
     path, _ = other_saved(tmp_path / "model.ckpt", RUNS["float32"])
-    checkpoints.to_mixed(path, tmp_path / "mixed.ckpt")
-    checkpoints.to_float32(tmp_path / "mixed.ckpt", tmp_path / "plain.ckpt")
+    mixed, plain = str(tmp_path / "mixed.ckpt"), str(tmp_path / "plain.ckpt")
+    for arguments in (["to-mixed", path, mixed, "--loss-scale", "8"], ["to-float32", mixed, plain]):
+        monkeypatch.setattr(sys, "argv", ["checkpoints", *arguments])
+        checkpoints.main()
+        assert "tfmixed/dynamic_scale" in capsys.readouterr().out
     state = V1.train.get_checkpoint_state(str(tmp_path))
     names = [name.split("/")[-1] for name in state.all_model_checkpoint_paths]
     assert names == ["model.ckpt", "mixed.ckpt", "plain.ckpt"]
