@@ -78,15 +78,15 @@ class Launch1:
             return
         self._has_begun = True
         from tfmixed.compat import v1
-        from tfmixed.compat.v1 import rewrite
+        from tfmixed.compat.v1 import graph_rewrite
 
         said: list[str] = []
-        is_own, is_wanted = rewrite.is_enabled(), self._wanted != "float32"
+        is_own, is_wanted = graph_rewrite.is_enabled(), self._wanted != "float32"
         if is_wanted and not is_own:
             with _heard(said):
                 # An optimizer that nobody uses: the switch is of the whole process.
                 v1.enable_mixed_precision_graph_rewrite(v1.train.GradientDescentOptimizer(0.0), dtype=self._wanted)
-        half = f"graph rewrite to {rewrite.active()}" if rewrite.active() else "no graph rewrite"
+        half = f"graph rewrite to {graph_rewrite.active()}" if graph_rewrite.active() else "no graph rewrite"
         by = " as the script itself asks" if is_own else ""
         scaling = "a dynamic loss scale for optimizers that have none" if is_wanted else "no loss scale added"
         say("; ".join([f"TensorFlow 1 shim, {half}{by}, {scaling}", *said]))

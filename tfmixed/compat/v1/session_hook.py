@@ -1,4 +1,4 @@
-"""The hook that logs the loss scale of a session as `LossScaleLogger` logs that of `fit`."""
+"""Session hook that logs the loss scale, as `LossScaleLogger` does for `fit`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfmixed._core import event_buffer
 from tfmixed.callbacks import run_log
-from tfmixed.compat.v1.graphs import Blaming
+from tfmixed.compat.v1.graph_state import GraphScaler
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
 from tfmixed.records import Change, Record, ScaleChange
 from tfmixed.scaling import validation
@@ -19,13 +19,13 @@ from tfmixed.scaling import validation
 V1 = tf.compat.v1
 
 
-class Snapshot(Blaming):
-    """What a scaler says of itself at one moment of a session.
+class Snapshot(GraphScaler):
+    """The values that a session holds for the state of an optimizer, with the properties of the optimizer.
 
     Args:
-        optimizer: The scaler.
-        values: Of the variables of its state, by name.
-        paths: Of its variables.
+        optimizer: The optimizer.
+        values: The values of its state variables, by name.
+        paths: The paths of the trainable variables.
     """
 
     def __init__(self, optimizer: LossScaleOptimizer, values: Mapping[str, Any], paths: Sequence[str]) -> None:
@@ -37,34 +37,33 @@ class Snapshot(Blaming):
         return self
 
     def read(self, name: str) -> Any:
-        """Returns the value of a variable of the state."""
+        """Returns the value of a state variable."""
         return self._values[name]
 
     def drain_events(self) -> list[Change]:
-        """Returns the changes that were not drained yet; nothing is marked."""
+        """Returns the changes that are not marked as drained, and does not mark them."""
         return event_buffer.entries(self._values, self._paths)
 
 
 class LossScaleHook(tf.compat.v1.train.SessionRunHook):
-    """Logs every change of the loss scale with its exact step, for `MonitoredTrainingSession` and others with hooks.
+    """Logs every change of the loss scale with its exact step, in a `MonitoredTrainingSession` or any other with hooks.
 
-    The changes are written in the graph, in the step that makes them; this hook collects them, so that looking rarely
-    costs nothing and loses nothing.
+    The training step itself records each change in the graph. The hook collects them, so a long interval loses nothing.
 
     Args:
-        optimizer: What `enable_mixed_precision_graph_rewrite` returned.
-        path: File of JSON lines, the same as that of `LossScaleLogger`: `records.read_log` reads it, and a run that
-            goes on continues it; while another running training writes it, it is a new one with a number. None writes
-            none.
-        summary_dir: Where to write, for TensorBoard, `loss_scale` at each change, and it, `skipped_steps` and
-            `gradient_norm` whenever the hook collects. None writes none.
-        every: Collect each so many runs of the session, and at its end.
-        verbose: 1 prints one line a change. 0 prints nothing.
+        optimizer: The optimizer that `enable_mixed_precision_graph_rewrite` returned.
+        path: A file of JSON lines in the format of `LossScaleLogger`, for `records.read_log`. A resumed run continues
+            the file. If another running training writes it, the hook adds a number to the name. None writes no file.
+            Defaults to None.
+        summary_dir: A directory of summaries for TensorBoard: `loss_scale` at each change, and `loss_scale`,
+            `skipped_steps` and `gradient_norm` at each collection. None writes none. Defaults to None.
+        every: The number of session runs between collections. The hook also collects at the end. Defaults to 100.
+        verbose: 1 prints a line for each change, and 0 prints nothing. Defaults to 1.
 
     Raises:
-        TypeError: `optimizer` is another one.
-        ValueError: `every` or `verbose` is out of range.
-        LossScaleExhausted: While training, where it collects; see `tfmixed.LossScaleOptimizer.raise_if_exhausted`.
+        TypeError: If `optimizer` is not a `tfmixed.compat.v1.LossScaleOptimizer`.
+        ValueError: If `every` or `verbose` is out of range.
+        LossScaleExhausted: During training, at a collection. See `tfmixed.LossScaleOptimizer.raise_if_exhausted`.
 
     Example:
     >>> optimizer = LossScaleOptimizer(tf.compat.v1.train.AdamOptimizer())
@@ -81,7 +80,9 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         verbose: int = 1,
     ) -> None:
         if not isinstance(optimizer, LossScaleOptimizer):
-            raise TypeError(f"optimizer must be a tfmixed.compat.v1.LossScaleOptimizer, received {optimizer!r}")
+            raise TypeError(
+                f"`optimizer` must be a tfmixed.compat.v1.LossScaleOptimizer. Received: optimizer={optimizer!r}."
+            )
         self._optimizer = optimizer
         self.path = None if path is None else Path(path)
         self.summary_dir = None if summary_dir is None else os.fspath(summary_dir)
@@ -91,7 +92,7 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         self._writer: Any = None
 
     def begin(self) -> None:
-        """Adds to the graph what reads the state; hooks may do so here only."""
+        """Adds the operations that read the state; later the graph is final."""
         state = self._optimizer._state()
         self._paths = state.paths
         self._values = {name: state.read(name) for name in state.variables}
@@ -102,7 +103,7 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
             self._writer = V1.summary.FileWriterCache.get(self.summary_dir)
 
     def after_create_session(self, session: Any, coord: Any) -> None:
-        """Begins the log, or goes on with it where the session stands."""
+        """Starts the log, or continues it at the step of the session."""
         del coord
         self._runs = 0
         values = session.run(self._values)
@@ -111,20 +112,20 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         if self.path is not None:
             step, kinds = int(now.attempted_steps), get_args(Record)
             self.path, changes = run_log.begin(self.path, step, kinds, changes, now, loop=self._optimizer)
-        self._tell(changes)
+        self._log(changes)
         run_log.append(self.path, [run_log.describe(None, now)])
-        # Nothing is marked before all hooks have looked.
+        # Not marked as drained, so that other hooks that start now log the same changes.
         self._drained = int(values["event_count"])
 
     def after_run(self, run_context: Any, run_values: Any) -> None:
-        """Collects, each `every` runs."""
+        """Collects the changes after every `every` runs."""
         del run_values
         self._runs += 1
         if self._runs % self.every == 0:
             self._collect(run_context.session)
 
     def end(self, session: Any) -> None:
-        """Collects what is left, and writes how the run ended."""
+        """Collects the last changes, and logs the end of the run."""
         now = self._collect(session)
         last = int(now.attempted_steps) - 1
         run_log.append(self.path, [run_log.progress(last, None, run_log.numbers(now), {})])
@@ -134,16 +135,16 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
 
     def _collect(self, session: Any) -> Snapshot:
         values = session.run(self._values)
-        # From where this hook has told: another one may have marked more as drained.
+        # Another hook may have marked changes as drained that this one has not logged.
         now = Snapshot(self._optimizer, {**values, "events_drained": self._drained}, self._paths)
-        self._tell(now.drain_events())
+        self._log(now.drain_events())
         self._drained = int(values["event_count"])
         session.run(self._mark, {self._count: self._drained})
         self._summarize(run_log.numbers(now), int(now.attempted_steps))
         now.raise_if_exhausted()
         return now
 
-    def _tell(self, changes: Sequence[Change]) -> None:
+    def _log(self, changes: Sequence[Change]) -> None:
         run_log.append(self.path, changes)
         for change in changes:
             if self.verbose:
