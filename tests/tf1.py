@@ -60,6 +60,6 @@ def script(code, *arguments, environment=None, timeout=180):
 
 
 def events(session, state):
-    """Returns the changes of a scale that a session has seen."""
+    """Returns the changes of a scale in the event buffer of a session."""
     values = {name: session.run(state.read(name)) for name in state.variables}
     return log_of.entries(values, state.paths)

@@ -1,4 +1,4 @@
-"""What one worker process of the tests does: `worker.py FOLDER`."""
+"""One worker process of the tests: `worker.py FOLDER`."""
 
 from __future__ import annotations
 

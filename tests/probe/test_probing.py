@@ -39,7 +39,7 @@ def by_name(found):
 
 
 def same(range_, values, rtol=0.0):
-    """Whether the counts are those of these values, where float32 arithmetic gives the same ones."""
+    """Asserts that the counts are those of these values."""
     wanted = counted(values)
     assert (range_.zeros, range_.nonzeros) == (wanted.zeros, wanted.nonzeros)
     np.testing.assert_allclose([range_.smallest, range_.largest], [wanted.smallest, wanted.largest], rtol=rtol or 1e-7)
@@ -565,7 +565,7 @@ def test_an_optimizer_that_is_nowhere_is_told():
 
 
 def test_layers_come_in_the_order_of_the_data():
-    """What is inside a model right where it stands."""
+    """Layers inside a model follow in its place."""
     inner = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="i1"), layers.Dense(4, name="i2")], name="inner")
     model = keras.Sequential([keras.Input((6,)), layers.Dense(4, name="first"), inner, layers.Dense(2, name="last")])
     model.compile("sgd", loss="mse", run_eagerly=EAGER)
@@ -711,7 +711,7 @@ def attentive():
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_sums_that_cancel_are_noise(precision):
-    """What is added to all values alike before a normalization over the batch, and the bias of attention's keys."""
+    """Biases before a normalization over the batch, and the bias of attention's keys."""
     cases = [(normalized(), {"c1/bias", "n1/beta", "c2/bias"})]
     if BACKEND != "jax" or precision == "float32":  # on CPUs JAX has no attention in float16
         cases.append((attentive(), {"a/key/bias"}))

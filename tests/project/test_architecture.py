@@ -1,4 +1,4 @@
-"""What `import tfmixed` imports, and what importing Keras after it registers."""
+"""Lazy imports, public names, and Keras's registration of classes."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Difference:
 
     @property
     def exceeds_rounding(self) -> bool:
-        """Whether the values are wrong, rather than rounded."""
+        """True if the values are wrong, rather than rounded."""
         return self.overflowed > 0 or self.underflowed > 0.05 or self.deviation > 0.02
 
 

@@ -44,7 +44,7 @@ class Node:
 
     @property
     def is_regularizer(self) -> bool:
-        """Whether it belongs to a regularizer of the layer."""
+        """True if it belongs to a regularizer of the layer."""
         return self.name.rfind(_REGULARIZER) > self.name.rfind(_CALL)
 
 

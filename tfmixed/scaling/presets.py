@@ -28,7 +28,7 @@ def get(scale: Any) -> ScalingRule:
             scale of 1, which still skips non-finite steps), a rule, or the result of a rule's `get_config`.
 
     Raises:
-        ValueError: If `scale` is none of these.
+        ValueError: If `scale` is not one of these.
 
     Example:
     >>> get(128).value

@@ -21,7 +21,7 @@ from tfmixed.scaling import ScalingRule
 V1 = tf.compat.v1
 SCOPE = "tfmixed"
 EVENT_CAPACITY = 256
-# The names of variables are part of checkpoints. A culprit is the index of a variable that overflowed.
+# Names of variables are part of checkpoints. "pending_culprit" holds the index of a variable that overflowed.
 _PENDING = {
     "pending_count": numpy.int32(0),
     "pending_bad": numpy.int32(0),

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 RANDOM = np.random.default_rng(0)
 
 
-@keras.saving.register_keras_serializable("test_hazards_mended")
+@keras.saving.register_keras_serializable("test_hazards_fixed")
 class Energy(layers.Layer):
     """The norm of each row, by a plain function of TensorFlow."""
 
@@ -27,7 +27,7 @@ def _length(x):
     return tf.sqrt(tf.reduce_sum(tf.square(x), axis=-1, keepdims=True))
 
 
-@keras.saving.register_keras_serializable("test_hazards_mended")
+@keras.saving.register_keras_serializable("test_hazards_fixed")
 class Attention(layers.Layer):
     """Attention to the first positions, with custom masks and scores around a sublayer."""
 
@@ -47,7 +47,7 @@ class Attention(layers.Layer):
         return tf.matmul(weights, self.values(x))
 
 
-@keras.saving.register_keras_serializable("test_hazards_mended")
+@keras.saving.register_keras_serializable("test_hazards_fixed")
 class Counter(keras.Model):
     """A model whose own code computes a sum."""
 
