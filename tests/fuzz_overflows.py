@@ -179,6 +179,7 @@ def own_faults(case: Case, run: Run) -> set[str]:
     if (int(optimizer.attempted_steps), int(optimizer.skipped_steps)) != (len(trace), trace.count(False)):
         found.add("counters are not the trace's")
     overflowed = [NAMES[int(np.argmax(step))] if any(step) else None for step in bad]
+    pairs = enumerate(itertools.pairwise(run.scales))
     history = [
         (step, old, new, overflowed[step])
         for step, (old, new) in enumerate(itertools.pairwise(run.scales))
