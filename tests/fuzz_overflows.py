@@ -180,11 +180,7 @@ def own_faults(case: Case, run: Run) -> set[str]:
         found.add("counters are not the trace's")
     overflowed = [NAMES[int(np.argmax(step))] if any(step) else None for step in bad]
     pairs = enumerate(itertools.pairwise(run.scales))
-    history = [
-        (step, old, new, overflowed[step])
-        for step, (old, new) in enumerate(itertools.pairwise(run.scales))
-        if old != new
-    ]
+    history = [(step, old, new, overflowed[step]) for step, (old, new) in pairs if old != new]
     log = [(event.step, event.old_scale, event.new_scale, event.variable) for event in optimizer.drain_events()]
     if log != history:
         found.add("log is not the variable's history")
