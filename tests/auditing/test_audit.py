@@ -309,6 +309,7 @@ def test_a_run_tells_where_values_overflow_first():
     assert "128 of 128 values overflowed: in float32 they reach 1e+06" in runs[0].risk
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_where_functions_run_eagerly():
     """The audit still reads graphs, and restores the setting."""
     model, inputs = model_of(lambda x: x * x), np.full((2, 64), 300.0, "float32")
@@ -555,6 +556,7 @@ def test_a_model_that_is_not_built_is_built_for_the_inputs():
     assert not model.optimizer.built
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_fit():
     """The mean over the batch of a loss by name, times its weight: 1,024 samples do not make its gradient overflow."""
     inputs = keras.Input((8,))

@@ -135,7 +135,7 @@ def trained(make, x, policy, forced=False):
     return ops.convert_to_numpy(model(x)).astype("float64"), changed, model
 
 
-FAST = ["a norm in a custom layer", "a large pool"]
+FAST = ["a norm in a custom layer"]
 PARAMETERS = [
     pytest.param(*case, marks=() if name in FAST else pytest.mark.slow, id=name) for name, case in CASES.items()
 ]
