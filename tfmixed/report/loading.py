@@ -118,13 +118,15 @@ def read(path: str | Path, name: str | None = None) -> Run:
     try:
         lines, incomplete = json_lines.split(json_lines.text_of(file))
     except OSError as error:
-        raise UsageError(f"RUN cannot be read: {error.strerror}. Received: {str(path)!r}") from error
+        raise UsageError(f"RUN must be a readable log. Received: {str(path)!r} ({error.strerror})") from error
     found, invalid = [], []
     for number, line in enumerate(lines, start=1):
         try:
             found += [records.from_line(line)] if line.strip() else []
         except records.NewerFormatError as error:
-            raise UsageError(f"RUN cannot be read: {error}, path={str(path)!r}") from error
+            raise UsageError(
+                f"RUN must be a log of this version or an earlier one. Received: {str(path)!r} ({error})"
+            ) from error
         except ValueError:
             invalid.append(number)
     problems = [*_invalid(invalid), *_incomplete(incomplete), *_missing(found)]
