@@ -337,12 +337,12 @@ def test_scripts_for_float32_train_as_in_float32(half, build):
 
 def explained(run, capfd):
     """Returns what a run says of the exception that a function of a script ends by."""
-    from tfmixed._cli.run import mismatch
+    from tfmixed._cli.run import dtype_mismatch
 
     try:
         run()
     except Exception as error:
-        mismatch.explain(error)
+        dtype_mismatch.explain(error)
     else:
         pytest.fail("nothing was refused")
     return [line for line in capfd.readouterr().err.splitlines() if line.startswith("tfmixed: ")]

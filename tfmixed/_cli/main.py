@@ -37,9 +37,6 @@ def main() -> None:
         with contextlib.suppress(OSError):  # closed by code of the user
             print(f"tfmixed: {' '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except running.Ready as ready:
-        start = ready.start
-    start()
 
 
 @contextlib.contextmanager
