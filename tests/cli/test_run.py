@@ -16,6 +16,7 @@ from tfmixed._cli.run import messages
 from tfmixed._cli.run.options import RunOptions
 from tfmixed._cli.run.run_summary import RunSummary
 from tfmixed._cli.run.startup import KerasRun
+from tfmixed._cli.run.tf1 import TF1Run
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -38,10 +39,10 @@ def apply(monkeypatch, tmp_path):
     saving = sys.modules["keras.src.saving.saving_api"]
     monkeypatch.setattr(saving, "save_model", saving.save_model)
     monkeypatch.setattr(POLICY_MODULE, "dtype_policy", POLICY_MODULE.dtype_policy)
-    monkeypatch.setattr(messages, "at_exit", lambda function: None)
+    monkeypatch.setattr(messages, "at_exit", lambda _: None)
     monkeypatch.setattr(messages, "_refused", False)
     if BACKEND == "torch":
-        monkeypatch.setattr("torch.optim.optimizer.register_optimizer_step_pre_hook", lambda hook: None)
+        monkeypatch.setattr("torch.optim.optimizer.register_optimizer_step_pre_hook", lambda _: None)
 
     def apply(policy="mixed_float16", **options):
         run = KerasRun(RunOptions(str(tmp_path / "runs"), policy=policy, **options))
@@ -270,3 +271,33 @@ def test_last_line_names_logs_and_report(tmp_path, count):
     line = summary.close()
     assert line.startswith(("3 steps", "5 runs, 15 steps"))
     assert f"log {tmp_path}/loss_scale-2.jsonl; report" in line or f"5 logs in {tmp_path}/; no report" in line
+
+
+@needs_tensorflow
+def test_tf1_scripts_are_scaled_and_counted(monkeypatch, capfd, tmp_path):
+    """The rewrite begins with the first session, and counters are read when a session closes."""
+    from tensorflow.python.client.session import BaseSession
+
+    from tfmixed.compat import v1
+
+    monkeypatch.setattr(v1.LossScaleOptimizer, "apply_gradients", v1.LossScaleOptimizer.apply_gradients)
+    for kind, name in ((BaseSession, "__init__"), (BaseSession, "close"), (tf.compat.v1.InteractiveSession, "close")):
+        monkeypatch.setattr(kind, name, getattr(kind, name))
+    monkeypatch.setattr(tf.compat.v1.InteractiveSession, "__init__", tf.compat.v1.InteractiveSession.__init__)
+    monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION_LOSS_SCALING", "")
+    run = TF1Run(RunOptions(str(tmp_path), policy="mixed_bfloat16", tf1=True))
+    run._install_after_keras(keras)
+    try:
+        with tf.Graph().as_default():
+            w = tf.compat.v1.get_variable("w", [2])
+            step = tf.compat.v1.train.GradientDescentOptimizer(0.1).minimize(tf.reduce_sum(w**2))
+            with tf.compat.v1.Session() as session:
+                session.run(tf.compat.v1.global_variables_initializer())
+                session.run(step)
+        run.finish()
+    finally:
+        v1.disable_mixed_precision_graph_rewrite()
+        v1.uninstall()
+    first, last = lines(capfd)
+    assert "graph rewrite to bfloat16" in first
+    assert "1 steps, 0 skipped, final scale 32768" in last

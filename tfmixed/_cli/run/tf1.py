@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import wrapt
@@ -32,20 +33,24 @@ class TF1Run:
         self.summary = RunSummary(options)
         self._dtype = options.requested_policy.removeprefix("mixed_")
         self._tf: Any = None
-        self._has_begun = False
+        self._has_begun = self._has_keras = False
         self._optimizers: dict[Any, list[Any]] = {}  # by graph
         self._sessions: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def install(self) -> None:
         """Has the script's own import of TensorFlow install the shim."""
         wrapt.when_imported("tensorflow")(self._install)
-        # The shim imports Keras. If the script's import of Keras imports TensorFlow, the shim must wait for its end.
-        wrapt.when_imported("keras")(lambda _: self._install(sys.modules.get("tensorflow")))
+        wrapt.when_imported("keras")(self._install_after_keras)
         messages.at_exit(self.finish)
 
+    def _install_after_keras(self, _keras: ModuleType) -> None:
+        self._has_keras = True
+        if "tensorflow" in sys.modules:
+            self._install(sys.modules["tensorflow"])
+
     def _install(self, tensorflow: Any) -> None:
-        is_importing_keras = getattr(getattr(sys.modules.get("keras"), "__spec__", None), "_initializing", False)
-        if tensorflow is None or self._tf is not None or is_importing_keras:
+        # The shim imports Keras. If the script's import of Keras imports TensorFlow, the shim must wait for its end.
+        if self._tf is not None or ("keras" in sys.modules and not self._has_keras):
             return
         self._tf = tensorflow
         try:
