@@ -1,4 +1,4 @@
-"""`python -m tfmixed` is the command `tfmixed`."""
+"""Entry point of `python -m tfmixed`."""
 
 from tfmixed._cli.main import main
 

@@ -28,7 +28,7 @@ def tfmixed_command(*arguments, cwd=None, **environment):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """The same in this process, in an empty folder: a tenth of the time, for what needs no process of its own."""
+    """Runs a command in this process, in an empty folder."""
 
     def run(*arguments):
         with monkeypatch.context() as patched:
@@ -47,8 +47,9 @@ def command(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_help_loads_no_framework():
-    """`tfmixed --help` is fast."""
+    """`tfmixed --help` must be fast."""
     code = (
         "import sys\n"
         "sys.argv = ['tfmixed', '--help']\n"
@@ -63,29 +64,30 @@ def test_help_loads_no_framework():
 
 
 def test_version_is_that_of_the_package():
-    """And nothing else is printed."""
+    """Nothing else is printed."""
     assert CliRunner().invoke(app, ["--version"]).output == f"{tfmixed.__version__}\n"
 
 
 def test_doctor_prints_a_table():
-    """With the policy, and the switches."""
+    """It shows the policy and the settings."""
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0
     for words in ("policy", tfmixed.hardware.describe().policy, "oneDNN", "XLA", "TF32"):
         assert words in result.output
 
 
+@pytest.mark.slow
 def test_doctor_prints_json_alone(tmp_path):
-    """What a model's module prints goes to standard error; warnings are in it, TF_ENABLE_ONEDNN_OPTS=0 among them."""
+    """Output of the model's module goes to standard error. Warnings are in the JSON."""
     (tmp_path / "net.py").write_text(
         "import keras\n"
-        "print('a word of its own')\n"
+        "print('printed by the module')\n"
         "def build(): return keras.Sequential([keras.Input((16,)), keras.layers.Dense(30)])\n"
     )
     run = tfmixed_command("doctor", "--json", "--model", "net:build", cwd=tmp_path, TF_ENABLE_ONEDNN_OPTS="0")
     assert run.returncode == 0, run.stderr
     read = json.loads(run.stdout)
-    assert "a word of its own" in run.stderr
+    assert "printed by the module" in run.stderr
     assert read["switches"]["onednn"] is False
     assert read["switches"]["variables"]["TF_ENABLE_ONEDNN_OPTS"] == "0"
     assert [width["name"] for width in read["widths"]] == ["units"]
@@ -93,35 +95,38 @@ def test_doctor_prints_json_alone(tmp_path):
         assert any("TF_ENABLE_ONEDNN_OPTS" in warning for warning in read["warnings"])
 
 
-def test_what_the_user_can_mend_is_one_line(command):
+def test_usage_errors_are_one_line(command):
     """On standard error, with exit code 2 and no traceback."""
     run = command("doctor", "--model", "nowhere:build")
     assert run.returncode == 2
     assert run.stdout == ""
-    assert run.stderr.splitlines()[-1].startswith("tfmixed: model must be ")
+    assert "no module 'nowhere'" in run.stderr.splitlines()[-1]
     assert "Traceback" not in run.stderr
 
 
-def test_a_backend_that_is_not_there_is_one_line(tmp_path):
-    """With how to get one."""
-    (tmp_path / "torch.py").write_text("raise ImportError('no torch for you')")
+@pytest.mark.slow
+def test_missing_backend_is_one_line(tmp_path):
+    """It names the error of the import."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     run = tfmixed_command("doctor", KERAS_BACKEND="torch", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert run.returncode == 2
-    assert run.stderr.splitlines()[-1].startswith("tfmixed: Keras cannot load its backend (")
+    assert "no torch here" in run.stderr.splitlines()[-1]
 
 
-def test_what_an_import_that_aborts_says_is_shown(tmp_path):
-    """Nothing holds it back."""
+@pytest.mark.slow
+def test_output_of_an_import_that_aborts_is_shown(tmp_path):
+    """It is not buffered."""
     (tmp_path / "torch.py").write_text("import os; os.write(2, b'last words'); os.abort()")
     run = tfmixed_command("doctor", KERAS_BACKEND="torch", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert run.returncode != 0
     assert "last words" in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's")
 @pytest.mark.parametrize("arguments", [["--help"], ["simulate", "--rule", "dynamic", "--trace", "TTF", "--json"]])
-def test_no_space_for_the_output_is_one_line(arguments):
-    """What is written late, as the interpreter ends, too."""
+def test_full_disk_is_one_line(arguments):
+    """Also for output that is flushed at exit."""
     with open("/dev/full", "w") as full:
         run = subprocess.run(
             [sys.executable, "-m", "tfmixed", *arguments],
@@ -132,14 +137,13 @@ def test_no_space_for_the_output_is_one_line(arguments):
             check=False,
         )
     assert run.returncode == 2
-    assert run.stderr.splitlines() == [
-        "tfmixed: Standard output must be open and have space. Received: No space left on device."
-    ]
+    (line,) = run.stderr.splitlines()
+    assert "No space" in line
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["doctor", "--nonsense"]])
 def test_unknown_commands_and_options_are_refused(arguments):
-    """Exit code 2, as everywhere."""
+    """With exit code 2."""
     assert CliRunner().invoke(app, arguments).exit_code == 2
 
 
@@ -153,8 +157,9 @@ def tiny():
 """
 
 
+@pytest.mark.slow
 def test_bench_prints_json_and_draws(tmp_path):
-    """One's own network; the progress bars go to standard error."""
+    """Progress bars go to standard error."""
     (tmp_path / "net.py").write_text(TINY)
     options = ("--rounds", "1", "--seconds", "0.01", "--memory", "0", "--json", "--plot", "times.png")
     run = tfmixed_command("bench", "--model", "net:tiny", *options, cwd=tmp_path)
@@ -164,16 +169,32 @@ def test_bench_prints_json_and_draws(tmp_path):
     assert (tmp_path / "times.png").read_bytes()[1:4] == b"PNG"
 
 
+def test_bench_prints_json(command, monkeypatch):
+    """Of the report that it measures."""
+    from tfmixed._cli import bench
+
+    report = bench.Report("mixed_bfloat16", "CPU", {}, 0, (bench.Row("mlp", "float32", 8, (1.0,), 1.0, 1, 0.5),))
+    monkeypatch.setattr(bench, "run", lambda *_, **__: report)
+    assert json.loads(command("bench", "mlp", "--json").stdout)["rows"][0]["variant"] == "float32"
+    assert "mlp" in command("bench", "mlp").stdout
+
+
+@pytest.mark.parametrize("name", ["doctor", "audit", "ranges", "bench", "report", "simulate", "run"])
+def test_commands_have_help(command, name):
+    """All of them."""
+    assert "Usage" in command(name, "--help").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet"], "networks must be among mlp, .*received 'resnet'"),
-        (["mlp", "--plot", "times.docx"], "plot: path must end in one of"),
-        (["mlp", "--policy", "int8"], "policy must be one of auto, .*received 'int8'"),
+        (["resnet"], "resnet"),
+        (["mlp", "--plot", "times.docx"], "must end in"),
+        (["mlp", "--policy", "int8"], "int8"),
     ],
 )
 def test_bench_refuses_before_it_measures(command, arguments, message):
-    """One line, and exit code 2."""
+    """With one line and exit code 2."""
     run = command("bench", *arguments)
     assert (run.returncode, run.stdout) == (2, "")
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("tfmixed: ")]
@@ -184,7 +205,7 @@ NETS = """
 import keras, numpy
 from keras import ops
 
-print('a word of its own')
+print('printed by the module')
 
 def build():
     x = keras.Input((64,))
@@ -201,26 +222,27 @@ def step():
     ("arguments", "code"),
     [
         (["--policy", "mixed_float16"], 1),
-        (["--policy", "mixed_float16", "--fail-on", "never"], 0),
-        (["--policy", "mixed_bfloat16"], 0),
         (["--policy", "mixed_bfloat16", "--fail-on", "warning"], 1),
-        ([], 0),
+        pytest.param(["--policy", "mixed_float16", "--fail-on", "never"], 0, marks=pytest.mark.slow),
+        pytest.param(["--policy", "mixed_bfloat16"], 0, marks=pytest.mark.slow),
+        pytest.param([], 0, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore:policy .* is slow here")
 def test_audit_tells_by_its_exit_code(command, tmp_path, arguments, code):
-    """For CI: 1 where there are findings as grave as asked for."""
+    """It is 1 if there are findings of the given severity."""
     (tmp_path / "net.py").write_text(NETS)
     run = command("audit", "net:build", *arguments)
     assert run.returncode == code, run.stderr
     assert "Traceback" not in run.stderr
-    assert "a word of its own" in run.stderr
-    assert "a word of its own" not in run.stdout
+    assert "printed by the module" in run.stderr
+    assert "printed by the module" not in run.stdout
     assert ("softmax" in run.stdout) if arguments else ("Nothing computes in half precision" in run.stdout)
 
 
+@pytest.mark.slow
 def test_audit_runs_inputs_and_prints_json(tmp_path):
-    """Those that the function returned beside the model."""
+    """The inputs that the function returns with the model."""
     (tmp_path / "net.py").write_text(NETS)
     run = tfmixed_command("audit", "net:step", "--policy", "mixed_float16", "--json", cwd=tmp_path)
     assert run.returncode == 1
@@ -232,15 +254,15 @@ def test_audit_runs_inputs_and_prints_json(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere:build"], "there is no module 'nowhere'"),
-        (["net:build", "--policy", "half"], "policy must be .* received 'half'"),
-        (["missing.keras"], "there is no such file"),
-        (["small:lists"], "inputs and targets must be arrays, .* received float"),
-        (["small:array"], r"it returned array\(\[\[1., 1.\], \[1."),
+        (["nowhere:build"], "no module 'nowhere'"),
+        (["net:build", "--policy", "half"], "half"),
+        (["missing.keras"], "no such file"),
+        (["small:lists"], "arrays"),
+        (["small:array"], r"returned array\("),
     ],
 )
 def test_audit_refuses_in_one_line(command, tmp_path, arguments, message):
-    """Exit code 2, which no finding gives."""
+    """With exit code 2."""
     (tmp_path / "net.py").write_text(NETS)
     (tmp_path / "small.py").write_text(f"{NET}\n\ndef array(): return numpy.ones((4, 2))\n")
     run = command("audit", *arguments)
@@ -266,12 +288,11 @@ ON_MODELS = [["audit"], ["doctor", "--model"], ["ranges"], ["bench", "--model"]]
     ],
 )
 def test_code_of_the_model_that_exits_or_fails_ends_with_2(command, tmp_path, monkeypatch, arguments, code, received):
-    """With one line at the end. A gate of CI passes with 0, and 1 is for findings."""
+    """Exit codes 0 and 1 are results of an audit."""
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     (tmp_path / "net.py").write_text(f"import sys\n{code}\n")
     run = command(*arguments, "net:f")
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.splitlines()[-1].startswith("tfmixed: ")
     assert f"Received: {received}" in run.stderr.splitlines()[-1]
 
 
@@ -295,7 +316,7 @@ def f():
 
 @pytest.mark.parametrize("arguments", ON_MODELS[:3], ids=" ".join)
 def test_a_subclassed_model_is_built_for_its_inputs(command, tmp_path, arguments):
-    """By each command that a function may return `model, x, y` to."""
+    """For all commands that take a function which returns `model, x, y`."""
     (tmp_path / "net.py").write_text(SUBCLASSED)
     run = command(*arguments, "net:f", "--json")
     assert run.returncode == 0, run.stderr
@@ -353,45 +374,45 @@ def lists():
 """
 
 
+@pytest.mark.slow
 def test_ranges_prints_saves_and_draws(tmp_path):
-    """The table with its verdicts, the counts as a line of a log, a picture."""
+    """A table, the counts as a line of a log, a plot."""
     (tmp_path / "net.py").write_text(NET)
     files = "--save", "counts.jsonl", "--png", "ranges.png"
     run = tfmixed_command("ranges", "net:small", "--policy", "mixed_float16", *files, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "hidden (output)" in run.stdout
-    assert re.search(r"float16: any scale from 2\^\d+ to 2\^\d+ works", run.stdout)
+    assert re.search(r"2\^\d+ to 2\^\d+", run.stdout)
     assert len(tfmixed.ranges.GradientRanges.load(tmp_path / "counts.jsonl")) == 6
     assert (tmp_path / "ranges.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_ranges_prints_json_alone(command, tmp_path):
-    """The answers and the counts that they come from."""
+    """Advice, and the counts behind it."""
     (tmp_path / "net.py").write_text(NET)
     run = command("ranges", "net:compiled", "--json", "--steps", "1", "--headroom", "4")
     found = json.loads(run.stdout)
-    assert found["verdict"] == "no scale is needed."
-    assert found["suggested_scale"] * 4 * max(each["largest"] for each in found["measured"]["ranges"]) < 65504
+    assert found["suggested_scale"] * 4 * max(gradients["largest"] for gradients in found["measured"]["ranges"]) < 65504
     assert found["measured"]["batches"] == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["net:alone"], "model must be compiled and come with inputs and targets, received 'net:alone'"),
-        (["net:inputs"], "data must come with inputs and targets"),
-        (["net:inputs_and_none"], "data must come with inputs and targets"),
-        (["net:nothing"], "module 'net' has no attribute 'nothing'"),
-        (["net:empty"], "data must hold a batch at least, received <_TakeDataset"),
-        (["net:nothing_at_all"], "data must hold a batch at least"),
-        (["net:compiled", "--png", "ranges.docx"], "path must end in one of"),
+        (["net:alone"], "must be compiled"),
+        (["net:inputs"], "inputs and targets"),
+        (["net:inputs_and_none"], "inputs and targets"),
+        (["net:nothing"], "no attribute"),
+        (["net:empty"], "_TakeDataset"),
+        (["net:nothing_at_all"], "batch"),
+        (["net:compiled", "--png", "ranges.docx"], "must end in"),
         (["net:compiled", "--policy", "float17"], "float17"),
-        (["net:compiled", "--save", "."], "--save must be a file that can be written, received '.'"),
-        (["net:compiled", "--save", "/proc/nowhere/x.json"], "--save must be a file that can be written"),
+        (["net:compiled", "--save", "."], "--save must"),
+        (["net:compiled", "--save", "/proc/nowhere/x.json"], "--save must"),
     ],
 )
 def test_ranges_refuses_in_one_line(command, tmp_path, arguments, message):
-    """Exit code 2, and no traceback."""
+    """With exit code 2 and without a traceback."""
     (tmp_path / "net.py").write_text(NET)
     run = command("ranges", *arguments)
     assert run.returncode == 2
@@ -400,8 +421,8 @@ def test_ranges_refuses_in_one_line(command, tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize("name", ["audit", "ranges"])
-def test_what_code_of_others_raises_is_shown(command, tmp_path, name):
-    """With its traceback, one line at the end, and exit code 2."""
+def test_errors_of_the_model_are_shown(command, tmp_path, name):
+    """With a traceback, and one line at the end."""
     (tmp_path / "net.py").write_text(NET)
     run = command(name, "net:broken")
     assert run.returncode == 2
@@ -409,9 +430,10 @@ def test_what_code_of_others_raises_is_shown(command, tmp_path, name):
     assert run.stderr.splitlines()[-1].startswith("tfmixed: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["1", "1, 2"])
 def test_closed_output_ends_with_2(tmp_path, closed):
-    """By code of the model, of a descriptor. 1 is for findings."""
+    """The model's code closes the descriptors."""
     closing = "".join(f"os.close({number}); " for number in closed.split(", "))
     (tmp_path / "net.py").write_text(f"import os\n{TINY}\ndef closing(): {closing}return tiny()\n")
     run = tfmixed_command("audit", "net:closing", cwd=tmp_path)
@@ -422,7 +444,7 @@ def test_closed_output_ends_with_2(tmp_path, closed):
 
 @pytest.mark.parametrize("arguments", ON_MODELS[:3], ids=" ".join)
 def test_a_subclassed_model_is_built_for_a_dataset(command, tmp_path, arguments):
-    """Its first batch."""
+    """For its first batch."""
     dataset = "tensorflow.data.Dataset.from_tensor_slices(data).batch(2)"
     text = f"{SUBCLASSED}\n\ndef g():\n    import tensorflow\n    model, *data = f()\n    return model, {dataset}\n"
     (tmp_path / "net.py").write_text(text.replace("(data)", "(tuple(data))"))
@@ -430,7 +452,7 @@ def test_a_subclassed_model_is_built_for_a_dataset(command, tmp_path, arguments)
     assert run.returncode == 0, run.stderr
 
 
-NO_LOGS = {
+NOT_LOGS = {
     "text": b"notes\nof mine\n",
     "line": b"notes",
     "empty": b"",
@@ -439,22 +461,24 @@ NO_LOGS = {
     "newer": b'{"event": "run", "format": 2}\n',
 }
 READERS = [["report"], ["simulate", "--rule", "dynamic", "--trace"]]
-LINES = "".join(f"{records.to_line(each)}\n" for each in (ScaleChange(2, 8.0, 4.0, "overflow"), Progress(9, 0, 4.0, 1)))
+LINES = "".join(
+    f"{records.to_line(record)}\n" for record in (ScaleChange(2, 8.0, 4.0, "overflow"), Progress(9, 0, 4.0, 1))
+)
 
 
 @pytest.mark.parametrize("way", READERS, ids=lambda way: way[0])
-@pytest.mark.parametrize("content", NO_LOGS.values(), ids=NO_LOGS)
-def test_a_file_that_is_no_log_is_refused_in_one_line(command, tmp_path, way, content):
-    """Text, nothing, bytes, another encoding, a log of a later version."""
+@pytest.mark.parametrize("content", NOT_LOGS.values(), ids=NOT_LOGS)
+def test_other_files_are_refused_in_one_line(command, tmp_path, way, content):
+    """Text, an empty file, bytes, another encoding, a log of a later version."""
     (tmp_path / "notes.txt").write_bytes(content)
     run = command(*way, "notes.txt")
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
-    assert run.stderr.startswith(("tfmixed: RUN must be", "tfmixed: trace must"))
+    assert run.stderr.startswith("tfmixed: ")
 
 
 @pytest.mark.parametrize("way", READERS, ids=lambda way: way[0])
-def test_a_path_or_log_of_odd_bytes_is_read(command, tmp_path, way):
-    """A folder and a file whose names are not UTF-8, a byte order mark, the line ends of another system."""
+def test_unusual_names_and_line_ends_are_read(command, tmp_path, way):
+    """Names that are not UTF-8, a byte order mark, CRLF."""
     lines = LINES
     names = [os.fsdecode(name) for name in (b"caf\xe9", b"caf\xe9/log\xff.jsonl", b"bom.jsonl", b"crlf.jsonl")]
     (tmp_path / names[0]).mkdir()
@@ -464,12 +488,12 @@ def test_a_path_or_log_of_odd_bytes_is_read(command, tmp_path, way):
     for name in names:
         run = command(*way, name)
         assert (run.returncode, run.stderr) == (0, "")
-        outputs.append(run.stdout.encode())  # as a terminal does
+        outputs.append(run.stdout.encode())
     assert way == ["report"] or len({*outputs}) == 1
 
 
-def test_a_page_of_a_path_of_odd_bytes_is_written(command, tmp_path):
-    """Its own path, too; the name stands in it with the odd bytes spelled out."""
+def test_page_with_an_unusual_name_is_written(command, tmp_path):
+    """Bytes of names that are not UTF-8 are escaped in the page."""
     name, page = (os.fsdecode(b"caf\xe9" + suffix) for suffix in (b".jsonl", b".html"))
     (tmp_path / name).write_text(LINES)
     assert command("report", name, "--html", page).returncode == 0
@@ -478,15 +502,15 @@ def test_a_page_of_a_path_of_odd_bytes_is_written(command, tmp_path):
 
 @pytest.mark.parametrize("way", READERS, ids=lambda way: way[0])
 @pytest.mark.parametrize("name", ["nothing", "x" * 300, "."])
-def test_a_path_without_a_log_is_refused_in_one_line(command, way, name):
-    """Also one that no file system allows."""
+def test_paths_without_a_log_are_refused_in_one_line(command, way, name):
+    """Also impossible ones."""
     run = command(*way, name)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.parametrize("picture", ["/proc/nowhere/a.png", "net.py/a.png", "."])
-def test_bench_measures_nothing_for_a_picture_that_cannot_be_written(command, tmp_path, picture):
-    """What takes minutes is not lost at its end."""
+def test_bench_checks_the_plot_before_it_measures(command, tmp_path, picture):
+    """So that minutes of measurements are not lost."""
     (tmp_path / "net.py").write_text(NET)
     run = command("bench", "mlp", "--plot", picture)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)

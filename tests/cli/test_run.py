@@ -1,408 +1,303 @@
-"""What `tfmixed run` applies to unchanged Keras scripts, on the backend that the script chooses, in real processes."""
+"""Patches of `tfmixed run`, applied in this process and undone after each test."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
 import sys
+import zipfile
 
+import keras
+import numpy as np
 import pytest
 from backend import BACKEND, needs_tensorflow
 
+import tfmixed
 from tfmixed import records
+from tfmixed._cli.run import messages
+from tfmixed._cli.run.options import RunOptions
+from tfmixed._cli.run.run_summary import RunSummary
+from tfmixed._cli.run.startup import KerasRun
+from tfmixed._cli.run.tf1 import TF1Run
 
-# The environment names a backend that does not exist: the script's own choice comes in time.
-BEGIN = f"""
-import os, sys
-assert not {{"keras", "tensorflow", "jax", "torch"}} & set(sys.modules)
-os.environ["KERAS_BACKEND"] = {BACKEND!r}
-import keras, numpy as np
-x, y = np.random.default_rng(0).normal(size=(64, 4)).astype("float32"), np.arange(64) % 3
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+X, Y = np.random.default_rng(0).normal(size=(64, 4)).astype("float32"), np.arange(64) % 3
 LOSS = "sparse_categorical_crossentropy"
+POLICY_MODULE = sys.modules["keras.src.dtype_policies.dtype_policy"]
+
+
+@pytest.fixture
+def apply(monkeypatch, tmp_path):
+    """Returns a function that applies the patches with the given options."""
+    methods = [(keras.Model, "compile"), (keras.Model, "make_train_function"), (keras.Model, "fit")]
+    methods += [(keras.optimizers.Optimizer, "apply")]
+    if BACKEND == "tensorflow":
+        methods.append((tf.GradientTape, "gradient"))
+    for kind, name in methods:
+        owner = next(base for base in kind.__mro__ if name in vars(base))
+        monkeypatch.setattr(owner, name, vars(owner)[name])
+    saving = sys.modules["keras.src.saving.saving_api"]
+    monkeypatch.setattr(saving, "save_model", saving.save_model)
+    monkeypatch.setattr(POLICY_MODULE, "dtype_policy", POLICY_MODULE.dtype_policy)
+    monkeypatch.setattr(messages, "at_exit", lambda _: None)
+    monkeypatch.setattr(messages, "_refused", False)
+    if BACKEND == "torch":
+        monkeypatch.setattr("torch.optim.optimizer.register_optimizer_step_pre_hook", lambda _: None)
+
+    def apply(policy="mixed_float16", **options):
+        run = KerasRun(RunOptions(str(tmp_path / "runs"), policy=policy, **options))
+        for name, patch in {**run._functions, "keras": run._patch_classes}.items():
+            patch(sys.modules[name])
+        keras.config.set_dtype_policy(policy)
+        POLICY_MODULE.dtype_policy()
+        return run
+
+    return apply
+
 
 def net(*first, **last):
-    hidden = keras.layers.Dense(8, activation="relu", name="hidden")
-    return keras.Sequential([*first, hidden, keras.layers.Dense(3, activation="softmax", name="out", **last)])
-"""
-
-MODELS = (
-    "import sys; assert 'numpy' not in sys.modules"  # a script may set the number of its threads first
-    + BEGIN
-    + """
-facts = {"default": keras.mixed_precision.global_policy().name}
-model = net()  # not built yet
-model.compile("sgd", LOSS, metrics=["accuracy"])
-first = model.fit(x, y, epochs=2, batch_size=16, verbose=0).history
-model.fit(x, y, batch_size=16, verbose=0)
-facts["history"] = sorted(first)
-facts["optimizer"] = type(model.optimizer).__module__
-facts["probabilities"] = str(keras.backend.standardize_dtype(model(x).dtype))
-model.save("model.keras")
-model = net(keras.Input((4,)), dtype="float32")
-inner = keras.optimizers.Adam()
-for _ in range(2):
-    model.compile(inner, LOSS)
-    model.fit(x, y, verbose=0)
-model = net(keras.Input((4,)))
-model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), LOSS)
-model.fit(x, y, verbose=0)
-import tfmixed
-model = net(keras.Input((4,)))
-model.compile(tfmixed.LossScaleOptimizer("sgd", 64), LOSS)
-model.fit(x, y, verbose=0, callbacks=tfmixed.callbacks.LossScaleLogger("own.jsonl", verbose=0))
-import json
-print(json.dumps(facts))
-sys.exit(5)
-"""
-)
-
-
-def run(folder, code, *options, arguments=(), backend="nonsense"):
-    """Runs a script in a folder under `tfmixed run`, and returns the process and what we said in it."""
-    (folder / "train.py").write_text(code)
-    command = [sys.executable, "-m", "tfmixed", "run", *options, "train.py", *arguments]
-    environment = {**os.environ, "KERAS_BACKEND": backend}
-    options = {"capture_output": True, "text": True, "timeout": 240, "check": False, "cwd": folder}
-    done = subprocess.run(command, env=environment, **options)
-    return done, [line[9:] for line in done.stderr.splitlines() if line.startswith("tfmixed: ")]
-
-
-def line_of(code, part):
-    return next(number for number, line in enumerate(code.splitlines(), start=1) if part in line)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return folder, *run(folder, MODELS, "--policy", "mixed_float16")
-
-
-def test_policy_optimizer_and_islands_are_applied(models):
-    """To an unchanged script, whose output, history and exit code stay its own."""
-    _, done, said = models
-    assert done.returncode == 5, done.stderr
-    (printed,) = done.stdout.splitlines()
-    assert json.loads(printed) == {
-        "default": "mixed_float16",
-        "history": ["accuracy", "loss"],
-        "optimizer": "tfmixed.optimizer",
-        "probabilities": "float32",
-    }
-    assert re.fullmatch(
-        r"mixed_float16 \(--policy.*\), loss scale dynamic, float32 islands on, log in runs/train/", said[0]
+    return keras.Sequential(
+        [*first, keras.layers.Dense(8, "relu"), keras.layers.Dense(3, "softmax", name="out", **last)]
     )
 
 
-def test_what_the_script_says_itself_stays_and_is_said(models):
-    """A layer's dtype, an optimizer that scales: once each, with the line."""
-    _, _, said = models
-    parts = 'name="out"', "keras.optimizers.LossScaleOptimizer", "tfmixed.LossScaleOptimizer"
-    layer, theirs, ours = (f"train.py:{line_of(MODELS, part)}" for part in parts)
-    scales, stays = "compiles with a LossScaleOptimizer", "the script's own stays"
-    assert said[1:-1] == [
-        f"{layer} gives a Dense the dtype float32, which it keeps; elsewhere mixed_float16 holds",
-        f"{theirs} {scales}, Keras's own, which cannot be logged: {stays}",
-        f"{ours} {scales}: {stays}",
-    ]
+def lines(capfd):
+    return [line for line in capfd.readouterr().err.splitlines() if line.startswith("tfmixed: ")]
 
 
-def test_the_last_line_tells_how_it_ended(models):
-    """Steps, skips and scales of all optimizers, each of which has a log, islands, and where logs and report are."""
-    folder, _, said = models
-    steps = 12 + 4 + 2 + 2
-    assert re.fullmatch(
-        rf"4 runs, {steps} steps, \d skipped, those of Keras's own scaler not counted, final scales 64 to \d+, "
-        r"3 layers in float32; 3 logs in \./, runs/train/; report runs/train/report.html",
-        said[-1],
-    )
-    logs = {path.name: records.read_log(path) for path in sorted((folder / "runs" / "train").glob("*.jsonl"))}
-    progress = [[each.step for each in log if isinstance(each, records.Progress)] for log in logs.values()]
-    assert progress == [[1, 3], [3, 7, 11]]  # loss_scale-2.jsonl before loss_scale.jsonl
-    assert (folder / "runs/train/report.html").read_text().startswith("<!doctype html>")
+def test_fit_scales_logs_and_makes_islands(apply, capfd, tmp_path):
+    """Of a model that `fit` builds: the policy, a scaling optimizer, a softmax in float32, a log, the last line."""
+    run = apply()
+    model = net()
+    model.compile("sgd", LOSS)
+    history = model.fit(X, Y, epochs=2, batch_size=32, verbose=0).history
+    assert (list(history), isinstance(model.optimizer, tfmixed.LossScaleOptimizer)) == (["loss"], True)
+    assert keras.backend.standardize_dtype(model(X).dtype) == "float32"
+    assert run.summary.describe() == "4 steps, 0 skipped, final scale 32768, 1 layer in float32"
+    log = records.read_log(tmp_path / "runs" / "loss_scale.jsonl")
+    assert [record.step for record in log if isinstance(record, records.Progress)] == [1, 3]
+    (first,) = lines(capfd)
+    assert first.startswith("tfmixed: mixed_float16 (--policy")
+    assert "loss scale dynamic, float32 islands on" in first
+    model.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        assert b"tfmixed" not in archive.read("config.json")
 
 
-def test_what_a_run_saves_needs_no_tfmixed(models):
-    """Plain Keras loads the model, as its script made it."""
-    folder, _, _ = models
-    code = (
-        "import keras, sys\nlast = keras.models.load_model('model.keras').layers[-1]\n"
-        "print(last.activation.__name__, type(last) is keras.layers.Dense, 'tfmixed' in sys.modules)"
-    )
-    environment = {**os.environ, "KERAS_BACKEND": BACKEND}
-    options = {"capture_output": True, "text": True, "timeout": 120, "check": False, "cwd": folder}
-    loaded = subprocess.run([sys.executable, "-c", code], env=environment, **options)
-    assert loaded.stdout.split() == ["softmax", "True", "False"], loaded.stderr
-
-
-POLICIES = (
-    BEGIN
-    + """
-import threading
-import tfmixed
-made = []
-make = lambda **named: made.append(keras.layers.Dense(1, **named).compute_dtype)
-keras.config.set_dtype_policy("mixed_float16")
-make()
-with tfmixed.policy_scope("float32"):
-    make()
-make()
-tfmixed.layers.Float32(keras.layers.Dense(1))  # sets a policy for a moment, which is nobody's wish
-keras.backend.clear_session()
-make()
-thread = threading.Thread(target=make)
-thread.start()
-thread.join()
-print(*made)
-"""
-)
-
-
-def test_a_policy_of_the_scripts_own_wins_and_is_said(tmp_path):
-    """With its line; where Keras forgets the policy, the one of the command is there again."""
-    done, said = run(tmp_path, POLICIES, "--policy", "mixed_bfloat16", "--no-islands")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["float16", "float32", "float16", "bfloat16", "bfloat16"]
-    first, scope = line_of(POLICIES, "set_dtype_policy"), line_of(POLICIES, "policy_scope")
-    won = "which wins over mixed_bfloat16"
-    applied = "loss scale dynamic, float32 islands off, log in runs/train/"
-    assert said == [
-        f"train.py:{first} sets mixed_float16, {won} (--policy); {applied}",
-        f"train.py:{scope} sets float32, {won}; from here on no loss scale",
-        f"train.py:{scope} sets mixed_float16, {won}; from here on {applied}",
-        "no training step was seen",
-    ]
-
-
-STOPPED = (
-    BEGIN
-    + """
-class Stop(keras.callbacks.Callback):
-    def on_train_batch_end(self, batch, logs=None):
-        if batch == 1 and self.epoch == 1:
-            raise KeyboardInterrupt
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.epoch = epoch
-
-if sys.argv[1] == "begin":
+def test_train_on_batch_is_scaled_and_counted(apply):
+    """Also without islands."""
+    run = apply(islands=False, scale="1024")
     model = net(keras.Input((4,)))
-    model.compile(keras.optimizers.SGD(0.1), LOSS)
-    saved = keras.callbacks.ModelCheckpoint("model.keras", save_freq="epoch")
-    model.fit(x, y, epochs=3, batch_size=16, verbose=0, callbacks=[saved, Stop()])
-else:
-    model = keras.models.load_model("model.keras")
-    model.fit(x, y, epochs=1, batch_size=16, verbose=0)
-    print(int(model.optimizer.attempted_steps))
-"""
-)
+    model.compile("sgd", LOSS)
+    for _ in range(2):
+        model.train_on_batch(X, Y)
+    run.finish()
+    assert run.summary.describe() == "2 steps, 0 skipped, final scale 1024"
 
 
-def test_an_interrupted_run_says_where_it_stands_and_is_taken_up_again(tmp_path):
-    """The traceback is the script's and Keras's; with --log-dir the log of what was restored goes on."""
-    options = "--policy", "mixed_float16", "--scale", "1024", "--log-dir", "here"
-    done, said = run(tmp_path, STOPPED, *options, arguments=["begin"])
-    assert done.returncode == -2  # SIGINT, as Python ends
-    assert "KeyboardInterrupt" in done.stderr
-    assert os.path.join("tfmixed", "running") not in done.stderr
-    steps = 6 if BACKEND != "jax" else 4  # of a step that was broken off, JAX has taken the variables
-    assert said[0].endswith("loss scale constant 1024, float32 islands on, log in here/")
-    assert re.match(rf"({steps}|6) steps, 0 skipped, final scale 1024, 1 layer in float32; log here/", said[-1])
-    done, said = run(tmp_path, STOPPED, *options, arguments=["again"])
-    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
-    assert said[-1].endswith("log here/loss_scale.jsonl; report here/report-2.html")
-    log = records.read_log(tmp_path / "here" / "loss_scale.jsonl")
-    assert [(each.event, each.step) for each in log] == [("run", 0), ("progress", 3), ("run", 4), ("progress", 7)]
+def test_optimizers_of_the_script_stay(apply, capfd):
+    """Keras's and tfmixed's scaling optimizers, and any with `auto_scale_loss=False`."""
+    apply()
+    for optimizer, named in (
+        (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), {}),
+        (tfmixed.LossScaleOptimizer("sgd", 64), {}),
+        (keras.optimizers.SGD(), {"auto_scale_loss": False}),
+    ):
+        model = net(keras.Input((4,)))
+        model.compile(optimizer, LOSS, **named)
+        assert model.optimizer is optimizer
+    assert len(lines(capfd)) == 4
 
 
-NO_ROOM = (
-    BEGIN
-    + """
-import resource
-class Full(keras.callbacks.Callback):
-    def on_epoch_begin(self, epoch, logs=None):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 if epoch == 1 else 10**9, -1))
-
-model = net(keras.Input((4,)))
-model.compile("sgd", LOSS)
-model.fit(x, y, batch_size=16, epochs=4, verbose=0, callbacks=[Full()])
-model.fit(x, y, batch_size=16, verbose=0)
-print(int(model.optimizer.iterations))
-"""
-)
-
-
-def test_a_full_disk_ends_the_log_and_not_the_script(tmp_path):
-    """A limit on the size of files stands for it; another `fit` goes on in the log."""
-    done, said = run(tmp_path, NO_ROOM, "--policy", "mixed_float16", "--scale", "1024", "--log-dir", "here")
-    assert (done.returncode, done.stdout) == (0, "20\n"), done.stderr
-    assert sum("the log ends here: " in line for line in said) == 1
-    log = records.read_log(tmp_path / "here" / "loss_scale.jsonl")
-    assert [(each.event, each.step) for each in log] == [("run", 0), ("progress", 3), ("run", 16), ("progress", 19)]
-
-
-BROKEN_OFF = (
-    BEGIN
-    + """
-class Stop(keras.callbacks.Callback):
-    def on_train_batch_end(self, batch, logs=None):
-        if batch == 1:
-            raise ValueError
-
-model = net(keras.Input((4,)))
-model.compile("sgd", LOSS)
-if sys.argv[1] == "early":
-    raise ValueError
-try:
-    model.fit(x, y, batch_size=16, verbose=0, callbacks=[Stop()])
-except ValueError:
-    pass
-"""
-)
-
-
-@pytest.mark.parametrize("where", ["early", "in fit"])
-def test_the_last_line_says_no_more_than_is_known(tmp_path, where):
-    """After an exception before the first step; or in `fit`, where JAX may have taken the variables."""
-    done, said = run(tmp_path, BROKEN_OFF, "--policy", "float32", arguments=[where])
-    trained = ["2 steps, no loss scale", *(["the number of steps is not known"] if BACKEND == "jax" else [])]
-    assert done.returncode == (where == "early")
-    assert said[-1] in (["the script ended with ValueError"] if where == "early" else trained)
-
-
-COUNTED = (
-    BEGIN
-    + """
-import gc
-
-def compiled():
+def test_dtypes_of_the_script_are_reported(apply, capfd):
+    """A layer of its own dtype and another policy."""
+    apply()
+    net(keras.Input((4,)), dtype="float32").compile("sgd", LOSS)
+    keras.config.set_dtype_policy("float32")
     model = net(keras.Input((4,)))
-    model.compile("adam", LOSS)
-    return model
-
-def dropped():
-    model = compiled()
-    for _ in range(3):
-        model.train_on_batch(x, y)
-
-dropped()
-gc.collect()
-model = compiled()
-model.fit(x, y, batch_size=16, verbose=0)
-model.save("model.keras")
-model.save_weights("model.weights.h5")
-model.fit(x, y, batch_size=8, verbose=0)
-model.load_weights("model.weights.h5")
-model.fit(x, y, batch_size=16, verbose=0)
-keras.models.load_model("model.keras").evaluate(x, y, verbose=0)
-model = keras.models.load_model("model.keras")
-for _ in range(2):
-    model.train_on_batch(x, y)
-print(int(model.optimizer.iterations))
-"""
-)
+    model.compile("sgd", LOSS)
+    assert not isinstance(model.optimizer, tfmixed.LossScaleOptimizer)
+    _, layer, policy = lines(capfd)
+    assert "'out'" in layer
+    assert "uses float32" in policy
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "float32"])
-def test_the_steps_are_those_of_this_run(tmp_path, policy):
-    """Those of a model that the script dropped too, and none that a file brought along, whatever it takes back."""
-    done, said = run(tmp_path, COUNTED, "--policy", policy)
-    assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr
-    steps = 3 + (4 + 8 + 4) + 2
-    if policy == "float32":
-        assert said[-1] == f"3 runs, {steps} steps, no loss scale"
-        return
-    assert said[-1].startswith(f"3 runs, {steps} steps, 0 skipped, final scale 32768, 3 layers in float32; 3 logs in ")
-    logs = [records.read_log(path) for path in (tmp_path / "runs" / "train").glob("*.jsonl")]
-    assert sorted((log[0].step, log[-1].step) for log in logs) == [(0, 2), (0, 7), (4, 5)]
-    assert {log[0].optimizer for log in logs} == {"Adam"}
+if BACKEND == "tensorflow":
+
+    class Own(keras.Model):
+        """A training step that differs from Keras's in nothing but that it clips gradients itself."""
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            grads, _ = tf.clip_by_global_norm(tape.gradient(loss, self.trainable_variables), 0.05)
+            self.optimizer.apply_gradients(zip(grads, self.trainable_variables, strict=True))
+            return {"loss": loss}
+
+    class Scales(Own):
+        """A training step that scales its loss."""
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                scaled = self.optimizer.scale_loss(self.compute_loss(x, y, self(x, training=True)))
+            self.optimizer.apply(tape.gradient(scaled, self.trainable_variables), self.trainable_variables)
+            return {"loss": scaled}
+
+    class ScalesLater(Own):
+        """A training step that scales the second of two losses."""
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape(persistent=True) as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            tape.gradient(loss, self.trainable_variables)
+            self.optimizer.scale_loss(loss)
+            return {"loss": loss}
+
+    class Never(Own):
+        """A training step whose gradients are not of any loss."""
+
+        def train_step(self, data):
+            self.optimizer.apply([tf.ones_like(v) for v in self.trainable_variables], self.trainable_variables)
+            return {"loss": tf.zeros(())}
 
 
-HANDED_ON = (
-    BEGIN
-    + """
-models = [net(keras.Input((4,))) for _ in range(2)]
-for model in models:
-    model.compile("adam", LOSS)
-    model.optimizer.build(model.trainable_variables)
-models[0].fit(x, y, batch_size=16, verbose=0)
-for other, variable in zip(models[1].optimizer.variables, models[0].optimizer.variables):
-    other.assign(variable)
-models[1].fit(x, y, batch_size=16, verbose=0)
-print(int(model.optimizer.iterations))
-"""
-)
-
-
-def test_steps_that_one_optimizer_hands_on_to_another_count_once(tmp_path):
-    """By its variables, as checkpoints of TensorFlow do it."""
-    done, said = run(tmp_path, HANDED_ON, "--policy", "mixed_float16")
-    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
-    assert said[-1].startswith("2 runs, 8 steps, 0 skipped, ")
-
-
-UNKNOWN_SIZE = (
-    BEGIN
-    + """
-import tensorflow as tf
-data = tf.data.Dataset.from_tensor_slices((x, y)).filter(lambda *_: True).batch(16)  # 4 batches
-for steps in (1, 3):
-    model = net(keras.Input((4,)))
-    model.compile("sgd", LOSS, steps_per_execution=steps)
-    model.fit(data, epochs=2, verbose=0)
-    model.fit(data, verbose=0)
-model = net(keras.Input((4,)))
-parts = keras.optimizers.SGD(gradient_accumulation_steps=2), keras.optimizers.Adam()
-model.compile(keras.optimizers.MultiOptimizer(lambda variable: parts["bias" in variable.path]), LOSS)
-model.fit(data, verbose=0, steps_per_epoch=5)
-"""
-)
+def trained(kind, eager=True, **clip):
+    """Returns the weights after two steps with a loss whose gradients are too small for float16 alone."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    model = kind(inputs, keras.layers.Dense(1)(keras.layers.Dense(4, activation="tanh")(inputs)))
+    loss = lambda y, out: 1e-6 * keras.ops.mean(keras.ops.square(out - y))  # noqa: E731  # Keras takes its name
+    model.compile(keras.optimizers.SGD(1e4, **clip), loss, run_eagerly=eager)
+    model.fit(X, X[:, :1], batch_size=32, shuffle=False, verbose=0)
+    return model.get_weights()
 
 
 @needs_tensorflow
-@pytest.mark.parametrize(("policy", "rest"), [("float32", "no loss scale"), ("mixed_float16", "0 skipped")])
-def test_the_end_of_a_dataset_of_unknown_size_is_no_step(tmp_path, policy, rest):
-    """Keras's `iterations` counts it, unless a step checks gradients. Parts count with their optimizer."""
-    done, said = run(tmp_path, UNKNOWN_SIZE, "--policy", policy)
-    assert done.returncode == 0, done.stderr
-    assert said[-1].startswith(f"3 runs, 28 steps, {rest}")
+@pytest.mark.parametrize("eager", [True, False])
+def test_tape_of_a_train_step_is_scaled(apply, eager):
+    """The weights are those of Keras's own training step."""
+    run = apply(scale="2^20", islands=False)
+    expected = trained(keras.Model, eager, global_clipnorm=0.05)
+    for value, wanted in zip(trained(Own, eager), expected, strict=True):
+        np.testing.assert_allclose(value, wanted, atol=1e-6)
+    assert run.summary.describe() == "2 runs, 4 steps, 0 skipped, final scale 1.04858e+06"
 
 
-SKIPPED = (
-    BEGIN
-    + """
-model = net(keras.Input((4,)))
-model.compile("sgd", LOSS)
-model.fit(np.full_like(x, np.inf), y, batch_size=8, verbose=0)
-"""
-)
+@needs_tensorflow
+def test_train_step_that_scales_its_loss_is_left_alone(apply):
+    """The weights are those of Keras's own training step."""
+    apply(islands=False)
+    for value, wanted in zip(trained(Scales), trained(keras.Model), strict=True):
+        np.testing.assert_allclose(value, wanted, atol=1e-6)
 
 
-def test_a_run_that_mostly_skipped_says_so_at_its_end(tmp_path):
-    """With the steps, the variable and a remedy; `fit` warns too."""
-    done, said = run(tmp_path, SKIPPED, "--policy", "mixed_float16")
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    warned = "8 of the 8 steps since step 0 had gradients that are not finite"
-    assert f"train.py:{line_of(SKIPPED, 'model.fit')}: UserWarning: {warned}" in done.stderr
-    assert re.fullmatch(rf"{warned}.*kernel.*learning rate.*", said[-2])
-    assert said[-1].startswith("8 steps, 8 skipped")
+@needs_tensorflow
+@pytest.mark.parametrize(("name", "word"), [("ScalesLater", "partly"), ("Never", "not scaled")])
+def test_train_steps_that_cannot_be_scaled_are_refused(apply, capfd, name, word):
+    """With exit code 2 and the line."""
+    apply(islands=False)
+    with pytest.raises(SystemExit) as end:
+        trained(globals()[name])
+    assert end.value.code == 2
+    line = lines(capfd)[-1]
+    assert "test_run.py:" in line
+    assert word in line
 
 
-FLOAT32 = (
-    BEGIN
-    + """
-model = net(keras.Input((4,)))
-model.compile("sgd", LOSS)
-model.fit(x, y, verbose=0)
-print(type(model.optimizer).__name__)
-"""
-)
+@needs_tensorflow
+@pytest.mark.parametrize("scaler", [None, "GradScaler", "LossScaleOptimizer"])
+def test_custom_loops_under_float16_must_scale(apply, capfd, scaler):
+    """A bare optimizer is refused. What scales is left alone."""
+    apply()
+    model, optimizer = net(keras.Input((4,))), keras.optimizers.SGD()
+    grads = [tf.ones_like(variable) for variable in model.trainable_variables]
+    if scaler == "GradScaler":
+        tfmixed.GradScaler().step(optimizer, zip(grads, model.trainable_variables, strict=True))
+    elif scaler == "LossScaleOptimizer":
+        optimizer = tfmixed.LossScaleOptimizer(optimizer)
+        optimizer.scale_loss(1.0)
+        optimizer.apply(grads, model.trainable_variables)
+    else:
+        with pytest.raises(SystemExit):
+            optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+        assert "custom loop" in lines(capfd)[-1]
 
 
-def test_without_a_loss_scale_there_is_nothing_to_log(tmp_path):
-    """The optimizer stays as it is, and no folder is made."""
-    done, said = run(tmp_path, FLOAT32, "--policy", "float32")
-    assert done.stdout == "SGD\n", done.stderr
-    assert said == ["float32 (--policy), no loss scale", "2 steps, no loss scale"]
-    assert sorted(os.listdir(tmp_path)) == ["train.py"]
+@needs_tensorflow
+def test_custom_loops_under_bfloat16_are_told_what_they_lack(apply, capfd):
+    """Once."""
+    run = apply("mixed_bfloat16")
+    model, optimizer = net(keras.Input((4,))), keras.optimizers.SGD()
+    for _ in range(2):
+        optimizer.apply([tf.ones_like(variable) for variable in model.trainable_variables], model.trainable_variables)
+    assert len(lines(capfd)) == 2
+    assert run.summary.describe() == "no training step was seen"
+
+
+class Counters:
+    """An optimizer that has taken some steps."""
+
+    loss_scale = 8.0
+
+    def __init__(self, attempted, skipped=0):
+        self.attempted_steps, self.skipped_steps = attempted, skipped
+
+
+def test_steps_of_a_file_are_not_counted(tmp_path):
+    """Neither those that an optimizer brings along, nor those that it loads between two trainings."""
+    summary, optimizer = RunSummary(RunOptions(str(tmp_path))), Counters(10, 5)
+    for attempted, skipped in ((13, 6), (4, 1)):
+        summary.begin(optimizer)
+        optimizer.attempted_steps, optimizer.skipped_steps = attempted, skipped
+        summary.end(optimizer)
+        optimizer.attempted_steps, optimizer.skipped_steps = 2, 0
+    summary.begin(Counters(0))  # never trains
+    assert summary.close() == "5 steps, 2 skipped, final scale 8"
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_last_line_names_logs_and_report(tmp_path, count):
+    """A report compares a few logs at most. Existing files are kept."""
+    summary = RunSummary(RunOptions(str(tmp_path)))
+    (tmp_path / "loss_scale.jsonl").touch()
+    for _ in range(count):
+        optimizer = Counters(0)
+        summary.begin(optimizer)
+        summary.log_path(optimizer)
+        optimizer.attempted_steps = 3
+    line = summary.close()
+    assert line.startswith(("3 steps", "5 runs, 15 steps"))
+    assert f"log {tmp_path}/loss_scale-2.jsonl; report" in line or f"5 logs in {tmp_path}/; no report" in line
+
+
+@needs_tensorflow
+def test_tf1_scripts_are_scaled_and_counted(monkeypatch, capfd, tmp_path):
+    """The rewrite begins with the first session, and counters are read when a session closes."""
+    from tensorflow.python.client.session import BaseSession
+
+    from tfmixed.compat import v1
+
+    monkeypatch.setattr(v1.LossScaleOptimizer, "apply_gradients", v1.LossScaleOptimizer.apply_gradients)
+    for kind, name in ((BaseSession, "__init__"), (BaseSession, "close"), (tf.compat.v1.InteractiveSession, "close")):
+        monkeypatch.setattr(kind, name, getattr(kind, name))
+    monkeypatch.setattr(tf.compat.v1.InteractiveSession, "__init__", tf.compat.v1.InteractiveSession.__init__)
+    monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION_LOSS_SCALING", "")
+    run = TF1Run(RunOptions(str(tmp_path), policy="mixed_bfloat16", tf1=True))
+    run._install_after_keras(keras)
+    try:
+        with tf.Graph().as_default():
+            w = tf.compat.v1.get_variable("w", [2])
+            step = tf.compat.v1.train.GradientDescentOptimizer(0.1).minimize(tf.reduce_sum(w**2))
+            with tf.compat.v1.Session() as session:
+                session.run(tf.compat.v1.global_variables_initializer())
+                session.run(step)
+        run.finish()
+    finally:
+        v1.disable_mixed_precision_graph_rewrite()
+        v1.uninstall()
+    first, last = lines(capfd)
+    assert "graph rewrite to bfloat16" in first
+    assert "1 steps, 0 skipped, final scale 32768" in last

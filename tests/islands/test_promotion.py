@@ -342,12 +342,12 @@ def test_scripts_written_for_float32_train(half, build):
 
 def explained(run, capfd):
     """Returns the lines that `tfmixed run` prints for the exception of a function."""
-    from tfmixed._cli.run import mismatch
+    from tfmixed._cli.run import dtype_mismatch
 
     try:
         run()
     except Exception as error:
-        mismatch.explain(error)
+        dtype_mismatch.explain(error)
     else:
         pytest.fail("no exception")
     return [line for line in capfd.readouterr().err.splitlines() if line.startswith("tfmixed: ")]

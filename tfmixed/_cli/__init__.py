@@ -1,1 +1,1 @@
-"""The command-line interface."""
+"""Commands of the `tfmixed` command line."""

@@ -1,4 +1,4 @@
-"""The commands that read logs, `report` and `simulate`: they load no framework, and matplotlib only to draw."""
+"""Commands that read logs: `report` and `simulate`. They import no framework, and matplotlib only for plots."""
 
 from __future__ import annotations
 
@@ -19,71 +19,65 @@ if TYPE_CHECKING:
 
     from tfmixed.scaling.replay import Outcome, Trace
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A log of LossScaleLogger, or a folder that holds one.")],
-    run_b: Annotated[Path | None, typer.Argument(metavar="[RUN_B]", help="Another one, to lay beside it.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one page that needs no network.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write the pictures.")] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Log of LossScaleLogger, or a folder with one.")],
+    run_b: Annotated[Path | None, typer.Argument(metavar="[RUN_B]", help="Second log, for comparison.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the plots to a .png file.")] = None,
 ) -> None:
-    """What a run lost to half precision, and what to change: its scale, skipped steps and gradient ranges."""
+    """Report the loss scale, skipped steps and gradient ranges of a run, with advice."""
     from tfmixed.report import Report, read
 
     for path, suffix in ((html, ".html"), (png, ".png")):
-        _check(path, suffix)
-    made = Report([read(path) for path in (run, run_b) if path is not None])
-    for path, each in zip((run, run_b), made.runs, strict=False):
-        if not each.log:
-            raise UsageError(f"RUN must be a log of LossScaleLogger, received {str(path)!r}: {each.problems[0]}")
+        _check_plot(path, suffix)
+    paths = [path for path in (run, run_b) if path is not None]
+    result = Report([read(path) for path in paths])
+    for path, loaded in zip(paths, result.runs, strict=True):
+        if not loaded.log:
+            raise UsageError(f"RUN must be a log of LossScaleLogger. Received: {str(path)!r} ({loaded.problems[0]}).")
     from rich.console import Console
 
-    Console().print(made)
+    Console().print(result)
     for path, suffix in ((html, ".html"), (png, ".png")):
         prepare(f"--{suffix[1:]}", path)
-    with _mendable():
+    with _usage_errors():
         if html is not None:
-            made.save_page(html)
+            result.save_page(html)
         if png is not None:
-            made.save_picture(png)
+            result.save_picture(png)
 
 
 def simulate(
     rule: Annotated[
         list[str],
-        typer.Option(help="dynamic, dynamic:growth_interval=500,hysteresis=2, 1024, torch, apex:... Several: repeat."),
+        typer.Option(help="dynamic, dynamic:growth_interval=500,hysteresis=2, 1024, torch, apex:... Can be repeated."),
     ],
-    trace: Annotated[str, typer.Option(help="A log, a file of T and F, or these letters: T finite, F overflow.")],
-    png: Annotated[Path | None, typer.Option(help="Write a picture, .png.")] = None,
+    trace: Annotated[str, typer.Option(help="Log, text file of T (finite) and F (overflow), or such letters.")],
+    png: Annotated[Path | None, typer.Option(help="Write a plot to a .png file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What rules would have done on a recorded trace of overflows, side by side."""
+    """Simulate scaling rules on the recorded overflows of a run."""
     from tfmixed.scaling.replay import parse, replay
 
-    _check(png, ".png")
-    with _mendable():
-        recorded = _trace(trace)
+    _check_plot(png, ".png")
+    with _usage_errors():
+        recorded = _read_trace(trace)
         outcomes = {text: replay(parse(text), recorded) for text in rule}
         if png is not None:
-            _draw(outcomes, png)
+            from tfmixed import plotting
+
+            scales = {text: outcome.scales for text, outcome in outcomes.items()}
+            skipped = {text: outcome.skipped for text, outcome in outcomes.items()}
+            plotting.save(plotting.plot_simulations(scales, skipped), png)
     if as_json:
         rules = [{"name": text, **outcome.as_dict()} for text, outcome in outcomes.items()]
-        told = {"steps": len(recorded.finite), "unlisted_skips": recorded.unlisted, "rules": rules}
-        print(json.dumps(told, indent=2))
-    else:
-        _print(outcomes, recorded)
-
-
-def _draw(outcomes: dict[str, Outcome], png: Path) -> None:
-    from tfmixed import plotting
-
-    scales = {text: outcome.scales for text, outcome in outcomes.items()}
-    skipped = {text: outcome.skipped for text, outcome in outcomes.items()}
-    plotting.save(plotting.plot_simulations(scales, skipped), png)
-
-
-def _print(outcomes: dict[str, Outcome], recorded: Trace) -> None:
+        print(
+            json.dumps({"steps": len(recorded.finite), "unlisted_skips": recorded.unlisted, "rules": rules}, indent=2)
+        )
+        return
     from rich.console import Console
 
     console = Console()
@@ -92,30 +86,32 @@ def _print(outcomes: dict[str, Outcome], recorded: Trace) -> None:
         console.print(sentence, markup=False, highlight=False)
 
 
-def _check(path: Path | None, suffix: str) -> None:
-    """Refuses a file that could not be written, before anything is read."""
+def _check_plot(path: Path | None, suffix: str) -> None:
+    """Checks a file with plots before any work starts."""
     if path is None:
         return
+    option = f"--{suffix[1:]}"
     if path.suffix.lower() != suffix:
-        raise UsageError(f"--{suffix[1:]} must be a path that ends in {suffix}, received {str(path)!r}")
+        raise UsageError(f"{option} must be a path that ends in {suffix}. Received: {str(path)!r}.")
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # only to see that it is installed
     except ImportError as error:
-        raise UsageError(f"--{suffix[1:]} needs matplotlib ({error}): pip install 'tfmixed[plot]'") from error
+        raise UsageError(f"{option} needs matplotlib ({error}): pip install 'tfmixed[plot]'") from error
 
 
 def prepare(option: str, path: Path | None) -> None:
-    """Refuses a file that could not be written, before any is, and makes its folder."""
+    """Creates the folder of an output file, and checks that the file can be written, before work starts."""
     try:
         if path is not None:
             atomic_write.prepare(path)
     except OSError as error:
-        why = error.strerror or error
-        raise UsageError(f"{option} must be a file that can be written, received {str(path)!r}: {why}") from error
+        reason = error.strerror or error
+        raise UsageError(f"{option} must be a file that can be written. Received: {str(path)!r} ({reason}).") from error
 
 
 @contextlib.contextmanager
-def _mendable() -> Iterator[None]:
+def _usage_errors() -> Iterator[None]:
+    """Turns errors about arguments and files into one-line messages."""
     try:
         yield
     except UsageError:
@@ -124,8 +120,8 @@ def _mendable() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def _trace(source: str) -> Trace:
-    """Returns the trace that a path or letters mean."""
+def _read_trace(source: str) -> Trace:
+    """Returns the trace in a log, in a text file, or given as letters."""
     from tfmixed import records
     from tfmixed.report import read
     from tfmixed.scaling.replay import Trace
@@ -133,11 +129,12 @@ def _trace(source: str) -> Trace:
     if not set("".join(source.split())) - {"T", "F"}:
         return Trace.of_letters(source)
     path = Path(source)
-    if not os.path.exists(path):  # False for what no path can be, where Path.exists raises
+    if not os.path.exists(path):  # False for impossible names, where Path.exists raises
         short = source if len(source) <= 60 else f"{source[:40]}... ({len(source):,} letters)"
         wrong = next(letter for letter in source if letter not in "TF" and not letter.isspace())
         raise UsageError(
-            f"trace must be a log, a file of T and F, or such letters, received {short!r}, which holds {wrong!r}"
+            f"--trace must be a log, a text file of T and F, or such letters. Received: {short!r}, which contains "
+            f"{wrong!r}."
         )
     if path.is_file():
         text = records.json_lines.text_of(path)
@@ -168,17 +165,17 @@ def _table(outcomes: dict[str, Outcome], trace: Trace) -> Table:
 
 
 def _caveats(outcomes: dict[str, Outcome], trace: Trace) -> Iterator[str]:
-    """Yields what the numbers rest on."""
+    """Yields the assumptions behind the numbers."""
     if trace.scales is None:
-        yield "Each step goes as its letter says, whatever the scale."
+        yield "A step is finite or overflows as its letter says, at any scale."
         return
     yield (
-        "A step that overflowed is taken to overflow at its scale and above, and to pass below; all others pass. Steps "
-        "beyond the log passed at a scale at which the log did not see them pass: some may have overflowed."
+        "A step that overflowed in the log overflows at its scale and above. All other steps are finite at any scale. "
+        'Steps "beyond the log" are at a higher scale than in the log, where some may have overflowed.'
     )
     if avoided := max(outcome.below for outcome in outcomes.values()):
-        yield f"Up to {avoided:,} steps pass here that overflowed at a higher scale in the log."
+        yield f"Up to {avoided:,} steps that overflowed in the log are finite here, at a lower scale."
     if trace.unlisted:
-        yield f"{trace.unlisted:,} skipped steps left the scale as it was, stand in no line, and count as passed."
+        yield f"{trace.unlisted:,} skipped steps are not in the log, since they kept the scale. They count as finite."
     if unknown := sum(scale is None for scale in trace.scales):
-        yield f"Of {unknown:,} steps the log does not know the scale."
+        yield f"The log does not contain the scale of {unknown:,} steps."

@@ -1,4 +1,4 @@
-"""The command `tfmixed`. Each command imports what it needs when it runs: `--help` loads no framework."""
+"""The `tfmixed` command line. Commands import frameworks when they run, so `--help` is fast."""
 
 from __future__ import annotations
 
@@ -17,44 +17,41 @@ import typer
 
 import tfmixed
 from tfmixed._cli import log_commands
-from tfmixed._cli.run import command as running
+from tfmixed._cli.run import command as run_command
 from tfmixed.errors import ConfigError, UsageError
 
-_OURS = f"{Path(__file__).parent}{os.sep}"
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
-_Policy = Annotated[str | None, typer.Option(help="Dtype policy to make the model under, such as mixed_float16.")]
+_Policy = Annotated[str | None, typer.Option(help="Dtype policy for the model, such as mixed_float16.")]
 
 
 def main() -> None:
-    """Runs the command line; what the user can mend is one line on standard error, and exit code 2."""
+    """Runs the command line. Usage errors are one line on standard error, with exit code 2."""
     try:
         with _flushed():
             app()
     except (UsageError, ConfigError) as error:
-        with contextlib.suppress(OSError):  # closed by code of the user
+        with contextlib.suppress(OSError):  # the user's code has closed it
             print(f"tfmixed: {' '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except running.Ready as ready:
-        start = ready.start
-    start()
 
 
 @contextlib.contextmanager
 def _flushed() -> Iterator[None]:
-    """Ends a command only when its output is written, and with one line where it cannot be."""
+    """Flushes the output of a command, and raises a usage error if it cannot be written."""
     try:
         try:
             yield
         finally:
-            if sys.stdout is not None:  # closed by whoever called
+            if sys.stdout is not None:  # the caller has closed it
                 sys.stdout.flush()
     except OSError as error:
         if error.errno not in _UNWRITTEN:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter tries again as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter flushes again at exit
         raise UsageError(f"Standard output must be open and have space. Received: {error.strerror}.") from error
 
 
@@ -65,7 +62,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def tfmixed_(
+def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -75,19 +72,21 @@ def tfmixed_(
 
 @app.command()
 def doctor(
-    measure: Annotated[bool, typer.Option("--measure", help="Measure TFLOP/s and memory bandwidth: seconds.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure TFLOP/s and memory bandwidth, in about 10 seconds.")
+    ] = False,
     model: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Look at a model: module:function, or a .keras file.")
+        str | None, typer.Option(metavar="SPEC", help="Also check a model: module:function, or a .keras file.")
     ] = None,
     as_json: log_commands.AsJson = False,
 ) -> None:
-    """What this machine is, which policy fits it, and what makes mixed precision useless on it."""
+    """Describe this hardware, the policy that fits it, and settings that make mixed precision ineffective."""
     with _on_models():
         from tfmixed._cli.load_model import load_model
         from tfmixed.doctor.diagnosis import examine
 
         if measure:
-            print("tfmixed: measuring, for some 10 seconds", file=sys.stderr)
+            print("tfmixed: measuring for about 10 seconds", file=sys.stderr)
         diagnosis = examine(load_model(model) if model is not None else None, measure)
     print(diagnosis.to_json()) if as_json else _print(diagnosis)
 
@@ -96,16 +95,18 @@ def doctor(
 def audit(
     model: Annotated[
         str,
-        typer.Argument(help="module:function that returns model (, inputs, targets) or model, data; or a .keras file."),
+        typer.Argument(
+            help="module:function that returns a model, alone or with inputs and targets (or data); or a .keras file."
+        ),
     ],
     policy: _Policy = None,
     fail_on: Annotated[
         Literal["severe", "warning", "note", "never"],
-        typer.Option(help="Exit with 1 for such findings and graver ones."),
+        typer.Option(help="Lowest severity of findings that gives exit code 1."),
     ] = "severe",
     as_json: log_commands.AsJson = False,
 ) -> None:
-    """What in a model's forward and backward pass is unsafe in half precision; inputs, if given, run through it."""
+    """Find operations of a model that are unsafe in half precision. Runs a step if inputs are given."""
     with _on_models():
         from tfmixed._cli.load_model import load_step
         from tfmixed._utils.model_building import first_batch
@@ -120,25 +121,28 @@ def audit(
 @app.command()
 def ranges(
     model: Annotated[
-        str, typer.Argument(help="module:function that returns a compiled model, inputs and targets (or model, data).")
+        str,
+        typer.Argument(
+            help="module:function that returns a compiled model with inputs and targets, or with a dataset."
+        ),
     ],
-    steps: Annotated[int, typer.Option(min=1, help="How many batches.")] = 10,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples a batch, of arrays. Default: 32.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of batches.")] = 10,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size of arrays. Default: 32.")] = None,
     policy: _Policy = None,
     precision: Annotated[
         Literal["float32", "float16", "bfloat16"],
-        typer.Option(help="float32: the true gradients. Half precision: those that come out in it."),
+        typer.Option(help="Precision of the gradients. float32 gives their true magnitudes."),
     ] = "float32",
-    headroom: Annotated[float, typer.Option(min=1.0, help="How many times larger gradients may become.")] = 2.0,
-    save: Annotated[Path | None, typer.Option(help="Write the counts, as a line of JSON.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a picture, before and after scaling.")] = None,
+    headroom: Annotated[float, typer.Option(min=1.0, help="Factor by which gradients may grow.")] = 2.0,
+    save: Annotated[Path | None, typer.Option(help="Write the counts as a line of JSON.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a plot of the gradients before and after scaling.")] = None,
     as_json: log_commands.AsJson = False,
 ) -> None:
-    """The magnitudes of a model's gradients, what float16 loses of them, and which loss scale to choose."""
+    """Measure the magnitudes of a model's gradients, and suggest a loss scale."""
     with _on_models():
         from tfmixed._cli.load_model import load_training
 
-        _check_picture(png)
+        _check_plot(png)
         for option, path in (("--save", save), ("--png", png)):
             log_commands.prepare(option, path)
         _set_policy(policy)
@@ -155,30 +159,32 @@ def ranges(
 @app.command()
 def bench(
     networks: Annotated[
-        list[str] | None, typer.Argument(help="mlp, cnn, transformer, depthwise. Default: all of them.")
+        list[str] | None, typer.Argument(help="mlp, cnn, transformer, depthwise. Default: all.")
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="SPEC", help="Your own: module:function that returns compiled model, inputs, targets."),
+        typer.Option(
+            metavar="SPEC", help="Own network: module:function that returns a compiled model, inputs and targets."
+        ),
     ] = None,
-    policy: Annotated[str, typer.Option(help="Half-precision policy. auto: what this machine is fast in.")] = "auto",
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples a step. Default: the network's own, or 32.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each variant.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Length of a turn.")] = 1.0,
+    policy: Annotated[str, typer.Option(help="Half-precision policy. auto: the fastest for this hardware.")] = "auto",
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size. Default: that of the network, or 32.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of measurements of each variant.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Length of a measurement.")] = 1.0,
     memory: Annotated[
-        float, typer.Option(min=0, help="GiB, for the batch that fits. 0 measures no memory: two processes a row.")
+        float, typer.Option(min=0, help="GiB of memory, to estimate the largest batch size. 0: no memory is measured.")
     ] = 8.0,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture of the times, .png or .svg.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the times to a .png or .svg file.")] = None,
     as_json: log_commands.AsJson = False,
 ) -> None:
-    """Trains in float32, in Keras's mixed precision and in ours, by turns: time, memory and loss, side by side."""
-    # Memory is measured in processes beside this one: none of them may take the whole GPU for itself.
+    """Compare time, memory and loss of training in float32, and in half precision with and without loss scaling."""
+    # Memory is measured in further processes, so no process may allocate the whole GPU.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with _on_models():
         from tfmixed._cli import bench as benchmark
 
-        _check_picture(plot)
+        _check_plot(plot)
         log_commands.prepare("--plot", plot)
         cases = [*(networks or ()), *(model or ())] or benchmark.NETWORKS
         report = benchmark.run(cases, policy, batch=batch, rounds=rounds, seconds=seconds, memory=memory or None)
@@ -191,14 +197,14 @@ def bench(
 
 app.command()(log_commands.report)
 app.command()(log_commands.simulate)
-app.command(context_settings=running.SETTINGS)(running.run)
+app.command(context_settings=run_command.SETTINGS)(run_command.run)
 
 
 @contextlib.contextmanager
 def _on_models() -> Iterator[None]:
-    """Loads Keras, and ends the command with exit code 2 if code that it runs fails: 1 is for findings, 0 for none.
+    """Imports Keras, and turns errors of the model's code into exit code 2, since 0 and 1 are results of an audit.
 
-    What that code prints goes to standard error, where it does not mix with JSON.
+    Output of that code goes to standard error, so that it does not mix with JSON.
     """
     with contextlib.redirect_stdout(sys.stderr):
         try:
@@ -207,7 +213,7 @@ def _on_models() -> Iterator[None]:
         except (UsageError, ConfigError, KeyboardInterrupt):
             raise
         except SystemExit as stop:
-            raise UsageError(f"The code of the model must not exit. Received: sys.exit({stop.code!r})") from None
+            raise UsageError(f"The code of the model must not exit. Received: sys.exit({stop.code!r}).") from None
         except BaseException as error:
             if _is_refusal(error):
                 raise UsageError(str(error)) from error
@@ -217,9 +223,9 @@ def _on_models() -> Iterator[None]:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Returns whether a check of this package raised the error, and no code that it called.
+    """Returns whether this package raised the error itself.
 
-    Keras removes its own frames: an error of it can seem to come from ours, but from a call there and no `raise`.
+    Keras removes its frames from tracebacks. The innermost frame can thus be ours, but at a call and not at a `raise`.
     """
     innermost = error.__traceback__
     while innermost is not None and innermost.tb_next is not None:
@@ -227,7 +233,7 @@ def _is_refusal(error: BaseException) -> bool:
     if innermost is None or error.__cause__ is not None or not isinstance(error, (ValueError, NotImplementedError)):
         return False
     code = innermost.tb_frame.f_code
-    return code.co_filename.startswith(_OURS) and code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return code.co_filename.startswith(_PACKAGE) and code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _print(renderable: Any) -> None:
@@ -239,13 +245,13 @@ def _print(renderable: Any) -> None:
 def _set_policy(policy: str | None) -> None:
     try:
         if policy is not None:
-            tfmixed.set_policy(policy, promote=False)  # models are looked at as Keras alone makes them
+            tfmixed.set_policy(policy, promote=False)  # the model as Keras alone creates it
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def _check_picture(path: Path | None) -> None:
-    """Refuses what could not be written, before anything is measured."""
+def _check_plot(path: Path | None) -> None:
+    """Checks the file of a plot before anything is measured."""
     if path is None:
         return
     try:
@@ -255,7 +261,7 @@ def _check_picture(path: Path | None) -> None:
     except ImportError as error:
         raise UsageError(str(error)) from error
     except ValueError as error:
-        raise UsageError(f"plot: {error}") from error
+        raise UsageError(f"The plot cannot be written: {error}") from error
 
 
 def _load_keras() -> None:
@@ -264,6 +270,6 @@ def _load_keras() -> None:
         import keras  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"Keras cannot load its backend ({error}): install it, for instance by pip install 'tfmixed[tensorflow]', "
-            "or name another in KERAS_BACKEND"
+            f"Keras cannot import its backend ({error}). Install it, as in pip install 'tfmixed[tensorflow]', or set "
+            "KERAS_BACKEND to another."
         ) from error

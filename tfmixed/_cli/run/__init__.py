@@ -1,6 +1,7 @@
-"""`tfmixed run`: an unchanged script, run in this process with mixed precision applied to what it makes.
+"""`tfmixed run`: a script executed by a new Python process, with mixed precision applied to its Keras models.
 
-    command -> wishes -> script (runs it) + policies, training, loops, tf1 (apply) -> ledger (log, report, last line)
+    command -> exec of Python with a start-up hook -> startup -> default_policy, keras_patches, training_steps (or tf1)
+            -> run_summary (last line and report)
 
-Nothing is applied before the script imports the framework itself: it may choose backend and devices first.
+Nothing is applied before the script imports the framework, so the script can choose backend and devices first.
 """
