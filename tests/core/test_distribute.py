@@ -265,7 +265,7 @@ def test_sparse_and_missing_gradients_on_replicas():
     assert int(optimizer.skipped_steps) == 1
 
 
-@pytest.mark.parametrize("style", ["Keras 2", "Keras 3"])
+@pytest.mark.parametrize("style", ["Keras 2", pytest.param("Keras 3", marks=slow)])
 def test_several_optimizers_in_one_step(style):
     """Weights and norms are those of unscaled steps, and no warning tells of a loss that was not scaled."""
     strategy = mirrored()

@@ -88,7 +88,7 @@ UNSCALES = {"step only": False, "unscale": True}
 
 @pytest.mark.parametrize(
     ("pattern", "unscales"),
-    mostly_slow({"whole-unscale", "parts-unscale", "unscale jit, step-unscale"}, PATTERNS, UNSCALES),
+    mostly_slow({"whole-unscale", "parts-unscale"}, PATTERNS, UNSCALES),
 )
 def test_any_part_may_be_compiled(pattern, unscales):
     """Scale, counters, events and weights are those of the eager loop, without a false error."""
@@ -159,6 +159,7 @@ def test_a_compiled_update_within_an_unrolled_loop():
     assert (loop.scaler.get_scale(), int(loop.scaler.skipped_steps)) == (2.0, 2)
 
 
+@slow
 def test_an_update_compiled_before_an_optimizer_joined():
     """It counts the overflows of that optimizer too."""
     first, second = Loop(), Loop(weight=keras.Variable([1.0, 2.0], name="late"))

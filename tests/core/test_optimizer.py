@@ -434,10 +434,7 @@ INNER = {
 
 @pytest.mark.parametrize(
     "make",
-    [
-        pytest.param(make, id=name, marks=() if name in ("global_clipnorm", "ema") else slow)
-        for name, make in INNER.items()
-    ],
+    [pytest.param(make, id=name, marks=() if name == "global_clipnorm" else slow) for name, make in INNER.items()],
 )
 def test_a_run_is_that_of_the_inner_optimizer(make):
     """With a power of two as scale, up to the order of multiplications. A bad batch leaves no trace."""
@@ -562,6 +559,7 @@ def test_the_end_of_a_dataset_is_not_a_step(mode):
     assert [event.step for event in optimizer.drain_events()] == [1, 5, 9]
 
 
+@slow
 def test_an_exhausted_scale_is_an_error_in_an_except_block_too():
     """For a loop that starts a failed training again."""
     model = small_model(LossScaleOptimizer("adam", 1, max_consecutive_skips=4))
@@ -760,7 +758,7 @@ def test_config_round_trips(arguments):
     assert (again.rule, again.event_capacity, again.name) == (optimizer.rule, optimizer.event_capacity, "mine")
 
 
-SAVED = {"model-dynamic", "weights-logmax", "checkpoint-keras"}
+SAVED = {"model-dynamic", "checkpoint-keras"}
 
 
 @pytest.mark.parametrize(
@@ -831,14 +829,16 @@ def test_a_model_saved_with_keras_own_class_continues(tmp_path):
     assert int(optimizer.iterations) == 8
 
 
-def test_a_broken_scale_of_keras_moves_into_the_bounds(tmp_path):
+def test_a_broken_scale_of_keras_moves_into_the_bounds():
     """Keras's own class can have a scale of 0, inf or NaN."""
-    model = keras_trained(tmp_path)
+    theirs = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(), 4.0, 3)
+    theirs.build(variables())
     for broken, bounded in ((0.0, 1.0), (np.inf, 2.0**24), (np.nan, 4.0)):
-        model.optimizer.dynamic_scale.assign(broken)
-        assert float(LossScaleOptimizer.from_keras(model.optimizer).loss_scale) == bounded
+        theirs.dynamic_scale.assign(broken)
+        assert float(LossScaleOptimizer.from_keras(theirs).loss_scale) == bounded
 
 
+@slow
 def test_a_file_of_another_inner_optimizer_is_skipped_with_a_warning(tmp_path):
     """Nothing is loaded."""
     x, y = digits_like(64)

@@ -117,7 +117,7 @@ class GradScaler(StateDict):
             )
         if self._scaling is None:
             self.distribute_strategy = replica_sync.current_strategy()
-            self._tracker = StepTracker(plain_variable)
+            self._step_tracker = StepTracker(plain_variable)
             self._scaling = ScalerState(self.rule, self.event_capacity, plain_variable)
         self._is_compiled |= in_graph()
         return self._scaling
@@ -134,7 +134,7 @@ class GradScaler(StateDict):
         if isinstance(outputs, Iterator):
             return map(self.scale, outputs)
         scale = self._state().read("dynamic_scale")
-        self._tracker.note_scale()
+        self._step_tracker.note_scale()
         return keras.tree.map_structure(lambda output: ops.multiply(output, scale), outputs)
 
     @do_not_convert
@@ -167,7 +167,7 @@ class GradScaler(StateDict):
         statistics = check.measure(given, scale, range(len(given)), replica_sync.replica_id())
 
         def record(replicas: replica_sync.Replicas, statistics: Any) -> None:
-            self._tracker.unscale(steps, check.result(replicas.sum(statistics)))
+            self._step_tracker.unscale(steps, check.result(replicas.sum(statistics)))
 
         replica_sync.run(record, statistics)
         unscaled = gradients.unscale_all(grads, raw, scale, self.rule.bounds[1])
@@ -204,7 +204,7 @@ class GradScaler(StateDict):
         replica_sync.check_supported(optimizer)  # the parts of a `MultiOptimizer` may not be known before
         indices = steps.add(variables, self._paths)
         present = [index for index, gradient in zip(indices, grads, strict=True) if gradient is not None]
-        was_unscaled, is_row = steps.is_unscaled(self._tracker.mark()), self.consecutive_skips > 0
+        was_unscaled, is_row = steps.is_unscaled(self._step_tracker.mark()), self.consecutive_skips > 0
         scale = ops.where(was_unscaled, 1.0, self.loss_scale)
         count = replica_sync.replica_count()
         check = FiniteCheck.for_variables(optimizer, steps.trained, count, self.rule.needs_amax)
@@ -217,7 +217,7 @@ class GradScaler(StateDict):
             finite = result.finite if self.rule.skip_nonfinite else ops.ones_like(result.finite)
             written = optimizer_adapters.written(optimizer, variables)
             cond(finite, functools.partial(replicas.call, update, grads), variables=written)
-            self._tracker.step(steps, result, is_row)
+            self._step_tracker.step(steps, result, is_row)
             return finite
 
         return replica_sync.run(joint_step, statistics, grads)
@@ -228,7 +228,7 @@ class GradScaler(StateDict):
         self._state()
         if optimizer not in self._steps:
             self._steps[optimizer] = OptimizerSteps(plain_variable)
-        self._tracker.check(self._steps[optimizer], grads, method)
+        self._step_tracker.check(self._steps[optimizer], grads, method)
         return self._steps[optimizer]
 
     def _unscale_and_apply(
@@ -253,18 +253,18 @@ class GradScaler(StateDict):
             return
         self._state()
         if new_scale is None:
-            self._tracker.check_update()
+            self._step_tracker.check_update()
         replica_sync.run_once(functools.partial(self._close, new_scale), self.distribute_strategy)
 
     def _close(self, new_scale: Any) -> None:
-        state, tracker = self._state(), self._tracker
+        state, tracker = self._state(), self._step_tracker
         if new_scale is not None:
             state.set_scale(new_scale, "new_scale")
         cond(tracker.read("begun") > 0, lambda: state.advance(tracker.result(), moves=new_scale is None))
         tracker.close()
 
     def _overflow_counts(self) -> dict[str, int]:
-        since = int(self._tracker.mark()) - int(self.consecutive_skips)
+        since = int(self._step_tracker.mark()) - int(self.consecutive_skips)
         counts = [steps.overflow_counts(since) for steps in list(self._steps.values())]
         return {path: count for by_path in counts for path, count in by_path.items()}
 

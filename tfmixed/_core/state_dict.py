@@ -27,7 +27,7 @@ class StateDict(ScalerBase):
     distribute_strategy: Any
     _enabled: bool
     _is_compiled: bool
-    _tracker: StepTracker
+    _step_tracker: StepTracker
 
     def _reset(self) -> None:
         raise NotImplementedError
@@ -110,7 +110,7 @@ class StateDict(ScalerBase):
 
     def _restore(self, values: Mapping[str, Any]) -> None:
         self._state().assign(values)
-        self._tracker.close()
+        self._step_tracker.close()
 
 
 def _names(rule: ScalingRule) -> tuple[str, ...]:
