@@ -21,7 +21,7 @@ RULES = {
     "logmax": LogMaxScale(max_scale=2.0**20),
     **{peer: scaling.like(peer) for peer in scaling.PEERS},
 }
-DEFAULT = ("hysteresis", "logmax")
+DEFAULT = ("hysteresis",)
 # Presets of the same classes as the rules above, without DeepSpeed, which delays growths.
 ALIKE = scaling.PEERS.keys() - {"deepspeed"}
 

@@ -101,7 +101,7 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
             NotImplementedError: If the distribution strategy is of an untested kind.
         """
         replica_sync.check_supported(self.inner_optimizer)
-        self._state().count_overflows(len(variables), self.add_variable)
+        self._state().add_overflow_counts(len(variables), self.add_variable)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         self._paths = [gradients.path(variable) for variable in variables]

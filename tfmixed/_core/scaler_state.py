@@ -50,7 +50,7 @@ class ScalerState(Variables):
         """Returns the name of the variable that holds a field of the rule's state."""
         return _KERAS_NAMES.get(field, field)
 
-    def count_overflows(self, count: int, add_variable: AddVariable) -> None:
+    def add_overflow_counts(self, count: int, add_variable: AddVariable) -> None:
         """Adds a counter for each of `count` variables: its overflows in the present row of skipped steps."""
         self.create({"overflow_counts": numpy.zeros(count, "int32")}, add_variable)
 
