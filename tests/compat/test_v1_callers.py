@@ -28,8 +28,8 @@ def _own_graph():
         shim.disable_mixed_precision_graph_rewrite()
 
 
-# As the BERT scripts of NVIDIA's DeepLearningExamples: an optimizer of its own, whose variables `get_variable` makes
-# while it applies; a loss scale that is read for a hook; clipping that minds infinity; accumulation within tf.cond.
+# Like the BERT scripts of NVIDIA's DeepLearningExamples: a custom optimizer that calls `get_variable` in
+# `apply_gradients`, a loss scale that a hook reads, clipping that handles infinity, and accumulation in tf.cond.
 
 
 class DecayingAdam(V1.train.Optimizer):
@@ -189,7 +189,7 @@ def test_bert_enables_the_rewrite_for_evaluation():
         assert ("MatMul" in conversion_report(session, loss, {x: X, y: Y}).converted) == converts
 
 
-# As its VNet: gradients of the optimizer as it is, for summaries, before it is wrapped.
+# Like its VNet: gradients of the unwrapped optimizer for summaries.
 
 
 def test_vnet():
@@ -217,7 +217,7 @@ def test_vnet():
         assert any(name.startswith("Conv3D") for name in converted) == converts
 
 
-# As its UNet and NCF: tf.contrib's managers, and the environment variable.
+# Like its UNet and NCF: managers of tf.contrib, and the environment variable.
 
 
 def ncf():
@@ -264,7 +264,7 @@ def test_ncf_and_unet(how, monkeypatch):
     assert scale == {"environment": 2.0**15, "fixed": 1000.0, "exponential": 2.0**21}[how]
 
 
-# As Mozilla's DeepSpeech: towers with their own gradients, averaged, and one step.
+# Like Mozilla's DeepSpeech: averaged gradients of several towers, and one step.
 
 
 def test_deepspeech():

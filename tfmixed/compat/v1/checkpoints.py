@@ -136,9 +136,9 @@ def _renamed(wanted: Collection[str], saved: Collection[str]) -> dict[str, str]:
     plain, found = _unbranched(saved), {}
     for name in wanted:
         ours = _OURS.search(name)
-        other = _THEIRS.get(ours[2], "") + ours[1] if ours else plain.get(name, "")
-        if other in saved:
-            found[name] = other
+        saved_name = _THEIRS.get(ours[2], "") + ours[1] if ours else plain.get(name, "")
+        if saved_name in saved:
+            found[name] = saved_name
     return found
 
 
