@@ -42,7 +42,8 @@ def apply(monkeypatch, tmp_path):
     monkeypatch.setattr(messages, "at_exit", lambda _: None)
     monkeypatch.setattr(messages, "_refused", False)
     if BACKEND == "torch":
-        monkeypatch.setattr("torch.optim.optimizer.register_optimizer_step_pre_hook", lambda _: None)
+        optimizers = sys.modules["torch.optim.optimizer"]
+        monkeypatch.setattr(optimizers, "register_optimizer_step_pre_hook", lambda _: None)
 
     def apply(policy="mixed_float16", **options):
         run = KerasRun(RunOptions(str(tmp_path / "runs"), policy=policy, **options))
@@ -234,7 +235,7 @@ def test_custom_loops_under_bfloat16_are_told_what_they_lack(apply, capfd):
     for _ in range(2):
         optimizer.apply([tf.ones_like(variable) for variable in model.trainable_variables], model.trainable_variables)
     assert len(lines(capfd)) == 2
-    assert run.summary.describe() == "no training step was seen"
+    assert run.summary.describe() == "no training step was recorded"
 
 
 class Counters:

@@ -80,8 +80,8 @@ class KerasPatches:
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             if not isinstance(optimizer, RunOptimizer) and optimizer not in self._unscaled:
                 self._unscaled.add(optimizer)
-                other = "" if isinstance(optimizer, LossScaleOptimizer) else ", Keras's own, which cannot be logged"
-                say(f"{place()} compiles with a LossScaleOptimizer{other}: it stays")
+                owner = "tfmixed's" if isinstance(optimizer, LossScaleOptimizer) else "Keras's, without a log,"
+                say(f"{place()} compiles with a LossScaleOptimizer: {owner} stays")
         elif rule is not None and optimizer not in self._unscaled:
             scaler = self._scalers.get(optimizer, lambda: None)() or RunOptimizer(optimizer, rule)
             self._scalers[optimizer] = weakref.ref(scaler)
@@ -105,9 +105,12 @@ class KerasPatches:
     def _update_scaler(self, model: Any) -> None:
         """Repeats what `compile` did, which may not have known the model's layers."""
         optimizer = model.optimizer
-        if optimizer is not None and model.train_function is None:
-            self._assign_scaler(model, optimizer)
-            if model.optimizer is not optimizer and optimizer.built:
+        if optimizer is None:
+            return
+        self._assign_scaler(model, optimizer)
+        if model.optimizer is not optimizer:
+            model.train_function = None
+            if optimizer.built:
                 model.optimizer.build(model.trainable_variables)
 
     def _make_islands(self, model: Any) -> None:
