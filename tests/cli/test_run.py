@@ -208,6 +208,17 @@ def test_train_steps_that_cannot_be_scaled_are_refused(apply, capfd, name, word)
     assert word in line
 
 
+def test_gradients_without_a_scale_are_refused(apply, capfd):
+    """On all backends, such as in a `train_step` of JAX that does not call `scale_loss`."""
+    apply()
+    model = net(keras.Input((4,)))
+    model.compile("sgd", LOSS)
+    model.optimizer.build(model.trainable_variables)
+    with pytest.raises(SystemExit):
+        model.optimizer.stateless_apply(model.optimizer.variables, model.trainable_variables, model.trainable_variables)
+    assert "not scaled" in lines(capfd)[-1]
+
+
 @needs_tensorflow
 @pytest.mark.parametrize("scaler", [None, "GradScaler", "LossScaleOptimizer"])
 def test_custom_loops_under_float16_must_scale(apply, capfd, scaler):
