@@ -173,7 +173,8 @@ def test_bench_prints_json(command, monkeypatch):
     """Of the report that it measures."""
     from tfmixed._cli import bench
 
-    report = bench.Report("mixed_bfloat16", "CPU", {}, 0, (bench.Row("mlp", "float32", 8, (1.0,), 1.0, 1, 0.5),))
+    rows = tuple(bench.Row("mlp", variant, 8, (1.0,), 1.0, 1, 0.5) for variant in bench.VARIANTS)
+    report = bench.Report("mixed_bfloat16", "CPU", {}, 0, rows)
     monkeypatch.setattr(bench, "run", lambda *_, **__: report)
     assert json.loads(command("bench", "mlp", "--json").stdout)["rows"][0]["variant"] == "float32"
     assert "mlp" in command("bench", "mlp").stdout

@@ -42,7 +42,8 @@ def apply(monkeypatch, tmp_path):
     monkeypatch.setattr(messages, "at_exit", lambda _: None)
     monkeypatch.setattr(messages, "_refused", False)
     if BACKEND == "torch":
-        monkeypatch.setattr("torch.optim.optimizer.register_optimizer_step_pre_hook", lambda _: None)
+        optimizers = sys.modules["torch.optim.optimizer"]
+        monkeypatch.setattr(optimizers, "register_optimizer_step_pre_hook", lambda _: None)
 
     def apply(policy="mixed_float16", **options):
         run = KerasRun(RunOptions(str(tmp_path / "runs"), policy=policy, **options))
@@ -195,7 +196,7 @@ def test_train_step_that_scales_its_loss_is_left_alone(apply):
 
 
 @needs_tensorflow
-@pytest.mark.parametrize(("name", "word"), [("ScalesLater", "partly"), ("Never", "not scaled")])
+@pytest.mark.parametrize(("name", "word"), [("ScalesLater", "not scaled"), ("Never", "not scaled")])
 def test_train_steps_that_cannot_be_scaled_are_refused(apply, capfd, name, word):
     """With exit code 2 and the line."""
     apply(islands=False)
@@ -205,6 +206,17 @@ def test_train_steps_that_cannot_be_scaled_are_refused(apply, capfd, name, word)
     line = lines(capfd)[-1]
     assert "test_run.py:" in line
     assert word in line
+
+
+def test_gradients_without_a_scale_are_refused(apply, capfd):
+    """On all backends, such as in a `train_step` of JAX that does not call `scale_loss`."""
+    apply()
+    model = net(keras.Input((4,)))
+    model.compile("sgd", LOSS)
+    model.optimizer.build(model.trainable_variables)
+    with pytest.raises(SystemExit):
+        model.optimizer.stateless_apply(model.optimizer.variables, model.trainable_variables, model.trainable_variables)
+    assert "not scaled" in lines(capfd)[-1]
 
 
 @needs_tensorflow
@@ -234,7 +246,7 @@ def test_custom_loops_under_bfloat16_are_told_what_they_lack(apply, capfd):
     for _ in range(2):
         optimizer.apply([tf.ones_like(variable) for variable in model.trainable_variables], model.trainable_variables)
     assert len(lines(capfd)) == 2
-    assert run.summary.describe() == "no training step was seen"
+    assert run.summary.describe() == "no training step was recorded"
 
 
 class Counters:

@@ -130,12 +130,12 @@ print(*made)
 
 
 def test_policy_of_the_script_takes_precedence(tmp_path):
-    """Where Keras forgets it, in a new thread or after `clear_session`, the requested policy is the default again."""
+    """Keras forgets it in a new thread and after `clear_session`: the requested policy is then the default again."""
     done, messages = run(tmp_path, POLICIES, "--policy", "mixed_bfloat16", "--no-islands")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["float16", "float32", "float16", "bfloat16", "bfloat16"]
     assert messages[0].startswith(f"train.py:{line_of(POLICIES, 'made.append')} uses mixed_float16")
-    assert messages[1:] == ["no training step was seen"]
+    assert messages[1:] == ["no training step was recorded"]
 
 
 STOPPED = (

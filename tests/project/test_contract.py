@@ -232,5 +232,5 @@ def test_the_list_is_complete():
     listed = {part for _, path, _, _ in HOOKS for part in path.split(".") if part.startswith("_")} | set(ATTRIBUTES)
     python = {"_asdict", "_fields", "_replace", "__name__", "__version__", "_getframe", "__stderr__", "__signature__"}
     python |= {"__cause__", "__context__", "__traceback__", "__mro__", "__excepthook__", "__spec__", "__loader__"}
-    python |= {"_current_frames", "__func__"}
+    python |= {"_current_frames", "__func__", "_exit", "_args_from_interpreter_flags"}
     assert private_names() - python == listed

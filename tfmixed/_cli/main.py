@@ -112,10 +112,10 @@ def audit(
         from tfmixed._utils.model_building import first_batch
 
         _set_policy(policy)
-        made, *data = load_step(model)
-        found = tfmixed.audit(made, *first_batch(*data))
-    print(found.to_json()) if as_json else _print(found)
-    raise typer.Exit(found.fails(fail_on))
+        loaded, *data = load_step(model)
+        result = tfmixed.audit(loaded, *first_batch(*data))
+    print(result.to_json()) if as_json else _print(result)
+    raise typer.Exit(result.fails(fail_on))
 
 
 @app.command()
@@ -146,14 +146,14 @@ def ranges(
         for option, path in (("--save", save), ("--png", png)):
             log_commands.prepare(option, path)
         _set_policy(policy)
-        found = tfmixed.measure_gradients(*load_training(model), steps, precision=precision, batch_size=batch)
-    print(json.dumps(found.as_dict(headroom), indent=2)) if as_json else _print(found.explained(headroom))
+        result = tfmixed.measure_gradients(*load_training(model), steps, precision=precision, batch_size=batch)
+    print(json.dumps(result.as_dict(headroom), indent=2)) if as_json else _print(result.explained(headroom))
     if save is not None:
-        found.save(save)
+        result.save(save)
     if png is not None:
         from tfmixed import plotting
 
-        plotting.save(found.plot(found.suggested(headroom) or 1.0), png)
+        plotting.save(result.plot(result.suggested(headroom) or 1.0), png)
 
 
 @app.command()
@@ -215,14 +215,14 @@ def _on_models() -> Iterator[None]:
         except SystemExit as stop:
             raise UsageError(f"The code of the model must not exit. Received: sys.exit({stop.code!r}).") from None
         except BaseException as error:
-            if _is_refusal(error):
+            if _is_own_error(error):
                 raise UsageError(str(error)) from error
             traceback.print_exc()
             message = str(error).strip().partition("\n")[0]
             raise UsageError(f"The command failed. Received: {type(error).__name__}: {message}") from None
 
 
-def _is_refusal(error: BaseException) -> bool:
+def _is_own_error(error: BaseException) -> bool:
     """Returns whether this package raised the error itself.
 
     Keras removes its frames from tracebacks. The innermost frame can thus be ours, but at a call and not at a `raise`.

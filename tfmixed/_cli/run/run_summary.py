@@ -114,7 +114,7 @@ class RunSummary:
         elif self.has_trained:
             words.append("trained without a loss scale")
         else:
-            return "no training step was seen"
+            return "no training step was recorded"
         if self.islands:
             words.append(f"{self.islands} {'layer' if self.islands == 1 else 'layers'} in float32")
         return ", ".join(words)
@@ -133,7 +133,7 @@ class RunSummary:
 
     @property
     def has_steps(self) -> bool:
-        """Whether any step of a loss-scaled optimizer is known."""
+        """Training steps with a loss scale are known."""
         return any(record.steps for record in self.records)
 
 

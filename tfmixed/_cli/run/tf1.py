@@ -31,7 +31,7 @@ class TF1Run:
 
     def __init__(self, options: RunOptions) -> None:
         self.summary = RunSummary(options)
-        self._dtype = options.requested_policy.removeprefix("mixed_")
+        self._rewrite_dtype = options.requested_policy.removeprefix("mixed_")
         self._tf: Any = None
         self._has_begun = self._has_keras = False
         self._optimizers: dict[Any, list[Any]] = {}  # by graph
@@ -59,7 +59,7 @@ class TF1Run:
             messages.refuse(f"--tf1: {error}")
         from tfmixed._utils.patching import around
 
-        os.environ[_SCALING] = "0" if self._dtype == "float32" else "1"
+        os.environ[_SCALING] = "0" if self._rewrite_dtype == "float32" else "1"
         v1.install()
         around(v1.LossScaleOptimizer, "apply_gradients", self._apply_gradients, traced=True)
         for kind in (tensorflow.compat.v1.Session, tensorflow.compat.v1.InteractiveSession):
@@ -79,11 +79,13 @@ class TF1Run:
         from tfmixed.compat.v1 import graph_rewrite
 
         lines: list[str] = []
-        is_by_script, is_wanted = graph_rewrite.is_enabled(), self._dtype != "float32"
+        is_by_script, is_wanted = graph_rewrite.is_enabled(), self._rewrite_dtype != "float32"
         if is_wanted and not is_by_script:
             with _captured(lines):
                 # The rewrite applies to the whole process. The optimizer is not used.
-                v1.enable_mixed_precision_graph_rewrite(v1.train.GradientDescentOptimizer(0.0), dtype=self._dtype)
+                v1.enable_mixed_precision_graph_rewrite(
+                    v1.train.GradientDescentOptimizer(0.0), dtype=self._rewrite_dtype
+                )
         half = f"graph rewrite to {graph_rewrite.active()}" if graph_rewrite.active() else "no graph rewrite"
         source = " as the script asks" if is_by_script else ""
         scaling = "a dynamic loss scale for optimizers that have none" if is_wanted else "no loss scale"

@@ -15,20 +15,14 @@ from tfmixed._utils.patching import around
 from tfmixed.formats import HALF
 
 _Method = Callable[..., Any]
-_SCALING_MODULES = (
-    *("tfmixed._core.", "tfmixed.grad_scaler", "keras.src.optimizers.loss_scale_optimizer"),
-    "torch.amp.grad_scaler",
-)
-_ALTERNATIVES = (
-    "Use --policy mixed_bfloat16, which needs no loss scale, or scale the loss in the script with "
-    "tfmixed.LossScaleOptimizer or tfmixed.GradScaler"
-)
+_SCALING_MODULES = ("tfmixed._core.", "keras.src.optimizers.loss_scale_optimizer", "torch.amp.grad_scaler")
 
 
 class RunOptimizer(LossScaleOptimizer):
-    """The scaling optimizer that models get in place of the script's own.
+    """Scaling optimizer that models get in place of the script's own.
 
-    It records whether the present training step scales its loss itself, or its gradients come unscaled from a tape.
+    A training step scales its loss itself, or its tapes return unscaled gradients. The optimizer refuses a mixture, and
+    gradients without a scale.
     """
 
     _scaled_by: Literal["step", "tape"] | None = None
@@ -46,8 +40,10 @@ class RunOptimizer(LossScaleOptimizer):
 
     def _note_scaling(self, source: Literal["step", "tape"]) -> None:
         if not self._is_applied and self._scaled_by not in (None, source):
-            refuse(f"{place()} scales a loss in a training step whose gradients are partly of losses without a scale. "
-                   "Call scale_loss for every loss, before its gradients are computed, or for none")  # fmt: skip
+            refuse(
+                f"{place()} scales a loss, but some gradients of this training step are of losses that are not scaled. "
+                "Call scale_loss before all gradients are computed, or not at all"
+            )
         self._scaled_by, self._is_applied = source, False
 
     @do_not_convert
@@ -79,8 +75,10 @@ class RunOptimizer(LossScaleOptimizer):
 
     def _check_scaled(self) -> None:
         if self._scaled_by is None and self.rule.bounds != (1.0, 1.0):
-            refuse(f"{place()} applies gradients of a loss that was not scaled. Call model.optimizer.scale_loss(loss) "
-                   "before they are computed, or use --policy mixed_bfloat16, which needs no loss scale")  # fmt: skip
+            refuse(
+                f"{place()} applies gradients of a loss that was not scaled. Call model.optimizer.scale_loss(loss) "
+                "before they are computed, or use --policy mixed_bfloat16, which needs no loss scale"
+            )
         self._is_applied = True
 
 
@@ -149,7 +147,8 @@ class StepPatches:
         if dtype == "float16":
             refuse(
                 f"{place()} trains with {type(optimizer).__name__} in a custom loop, without a loss scale under "
-                f"float16. {_ALTERNATIVES}"
+                "float16. Use --policy mixed_bfloat16, which needs no loss scale, or scale the loss in the script with "
+                "tfmixed.LossScaleOptimizer or tfmixed.GradScaler"
             )
         if dtype in HALF and not self._has_reported:
             self._has_reported = True
