@@ -23,7 +23,7 @@ class Figure:
 
     Args:
         caption: A description, also for readers who cannot see the figure.
-        draw: Draws the figure of a run in a theme and a width in inches, to stand beside those of other runs.
+        draw: Draws the figure of a run in a theme and a width in inches, for a place beside those of other runs.
     """
 
     caption: str
@@ -43,7 +43,9 @@ def _ranges(run: Run, theme: Theme, width: float, runs: Sequence[Run]) -> figure
     widest = min(low for low, _ in spans), max(high for _, high in spans)
     record = _measured(run).record
     half = [
-        other for other in run.all(RangesRecord) if other.step == record.step and other.precision != record.precision
+        snapshot
+        for snapshot in run.all(RangesRecord)
+        if snapshot.step == record.step and snapshot.precision != record.precision
     ]
     beside = half[-1] if half else None
     return plotting.plot_ranges(record, run.measured_at, beside, span=widest, theme=theme, width=width)
