@@ -10,11 +10,9 @@ from matplotlib import figure
 from tfmixed import plotting
 from tfmixed.plotting import Theme
 from tfmixed.plotting.histogram import span
-from tfmixed.plotting.style import WIDE
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import RangesRecord
 from tfmixed.report.loading import Run
-from tfmixed.report.sections import figure_keys
 
 
 @dataclass(frozen=True)
@@ -28,10 +26,6 @@ class Figure:
 
     caption: str
     draw: Callable[[Run, Theme, float, Sequence[Run]], figure.Figure]
-
-    def row(self, runs: Sequence[Run]) -> list[figure.Figure]:
-        """Returns this figure of all runs that have it."""
-        return [self.draw(run, "light", WIDE, runs) for run in runs if self in map(FIGURES.get, figure_keys(run))]
 
 
 def _scale(run: Run, theme: Theme, width: float, _: Sequence[Run]) -> figure.Figure:
