@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import keras
 
 _POLICIES = ["auto", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"]
-_NONE = "none"  # stands for None: TOML has no null
+_NONE = "none"  # None in a file: TOML has no null
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_a_growth_that_overflows_at_once_is_visible():
 
 
 def test_thousands_of_changes_are_drawn_in_bins():
-    """The lowest and the highest scale and a few marks are drawn. Labels count all, and the title tells the bins."""
+    """The lowest and the highest scale and a few marks. Labels count all changes, and the title names the bins."""
     pairs = [
         (ScaleChange(3 * i, 8.0, 4.0, "overflow", "a"), ScaleChange(3 * i + 1, 4.0, 8.0, "growth")) for i in range(9000)
     ]

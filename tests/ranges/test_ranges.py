@@ -210,7 +210,7 @@ def test_all_gradients_count_if_none_is_in_half_precision():
 
 
 def test_noise_counts_only_if_it_overflowed():
-    """A step with an overflow is skipped, whatever the gradient should have been."""
+    """A step with an overflow is skipped even if the gradient should have been 0."""
     real, noise = WITH_NOISE
     assert WITH_NOISE.losses() == Losses(1)
     assert not WITH_NOISE.losses(layer=noise.layer).nonzeros
@@ -222,7 +222,7 @@ def test_noise_counts_only_if_it_overflowed():
 
 
 def test_scales_stay_within_float32():
-    """Whatever would be needed or allowed beyond."""
+    """Also if a smaller or a larger scale would be needed."""
     assert needed_scale(counted([2.0**-149])) == 2.0**125
     assert largest_scale(counted([2.0**-149])) == largest_scale(counted([0.0])) == 2.0**127
     assert largest_scale(counted([2.0**127]), "bfloat16") == 1.0

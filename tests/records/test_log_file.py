@@ -105,7 +105,7 @@ def test_a_run_of_unknown_state_deletes_nothing(path):
 
 
 def test_a_log_of_a_newer_format_is_not_touched(path):
-    """The error tells the format."""
+    """The error names the format."""
     path.write_text(old := path.read_text() + '{"event": "run", "format": 2}\n')
     with pytest.raises(ValueError, match="format=2"):
         log_file.continue_at(path, 3, (ScaleChange,))

@@ -184,7 +184,7 @@ def test_unknown_fields_are_ignored():
 
 @pytest.mark.parametrize("newer", [2, 10**6])
 def test_a_newer_format_is_refused(path, newer):
-    """The error tells the format, whatever else the line holds."""
+    """The error names the format, also if the line is otherwise invalid."""
     path.write_text(json.dumps({"event": "news", "format": newer}) + "\n")
     with pytest.raises(records.NewerFormatError, match=f"format={newer}"):
         records.read_log(path)

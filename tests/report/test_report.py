@@ -108,7 +108,7 @@ def test_a_damaged_number_costs_only_its_line(tmp_path, damage):
 
 
 def test_a_cut_log_is_reported(tmp_path):
-    """Whatever the length at which a run was killed."""
+    """At any length at which a run was killed."""
     whole = write(tmp_path / "log.jsonl", CALM).read_bytes()
     for length in range(0, len(whole), 97):
         (tmp_path / "cut.jsonl").write_bytes(whole[:length])

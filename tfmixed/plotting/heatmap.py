@@ -104,7 +104,7 @@ def _lines(axes: Axes, scale: float, style: Style) -> None:
         # A line of ink within a line of paper is visible on cells of all shades.
         axes.axvline(limit, color=style.paper, linewidth=3, alpha=0.85)
         axes.axvline(limit, color=style.ink, linewidth=1, linestyle=(0, (4, 2)))
-    for name, (left, right) in zip(("→ 0", "sub", "normal", "→ inf"), pairwise(edges), strict=True):
+    for name, (left, right) in zip(zones.SHORT.values(), pairwise(edges), strict=True):
         place: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 7, "transform": axes.get_xaxis_transform()}
         axes.text((left + right) / 2, 1.0, name, **place)
 
@@ -114,4 +114,4 @@ def _name(axes: Axes, record: RangesRecord, layers: list[str], narrow: bool) -> 
     full = {gradient.layer for gradient in record.ranges} - half
     names = [shorten(layer, 20 if narrow else 34) + (" *" if layer in full else "") for layer in layers]
     axes.set_yticks(range(len(layers)), names, fontsize=7 if len(layers) <= 40 else 6)
-    axes.set_ylabel("layer, from the input" + (" (*: not in half precision)" if full else ""))
+    axes.set_ylabel("layer, from the input" + ("\n(*: not in half precision)" if full else ""))

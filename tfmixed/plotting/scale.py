@@ -20,7 +20,6 @@ _CROWD = 100  # marks above which they are drawn smaller
 _MOST_CHANGES = 1000  # changes above which they are drawn in bins
 _BINS = 80
 _MOST_NAMED = 4  # variables with a colour of their own
-_EDGE: dict[str, Any] = {"markeredgewidth": 0.6}
 
 
 def plot_scale(
@@ -60,12 +59,14 @@ def plot_scale(
         colors = style.lines(len(histories)) if len(histories) > 1 else [style.faint]
         for color, bin_width, (label, history) in zip(colors, bins, histories.items(), strict=True):
             _line(axes, history, bin_width, color, label)
-            _mark_growths(axes, _thinned(history.because("growth"), bin_width), style, color)
+            # At the old scale: a growth that overflows at once has the mark of the overflow at the new scale.
+            growth: dict[str, Any] = {"color": color, "markeredgecolor": style.paper, "zorder": 3}
+            _mark(axes, history.because("growth"), bin_width, "^", label="growth", **growth)
             for low, high in history.gaps():
                 axes.axvspan(low, high, color=style.faint, alpha=0.25, linewidth=0, label="changes lost")
             if len(histories) > 1:
-                edge = {"color": style.ink, "markeredgecolor": color}
-                _mark(axes, history.overflows(), bin_width, "X", label="overflow: step skipped", **edge)
+                look: dict[str, Any] = {"color": style.ink, "markeredgecolor": color, "label": "overflow: step skipped"}
+                _mark(axes, history.overflows(), bin_width, "X", **look)
             else:
                 _mark_variables(axes, history.overflows(), bin_width, style, 22 if is_narrow(width) else 34)
         powers_of_two(axes)
@@ -129,11 +130,6 @@ def _bin_width(history: ScaleHistory) -> int:
     return 1 if len(history.changes) <= _MOST_CHANGES else math.ceil((history.steps - history.first) / _BINS)
 
 
-def _thinned(changes: Sequence[ScaleChange], bin_width: int) -> list[ScaleChange]:
-    """Returns the last change in each bin."""
-    return list(changes) if bin_width == 1 else list({change.step // bin_width: change for change in changes}.values())
-
-
 def _line(axes: Axes, history: ScaleHistory, bin_width: int, color: str, label: str) -> None:
     steps, scales = history.points()
     if bin_width == 1:
@@ -146,14 +142,6 @@ def _line(axes: Axes, history: ScaleHistory, bin_width: int, color: str, label: 
     reach = numpy.append(low, low[-1]), numpy.append(high, high[-1])
     look: dict[str, Any] = {"step": "post", "color": color, "alpha": 0.35}
     axes.fill_between([*edges, steps[-1]], *reach, label=f"{label}, lowest to highest", **look)
-
-
-def _mark_growths(axes: Axes, growths: Sequence[ScaleChange], style: Style, color: str) -> None:
-    if growths:
-        # At the old scale: a growth that overflows at once has the mark of the overflow at the new scale.
-        steps, scales = [change.step for change in growths], [change.old_scale for change in growths]
-        look: dict[str, Any] = {"color": color, "markeredgecolor": style.paper, "label": "growth", "zorder": 3, **_EDGE}
-        axes.plot(steps, scales, "^", markersize=_size(growths, 8), **look)
 
 
 def _mark_variables(axes: Axes, overflows: list[ScaleChange], bin_width: int, style: Style, longest: int) -> None:
@@ -169,8 +157,9 @@ def _mark_variables(axes: Axes, overflows: list[ScaleChange], bin_width: int, st
     _mark(axes, rest, bin_width, ".", color=style.faint, markeredgecolor=style.paper, label=label)
 
 
-def _mark(axes: Axes, overflows: Sequence[ScaleChange], bin_width: int, marker: str, **look: Any) -> None:
-    if overflows:
-        drawn = _thinned(overflows, bin_width)
+def _mark(axes: Axes, changes: Sequence[ScaleChange], bin_width: int, marker: str, **look: Any) -> None:
+    """Marks changes at their step and their old scale. In a bin, only the last one is marked."""
+    if changes:
+        drawn = {change.step // bin_width: change for change in changes}.values() if bin_width > 1 else changes
         steps, scales = [change.step for change in drawn], [change.old_scale for change in drawn]
-        axes.plot(steps, scales, marker, markersize=_size(overflows, 8), zorder=4, **_EDGE, **look)
+        axes.plot(steps, scales, marker, markersize=_size(changes, 8), markeredgewidth=0.6, **{"zorder": 4, **look})

@@ -109,7 +109,7 @@ class GradientRanges:
         Args:
             scale: The loss scale. Defaults to 1.
             precision: `"float16"` or `"bfloat16"`. Defaults to `"float16"`.
-            layer: Path of a layer, whose gradients count whatever their dtype. Defaults to None.
+            layer: Path of a layer, whose gradients count in any dtype. Defaults to None.
 
         Raises:
             ValueError: If the scale is not above 0, or if the format or the layer does not exist.

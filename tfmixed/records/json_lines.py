@@ -65,7 +65,7 @@ def from_line(line: str) -> Record:
         _check_magnitudes(record)
     except NewerFormatError:
         raise
-    except (ValueError, RecursionError) as error:
+    except (ValueError, msgspec.DecodeError, RecursionError) as error:
         raise refused(f"line must be a record of a tfmixed log ({error}). Received: {line[:200]!r}") from error
     return record
 

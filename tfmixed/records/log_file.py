@@ -21,7 +21,7 @@ from tfmixed.records import Change, EventsLost, Record, ScaleChange, json_lines
 try:
     import fcntl
 except ImportError:  # Windows, where logs are not locked
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # in place of the module
 
 
 @dataclass

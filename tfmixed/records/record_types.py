@@ -22,7 +22,8 @@ Scale = Annotated[float, Meta(gt=0, le=FLOAT32.max)]
 Magnitude = Annotated[float, Meta(ge=0, le=FLOAT32.max)]
 Norm = Annotated[float, Meta(ge=0)]
 Exponent = Annotated[int, Meta(ge=-127, le=127)]  # of a float32
-_Parameter = bool | Annotated[int, Meta(ge=-_LARGEST_INT, le=_LARGEST_INT)] | float | str | list[Any] | None
+_Int = Annotated[int, Meta(ge=-_LARGEST_INT, le=_LARGEST_INT)]
+_Parameter = bool | _Int | float | str | list[Any] | dict[str, Any] | None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from tfmixed._utils import atomic_write
 from tfmixed.report import terminal
 from tfmixed.report.loading import Run, read
-from tfmixed.report.sections import Section, sections
+from tfmixed.report.sections import Section, figure_keys, sections
 
 __all__ = ["Report", "Run", "read"]
 
@@ -54,9 +54,14 @@ class Report:
             ValueError: If the path does not end in `.png`.
         """
         from tfmixed import plotting
+        from tfmixed.plotting.style import WIDE
         from tfmixed.report.figures import FIGURES
 
-        plotting.save_sheet([row for figure in FIGURES.values() if (row := figure.row(self.runs))], path)
+        rows = [
+            [figure.draw(run, "light", WIDE, self.runs) for run in self.runs if key in figure_keys(run)]
+            for key, figure in FIGURES.items()
+        ]
+        plotting.save_sheet([row for row in rows if row], path)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         return terminal.render(self.runs)

@@ -10,11 +10,9 @@ from matplotlib import figure
 from tfmixed import plotting
 from tfmixed.plotting import Theme
 from tfmixed.plotting.histogram import span
-from tfmixed.plotting.style import WIDE
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import RangesRecord
 from tfmixed.report.loading import Run
-from tfmixed.report.sections import figure_keys
 
 
 @dataclass(frozen=True)
@@ -23,15 +21,11 @@ class Figure:
 
     Args:
         caption: A description, also for readers who cannot see the figure.
-        draw: Draws the figure of a run in a theme and a width in inches, to stand beside those of other runs.
+        draw: Draws the figure of a run in a theme and a width in inches, for a place beside those of other runs.
     """
 
     caption: str
     draw: Callable[[Run, Theme, float, Sequence[Run]], figure.Figure]
-
-    def row(self, runs: Sequence[Run]) -> list[figure.Figure]:
-        """Returns this figure of all runs that have it."""
-        return [self.draw(run, "light", WIDE, runs) for run in runs if self in map(FIGURES.get, figure_keys(run))]
 
 
 def _scale(run: Run, theme: Theme, width: float, _: Sequence[Run]) -> figure.Figure:
@@ -43,7 +37,9 @@ def _ranges(run: Run, theme: Theme, width: float, runs: Sequence[Run]) -> figure
     widest = min(low for low, _ in spans), max(high for _, high in spans)
     record = _measured(run).record
     half = [
-        other for other in run.all(RangesRecord) if other.step == record.step and other.precision != record.precision
+        snapshot
+        for snapshot in run.all(RangesRecord)
+        if snapshot.step == record.step and snapshot.precision != record.precision
     ]
     beside = half[-1] if half else None
     return plotting.plot_ranges(record, run.measured_at, beside, span=widest, theme=theme, width=width)
