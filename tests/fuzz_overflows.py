@@ -4,7 +4,7 @@
 
 A case is a rule, an inner optimizer, 1, 2 or 4 replicas (MirroredStrategy on logical CPUs) and gradients of three
 variables over 20 to 220 steps. At random steps, and in a quarter of the cases in 20 or 160 steps in a row, random
-entries of random variables on random replicas are NaN or infinite. It prints the number of runs with non-finite weights,
+entries of random variables on random replicas are NaN or infinite. It prints how many runs had non-finite weights,
 different replicas or a scale out of bounds, and for tfmixed also with a log that is not the history of the scale.
 """
 
