@@ -92,7 +92,7 @@ def optimizer_of(case: Case, ours: bool) -> keras.optimizers.Optimizer:
 
 @dataclass
 class Run:
-    """What a run leaves: one array a variable and replica, and the scale before the first and after each step."""
+    """Result of a run: an array for each variable and replica, and the scale before the first and after each step."""
 
     weights: list[list[np.ndarray]]
     scales: list[float]
