@@ -1,7 +1,7 @@
-"""A small model that trains on one or several replicas, with overflows where a test wants them.
+"""A small model that trains on one or several replicas, with planted overflows.
 
 Used by the tests in this process and by the scripts of worker processes. `Trainer` is built once and reset between
-runs, so that a run costs no tracing.
+runs, so that its functions are traced once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def bad_values(steps: list[int], places: list[int] | None, kind: float, replicas
 
 
 def data(replicas: int, bad: Bad, total: int = TOTAL, drop: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Returns inputs and targets of shape (steps, replicas, LOCAL_BATCH, ...); `drop` leaves the bad steps out."""
+    """Returns inputs and targets of shape (steps, replicas, LOCAL_BATCH, ...), with `drop` without the bad steps."""
     x = np.random.default_rng(0).normal(size=(total, replicas, LOCAL_BATCH, FEATURES)).astype("float32")
     y = x.sum(axis=-1, keepdims=True)
     for (step, replica), value in bad.items():
@@ -43,7 +43,7 @@ def data(replicas: int, bad: Bad, total: int = TOTAL, drop: bool = False) -> tup
 
 @dataclass
 class Outcome:
-    """Result of a run. `state` holds each variable once for each local replica."""
+    """Result of a run. `state` has a copy of each variable for each local replica."""
 
     weights: list[list[np.ndarray]]
     state: list[list[np.ndarray]] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Outcome:
     events: list[Record] = field(default_factory=list)
 
     def assert_sound(self) -> None:
-        """All finite, and the same bits on all local replicas."""
+        """Checks that all values are finite, and identical on all local replicas."""
         for copies in self.weights + self.state:
             assert all(np.isfinite(copy).all() for copy in copies)
             for copy in copies[1:]:
@@ -66,7 +66,7 @@ class Outcome:
 
 
 def check(outcome: Outcome, steps: list[int]) -> None:
-    """Counters, scale and events are those of the rule on the trace."""
+    """Checks that counters, scale and events follow the rule on the trace."""
     outcome.assert_sound()
     trace = "".join("F" if step in steps else "T" for step in range(TOTAL))
     scales = [RULE.start().scale, *scaling.simulate(RULE, trace)]
@@ -78,7 +78,7 @@ def check(outcome: Outcome, steps: list[int]) -> None:
 
 
 class Trainer:
-    """A dense network, its optimizer and a strategy; None stands for no strategy."""
+    """A dense network, its optimizer and a strategy, or None for no strategy."""
 
     def __init__(
         self,
@@ -108,20 +108,20 @@ class Trainer:
             variable.assign(value)
 
     def fit(self, bad: Bad, drop: bool = False, **arguments: object) -> Outcome:
-        """Trains with `Model.fit`, each global batch the batches of all replicas in their order."""
+        """Trains with `Model.fit`. A global batch consists of the batches of all replicas in their order."""
         self.reset()
         arrays = tuple(array.reshape(-1, array.shape[-1]) for array in data(self.replicas, bad, drop=drop))
         batches = tf.data.Dataset.from_tensor_slices(arrays).batch(self.replicas * LOCAL_BATCH)
         if self.strategy is not None:
-            # TensorFlow crashes now and then where an iterator that fetches ahead to its devices is
-            # dropped, as Keras drops one at the start of each.
+            # TensorFlow sometimes crashes if an iterator that prefetches to its devices is dropped, and Keras drops
+            # one at the start of `fit`.
             options = tf.distribute.InputOptions(experimental_fetch_to_device=False)
             batches = self.strategy.experimental_distribute_dataset(batches, options)
         self.model.fit(batches, shuffle=False, verbose=0, **arguments)
         return self.outcome()
 
     def loop(self, bad: Bad, drop: bool = False, workers: range | None = None) -> Outcome:
-        """Trains in a loop with `strategy.run`; `workers` are the numbers of the local replicas, all by default."""
+        """Trains in a loop with `strategy.run`. `workers` are the numbers of the local replicas, by default all."""
         self.reset()
         local = range(self.replicas) if workers is None else workers
         for x, y in zip(*data(self.replicas, bad, drop=drop), strict=True):
@@ -137,7 +137,7 @@ class Trainer:
         )
 
     def _step(self, x: object, y: object) -> None:
-        run = self.strategy.run if self.strategy else lambda act, args: act(*args)
+        run = self.strategy.run if self.strategy else lambda function, args: function(*args)
         run(self._replica_step, args=(x, y))
 
     def _replica_step(self, x: tf.Tensor, y: tf.Tensor) -> None:
@@ -153,8 +153,8 @@ class Trainer:
             return Outcome(weights)
         return Outcome(
             weights,
-            # The norm of a skipped step is not finite, and says so.
-            state=[self._copies(each) for each in optimizer.variables if each.name != "gradient_norm"],
+            # The norm of a skipped step is not finite.
+            state=[self._copies(variable) for variable in optimizer.variables if variable.name != "gradient_norm"],
             scale=float(optimizer.loss_scale),
             attempted=int(optimizer.attempted_steps),
             skipped=int(optimizer.skipped_steps),

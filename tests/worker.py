@@ -1,4 +1,4 @@
-"""One worker process of the tests: `worker.py FOLDER`."""
+"""Worker process of `core/test_multi_worker.py`: `worker.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANK, WORKERS = STRATEGY.cluster_resolver.task_id, STRATEGY.num_replicas_in_sync
 
 
 def loop(_folder):
-    """Returns the outcome of each pattern of overflows, and for each `when` that of a run without its steps."""
+    """Returns the outcomes of all patterns of overflows, and of runs without the bad steps."""
     trainer, local = Trainer(STRATEGY), range(RANK, RANK + 1)
     outcomes = {("none",): trainer.loop({}, workers=local)}
     for place, kind, when in itertools.product(("first", "last", "all"), KINDS, STEPS):
@@ -34,7 +34,7 @@ def loop(_folder):
 
 
 def inner_optimizers(_folder):
-    """Returns outcomes with inner optimizers that clip and average, and what one that cannot work says."""
+    """Returns outcomes with inner optimizers that clip and average."""
     local, bad = range(RANK, RANK + 1), bad_values([4, 9], [-1], np.nan, WORKERS)
     kinds = {
         "ema": {"use_ema": True, "ema_momentum": 0.5},
@@ -95,34 +95,34 @@ def fit(folder):
 
 
 def scaler(_folder):
-    """Returns weights, scales and events of loops with a `GradScaler`; the last worker alone overflows."""
+    """Returns weights, scales and events of loops with a `GradScaler` that overflows on the last worker only."""
     results = {}
-    for by_hand, outside in itertools.product((False, True), repeat=2):
+    for unscales, outside in itertools.product((False, True), repeat=2):
         with STRATEGY.scope():
             weight, optimizer = keras.Variable([1.0, 2.0], name="w"), keras.optimizers.Adam(0.1)
         scaler = tfmixed.GradScaler(rule=tfmixed.DynamicScale(initial_scale=8.0, growth_interval=2))
 
-        def of_replica(value, weight=weight, optimizer=optimizer, scaler=scaler, by_hand=by_hand, outside=outside):
+        def replica_step(value, weight=weight, optimizer=optimizer, scaler=scaler, unscales=unscales, outside=outside):
             grads = [scaler.scale(tf.stack([value, 1.0]))]
-            grads = [tf.clip_by_value(each, -1, 1) for each in scaler.unscale(optimizer, grads)] if by_hand else grads
+            grads = [tf.clip_by_value(grad, -1, 1) for grad in scaler.unscale(optimizer, grads)] if unscales else grads
             stepped = scaler.step(optimizer, zip(grads, [weight], strict=True))
             if not outside:
                 scaler.update()
             return stepped
 
-        step = tf.function(lambda value, of_replica=of_replica: STRATEGY.run(of_replica, (value,)))
+        step = tf.function(lambda value, replica_step=replica_step: STRATEGY.run(replica_step, (value,)))
         steps, scales = [], []
         for letter in "TTFTFFTTT":
             steps.append(bool(step(tf.constant(np.inf if letter == "F" and RANK == WORKERS - 1 else 1.0))))
             if outside:
                 scaler.update()
             scales.append(scaler.get_scale())
-        results[by_hand, outside] = (steps, scales, weight.numpy().tolist(), scaler.drain_events())
+        results[unscales, outside] = (steps, scales, weight.numpy().tolist(), scaler.drain_events())
         results["chief"] = replica_sync.is_chief(scaler)
     return results
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    result = {each.__name__: each(folder) for each in (loop, inner_optimizers, scaler, fit)}
+    result = {function.__name__: function(folder) for function in (loop, inner_optimizers, scaler, fit)}
     (folder / f"{RANK}.pickle").write_bytes(pickle.dumps(result))

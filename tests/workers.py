@@ -19,19 +19,19 @@ HERE = Path(__file__).parent
 
 
 def cluster(count: int) -> list[dict[str, str]]:
-    """Returns the environment of each of `count` workers."""
+    """Returns the environments of `count` workers."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+        for endpoint in sockets:
+            endpoint.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{endpoint.getsockname()[1]}" for endpoint in sockets]
     tasks = ({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}} for rank in range(count))
     return [{**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "TF_CONFIG": json.dumps(task)} for task in tasks]
 
 
 @contextlib.contextmanager
 def started(count: int, script: str, *arguments: str, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Starts `python script *arguments` once a worker; none of them outlives the block. Writes `RANK.log`."""
+    """Starts `python script *arguments` for each worker, and ends all after the block. Writes `RANK.log`."""
     with contextlib.ExitStack() as stack:
         processes = []
         for rank, environment in enumerate(cluster(count)):
@@ -50,7 +50,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> list[int | None]:
-    """Returns the exit codes once all have ended, or None for those that have not at the deadline."""
+    """Returns the exit codes once all have ended, or None for those that run until the deadline."""
     end = time.monotonic() + deadline
     while time.monotonic() < end and any(process.poll() is None for process in processes):
         time.sleep(0.05)
@@ -58,7 +58,7 @@ def wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> list[int 
 
 
 def run(count: int, script: str, *arguments: str, folder: Path, deadline: float = 400) -> list[Any]:
-    """Returns what each worker pickled into `FOLDER/RANK.pickle`. Fails with the end of a log if one failed or hung."""
+    """Returns the results that the workers pickle into `FOLDER/RANK.pickle`. Shows the log of one that failed."""
     with started(count, script, *arguments, str(folder), folder=folder) as processes:
         codes = wait(processes, deadline)
     for rank, code in enumerate(codes):

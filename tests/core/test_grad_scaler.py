@@ -704,7 +704,7 @@ def test_the_logger_logs_a_custom_loop(tmp_path, capsys):
 
 
 def test_the_logger_raises_if_the_scale_is_exhausted():
-    """When it collects events."""
+    """An error is raised when it collects events."""
     scaler = GradScaler(rule=DynamicScale(initial_scale=1.0), max_consecutive_skips=3)
     logger = LossScaleLogger(every=1, verbose=0).watch(scaler)
     logger.on_epoch_begin(0)

@@ -461,7 +461,7 @@ def test_a_run_is_that_of_the_inner_optimizer(make):
     ("scale", "inner"), [(2.0**-60, {}), (1.0, {"clipvalue": 1.0}), (3.0 * 2.0**20, {"global_clipnorm": 1.0})]
 )
 def test_a_norm_that_float32_cannot_hold_is_an_overflow(scale, inner):
-    """Whatever the clipping. A norm just below the limit is applied. The event names the largest gradients."""
+    """With any clipping. A norm just below the limit is applied. The event names the largest gradients."""
     optimizer, weights = LossScaleOptimizer(keras.optimizers.Adagrad(1.0, **inner), ConstantScale(scale)), variables()
     take = compiled(optimizer, weights)
     for step, (first, second) in enumerate([(1, 1e19), (1, 2e19), (1.2e19, 1.5e19), (1, 3e31)]):

@@ -48,7 +48,7 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
         event_capacity: Number of scale changes that the buffer on the device holds between two calls of
             `drain_events`, 40 bytes each. Defaults to 256.
         name: Name of the optimizer.
-        **kwargs: Refused, as in Keras: arguments of the base optimizer belong to the inner one. Their defaults are
+        **kwargs: Not supported, as in Keras: arguments of the base optimizer belong to the inner one. Defaults are
             accepted, since old files contain them.
 
     Raises:
