@@ -1,49 +1,49 @@
-# Each target sets up what it needs: `make demo` and `make test` work in a fresh clone.
+# Each target creates the environment that it needs: `make demo` and `make test` work in a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two processes, each with whole files: most of the time goes by in Python.
-PYTEST ?= -n 2 --dist loadfile
+PYTEST ?= -n 2 --dist worksteal
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-# What a version can break: private names, optimizers, layers, loops, graphs. Replays of thousands of steps and large
-# models are left to the newest end. Empty: all tests.
-OLDEST ?= $(foreach name,package contract optimizer callbacks layers audit fused v1_rewrite config \
-	records report run_script,$(wildcard tests/*/test_$(name).py)) \
-	-k "not (none_never or no_row_of_overflows or well_made_models or killed_process or restored_run)"
-
-.PHONY: demo test test-all coverage test-backends test-oldest docs check format clean
+.PHONY: demo test test-slow test-all coverage test-backends test-oldest docs check format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
 
+# The default tests: every feature, a few minutes.
 test: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST)
 
-# All combinations too, of which `make test` takes those that hold each value or each pair of values (tests/thorough.py).
+# The tests that CI adds: processes, trainings, faults of Keras and TensorFlow.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest $(PYTEST) -m "slow and not thorough"
+
+# Everything, including all combinations of parameters (tests/thorough.py).
 test-all: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST) -m ""
 
-# Fails below 95 % of the lines of tfmixed/; processes that tests start count.
+# Fails if fewer than 95 % of the lines of tfmixed/ are run. Processes that tests start count.
 coverage: .venv/installed
 	@mkdir -p build/coverage
-	$(BIN)/python -m pytest $(PYTEST) --cov
+	$(BIN)/python -m pytest $(PYTEST) -m "not thorough" --cov
 
-# JAX and PyTorch, in an environment without TensorFlow.
+# The default tests on JAX and PyTorch, in an environment without TensorFlow.
 test-backends: .venv-backends/installed
 	KERAS_BACKEND=jax .venv-backends/bin/python -m pytest $(PYTEST)
 	KERAS_BACKEND=torch .venv-backends/bin/python -m pytest $(PYTEST)
 
-# The wheel, without this checkout, on the oldest of everything that pyproject.toml admits.
+# The default tests on the wheel, with the oldest dependencies that pyproject.toml allows.
 test-oldest: .venv/installed
-	$(BIN)/nox --session oldest -- $(PYTEST) $(OLDEST)
+	$(BIN)/nox --session oldest -- $(PYTEST)
 
-# The site, in build/site; whatever it warns of is an error.
+# Builds the site in build/site. Warnings are errors.
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell . .ci/run .ci/docstrings.py
+	$(BIN)/python .ci/docstrings.py tfmixed tests docs examples benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -55,7 +55,7 @@ format: .venv/installed
 .venv-backends/installed: EXTRA = backends
 %/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "tfmixed needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+		|| { echo "tfmixed requires Python 3.11 or newer. Choose one: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --upgrade pip
 	$*/bin/python -m pip install --quiet --editable '.[$(EXTRA)]'

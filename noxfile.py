@@ -1,7 +1,7 @@
-"""The wheel, tested as strangers get it: in a fresh environment, without this checkout, on the versions that it claims.
+"""Tests of the wheel in a fresh environment, without this checkout, on the versions that pyproject.toml allows.
 
-`nox` takes the oldest of everything that pyproject.toml admits, `nox -t pairs` other pairs of TensorFlow and Keras, on
-each Python that is here. What stands after `--` goes to pytest: `nox -t pairs -- -x -n 2 tests/core/test_optimizer.py`.
+`nox` tests the oldest version of each dependency, `nox -t pairs` other pairs of TensorFlow and Keras, on the Python
+versions that are installed. Arguments after `--` are passed to pytest: `nox -t pairs -- -x -n 2 tests/core`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ nox.options.sessions = ["oldest"]
 
 @nox.session
 def dist(session: nox.Session) -> None:
-    """Builds the sdist, and from it the wheel, and checks what they say of themselves."""
+    """Builds the sdist and from it the wheel, and checks their metadata."""
     shutil.rmtree(DIST, ignore_errors=True)
     session.install("build", "twine")
     session.run("python", "-m", "build", "--outdir", str(DIST), silent=True)
@@ -43,27 +43,28 @@ def dist(session: nox.Session) -> None:
 
 @nox.session(python="3.11", requires=["dist"])
 def oldest(session: nox.Session) -> None:
-    """Tests the wheel with the oldest of all that it needs."""
+    """Tests the wheel with the oldest version of each dependency."""
     extras = PROJECT["optional-dependencies"]
-    wanted = [*PROJECT["dependencies"], *itertools.chain(*(extras[name] for name in (*EXTRAS, "tensorflow")))]
-    pinned = [each.replace(">=", "==") for each in wanted if not each.startswith("tfmixed[")]
-    test_wheel(session, *(each.replace("tensorflow==", f"{TENSORFLOW}==") for each in pinned))
+    needed = [*PROJECT["dependencies"], *itertools.chain(*(extras[name] for name in (*EXTRAS, "tensorflow")))]
+    pinned = [requirement.replace(">=", "==") for requirement in needed if not requirement.startswith("tfmixed[")]
+    test_wheel(session, *(requirement.replace("tensorflow==", f"{TENSORFLOW}==") for requirement in pinned))
 
 
 @nox.session(tags=["pairs"], requires=["dist"])
 @nox.parametrize("python,tensorflow,keras", PAIRS)
 def pair(session: nox.Session, tensorflow: str, keras: str) -> None:
-    """Tests the wheel with one TensorFlow and one Keras."""
+    """Tests the wheel with one version of TensorFlow and one of Keras."""
     test_wheel(session, f"{TENSORFLOW}=={tensorflow}", f"keras=={keras}")
 
 
 def test_wheel(session: nox.Session, *versions: str) -> None:
-    """Installs the wheel, and runs the tests that are in the sdist against it."""
+    """Installs the wheel, and runs an example and the tests of the sdist against it."""
     (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
     session.install(f"{wheel}[{','.join((*EXTRAS, 'test'))}]", *versions)
     folder = Path(session.create_tmp())
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, [each for each in archive if "/tfmixed/" not in each.name], filter="data")
+        archive.extractall(folder, [member for member in archive if "/tfmixed/" not in member.name], filter="data")
     session.chdir(folder / sdist.name.removesuffix(".tar.gz"))
     session.run("python", "-c", "import sys, tfmixed; assert tfmixed.__file__.startswith(sys.prefix), tfmixed.__file__")
+    session.run("tfmixed", "run", "--policy", "mixed_float16", "examples/unchanged.py", "--epochs", "1")
     session.run("python", "-m", "pytest", *session.posargs, env={"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": None})

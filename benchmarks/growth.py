@@ -1,15 +1,14 @@
-"""How the update and its check grow: over parameters at 16 variables, and over variables at 8 M parameters.
+"""Times the update and its finite check over parameters (at 16 variables) and over variables (at 8 M parameters).
 
     python benchmarks/growth.py      # benchmarks/results/growth.md and growth.png; 16 GiB of memory
 
-Adam on TensorFlow, tfmixed and Keras's LossScaleOptimizer by turns in one process.
+Adam on TensorFlow, with tfmixed's and Keras's LossScaleOptimizer interleaved in one process.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,11 +18,12 @@ import keras
 import tensorflow as tf
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from update import by_turns, update
+from update import first_and_later, update
 
 import tfmixed
 from tfmixed import plotting
-from tfmixed._core.finite_check import Judge
+from tfmixed._core.finite_check import FiniteCheck
+from tfmixed._utils import timing
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 2048
@@ -33,17 +33,17 @@ CURVES = {"Keras": "#D55E00", "tfmixed": "#0072B2", "tfmixed, unfused": "#56B4E9
 REASONS = """\
 Where the curves bend:
 
-- Left, below some 10 M parameters: the cost of starting operations, the same for any size, and weights, moments and
-  gradients that still fit in the cache. Above, every curve is a straight line: time is bytes over bandwidth. tfmixed
-  lies lower, since its compiled update reads and writes memory a third as often.
-- Right, up to 128 variables (65,536 elements each): the same bytes in ever more pieces, and little more time. From
-  there on tfmixed compiles nothing, since XLA's kernels are no faster on small pieces: it joins its unfused curve.
-- Right, above: a cost for each operation, some dozen a variable, whatever its size. The check has one a variable.
+- Left, below about 10 M parameters: the fixed cost of starting operations dominates, and weights, moments and gradients
+  fit in the cache. Above, every curve is a straight line, because time is bytes divided by bandwidth. tfmixed is lower,
+  since its compiled update reads and writes memory a third as often.
+- Right, up to 128 variables (65,536 elements each): the same bytes in more pieces take little more time. Beyond that,
+  tfmixed does not compile the update, since XLA's kernels are not faster on small pieces, and joins its unfused curve.
+- Right, above: the cost is that of the operations, about a dozen for each variable. The check has one for each.
 """
 
 
 class Point(NamedTuple):
-    """Medians in milliseconds, of one size."""
+    """Median milliseconds of one size."""
 
     parameters: int
     variables: int
@@ -51,10 +51,10 @@ class Point(NamedTuple):
 
 
 def check(shape: tuple[int, ...], count: int) -> Callable[[], object]:
-    """Returns the finite check alone: all that is looked at before the update."""
+    """Returns the finite check alone."""
     gradients = [tf.random.stateless_normal(shape, (0, index)) for index in range(count)]
-    judge, scale = Judge.of_unknown([False] * count, 1, needs_amax=False), tf.constant(2.0**15)
-    return tf.function(lambda: judge.evidence(gradients, scale, range(count)), autograph=False)
+    check, scale = FiniteCheck.for_gradients([False] * count, 1, needs_amax=False), tf.constant(2.0**15)
+    return tf.function(lambda: check.measure(gradients, scale, range(count)), autograph=False)
 
 
 def measured(shape: tuple[int, ...], count: int, rounds: int) -> Point:
@@ -66,8 +66,8 @@ def measured(shape: tuple[int, ...], count: int, rounds: int) -> Point:
     parameters = count * tf.TensorShape(shape).num_elements()
     if parameters <= 2**26:
         functions["tfmixed, unfused"] = update(lambda adam: tfmixed.LossScaleOptimizer(adam, fuse=False), shape, count)
-    _, times = by_turns(functions, rounds)
-    point = Point(parameters, count, {name: statistics.median(values) for name, values in times.items()})
+    _, times = first_and_later(functions, rounds)
+    point = Point(parameters, count, timing.medians(times))
     print(
         f"{parameters:,} in {count}: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in point.ms.items()), flush=True
     )
@@ -104,16 +104,18 @@ def drawn(by_parameters: list[Point], by_variables: list[Point]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=11, help="turns of each (default: %(default)s)")
-    parser.add_argument("--largest", type=int, default=400, help="million parameters (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=11, help="calls of each (default: %(default)s)")
+    parser.add_argument(
+        "--largest", type=int, default=400, help="largest size in million parameters (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     millions = [size for size in (1, 4, 16, 64, 200, 400) if size <= arguments.largest]
     counts = (10, 30, 100, 128, 200, 500, 1000, 2000)
-    # Each in a process of its own, which gives its memory back.
+    # Each size runs in its own process, which frees its memory.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         grown = [pool.submit(measured, (size * 2**16 // WIDTH, WIDTH), 16, arguments.rounds) for size in millions]
         split = [pool.submit(measured, (2**23 // count,), count, arguments.rounds) for count in counts]
-        by_parameters, by_variables = ([each.result() for each in points] for points in (grown, split))
+        by_parameters, by_variables = ([point.result() for point in points] for points in (grown, split))
     title = f"TensorFlow {tf.__version__}, Keras {keras.__version__}, `python benchmarks/growth.py`"
     text = [title, "", *lines(by_parameters), "", *lines(by_variables), "", "![](growth.png)", "", REASONS]
     (RESULTS / "growth.md").write_text("\n".join(text))

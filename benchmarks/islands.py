@@ -1,16 +1,14 @@
-"""What float32 islands cost: each layer beside Keras's own, and whole models before and after `force_float32`.
+"""Times float32 layers against those of Keras, and models before and after `force_float32`.
 
     python benchmarks/islands.py                 # mixed_bfloat16, some minutes
     python benchmarks/islands.py --policy mixed_float16
 
-Both of a pair take turns in one process, forward and backward; the ratio is that of the medians.
+Both of a pair are interleaved in one process, forward and backward. The ratio is that of the medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import keras
@@ -22,6 +20,7 @@ from rich.table import Table
 
 import tfmixed
 from tfmixed._cli.bench import networks
+from tfmixed._utils import timing
 
 ours = tfmixed.layers
 ROUNDS = 15
@@ -42,15 +41,15 @@ PAIRS = {
         (64, 32, 32, 64),
     ),
     "MultiHeadAttention, 8 x 128 x 512, dropout": (
-        lambda: OnItself(layers.MultiHeadAttention(8, 64, dropout=0.1)),
-        lambda: OnItself(ours.MultiHeadAttention(8, 64, dropout=0.1)),
+        lambda: SelfAttention(layers.MultiHeadAttention(8, 64, dropout=0.1)),
+        lambda: SelfAttention(ours.MultiHeadAttention(8, 64, dropout=0.1)),
         (8, 128, 512),
     ),
 }
 
 
-class OnItself(layers.Layer):
-    """Attention of a sequence to itself."""
+class SelfAttention(layers.Layer):
+    """Self-attention."""
 
     def __init__(self, attention):
         super().__init__()
@@ -76,20 +75,15 @@ def step(layer: layers.Layer, shape: tuple[int, ...]) -> Callable[[], None]:
 
 
 def medians(*runs: Callable[[], None], rounds: int = ROUNDS) -> list[float]:
-    """Times functions by turns, in milliseconds."""
+    """Returns the median milliseconds of interleaved functions."""
     for run in runs:
         run()
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, taken in zip(runs, times, strict=True):
-            start = time.perf_counter()
-            run()
-            taken.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]
+    times = timing.interleaved({str(number): run for number, run in enumerate(runs)}, rounds)
+    return [1e3 * median for median in timing.medians(times).values()]
 
 
 def language_model() -> networks.Problem:
-    """A Transformer that drops attention scores out, so that its softmax is half precision, and ends in logits."""
+    """A Transformer with attention dropout, whose softmax is therefore in half precision."""
     ids = keras.Input((128,), dtype="int32")
     x = layers.Embedding(8000, 512)(ids)
     for _ in range(4):
@@ -103,7 +97,7 @@ def language_model() -> networks.Problem:
 
 
 def classifier() -> networks.Problem:
-    """A convolutional network that ends in an average over the picture, a unit norm and a softmax."""
+    """A convolutional network that ends in average pooling, a unit norm and a softmax."""
     blocks = []
     for _ in range(4):
         blocks += [layers.Conv2D(128, 3, padding="same", use_bias=False), layers.BatchNormalization(), layers.ReLU()]
@@ -118,7 +112,7 @@ MODELS = {"language model": language_model, "classifier": classifier, "mlp": net
 
 
 def batch(name: str, forced: bool | str) -> tuple[Callable[[], None], int]:
-    """Returns a training step of a model, and how many of its layers were forced."""
+    """Returns a training step of a model, and the number of its layers forced to float32."""
     model, x, y = MODELS[name]()
     changed = tfmixed.force_float32(model) if forced else []
     if forced == "norms":

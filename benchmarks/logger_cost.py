@@ -1,9 +1,9 @@
-"""What `LossScaleLogger` costs a step: the time spent in its hooks, beside that of the step, on dense networks.
+"""Times the hooks of `LossScaleLogger` and the training step, on dense networks.
 
     python benchmarks/logger_cost.py      # three widths, a minute
 
-On against off differs by less than two runs of the same do, so the hooks themselves are timed: after a batch in the
-thread in which Keras runs callbacks beside the training, at the ends of epochs in the training's own.
+Two runs with and without the logger differ less than two equal runs, so the hooks are timed instead. Keras runs those
+after a batch in a callback thread, and those of epochs in the training thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BATCH, EPOCHS = 64, 5
 
 
 class Timed(LossScaleLogger):
-    """Adds up the seconds that its hooks take, and those of the epochs."""
+    """Adds up the seconds of its hooks and of the epochs."""
 
     def __init__(self):
         super().__init__(verbose=0)

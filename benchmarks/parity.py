@@ -1,10 +1,10 @@
-"""What the examples learn in each precision, over seeds: whether half precision costs accuracy.
+"""Compares the accuracy of the examples between precisions, over seeds.
 
     python benchmarks/parity.py                          # writes benchmarks/results/parity.md
     python benchmarks/parity.py --seeds 2 --only digits --output -
 
-Trains `examples/digits.py` and `examples/transformer.py` under the precisions of `configs/`. A seed fixes the first
-weights and the order of the data, so runs of one seed are compared with each other.
+Trains `examples/digits.py` and `examples/transformer.py` under the precisions of `configs/`. A seed fixes the initial
+weights and the order of the data, so that runs of the same seed are compared with each other.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ PRECISIONS = {
     "mixed_float16, constant": "float16_constant",
     "mixed_bfloat16": "bfloat16",
 }
-EPOCHS, STEPS = 6, 400  # of the digits, of the Transformer
+EPOCHS, STEPS = 6, 400  # epochs of the digits, steps of the Transformer
 
 
 class Task(NamedTuple):
-    """What is learned: a title, the format of its numbers, and what trains a model and returns it with its number."""
+    """A task: its title, the format of its numbers, and a function that returns a trained model and its number."""
 
     title: str
     form: str
@@ -70,7 +70,7 @@ TASKS = {
 
 
 class Outcome(NamedTuple):
-    """A task under one precision: the number of each seed, and the steps skipped in all."""
+    """Result of a task under one precision: the number of each seed, and the total of skipped steps."""
 
     numbers: list[float]
     skipped: int
@@ -80,7 +80,7 @@ class Outcome(NamedTuple):
 
 
 def measured(task: Task, seeds: int) -> dict[str, Outcome]:
-    """Returns the outcome of a task under each precision; the seeds take turns."""
+    """Returns the outcome of a task under each precision. Every seed trains all precisions."""
     numbers: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
     skipped = dict.fromkeys(PRECISIONS, 0)
     for seed, (precision, name) in itertools.product(range(seeds), PRECISIONS.items()):
@@ -93,13 +93,13 @@ def measured(task: Task, seeds: int) -> dict[str, Outcome]:
 
 
 def difference(outcome: Outcome, reference: Outcome) -> tuple[float, float]:
-    """Returns the mean difference of runs of one seed, and half the width of its 95% interval by Student's t."""
+    """Returns the mean difference of runs of the same seed, and half the width of its 95% interval (Student's t)."""
     pairs = numpy.subtract(outcome.numbers, reference.numbers)
     return float(pairs.mean()), float(stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs))
 
 
 def lines(rows: list[list[str]]) -> list[str]:
-    """Returns a Markdown table; the first row is its head."""
+    """Returns a Markdown table whose header is the first row."""
     head, *body = rows
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *body)] + [""]
 
@@ -114,7 +114,7 @@ def summary(results: dict[str, dict[str, Outcome]]) -> list[str]:
 
 
 def details(task: Task, outcomes: dict[str, Outcome]) -> list[str]:
-    """Returns the tables of one task: what differs from float32, and the number of each seed."""
+    """Returns the tables of one task: the differences from float32, and the number of each seed."""
     form, reference = task.form, outcomes["float32"]
     differences = [["precision", "mean ± standard deviation", "range", "difference from float32", "steps skipped"]]
     for precision, outcome in outcomes.items():
@@ -127,8 +127,8 @@ def details(task: Task, outcomes: dict[str, Outcome]) -> list[str]:
     return [f"## {task.title[0].upper()}{task.title[1:]}", "", *lines(differences), *lines(seeds)]
 
 
-def verdict(results: dict[str, dict[str, Outcome]]) -> str:
-    """Says which differences from float32 are more than the noise of seeds."""
+def conclusion(results: dict[str, dict[str, Outcome]]) -> str:
+    """Returns a paragraph on the differences from float32 that exceed the noise of seeds."""
     beyond = []
     pairs = list(itertools.product(results, list(PRECISIONS)[1:]))
     for name, precision in pairs:
@@ -149,7 +149,7 @@ def verdict(results: dict[str, dict[str, Outcome]]) -> str:
 def page(results: dict[str, dict[str, Outcome]]) -> str:
     seeds = len(next(iter(results.values()))["float32"].numbers)
     today = datetime.datetime.now(datetime.UTC).date()
-    versions = [f"{each.__name__} {each.__version__}" for each in (tf, keras, tfmixed)]
+    versions = [f"{module.__name__} {module.__version__}" for module in (tf, keras, tfmixed)]
     about = f"""\
 # Accuracy in half precision
 
@@ -163,13 +163,13 @@ Student's t; it exceeds the noise where that does not hold 0. Of the digits, 1,4
 counting pairs {:.3f}.
 """.format(*transformer.counted())
     tables = (line for name, outcomes in results.items() for line in details(TASKS[name], outcomes))
-    return "\n".join([about, *summary(results), verdict(results), notes, *tables])
+    return "\n".join([about, *summary(results), conclusion(results), notes, *tables])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(TASKS), help="what to train (default: both)")
-    parser.add_argument("--seeds", type=int, default=5, help="at least 2 (default: %(default)s)")
+    parser.add_argument("--only", choices=list(TASKS), help="the task to train (default: both)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, at least 2 (default: %(default)s)")
     parser.add_argument("--output", default=str(RESULTS), help="file to write, or - (default: %(default)s)")
     arguments = parser.parse_args()
     tasks = [arguments.only] if arguments.only else list(TASKS)

@@ -1,4 +1,4 @@
-"""What measuring gradients costs: a batch of `measure_gradients` beside a training step of `fit`, by turns.
+"""Times a batch of `measure_gradients` against a training step of `fit`, interleaved.
 
 python benchmarks/ranges.py                      # all networks of `tfmixed bench` in float32, two minutes
 python benchmarks/ranges.py --policy mixed_bfloat16 mlp
@@ -7,9 +7,8 @@ python benchmarks/ranges.py --policy mixed_bfloat16 mlp
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 
+import keras
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
@@ -17,8 +16,13 @@ from rich.table import Table
 import tfmixed
 from tfmixed._cli.bench import networks
 from tfmixed._probe.train_step_probe import Probe
+from tfmixed._utils import timing
 
 ROUNDS, STEPS = 7, 3
+
+
+def fit(model: keras.Model, data: tf.data.Dataset) -> None:
+    model.fit(data, steps_per_epoch=STEPS, verbose=0, shuffle=False)
 
 
 def main() -> None:
@@ -32,21 +36,16 @@ def main() -> None:
         model, *arrays = getattr(networks, name)()
         batch = tuple(tf.convert_to_tensor(array[: networks.BATCHES[name]]) for array in arrays)
         data = tf.data.Dataset.from_tensors(batch).repeat()
-        model.fit(data, steps_per_epoch=STEPS, verbose=0, shuffle=False)
-        probe, start = Probe(model), time.perf_counter()
-        probe.measure(batch)
-        first = time.perf_counter() - start
-        steps, measured = [], []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            model.fit(data, steps_per_epoch=STEPS, verbose=0, shuffle=False)
-            middle = time.perf_counter()
-            for _ in range(STEPS):
-                probe.measure(batch)
-            steps.append((middle - start) / STEPS)
-            measured.append((time.perf_counter() - middle) / STEPS)
-        pair = statistics.median(steps), statistics.median(measured)
-        table.add_row(name, *(f"{1e3 * each:.1f}" for each in pair), f"{pair[1] / pair[0]:.2f}", f"{first:.1f}")
+        fit(model, data)
+        probe = Probe(model)
+        first = timing.elapsed(lambda probe=probe, batch=batch: probe.measure(batch))
+        functions = {
+            "fit": lambda model=model, data=data: fit(model, data),
+            "probe": lambda probe=probe, batch=batch: [probe.measure(batch) for _ in range(STEPS)],
+        }
+        medians = timing.medians(timing.interleaved(functions, ROUNDS))
+        step, measured = (1e3 * seconds / STEPS for seconds in medians.values())
+        table.add_row(name, f"{step:.1f}", f"{measured:.1f}", f"{measured / step:.2f}", f"{first:.1f}")
     Console().print(table)
 
 

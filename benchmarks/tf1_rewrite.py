@@ -1,11 +1,11 @@
-"""Times training under the graph rewrite against float32: one session each, taking turns in one process.
+"""Times training under the graph rewrite against float32, in interleaved sessions of one process.
 
     python benchmarks/tf1_rewrite.py                            # writes benchmarks/results/tf1_rewrite.md
-    python benchmarks/tf1_rewrite.py --rounds 31 --output -     # prints it alone
+    python benchmarks/tf1_rewrite.py --rounds 31 --output -     # prints it only
 
-The scripts are those of TensorFlow 1: placeholders, `get_variable`, a Session. A step reads its batch, computes the
-gradients and updates the weights. `scaled` is what `enable_mixed_precision_graph_rewrite` gives: the rewrite and a
-dynamic loss scale with its checks. `rewrite` is the rewrite alone, `scaling` the loss scale in float32.
+The models are TensorFlow 1 code with placeholders, `get_variable` and a session. A step reads its batch, computes the
+gradients and updates the weights. `scaled` is `enable_mixed_precision_graph_rewrite`, with the rewrite and a dynamic
+loss scale. `rewrite` is the rewrite alone, and `scaling` the loss scale in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from rich.table import Table
 import tfmixed
 import tfmixed.compat.v1 as tf
 from tfmixed import hardware
+from tfmixed._utils import timing
 
 RESULTS = Path(__file__).parent / "results" / "tf1_rewrite.md"
 VARIANTS = {"float32": (False, False), "scaled": (True, True), "rewrite": (True, False), "scaling": (False, True)}
@@ -43,7 +43,7 @@ def classified(logits: object, classes: int, batch: int) -> tuple[object, dict]:
 
 
 def mlp(width: int, batch: int) -> tuple[object, dict]:
-    """Three layers of `width`."""
+    """A network of three dense layers of `width` units."""
     x = tf.placeholder(tf.float32, [None, width])
     hidden = x
     for number in range(3):
@@ -54,7 +54,7 @@ def mlp(width: int, batch: int) -> tuple[object, dict]:
 
 
 def cnn(channels: int, batch: int) -> tuple[object, dict]:
-    """Four convolutions with batch normalization on images of 32 x 32."""
+    """A network of four convolutions with batch normalization on 32 x 32 images."""
     x = tf.placeholder(tf.float32, [None, 32, 32, channels])
     hidden = x
     for number in range(4):
@@ -94,17 +94,12 @@ def step(network: str, rewritten: bool, scaled: bool, stack: contextlib.ExitStac
 
 
 def measured(network: str, rounds: int) -> dict[str, list[float]]:
-    """Returns milliseconds of each variant, a step each by turns."""
+    """Returns the milliseconds of interleaved steps of each variant."""
     with contextlib.ExitStack() as stack:
         steps = {name: step(network, *how, stack) for name, how in VARIANTS.items()}
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for number in range(rounds + 3):
-            for name, take in steps.items():
-                start = time.perf_counter()
-                take()
-                if number >= 3:
-                    times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+        timing.interleaved(steps, 3)
+        times = timing.interleaved(steps, rounds)
+    return {name: [1e3 * seconds for seconds in taken] for name, taken in times.items()}
 
 
 def table(network: str, times: dict[str, list[float]]) -> Table:

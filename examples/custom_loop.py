@@ -1,9 +1,9 @@
-"""Trains one model with `fit` and in two loops written by hand, with equal losses step by step.
+"""Trains one model with `fit` and in two custom loops, with the same loss in each step.
 
     python examples/custom_loop.py
 
-A step is one pass over 512 digits in mixed_float16. The scale starts too high on purpose: all skip the first steps.
-Loops in the style of PyTorch are in `grad_scaler.py`.
+Each step uses 512 digits in mixed_float16. The scale starts too high on purpose, so the first steps are skipped.
+PyTorch-style loops are in `grad_scaler.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from sklearn.datasets import load_digits
 import tfmixed
 
 RULE, STEPS = tfmixed.DynamicScale(initial_scale=2.0**24, growth_interval=5), 12
-X, Y = (each[:512] for each in (load_digits().data.astype("float32") / 16, load_digits().target))
+X, Y = (array[:512] for array in (load_digits().data.astype("float32") / 16, load_digits().target))
 loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def build() -> keras.Model:
-    """Returns the same model each time."""
+    """Returns a model with the same weights at each call."""
     keras.utils.set_random_seed(0)
     with tfmixed.policy_scope("mixed_float16"):
         return keras.Sequential([keras.Input((64,)), keras.layers.Dense(32, "relu"), keras.layers.Dense(10)])
@@ -43,7 +43,7 @@ def keras3() -> list[float]:
             loss = loss_of(Y, model(X, training=True))
             scaled = optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables)  # unscales, and skips where they are not finite
+        optimizer.apply(gradients, model.trainable_variables)  # unscales, and skips non-finite gradients
         return loss
 
     return [float(step()) for _ in range(STEPS)]
@@ -65,7 +65,7 @@ def keras2() -> list[float]:
 
 
 def show(losses: dict[str, list[float]]) -> None:
-    table = Table("step", *losses, title="loss before the step")
+    table = Table("step", *losses, title="Loss before the step")
     for number, row in enumerate(zip(*losses.values(), strict=True)):
         table.add_row(str(number), *(f"{loss:.4f}" for loss in row))
     Console().print(table)

@@ -1,8 +1,8 @@
-"""Trains a small CNN on handwritten digits three times: float32, float16 with a dynamic and with a constant loss scale.
+"""Trains a small CNN on handwritten digits in float32, and in float16 with a dynamic and a constant loss scale.
 
     python examples/digits.py [--epochs 6] [--run-dir runs/digits]
 
-The precision of each run comes from a file in `configs/`. Writes the log of each run and a picture of the loss scales.
+A file in `configs/` sets the precision of each run. Writes a log of each run and a plot of the loss scales.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def digits() -> list[Any]:
 
 def build() -> keras.Model:
     convolutions = [layers.Conv2D(8, 3, activation="relu"), layers.Conv2D(16, 3, strides=2, activation="relu")]
-    # In float32: probabilities are where float16 goes wrong first.
+    # In float32: float16 fails first in the softmax.
     classifier = [layers.Flatten(), layers.Dense(10), tfmixed.layers.Softmax()]
     return keras.Sequential([keras.Input((8, 8, 1)), *convolutions, *classifier])
 
 
 def train(config: tfmixed.Config, epochs: int, seed: int = 0, **options: Any) -> tuple[keras.Model, float]:
-    """Returns the model and its accuracy on the validation images; `options` are those of `fit`."""
+    """Returns the model and its validation accuracy. `options` are passed to `fit`."""
     keras.utils.set_random_seed(seed)
     config.apply()
     train_x, test_x, train_y, test_y = digits()
@@ -66,11 +66,11 @@ def main() -> None:
             histories[name] = plotting.ScaleHistory.of(records.read_log(run_dir / "loss_scale.jsonl"))
             row[2:] = f"{float(model.optimizer.loss_scale):g}", f"{int(model.optimizer.skipped_steps)}"
         table.add_row(*row, f"{seconds:.1f}")
-    picture = arguments.run_dir / "loss_scale.png"
-    plotting.save(plotting.plot_scale(histories, "Loss scale, CNN on digits"), picture)
-    console.print(table, f"Logs and picture: {arguments.run_dir}/*/loss_scale.jsonl, {picture}")
+    figure = arguments.run_dir / "loss_scale.png"
+    plotting.save(plotting.plot_scale(histories, "Loss scale, CNN on digits"), figure)
+    console.print(table, f"Logs and figure: {arguments.run_dir}/*/loss_scale.jsonl, {figure}")
     if "float16" not in tfmixed.hardware.describe().main.fast:
-        console.print("float16 is slow on a CPU: this run shows its numerics, not its speed.")
+        console.print("float16 is slow on CPUs. This run shows its numerics, not its speed.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Loops in the style of PyTorch, and what one writes them for: clipping, gradients in parts, a penalty on gradients.
+"""PyTorch-style loops: gradient clipping, gradient accumulation, a gradient penalty.
 
     python examples/grad_scaler.py
 
-Trains the model of `custom_loop.py`. Its first steps overflow: none is taken, and no clip hides them.
+Trains the model of `custom_loop.py`. Its first steps overflow and are skipped, also with clipping.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def clipped(model, sgd, scaler):
     return loss, tf.clip_by_global_norm(scaler.unscale(sgd, gradients), 0.1)[0]
 
 
-def in_parts(model, _sgd, scaler):
-    """Adds up the gradients of four quarters of the batch."""
+def accumulated(model, _sgd, scaler):
+    """Sums the gradients of four quarters of the batch."""
     total, sums = 0.0, [0.0] * len(model.trainable_variables)
     for x, y in zip(np.split(X, 4), np.split(Y, 4), strict=True):
         with tf.GradientTape() as tape:
@@ -43,7 +43,7 @@ def in_parts(model, _sgd, scaler):
 
 
 def penalized(model, _sgd, scaler):
-    """Adds the square of the gradient by the inputs to the loss. That gradient is scaled, too."""
+    """Adds the squared gradient with respect to the inputs to the loss. That gradient is scaled, too."""
     x = tf.constant(X)
     with tf.GradientTape() as tape:
         with tf.GradientTape() as inner:
@@ -70,7 +70,7 @@ def train(gradients: Callable) -> list[float]:
 
 
 def main() -> None:
-    show({"fit": fit()} | {way.__name__: train(way) for way in (plain, clipped, in_parts, penalized)})
+    show({"fit": fit()} | {loop.__name__: train(loop) for loop in (plain, clipped, accumulated, penalized)})
 
 
 if __name__ == "__main__":

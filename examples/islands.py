@@ -1,4 +1,4 @@
-"""Finds what float16 breaks in a network of one's own, forces it into float32, and trains the digits again.
+"""Finds what float16 breaks in a custom layer, fixes it with `force_float32`, and trains on digits.
 
 python examples/islands.py
 tfmixed audit examples.islands:unsafe --policy mixed_float16     # the same table, with an exit code
@@ -19,7 +19,7 @@ import tfmixed
 
 @keras.saving.register_keras_serializable("examples")
 class Attend(layers.Layer):
-    """Weighs the rows of a picture by what is in them, and hides those that are empty."""
+    """Attention over the rows of an image, with empty rows masked."""
 
     def call(self, rows):
         energy = ops.sum(ops.square(rows), axis=-1)
@@ -30,13 +30,13 @@ class Attend(layers.Layer):
 
 
 def data() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures as eight rows of eight numbers up to 16, and their digits."""
+    """Returns images of 8x8 pixels in [0, 16] and their labels."""
     digits = load_digits()
     return digits.images.astype("float32"), digits.target
 
 
 def unsafe() -> tuple[keras.Model, np.ndarray, np.ndarray]:
-    """A model that float32 trains well, with a batch to run through it."""
+    """Returns a model that trains well in float32, and a batch."""
     inputs = keras.Input((8, 8))
     rows = layers.Dense(32, activation="relu", name="rows")(inputs)
     both = layers.Concatenate()([Attend(name="attend")(rows), layers.Flatten()(rows)])
@@ -47,17 +47,18 @@ def unsafe() -> tuple[keras.Model, np.ndarray, np.ndarray]:
 
 
 def accuracy(policy: str, force: bool = False) -> str:
-    """Trains, and tells the accuracy on the digits held back, and how many steps were applied."""
+    """Trains a model and returns its validation accuracy and the number of applied steps, as text."""
     keras.utils.set_random_seed(0)
-    with tfmixed.policy_scope(policy, promote=False):  # or custom layers like this one compute in float32 anyway
+    with tfmixed.policy_scope(policy, promote=False):  # by default, custom layers receive float32
         model, _, _ = unsafe()
     changed = tfmixed.force_float32(model) if force else []
     x, y = data()
     with contextlib.suppress(tfmixed.errors.LossScaleExhausted):  # all steps were skipped
         model.fit(x[:1500], y[:1500], epochs=15, batch_size=50, verbose=0)
-    right = float(np.mean(model.predict(x[1500:], verbose=0).argmax(-1) == y[1500:]))
+    correct = float(np.mean(model.predict(x[1500:], verbose=0).argmax(-1) == y[1500:]))
     applied = int(model.optimizer.attempted_steps) - int(model.optimizer.skipped_steps)
-    return f"{right:6.1%} right, {applied} steps applied" + (f", in float32: {', '.join(changed)}" if force else "")
+    islands = f", in float32: {', '.join(changed)}" if changed else ""
+    return f"{correct:6.1%} accuracy, {applied} steps applied{islands}"
 
 
 def main() -> None:

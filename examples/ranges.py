@@ -1,8 +1,8 @@
-"""Measures the gradients of an autoencoder before and while it trains, chooses a loss scale, and writes a report.
+"""Measures the gradients of an autoencoder before and during training, chooses a loss scale, and writes a report.
 
     python examples/ranges.py [--epochs 40] [--run-dir runs/ranges]
 
-The autoencoder of `underflow.py`: without a loss scale float16 flushes a fifth of its gradients to 0.
+Uses the autoencoder of `underflow.py`. Without a loss scale, float16 flushes a fifth of its gradients to 0.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tfmixed.callbacks import GradientRanges, LossScaleLogger
 from tfmixed.report import Report, read
 from tfmixed.scaling import ScaleHistory
 
-# High, and with much growth: to show where the range of scales that work ends.
+# Starts high and grows fast, to show the upper limit of the scale.
 RULE = tfmixed.DynamicScale(initial_scale=2.0**22, growth_interval=10, max_scale=2.0**40)
 
 
 def compiled(scale) -> keras.Model:
-    keras.utils.clear_session()  # so that layers have the same names each time
+    keras.utils.clear_session()  # gives the layers the same names at each call
     model = build("mixed_float16")
     model.compile(tfmixed.LossScaleOptimizer(keras.optimizers.Adam(0.02), scale), loss="mse")
     return model
@@ -46,7 +46,7 @@ def main() -> None:
         model = compiled(scale)
         model.fit(**fit | {"epochs": 1})
         skipped, steps = int(model.optimizer.skipped_steps), int(model.optimizer.attempted_steps)
-        console.print(f"An epoch with the constant scale {records.short(scale)}: {skipped} of {steps} steps overflow.")
+        console.print(f"One epoch with the constant scale {records.short(scale)}: {skipped} of {steps} steps overflow.")
 
     path = arguments.run_dir / "loss_scale.jsonl"
     compiled(RULE).fit(**fit, callbacks=[LossScaleLogger(path, verbose=0), GradientRanges(path, every=10)])
@@ -57,7 +57,7 @@ def main() -> None:
     last = [record for record in log if isinstance(record, records.RangesRecord)][-1]
     plotting.save(plotting.plot_ranges(last, suggested), arguments.run_dir / "report_ranges.png")
     plotting.save(plotting.plot_scale({"dynamic": ScaleHistory.of(log)}), arguments.run_dir / "report_scale.png")
-    console.print(f"Log, report and pictures: {arguments.run_dir}")
+    console.print(f"Log, report and figures: {arguments.run_dir}")
 
 
 if __name__ == "__main__":

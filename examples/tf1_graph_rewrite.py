@@ -1,7 +1,7 @@
-"""A script of TensorFlow 1 on the digits, before and after: two lines more, and what they did.
+"""A TensorFlow 1 script that trains on digits, before and after a two-line change for mixed precision.
 
 python examples/tf1_graph_rewrite.py
-python examples/tf1_graph_rewrite.py --width 256 --steps 50    # where little is to gain
+python examples/tf1_graph_rewrite.py --width 256 --steps 50    # little to gain
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def digits():
 
 
 def network(images, width):
-    """Returns logits: three layers of `width`."""
+    """Returns the logits of a network with three hidden layers of `width` units."""
     hidden = images
     for number in range(3):
         with tf.variable_scope(f"layer_{number}"):
@@ -34,7 +34,7 @@ def network(images, width):
 
 
 def training(width, mixed):
-    """Returns a session, and what a training step of it fetches: the loss and the update."""
+    """Returns a session and the fetches of a training step: loss and update."""
     with tf.Graph().as_default():
         tf.set_random_seed(1)
         batches = tf.data.Dataset.from_tensor_slices(digits()).shuffle(2000, seed=1).repeat().batch(BATCH)
@@ -52,15 +52,15 @@ def training(width, mixed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=1024, help="of each layer (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="of each run (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=1024, help="width of each layer (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each run (default: %(default)s)")
     arguments = parser.parse_args()
     after = training(arguments.width, mixed=True)
-    tf.train.experimental.disable_mixed_precision_graph_rewrite()  # sessions made from now on are float32 again
+    tf.train.experimental.disable_mixed_precision_graph_rewrite()  # new sessions use float32
     runs = {"before": training(arguments.width, mixed=False), "after": after}
     losses, times = {}, {"before": [], "after": []}
     for _ in range(arguments.steps):
-        for name, (session, fetches) in runs.items():  # by turns: whatever else this machine does slows down both
+        for name, (session, fetches) in runs.items():  # interleaved, so that other load slows down both
             start = time.perf_counter()
             losses[name], _ = session.run(fetches)
             times[name].append(1e3 * (time.perf_counter() - start))

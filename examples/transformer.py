@@ -1,9 +1,9 @@
-"""Trains a character-level Transformer on the texts of Python's own `help()`, in any precision.
+"""Trains a character-level Transformer on the texts of Python's `help()`, in any precision.
 
     python examples/transformer.py [--policy mixed_float16] [--scale dynamic] [--seed 0] [--steps 400]
 
-Prints the bits that it needs for a character of the last tenth of the text, which it has not seen, beside those that
-counts of characters and of pairs need, and goes on with that text. Scores, normalizations and loss are float32.
+Prints a sample and the bits per character on the last tenth of the text, which is not used for training, next to those
+of models that count characters and pairs of characters. Scores, normalizations and loss are float32.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def build() -> keras.Model:
     place = ops.cumsum(ops.ones_like(text), axis=1) - 1
     x = keras.layers.Embedding(len(LETTERS), WIDTH)(text) + keras.layers.Embedding(CONTEXT, WIDTH)(place)
     for _ in range(BLOCKS):
-        seen = layers.LayerNormalization()(x)
-        x += layers.MultiHeadAttention(HEADS, WIDTH // HEADS)(seen, seen, use_causal_mask=True)
+        normalized = layers.LayerNormalization()(x)
+        x += layers.MultiHeadAttention(HEADS, WIDTH // HEADS)(normalized, normalized, use_causal_mask=True)
         hidden = keras.layers.Dense(4 * WIDTH, "relu")(layers.LayerNormalization()(x))
         x += keras.layers.Dense(WIDTH)(hidden)
     return keras.Model(text, keras.layers.Dense(len(LETTERS))(layers.LayerNormalization()(x)))
 
 
 def train(policy: str, scale: Any, steps: int, seed: int = 0) -> tuple[keras.Model, float]:
-    """Returns the model and the bits that it needs for a character of the text held out."""
+    """Returns the model and its bits per character on the held-out text."""
     keras.utils.set_random_seed(seed)
     tfmixed.set_policy(policy)
     model = build()
@@ -47,13 +47,13 @@ def train(policy: str, scale: Any, steps: int, seed: int = 0) -> tuple[keras.Mod
     pieces = TRAINING[starts + np.arange(CONTEXT + 1)]
     model.fit(pieces[:, :-1], pieces[:, 1:], batch_size=BATCH, shuffle=False, verbose=0)
     count = (len(HELD_OUT) - 1) // CONTEXT * CONTEXT
-    seen, following = (HELD_OUT[place : place + count].reshape(-1, CONTEXT) for place in (0, 1))
-    return model, model.evaluate(seen, following, batch_size=256, verbose=0) / np.log(2)
+    text, targets = (HELD_OUT[place : place + count].reshape(-1, CONTEXT) for place in (0, 1))
+    return model, model.evaluate(text, targets, batch_size=256, verbose=0) / np.log(2)
 
 
 def counted() -> tuple[float, float]:
-    """Returns the bits for a character by how often it is in the training text: at all, and after the one before it."""
-    pairs = np.ones((len(LETTERS), len(LETTERS)))  # none is impossible
+    """Returns the bits per character of models that count characters and pairs of characters in the training text."""
+    pairs = np.ones((len(LETTERS), len(LETTERS)))  # no pair has probability 0
     np.add.at(pairs, (TRAINING[:-1], TRAINING[1:]), 1)
     alone, after = pairs.sum(axis=0) / pairs.sum(), pairs / pairs.sum(axis=1, keepdims=True)
     return -np.log2(alone[HELD_OUT[1:]]).mean(), -np.log2(after[HELD_OUT[:-1], HELD_OUT[1:]]).mean()
@@ -69,7 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, bits = train(**vars(arguments))
     text, noise = list(HELD_OUT[:CONTEXT]), np.random.default_rng(arguments.seed).gumbel(size=(80, len(LETTERS)))
-    for row in noise:  # the largest of logits and such noise is drawn with their softmax
+    for row in noise:  # Gumbel-max sampling from the softmax
         text.append((model.predict_on_batch(np.array([text[-CONTEXT:]]))[0, -1] + row).argmax())
     print("".join(LETTERS[text]))
     print("bits per character: characters {:.3f}, pairs {:.3f}, Transformer {:.3f}".format(*counted(), bits))

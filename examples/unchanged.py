@@ -1,9 +1,9 @@
-"""Trains a small CNN on handwritten digits: an ordinary Keras script, which knows nothing of mixed precision.
+"""Trains a small CNN on handwritten digits: a plain Keras script without mixed precision.
 
     python examples/unchanged.py [--epochs 4] [--batch 32]
     tfmixed run --policy mixed_float16 examples/unchanged.py [--epochs 4] [--batch 32]
 
-The second line trains it in float16, with a loss scale, a float32 softmax, a log and a report: see docs/run.md.
+The second command trains in float16 with a loss scale, a float32 softmax, a log and a report. See docs/run.md.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     model.compile(keras.optimizers.Adam(5e-3), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(train_x, train_y, batch_size=arguments.batch, epochs=arguments.epochs, verbose=2)
     accuracy = model.evaluate(test_x, test_y, verbose=0, return_dict=True)["accuracy"]
-    print(f"{accuracy:.1%} of the test images are read right")
+    print(f"test accuracy {accuracy:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Shows why float16 needs loss scaling, on a model whose gradients underflow by themselves.
+"""Shows why float16 needs loss scaling, with a model whose gradients underflow.
 
     python examples/underflow.py [--steps 160]
 
-An autoencoder of the digits, with sigmoid units and a loss per pixel averaged over the whole training set: each of the
-92,000 pixels contributes about 1e-6 to the gradient, and each sigmoid on the way back divides it by four or more. Below
-6e-8 float16 has only 0. Nothing here multiplies the loss but the loss scale.
+An autoencoder of digits with sigmoid units, and a loss averaged over all pixels of the training set. Each of the 92,000
+pixels contributes about 1e-6 to the gradient, and each sigmoid divides it by four or more in the backward pass. The
+smallest positive float16 is 6e-8. Only the loss scale multiplies the loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tfmixed
 
 RUNS = {
     "float32": ("float32", None),
-    "float16, unscaled": ("mixed_float16", None),  # a constant 1: scales nothing, and still measures and checks
+    "float16, unscaled": ("mixed_float16", None),  # a constant scale of 1: no scaling, but checked
     "float16, 2^15": ("mixed_float16", 2.0**15),
     "float16, dynamic": ("mixed_float16", "dynamic"),
 }
@@ -42,7 +42,7 @@ def build(policy: str) -> keras.Model:
 
 
 def train(policy: str, scale: Any, steps: int) -> np.ndarray:
-    """Returns the loss of each step, and the share of weight-gradient entries that are 0, of the whole model."""
+    """Returns the loss and the share of gradient entries that are 0, for each step."""
     pixels, model, objective = load_data(), build(policy), keras.losses.MeanSquaredError()
     optimizer = tfmixed.LossScaleOptimizer(keras.optimizers.Adam(0.02), scale)
     entries = model.count_params()
@@ -65,13 +65,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     steps = parser.parse_args().steps
     table = Table("run", "loss before", "loss after", "zeros, start", "zeros, end")
-    for name, how in RUNS.items():
-        losses, zeros = train(*how, steps)
+    for name, (policy, scale) in RUNS.items():
+        losses, zeros = train(policy, scale, steps)
         table.add_row(name, *(f"{losses[i]:.4f}" for i in (0, -1)), *(f"{zeros[i]:.1%}" for i in (0, -1)))
     console, mean_image = Console(), load_data().var(axis=0).mean()
     console.print(f"Autoencoder of 1,437 digits, {steps} steps of Adam", table)
-    console.print("zeros: share of all entries of the weight gradients that are exactly 0")
-    console.print(f"A model that has learned nothing but the mean image has a loss of {mean_image:.4f}.")
+    console.print("zeros: share of weight-gradient entries that are exactly 0")
+    console.print(f"A model that predicts the mean image has a loss of {mean_image:.4f}.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Trains on the digits as one of several workers; an overflow on one of them makes all skip the step together.
+"""Trains on digits as one of several workers. An overflow on one worker makes all of them skip the step.
 
-`multi_worker.py` starts it on one machine. On a cluster, start it once on each host with TF_CONFIG set there, or build
-the strategy with `tf.distribute.cluster_resolver.SlurmClusterResolver()`.
+`multi_worker.py` starts it on one machine. On a cluster, start it once on each host with TF_CONFIG set, or create the
+strategy with `tf.distribute.cluster_resolver.SlurmClusterResolver()`.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 
 import tfmixed
 
-BATCH, BAD_STEP = 48, 7  # of all workers together
+BATCH, BAD_STEP = 48, 7  # the global batch size, and the step that overflows
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--loop", action="store_true", help="train in a loop with strategy.run")
+parser.add_argument("--loop", action="store_true", help="train with strategy.run")
 parser.add_argument("--die", action="store_true", help="kill this worker in the third epoch of fit")
 parser.add_argument("--epochs", type=int, default=6)
 parser.add_argument("--run-dir", type=Path, default=Path("runs/multi_worker"), help="log and backup of fit")
@@ -28,7 +28,7 @@ parser.add_argument("--run-dir", type=Path, default=Path("runs/multi_worker"), h
 def fit(model, data, first, arguments):
     tfmixed.distribute.enable_multi_worker_fit()
     folder, saves = str(arguments.run_dir / "backup"), "epoch" if first else 2**31
-    # The workers hold the same weights: the first one writes them, and all read them when they are started again.
+    # All workers have the same weights. The first one writes them, and all read them after a restart.
     backup = keras.callbacks.BackupAndRestore(folder, saves, delete_checkpoint=first, double_checkpoint=True)
     callbacks = [backup, tfmixed.callbacks.LossScaleLogger(arguments.run_dir / "loss_scale.jsonl", verbose=0)]
     if arguments.die:
@@ -42,12 +42,12 @@ def fit(model, data, first, arguments):
 def loop(model, data, strategy, epochs):
     objective = keras.losses.SparseCategoricalCrossentropy(reduction="sum")
 
-    def of_replica(x, y):
+    def replica_step(x, y):
         with tf.GradientTape() as tape:
             scaled = model.optimizer.scale_loss(objective(y, model(x, training=True)) / BATCH)
         model.optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
 
-    step = tf.function(lambda x, y: strategy.run(of_replica, args=(x, y)))
+    step = tf.function(lambda x, y: strategy.run(replica_step, args=(x, y)))
     for _ in range(epochs):
         for x, y in strategy.experimental_distribute_dataset(data):
             step(x, y)
@@ -57,9 +57,9 @@ def loop(model, data, strategy, epochs):
 def main():
     arguments, strategy = parser.parse_args(), tf.distribute.MultiWorkerMirroredStrategy()  # before the first tensor
     rank, workers = strategy.cluster_resolver.task_id, strategy.num_replicas_in_sync
-    x, y = (each[: 37 * BATCH] for each in load_digits(return_X_y=True))
+    x, y = (array[: 37 * BATCH] for array in load_digits(return_X_y=True))
     x = x.astype("float32") / 16
-    x[BAD_STEP * BATCH + (workers - 1) * BATCH // workers] = np.inf  # the last worker's share of that batch
+    x[BAD_STEP * BATCH + (workers - 1) * BATCH // workers] = np.inf  # in the last worker's part of that batch
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
     keras.utils.set_random_seed(0)
     with strategy.scope():

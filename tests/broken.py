@@ -1,4 +1,4 @@
-"""Breaks texts and values in random ways: what a bad disk, another program, or a hostile hand makes of a file."""
+"""Random damage to texts and values, as by a bad disk, another program or an attacker."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ BITS = [
 
 
 def bytes_of(random, content):
-    """Returns the bytes with some cut out, doubled, swapped or put in."""
+    """Returns the bytes with some removed, repeated, replaced or inserted."""
     for _ in range(random.choice((1, 1, 2, 5))):
         begin, end = sorted(random.randrange(len(content) + 1) for _ in range(2))
         end = min(end, begin + random.choice((1, 8, 400)))
@@ -62,7 +62,7 @@ def bytes_of(random, content):
 
 
 def value_of(random, value):
-    """Returns a copy of nested dictionaries and lists with an odd value in some place, or an entry more or less."""
+    """Returns a copy of nested dictionaries and lists with an odd value, or with an entry added or removed."""
     value = copy.deepcopy(value)
     for _ in range(random.choice((1, 1, 2))):
         inner, place = random.choice([*_places(value)])

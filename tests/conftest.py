@@ -1,3 +1,8 @@
+"""Settings of all tests: logical CPUs as replicas, one seed, and the files that run on JAX and PyTorch."""
+
+from __future__ import annotations
+
+import ast
 import gc
 import os
 
@@ -6,70 +11,43 @@ import pytest
 
 from tfmixed._islands import promotion
 
-if keras.backend.backend() == "tensorflow":
+BACKEND = keras.backend.backend()
+
+if BACKEND == "tensorflow":
     import tensorflow as tf
 
-    # Several replicas on one machine, for MirroredStrategy. Only before the first tensor.
+    # Replicas for MirroredStrategy. Only possible before the first tensor.
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
-else:
-    # What speaks of TensorFlow alone, and what its process of its own shows once for all backends.
-    only = [
-        "accuracy",
-        "architecture",
-        "audit",
-        "cli",
-        "config",
-        "contract",
-        "distribute",
-        "docs",
-        "docstrings",
-        "examples",
-        "fused",
-        "fuzz",
-        "grad_scaler_compiled",
-        "hazards_mended",
-        "multi_worker",
-        "package",
-        "nan",
-        "porting",
-        "report",
-        "report_docs",
-        "restart",
-        "run_loops",
-        "run_script",
-        "v1_callers",
-        "v1_checkpoints",
-        "v1_conversion",
-        "v1_eager",
-        "v1_float16",
-        "v1_graphs",
-        "v1_hooks",
-        "v1_install",
-        "v1_optimizer",
-        "v1_origins",
-        "v1_rewrite",
-        "v1_servers",
-    ]
-    if keras.backend.backend() == "jax":
-        import jax
+elif BACKEND == "jax":
+    import jax
 
-        # On GPUs and TPUs it multiplies float32 matrices in fewer bits, and adds in any order.
-        jax.config.update("jax_default_matmul_precision", "highest")
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
-    collect_ignore_glob = [f"*/test_{name}.py" for name in only]
+    # By default, GPUs and TPUs multiply float32 matrices with fewer bits and add in any order.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+
+
+def pytest_ignore_collect(collection_path):
+    """Selects the test files for JAX and PyTorch: those that use `tests/backend.py` and do not import TensorFlow."""
+    if BACKEND == "tensorflow" or collection_path.suffix != ".py":
+        return None
+    statements = ast.parse(collection_path.read_text(encoding="utf-8")).body
+    modules = {node.module for node in statements if isinstance(node, ast.ImportFrom)}
+    modules |= {name.name for node in statements if isinstance(node, ast.Import) for name in node.names}
+    needs_tensorflow = any(name.startswith(("tensorflow", "tf1", "tfmixed.compat.v1")) for name in modules)
+    return None if "backend" in modules and not needs_tensorflow else True
 
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    """Each test starts from one seed and leaves the dtype policy as it found it."""
-    before = keras.config.dtype_policy()
+    """Sets the same seed before each test, and restores the dtype policy after it."""
+    policy = keras.config.dtype_policy()
     keras.utils.set_random_seed(0)
     yield
-    keras.config.set_dtype_policy(before)
+    keras.config.set_dtype_policy(policy)
     promotion.switch(False)
 
 
 def pytest_collection_finish():
-    """Spares each collection of garbage what was imported: half a second of it."""
+    """Excludes imported modules from garbage collection, where they take half a second each time."""
     gc.freeze()

@@ -93,7 +93,7 @@ def optimizer_of(case: Case, ours: bool) -> keras.optimizers.Optimizer:
 
 @dataclass
 class Run:
-    """What a run leaves: one array a variable and replica, and the scale before the first and after each step."""
+    """Result of a run: one array for each variable and replica, and the scale before the first and after each step."""
 
     weights: list[list[np.ndarray]]
     scales: list[float]
@@ -178,10 +178,9 @@ def own_faults(case: Case, run: Run) -> set[str]:
         found.add("scale is not the rule's")
     if (int(optimizer.attempted_steps), int(optimizer.skipped_steps)) != (len(trace), trace.count(False)):
         found.add("counters are not the trace's")
-    culprits = [NAMES[int(np.argmax(step))] if any(step) else None for step in bad]
-    history = [
-        (step, old, new, culprits[step]) for step, (old, new) in enumerate(itertools.pairwise(run.scales)) if old != new
-    ]
+    overflowed = [NAMES[int(np.argmax(step))] if any(step) else None for step in bad]
+    pairs = enumerate(itertools.pairwise(run.scales))
+    history = [(step, old, new, overflowed[step]) for step, (old, new) in pairs if old != new]
     log = [(event.step, event.old_scale, event.new_scale, event.variable) for event in optimizer.drain_events()]
     if log != history:
         found.add("log is not the variable's history")

@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).parent / "resumable.py"
 
 @dataclass
 class Report:
-    """What was seen: epochs that ran twice, and how many of Keras's backups were torn."""
+    """Numbers of kills, of epochs that ran twice, and of torn backups of Keras."""
 
     kills: int
     epochs: int
@@ -81,7 +81,7 @@ def compare(how: str, kills: int, seed: int, folder: Path) -> Report:
         for name in wanted:
             np.testing.assert_array_equal(ours[name], wanted[name], err_msg=f"epoch {epoch}, {name}")
     logs = [records.read_changes(run / "scale.jsonl") for run in (torn, whole)]
-    # A change that the next process found in the ring first has no epoch: nobody saw when it happened.
+    # A change that the next process found in the ring first has no epoch, since the time of the change is unknown.
     for change, same in zip(*logs, strict=True):
         assert change in (same, dataclasses.replace(same, epoch=None))
     count = len((torn / "torn").read_text()) if (torn / "torn").exists() else 0

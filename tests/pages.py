@@ -1,14 +1,14 @@
-"""Runs the code blocks of a page of README.md or docs/, one after another, in the present folder.
+"""Runs the code blocks of README.md or a page of docs/ in order, in the current directory.
 
-    ```python                  runs, in names that belong to the page
-    ```python title="mine.py"  is written to that file; so is any other language that has a title
-    ```bash                    a command a line: `tfmixed` and `python -m` run here, ELSEWHERE says what runs the others
-    ```text                    right after one of these: what that prints. Elsewhere: what it says beside it
+    ```python                  Runs. All blocks of a page share one namespace.
+    ```python title="mine.py"  Is written to that file, as is a block of any other language with a title.
+    ```bash                    One command per line. `tfmixed` and `python -m` run here; ELSEWHERE lists the others.
+    ```text                    Directly after one of these: its expected output. Otherwise not checked.
 
-A line `print(...)  # text` prints that text, and a command that ends in `# exits with 1` does. What a page says is
-printed must be, line for line and in that order; more may be printed in between.
+`print(...)  # text` must print that text, and a command that ends in `# exits with 1` must exit with 1. All expected
+lines must be printed, in order; other lines may be printed between them.
 
-    python tests/pages.py docs/tf1.md   # in this process, in the present folder
+    python tests/pages.py docs/tf1.md   # in this process, in the current directory
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text", "toml"}
 COMMANDS = {"bash", ""}
 
-# Commands that no page runs, and what runs them instead.
+# Commands that are not run as part of a page, and what runs them instead.
 ELSEWHERE = {
     "make demo": ".ci/run",
     "make test": ".ci/run",
     "pip install '.[tensorflow,plot]'": "the Makefile installs the package with more extras than these",
-    "tfmixed bench mlp --rounds 3 --seconds 1": "tests/cli/test_bench.py, with shorter turns",
-    "tfmixed bench --model mine:train --policy mixed_bfloat16 --plot times.png": "the same",
+    "tfmixed bench mlp --rounds 3 --seconds 1": "tests/cli/test_bench.py, with shorter runs",
+    "tfmixed bench --model mine:train --policy mixed_bfloat16 --plot times.png": "tests/cli/test_bench.py",
     "export TF_CONFIG='{"
     '"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}'
-    "'": "tests/core/test_multi_worker.py sets it for hosts that are there",
+    "'": "tests/core/test_multi_worker.py sets it for local processes",
 }
 
-# What a page takes for granted: run before the block that begins with the key.
+# Code that a page assumes, by page and by the start of the block that it is run before.
 BEFORE = {
     "distributed.md": {
         "import keras": """
@@ -60,7 +60,7 @@ inputs, weight = tf.placeholder(tf.float32, [None, 8]), tf.get_variable("weight"
 train_op, feed_dict = opt.minimize(tf.reduce_mean(tf.matmul(inputs, weight) ** 2)), {inputs: np.ones((4, 8))}
 session = tf.Session()
 session.run(tf.global_variables_initializer())
-plain = [each for each in tf.global_variables() if not each.name.startswith("tfmixed")]
+plain = [variable for variable in tf.global_variables() if not variable.name.startswith("tfmixed")]
 tf.train.Saver(plain).save(session, "run/model.ckpt", global_step=1000)
 """
     },
@@ -68,14 +68,14 @@ tf.train.Saver(plain).save(session, "run/model.ckpt", global_step=1000)
 
 
 class Block(NamedTuple):
-    """One fence.
+    """Fenced code block.
 
     Args:
-        language: The first word behind it.
-        title: The file that it is written to, if any.
-        code: What it holds.
-        line: Its first line in the page, counted from 1.
-        follows: Whether nothing stands between it and the block before.
+        language: The first word of the info string.
+        title: The file that the block is written to, or `None`.
+        code: The content.
+        line: The line number of the opening fence, from 1.
+        follows: `True` if only blank lines separate it from the previous block.
     """
 
     language: str
@@ -86,14 +86,14 @@ class Block(NamedTuple):
 
 
 def blocks(text: str) -> list[Block]:
-    """Returns the fences of a page; code that is merely indented is an error."""
+    """Returns the fenced blocks of a page. Indented code is an error."""
     found, end = [], None
     for token in MarkdownIt().parse(text):
-        assert token.type != "code_block", f"line {token.map[0] + 1}: indented code tells no language: use a fence"
+        assert token.type != "code_block", f"line {token.map[0] + 1}: indented code has no language, use a fence"
         if token.type == "fence":
             language, _, rest = token.info.partition(" ")
             title = re.search(r'title="(.*?)"', rest)
-            between = text.splitlines()[end : token.map[0]] if end is not None else ["a page's begin"]
+            between = text.splitlines()[end : token.map[0]] if end is not None else ["start of page"]
             follows = not "".join(between).strip()
             found.append(Block(language, title and title[1], token.content, token.map[0] + 1, follows))
             end = token.map[1]
@@ -102,7 +102,7 @@ def blocks(text: str) -> list[Block]:
 
 @contextlib.contextmanager
 def _importing_from_here():
-    """As in a session in this folder; what was imported from it is forgotten."""
+    """Makes modules of the current directory importable, and forgets them afterwards."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -116,14 +116,14 @@ def _importing_from_here():
 
 @_importing_from_here()
 def run(page: Path, without: Collection[str] = ()) -> None:
-    """Runs the blocks of a page but those whose code is `without`; raises where one does not do what the page says."""
+    """Runs the blocks of a page, except those with code in `without`. Raises if the output differs from the page."""
     names, printed = {"__name__": "__main__"}, ""
     for block in blocks(page.read_text(encoding="utf-8")):
         where = f"{page.name}, line {block.line}"
         if block.code in without:
             continue
-        for begin, code in BEFORE.get(page.name, {}).items():
-            if block.code.startswith(begin):
+        for start, code in BEFORE.get(page.name, {}).items():
+            if block.code.startswith(start):
                 exec(code, names)
         if block.title is not None:
             Path(block.title).write_text(block.code, encoding="utf-8")
@@ -137,13 +137,13 @@ def run(page: Path, without: Collection[str] = ()) -> None:
 
 
 def commands(code: str) -> list[str]:
-    """Returns the lines of a block of commands without what is no command."""
+    """Returns the commands of a block, without blank lines and comments."""
     return [line for line in code.splitlines() if line.strip() and not line.startswith("#")]
 
 
 def is_run_here(command: str) -> bool:
-    """Tells whether a command is run, and not another test's affair."""
-    return shlex.split(command, comments=True) not in [shlex.split(each) for each in ELSEWHERE]
+    """Returns `True` unless `ELSEWHERE` lists the command."""
+    return shlex.split(command, comments=True) not in [shlex.split(listed) for listed in ELSEWHERE]
 
 
 def _command(line: str, where: str) -> str:
@@ -166,17 +166,17 @@ def _command(line: str, where: str) -> str:
     return out.getvalue()
 
 
-def _output(act) -> str:
+def _output(function) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        act()
+        function()
     return out.getvalue()
 
 
-def _check(said: list[str], printed: str, where: str) -> None:
-    """Finds each line that is said in what was printed, in order."""
+def _check(expected: list[str], printed: str, where: str) -> None:
+    """Finds the expected lines in the printed ones, in order."""
     lines = [line.rstrip() for line in printed.splitlines()]
-    for line in (each.rstrip() for each in said if each.strip()):
-        assert line in lines, f"{where}: it says {line!r}, and what is printed is\n{printed}"
+    for line in (line.rstrip() for line in expected if line.strip()):
+        assert line in lines, f"{where}: expected {line!r}, printed\n{printed}"
         lines = lines[lines.index(line) + 1 :]
 
 

@@ -43,7 +43,7 @@ def data(replicas: int, bad: Bad, total: int = TOTAL, drop: bool = False) -> tup
 
 @dataclass
 class Outcome:
-    """What a run leaves behind; `state` holds each variable once a local replica."""
+    """Result of a run. `state` holds each variable once for each local replica."""
 
     weights: list[list[np.ndarray]]
     state: list[list[np.ndarray]] = field(default_factory=list)

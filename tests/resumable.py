@@ -55,7 +55,7 @@ class Notes(keras.callbacks.Callback):
         (self.folder / "epochs" / f"{epoch}.pickle").write_bytes(pickle.dumps(state))
 
 
-def mended(folder):
+def restored_backup(folder):
     """Returns whether Keras's backup was torn: killed between its two files. The pair before them is whole."""
     metadata, weights = folder / "training_metadata.json", folder / "latest.weights.h5"
     if not weights.exists():
@@ -96,7 +96,7 @@ def main(how, folder, epochs):
         keeper = Checkpoint(folder / "checkpoint", model)
         first = int(keeper.epoch)
     else:
-        if mended(folder / "backup"):
+        if restored_backup(folder / "backup"):
             with (folder / "torn").open("a") as file:
                 file.write("x")
         keeper, first = keras.callbacks.BackupAndRestore(folder / "backup", double_checkpoint=True), 0

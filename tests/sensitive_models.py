@@ -1,4 +1,4 @@
-"""Models that go wrong in half precision, for tests: each with an input, and what `force_float32` says of it."""
+"""Models that go wrong in half precision, with an input and the expected report of `force_float32`."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def called(model, x):
     return model, x
 
 
-# name: (makes a model and its input, what is said)
+# name: (makes a model and its input, expected report)
 SENSITIVE = {
     "softmax": (lambda: through(layers.Softmax(name="softmax"), LOGITS), ["softmax"]),
     "activation": (lambda: through(layers.Activation("softmax", name="softmax"), LOGITS), ["softmax"]),

@@ -1,4 +1,4 @@
-"""A small network as TensorFlow 1 writes it, for the tests of `tfmixed.compat.v1`."""
+"""A small TensorFlow 1 network, for the tests of `tfmixed.compat.v1`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from tfmixed._core import event_buffer as log_of
@@ -21,7 +22,7 @@ Y = np.argmax(X @ RANDOM.normal(size=(8, 3)), axis=1).astype("int32")
 
 
 def network(width=16, factor=1.0):
-    """Returns inputs and loss; `factor` multiplies what comes in, so that `inf` makes a step overflow."""
+    """Returns inputs and loss. `factor` multiplies the inputs, so that infinity makes a step overflow."""
     x, y = V1.placeholder(tf.float32, [None, 8], "x"), V1.placeholder(tf.int32, [None], "y")
     hidden = tf.nn.relu(dense(x * factor, width, "hidden"))
     logits = dense(hidden, 3, "logits")
@@ -41,8 +42,15 @@ def session(config=None):
         yield opened
 
 
+def some(names, values):
+    """Returns all values as parameters by name, and marks those that `names` does not have as slow."""
+    several = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
+    marks = {name: () if name in names else pytest.mark.slow for name in values}
+    return [pytest.param(*value, id=name, marks=marks[name]) for name, value in several.items()]
+
+
 def script(code, *arguments, environment=None, timeout=180):
-    """Runs Python code in a process of its own, and returns what it prints; a failure is one of the test."""
+    """Runs Python code in a process, and returns its output. A failure of the process fails the test."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     paths = os.pathsep.join(map(str, [TESTS.parent, TESTS, TESTS / "compat"]))
     environment = {**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {})}
@@ -52,6 +60,6 @@ def script(code, *arguments, environment=None, timeout=180):
 
 
 def events(session, state):
-    """Returns the changes of a scale that a session has seen."""
+    """Returns the changes of a scale in the event buffer of a session."""
     values = {name: session.run(state.read(name)) for name in state.variables}
     return log_of.entries(values, state.paths)

@@ -1,4 +1,4 @@
-"""What one worker process of the tests does: `worker.py FOLDER`."""
+"""One worker process of the tests: `worker.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np  # noqa: E402
 from replicas import KINDS, PLACES, STEPS, Trainer, bad_values, data  # noqa: E402
 
 import tfmixed  # noqa: E402
+from tfmixed._core import replica_sync  # noqa: E402
 
 RANK, WORKERS = STRATEGY.cluster_resolver.task_id, STRATEGY.num_replicas_in_sync
 
@@ -117,7 +118,7 @@ def scaler(_folder):
                 scaler.update()
             scales.append(scaler.get_scale())
         results[by_hand, outside] = (steps, scales, weight.numpy().tolist(), scaler.drain_events())
-        results["chief"] = tfmixed.distribute.is_chief(scaler)
+        results["chief"] = replica_sync.is_chief(scaler)
     return results
 
 

@@ -1,20 +1,14 @@
 """Mixed-precision training for TensorFlow and Keras 3.
 
-Importing this package loads neither TensorFlow nor Keras: each name below is imported when it is first used.
+Importing this package loads neither TensorFlow nor Keras. Public names are imported on first use.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.util
-import sys
-import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from importlib.abc import Loader
-    from importlib.machinery import ModuleSpec
+from tfmixed._utils.keras_registration import import_with_keras
 
 __version__ = "0.1.0"
 
@@ -40,7 +34,6 @@ if TYPE_CHECKING:
         records,
         scaling,
     )
-    from tfmixed._probe.train_step_probe import measure_gradients
     from tfmixed.auditing import audit
     from tfmixed.config import Config, load_config
     from tfmixed.errors import ConfigError
@@ -48,6 +41,7 @@ if TYPE_CHECKING:
     from tfmixed.islands import force_float32
     from tfmixed.optimizer import LossScaleOptimizer
     from tfmixed.policy import policy_scope, set_policy
+    from tfmixed.ranges.measure import measure_gradients
     from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
 
 _HOMES = {
@@ -61,7 +55,7 @@ _HOMES = {
     "audit": "auditing",
     "force_float32": "islands",
     "load_config": "config",
-    "measure_gradients": "_probe.train_step_probe",
+    "measure_gradients": "ranges.measure",
     "policy_scope": "policy",
     "set_policy": "policy",
 }
@@ -102,7 +96,7 @@ __all__ = [
     "set_policy",
 ]
 
-# The extra that brings each package.
+# The extras that install optional packages.
 _EXTRAS = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch", "matplotlib": "plot"}
 
 
@@ -112,11 +106,11 @@ def __getattr__(name: str) -> Any:
     try:
         home = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
     except ModuleNotFoundError as error:
-        lacking = (error.name or "").partition(".")[0]
-        if lacking not in _EXTRAS:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
             raise
-        needs = f"tfmixed.{name} needs {lacking}: pip install 'tfmixed[{_EXTRAS[lacking]}]'"
-        raise ModuleNotFoundError(needs, name=lacking) from error
+        message = f"tfmixed.{name} needs {missing}: pip install 'tfmixed[{_EXTRAS[missing]}]'"
+        raise ModuleNotFoundError(message, name=missing) from error
     return getattr(home, name) if name in _HOMES else home
 
 
@@ -124,60 +118,5 @@ def __dir__() -> list[str]:
     return __all__
 
 
-class _AfterKeras:
-    """Finder in `sys.meta_path` that registers our classes once Keras is imported, since `load_model` needs them.
-
-    Keras is found and loaded by what would do it without this finder, and no error of ours reaches its import.
-    wrapt's `when_imported` takes five times as long to import as all the rest of this package.
-    """
-
-    is_idle = False
-
-    @classmethod
-    def find_spec(cls, name: str, _path: Any = None, _target: Any = None) -> ModuleSpec | None:
-        if name != "keras" or cls.is_idle:
-            return None
-        cls.is_idle = True  # for the other finders
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            cls.is_idle = False
-        if spec is not None and spec.loader is not None:
-            spec.loader = cast("Loader", _Registering(spec.loader))
-        return spec
-
-
-class _Registering:
-    """Loader that registers our classes after another one, which stays as it is: modules of a zip file share theirs."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_loader"), name)
-
-    def exec_module(self, module: Any) -> None:
-        module.__loader__ = module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        _AfterKeras.is_idle = True
-        _register()
-
-
-def _register() -> None:
-    """Registers the classes that saved models may hold; warns of those that do not work with this version of Keras."""
-    for module in ("_islands.layer_rewrite", "layers", "losses", "optimizer"):
-        try:
-            importlib.import_module(f"{__name__}.{module}")
-        except Exception as error:
-            with contextlib.suppress(Exception):  # warnings may be errors
-                warnings.warn(
-                    f"Saved models that need `tfmixed.{module}` cannot be loaded, because tfmixed {__version__} does "
-                    f"not work with this version of Keras. Received: {type(error).__name__}: {error}",
-                    stacklevel=3,
-                )
-
-
-if sys.modules.get("keras"):
-    _register()
-else:
-    sys.meta_path.insert(0, _AfterKeras)
+# The modules whose classes saved models may contain.
+import_with_keras([f"{__name__}.{module}" for module in ("_islands.layer_rewrite", "layers", "losses", "optimizer")])

@@ -1,74 +1,71 @@
-"""A training run's precision in a TOML file.
+"""Precision settings of a training run in a TOML file.
 
-policy = "mixed_float16"        # as in set_policy; "auto" if absent
+policy = "mixed_float16"        # as in set_policy; defaults to "auto"
 
-[scaling]                       # absent: no loss scaling
-rule = "dynamic"                # "dynamic", "constant" or "logmax", with that rule's own parameters
-growth_interval = 1000          # or: like = "torch", with that peer's
+[scaling]                       # without this table the loss is not scaled
+rule = "dynamic"                # "dynamic", "constant" or "logmax", with the parameters of that rule
+growth_interval = 1000          # or: like = "torch", with the parameters of that library
 
-[log]                           # of LossScaleLogger
+[log]                           # arguments of LossScaleLogger
 every = 100
 
-Reading one loads no framework: `tfmixed run` does it before the script has chosen its backend.
+Loading a file imports no framework: `tfmixed run` reads it before the script has selected its backend.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
+import operator
 import os
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import tomli_w
 
 from tfmixed import hardware, scaling
 from tfmixed._utils import atomic_write
 from tfmixed.errors import ConfigError
-from tfmixed.scaling import RULES, ScalingRule, validation
+from tfmixed.scaling import PEERS, RULES, ScalingRule
 
 if TYPE_CHECKING:
     import keras
 
 _POLICIES = ["auto", "float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64"]
-_NONE = "none"  # TOML has no null
+_NONE = "none"  # None in a file: TOML has no null
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """How the run is logged.
+    """Settings of the log of a run.
 
     Args:
-        every: As in `LossScaleLogger`; None collects at the end of an epoch only.
-        verbose: As in `LossScaleLogger`.
-        tensorboard: Write TensorBoard scalars into the run's folder `tensorboard`.
+        every: As in `LossScaleLogger`. Defaults to None, which collects at the end of each epoch only.
+        verbose: As in `LossScaleLogger`. Defaults to 1.
+        tensorboard: If True, TensorBoard scalars are written to the folder `tensorboard` of the run. Defaults to
+            False.
     """
 
-    every: int | None = None
-    verbose: int = 1
+    every: Annotated[int, msgspec.Meta(ge=1, lt=2**31)] | None = None
+    verbose: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 1
     tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        if self.every is not None:
-            validation.count("every", self.every, 1)
-        validation.count("verbose", self.verbose, 0)
-        if not isinstance(self.tensorboard, bool):
-            raise ValueError(f"tensorboard must be true or false, received {self.tensorboard!r}")
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a configuration file says.
+    """The settings in a configuration file.
 
     Args:
-        policy: Name of the dtype policy, or `"auto"`.
-        scaling: The rule, or None for no loss scaling.
-        log: How the run is logged.
+        policy: Name of the dtype policy. Defaults to `"auto"`, the fastest policy for this hardware.
+        scaling: The scaling rule. Defaults to None: the loss is not scaled.
+        log: Settings of the log.
 
     Raises:
-        ConfigError: A value is of another kind.
+        ConfigError: If an argument has another type, or the policy does not exist.
 
     Example:
     >>> Config("mixed_float16", scaling.DynamicScale()).optimizer("sgd").rule.initial_scale
@@ -81,12 +78,14 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.policy != "auto" and not _is_policy(self.policy):
-            nearest = _nearest(self.policy, _POLICIES) if isinstance(self.policy, str) else ""
-            raise ConfigError(f'policy must be "auto" or the name of a dtype policy, received {self.policy!r}{nearest}')
+            nearest = _nearest(str(self.policy), _POLICIES)
+            raise ConfigError(
+                f'policy must be "auto" or the name of a dtype policy. Received: policy={self.policy!r}.{nearest}'
+            )
         if not isinstance(self.log, LogConfig):
-            raise ConfigError(f"log must be a LogConfig, received {self.log!r}")
+            raise ConfigError(f"log must be a LogConfig. Received: log={self.log!r}")
         if self.scaling is not None and type(self.scaling) not in RULES.values():
-            raise ConfigError(f"scaling must be None or a rule of tfmixed, received {self.scaling!r}")
+            raise ConfigError(f"scaling must be None or a rule of tfmixed.scaling. Received: scaling={self.scaling!r}")
 
     @property
     def _wraps(self) -> bool:
@@ -94,15 +93,16 @@ class Config:
         return self.scaling is not None or name == "mixed_float16"
 
     def apply(self) -> keras.DTypePolicy:
-        """Sets the global policy, as `set_policy` does, and returns it."""
+        """Sets the global dtype policy, as `set_policy` does, and returns it."""
         from tfmixed.policy import set_policy
 
         return set_policy(self.policy)
 
     def optimizer(self, inner: keras.optimizers.Optimizer | str) -> keras.optimizers.Optimizer:
-        """Returns `inner` wrapped into a `LossScaleOptimizer`, or as it is where nothing is to be scaled.
+        """Returns `inner` in a `LossScaleOptimizer`, or unchanged if the loss is not scaled.
 
-        Without `scaling`, `mixed_float16` wraps it too, with a scale of 1: Keras would scale a bare optimizer there.
+        Under `mixed_float16` without `scaling` it is wrapped with a constant scale of 1, since Keras would scale an
+        optimizer that is not wrapped.
         """
         import keras
 
@@ -111,7 +111,7 @@ class Config:
         return LossScaleOptimizer(inner, self.scaling) if self._wraps else keras.optimizers.get(inner)
 
     def callbacks(self, run_dir: str | os.PathLike[str]) -> list[keras.callbacks.Callback]:
-        """Returns the callbacks that log into `run_dir`; none where the optimizer is not wrapped."""
+        """Returns the callbacks that log to `run_dir`. The list is empty if the optimizer is not wrapped."""
         from tfmixed.callbacks import LossScaleLogger
 
         if not self._wraps:
@@ -121,30 +121,38 @@ class Config:
         return [LossScaleLogger(run / "loss_scale.jsonl", tensorboard, self.log.every, self.log.verbose)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a file that `load_config` turns into an equal Config. It appears whole or not at all."""
+        """Writes a file from which `load_config` returns an equal `Config`. The write is atomic."""
         tables: dict[str, Any] = {"policy": self.policy}
         if self.scaling is not None:
-            names = {kind: name for name, kind in RULES.items()}
+            names = {rule: name for name, rule in RULES.items()}
             values = asdict(self.scaling)  # type: ignore[call-overload]  # every rule is a dataclass
-            tables["scaling"] = {"rule": names[type(self.scaling)], **_without_null(values, _NONE)}
-        tables["log"] = _without_null(asdict(self.log), None)
+            values = {key: _NONE if value is None else value for key, value in values.items()}
+            tables["scaling"] = {"rule": names[type(self.scaling)], **values}
+        tables["log"] = {key: value for key, value in asdict(self.log).items() if value is not None}
         atomic_write.write_text(path, tomli_w.dumps(tables))
+
+
+class _Tables(msgspec.Struct):
+    """The types of the values in a file."""
+
+    policy: str = "auto"
+    scaling: dict[str, Any] | None = None
+    log: LogConfig = LogConfig()
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
     """Reads a configuration file.
 
     Raises:
-        ConfigError: The file is missing or no TOML, a key is unknown, or a value is of the wrong type or out of range.
-            The message names the file, the key, and the nearest key that exists.
+        ConfigError: If the file cannot be read, is not TOML, or has an unknown key, or if a value has the wrong type
+            or is out of range. The message names the file, the key, and the nearest known key.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        tables = tomllib.loads(text)
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError; thousands of brackets
-        raise ConfigError(f"{path}: is no TOML file: {error}") from error
+        raise ConfigError(f"{path}: The file cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, too many brackets
+        raise ConfigError(f"{path}: The file is not valid TOML: {error}.") from error
     try:
         return _config(tables)
     except ConfigError as error:
@@ -153,15 +161,43 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 def _config(tables: dict[str, Any]) -> Config:
     _check_keys("", tables, (entry.name for entry in fields(Config)))
-    scale = _rule(_table("scaling", tables)) if "scaling" in tables else None
-    return Config(tables.get("policy", "auto"), scale, _log(_table("log", tables)))
+    try:
+        typed = msgspec.convert(tables, _Tables)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$.")
+        key = place.rstrip("`")
+        value = functools.reduce(operator.getitem, key.split("."), tables)
+        raise ConfigError(f"Invalid value of '{key}'. {reason}. Received: {value!r}") from None
+    _check_keys("log.", tables.get("log", {}), (entry.name for entry in fields(LogConfig)))
+    return Config(typed.policy, None if typed.scaling is None else _rule(typed.scaling), typed.log)
+
+
+def _rule(table: dict[str, Any]) -> ScalingRule:
+    if "rule" in table and "like" in table:
+        raise ConfigError(
+            f"Only one of 'scaling.rule' and 'scaling.like' may be set. Received: {table['rule']!r} and "
+            f"{table['like']!r}"
+        )
+    kind = "like" if "like" in table else "rule"
+    name, names = table.get(kind, "dynamic"), list(PEERS if kind == "like" else RULES)
+    if name not in names:
+        raise ConfigError(
+            f"'scaling.{kind}' must be one of {', '.join(names)}. Received: {name!r}.{_nearest(str(name), names)}"
+        )
+    values = {key: None if value == _NONE else value for key, value in table.items() if key != kind}
+    known = PEERS[name].defaults if kind == "like" else [entry.name for entry in fields(RULES[name])]
+    _check_keys("scaling.", values, [kind, *known])
+    if name == "constant" and "value" not in values:
+        raise ConfigError("'scaling.value' is missing. A constant rule needs the scale.")
+    try:
+        return scaling.like(name, **values) if kind == "like" else RULES[name](**values)
+    except ValueError as error:
+        raise ConfigError(f"scaling.{error}") from None
 
 
 def _is_policy(name: Any) -> bool:
-    if not isinstance(name, str):
-        return False
-    if name in _POLICIES:
-        return True
+    if not isinstance(name, str) or name in _POLICIES:
+        return isinstance(name, str)
     import keras
 
     try:
@@ -170,55 +206,14 @@ def _is_policy(name: Any) -> bool:
         return False
 
 
-def _rule(table: dict[str, Any]) -> ScalingRule:
-    values = {key: None if value == _NONE else value for key, value in table.items() if key not in ("rule", "like")}
-    kind, names = ("like", scaling.PEERS) if "like" in table else ("rule", RULES)
-    name = _choice(f"scaling.{kind}", table.get(kind, "dynamic"), names)
-    known = scaling.PEERS[name].defaults if kind == "like" else [entry.name for entry in fields(RULES[name])]
-    if "rule" in table and "like" in table:
-        raise ConfigError(f"scaling.rule and scaling.like exclude each other, received {table['rule']!r} and {name!r}")
-    _check_keys("scaling.", values, [kind, *known])
-    if name == "constant" and "value" not in values:
-        raise ConfigError('scaling.value is missing: rule = "constant" needs the scale')
-    try:
-        return scaling.like(name, **values) if kind == "like" else RULES[name](**values)
-    except ValueError as error:
-        raise ConfigError(f"scaling.{error}") from None
-
-
-def _log(table: dict[str, Any]) -> LogConfig:
-    _check_keys("log.", table, (entry.name for entry in fields(LogConfig)))
-    try:
-        return LogConfig(**table)
-    except ValueError as error:
-        raise ConfigError(f"log.{error}") from None
-
-
-def _table(key: str, tables: dict[str, Any]) -> dict[str, Any]:
-    table = tables.get(key, {})
-    if not isinstance(table, dict):
-        raise ConfigError(f"{key} must be a table [{key}], received {table!r}")
-    return table
-
-
-def _choice(key: str, value: Any, names: Iterable[str]) -> str:
-    if value not in (known := list(names)):
-        raise ConfigError(f"{key} must be one of {', '.join(known)}, received {value!r}{_nearest(str(value), known)}")
-    return str(value)
-
-
 def _check_keys(prefix: str, table: dict[str, Any], names: Iterable[str]) -> None:
-    known = list(names)
+    known = [prefix + name for name in names]
     for key in table:
-        if key not in known:
-            raise ConfigError(f"{prefix}{key} is no known key{_nearest(key, known)} (known: {', '.join(known)})")
+        if prefix + key not in known:
+            nearest = _nearest(prefix + key, known)
+            raise ConfigError(f"Unknown key {prefix + key!r}.{nearest} Known keys: {', '.join(known)}.")
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
-def _without_null(table: dict[str, Any], stand_in: str | None) -> dict[str, Any]:
-    filled = {key: stand_in if value is None else value for key, value in table.items()}
-    return {key: value for key, value in filled.items() if value is not None}
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""

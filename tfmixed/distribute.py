@@ -1,5 +1,5 @@
-"""Support for `tf.distribute` that Keras 3 lacks."""
+"""Support for Keras training on several workers."""
 
-from tfmixed._core.replica_sync import enable_multi_worker_fit
+from tfmixed._core.multi_worker_fit import enable_multi_worker_fit
 
 __all__ = ["enable_multi_worker_fit"]

@@ -1,4 +1,4 @@
-"""float16, bfloat16 and float32 in numbers."""
+"""Numeric properties of float16, bfloat16 and float32."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import ml_dtypes
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """The range and precision of one binary floating-point format.
+    """Range and precision of a binary floating-point format.
 
     Args:
-        name: The dtype's name, as Keras spells it.
-        max: Largest finite value; anything that rounds above it is an overflow.
+        name: Name of the dtype in Keras.
+        max: Largest finite value. Values that would round above it overflow.
         smallest_normal: Smallest positive value with full precision.
-        smallest_subnormal: Smallest positive value; half of it rounds to 0 (underflow).
+        smallest_subnormal: Smallest positive value. Half of it rounds to 0 (underflow).
         epsilon: Distance from 1.0 to the next larger value.
 
     Example:
@@ -31,7 +31,7 @@ class FloatFormat:
 
     @classmethod
     def of(cls, name: str) -> FloatFormat:
-        """Reads the numbers of a dtype from its own definition."""
+        """Returns the format of a dtype."""
         info = ml_dtypes.finfo(name)
         numbers = (info.max, info.smallest_normal, info.smallest_subnormal, info.eps)
         return cls(name, *(float(number) for number in numbers))

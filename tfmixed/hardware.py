@@ -1,4 +1,4 @@
-"""What the devices of this machine are fast in, and why."""
+"""Devices of this machine, and the half-precision formats that they compute fast."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from tfmixed._utils import rich_text
 
 Kind = Literal["cpu", "gpu", "tpu"]
 _CPU_BFLOAT16 = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16"}
-# Named, and without a say in the policy: TensorFlow and oneDNN emulate float16 on CPUs that have them too.
+# Reported, but they do not affect the policy: TensorFlow and oneDNN emulate float16 on CPUs with these as well.
 _CPU_OTHER = {"amx_fp16": "AMX-FP16", "avx512_fp16": "AVX512-FP16", "avx_ne_convert": "AVX-NE-CONVERT"}
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device, and what half precision is worth on it.
+    """A device and its recommended dtype policy.
 
     Args:
         kind: `"cpu"`, `"gpu"` or `"tpu"`.
-        name: The driver's or the vendor's name of it.
-        fast: The half-precision formats it computes matrix products in at speed.
-        policy: The Keras dtype policy to train with on it.
-        reason: Why, in one sentence.
-        compute_capability: A GPU's, as `"9.0"`, where the driver tells it.
-        features: The half-precision instruction sets that a CPU has, such as `"AVX512-BF16"`.
+        name: The name given by the driver or vendor.
+        fast: The half-precision formats with hardware support for matrix products.
+        policy: The recommended Keras dtype policy.
+        reason: The reason for the recommendation, in one sentence.
+        compute_capability: The compute capability of a GPU, such as `"9.0"`, if the driver reports it. Defaults to
+            `None`.
+        features: The half-precision instruction sets of a CPU, such as `"AVX512-BF16"`. Defaults to an empty tuple.
     """
 
     kind: Kind
@@ -41,24 +42,24 @@ class Device:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The devices that the Keras backend sees. Prints as a table."""
+    """Devices visible to the Keras backend. Prints as a table."""
 
     devices: tuple[Device, ...]
 
     @property
     def main(self) -> Device:
-        """The device that decides: the weakest accelerator, or the CPU where there is none."""
+        """The device that determines the policy: the weakest accelerator, or the CPU without one."""
         accelerators = [device for device in self.devices if device.kind != "cpu"]
         return min(accelerators or self.devices, key=lambda device: len(device.fast))
 
     @property
     def policy(self) -> str:
-        """The policy that `"auto"` picks here."""
+        """The policy that `"auto"` selects."""
         return self.main.policy
 
     @property
     def reason(self) -> str:
-        """Why it picks it."""
+        """The reason for the policy."""
         return self.main.reason
 
     def __rich__(self) -> Table:
@@ -72,7 +73,7 @@ class Hardware:
 
 
 def describe() -> Hardware:
-    """Returns what each device supports, as the active Keras backend sees them.
+    """Returns the devices visible to the active Keras backend.
 
     Example:
     >>> describe().policy in ("float32", "mixed_bfloat16", "mixed_float16")
@@ -83,11 +84,11 @@ def describe() -> Hardware:
 
 
 def cpu(features: frozenset[str] | None = None, name: str | None = None) -> Device:
-    """Judges a CPU by its instruction sets.
+    """Returns a CPU with a policy that depends on its instruction sets.
 
     Args:
-        features: Flags as the operating system spells them. None asks this machine.
-        name: None asks this machine.
+        features: CPU flags in the operating system's spelling. `None` uses those of this machine. Defaults to `None`.
+        name: The name of the CPU. `None` uses that of this machine. Defaults to `None`.
     """
     info = detect.detected_info()
     features = frozenset(info.features) if features is None else features
@@ -95,29 +96,29 @@ def cpu(features: frozenset[str] | None = None, name: str | None = None) -> Devi
     found = tuple(label for flag, label in _CPU_BFLOAT16.items() if flag in features)
     known = (*found, *(label for flag, label in _CPU_OTHER.items() if flag in features))
     if found:
-        reason = f"this CPU multiplies bfloat16 in hardware ({', '.join(found)}); float16 it emulates"
+        reason = f"this CPU multiplies bfloat16 in hardware ({', '.join(found)}) and emulates float16"
         return Device("cpu", name, ("bfloat16",), "mixed_bfloat16", reason, features=known)
     reason = "this CPU has no bfloat16 arithmetic (AMX-BF16 or AVX512-BF16)"
     return Device("cpu", name, (), "float32", reason, features=known)
 
 
 def gpu(name: str, compute_capability: tuple[int, int] | None) -> Device:
-    """Judges an NVIDIA GPU by its compute capability; None where the driver tells none."""
+    """Returns an NVIDIA GPU with a policy that depends on its compute capability, which may be unknown (`None`)."""
     if compute_capability is None:
-        return Device("gpu", name, (), "float32", "the driver tells no compute capability")
+        return Device("gpu", name, (), "float32", "the driver reports no compute capability")
     version = ".".join(str(number) for number in compute_capability)
     if compute_capability >= (8, 0):
-        reason = f"compute capability {version} has bfloat16 tensor cores: half precision without loss scaling"
+        reason = f"compute capability {version} has bfloat16 tensor cores, which need no loss scaling"
         return Device("gpu", name, ("bfloat16", "float16"), "mixed_bfloat16", reason, version)
     if compute_capability >= (7, 0):
-        reason = f"compute capability {version} has float16 tensor cores and no bfloat16"
+        reason = f"compute capability {version} has float16 tensor cores, but no bfloat16"
         return Device("gpu", name, ("float16",), "mixed_float16", reason, version)
-    reason = f"compute capability {version} has no tensor cores (they came with 7.0)"
+    reason = f"compute capability {version} has no tensor cores (introduced with 7.0)"
     return Device("gpu", name, (), "float32", reason, version)
 
 
 def tpu(name: str) -> Device:
-    """Judges a TPU: all of them multiply in bfloat16."""
+    """Returns a TPU. All TPUs multiply in bfloat16."""
     return Device("tpu", name, ("bfloat16",), "mixed_bfloat16", "TPUs multiply in bfloat16")
 
 
@@ -130,7 +131,7 @@ def _backend() -> str:
 def _tensorflow_devices() -> tuple[Device, ...]:
     import tensorflow as tf
 
-    # Not the physical ones: `tf.config.set_visible_devices` hides some, and may be called again.
+    # Visible devices, since `tf.config.set_visible_devices` hides physical ones and may be called again.
     details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
     gpus = [gpu(detail.get("device_name", "GPU"), detail.get("compute_capability")) for detail in details]
     return (*gpus, *(tpu(device.name) for device in tf.config.get_visible_devices("TPU")))

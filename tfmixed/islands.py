@@ -1,15 +1,18 @@
-"""Float32 islands in a half-precision model that is already built."""
+"""Float32 islands in a built half-precision model."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
+from tfmixed import auditing
 from tfmixed._islands.planner import Plan
+from tfmixed._utils import user_warnings
 
 Selector = str | type | Callable[[Any], bool]
 
@@ -17,36 +20,45 @@ Selector = str | type | Callable[[Any], bool]
 def force_float32(
     model: keras.layers.Layer, layers: Selector | Collection[Selector] = "sensitive", inputs: Any = None
 ) -> list[str]:
-    """Makes parts of a built model compute in float32, in place, and says which.
+    """Makes parts of a built model compute in float32, in place.
 
-    Weights, their names in files, the state of the optimizer and everything else stay. The model saves and loads with
-    the change. Under a policy like `"float16"` the weights stay float16 variables; they are computed with in float32.
+    Weights and their names in files, optimizer state and everything else stay as they are. The model saves and loads
+    with the change. Under a policy such as `"float16"` the weights stay float16 variables, and are cast to float32 for
+    the computation.
 
-    `"sensitive"` are: softmax layers, also those inside attention; softmax, exponential and the like as `activation`
-    of any layer, whose matrix product stays half; `Attention`, `UnitNormalization`, `Normalization`,
-    `Dot(normalize=True)`; average pooling over 128 elements or more, over masked sequences too; of the `keras.ops`
-    in a functional graph: softmax, exponentials, norms, products, and sums over long or unknown axes or of squares;
-    what the model returns; losses of activity regularizers, and of weight regularizers where the weights are half
-    precision; on TensorFlow the code of one's own layers in which `audit` finds something severe, or that adds a loss
-    in half precision. Whatever is named instead is forced whole, with its matrix products and all that is in it.
+    With `"sensitive"`, these parts are forced:
 
-    In functional and Sequential graphs what is forced gives float32. In the `call` of a user's own class it gives the
-    dtype that it gave before, since TensorFlow refuses to mix them.
+    - softmax layers, also inside attention, and activations such as softmax and exponential (the matrix product of
+      their layer stays in half precision);
+    - `Attention`, `UnitNormalization`, `Normalization` and `Dot(normalize=True)`;
+    - average pooling over 128 elements or more, or over masked sequences;
+    - of the `keras.ops` in a functional graph: softmax, exponentials, norms, products, and sums of squares or over
+      long or unknown axes;
+    - the outputs of the model;
+    - losses of activity regularizers, and of the regularizers of half-precision weights;
+    - on TensorFlow, the code of custom layers in which `audit` finds a severe hazard, or which adds a half-precision
+      loss.
+
+    Layers selected in any other way are forced as a whole, with their matrix products and sublayers.
+
+    In functional and Sequential graphs, forced parts return float32. Inside the `call` of a custom class they return
+    the dtype of before, since TensorFlow refuses to mix dtypes.
 
     Args:
-        model: Built; of any kind.
-        layers: `"sensitive"`, a name or pattern (as of files: `"block_*/attention"`) that is matched with names and
-            with paths, a class, a layer, a function from a layer to a bool, or a list of these.
-        inputs: A batch, for "sensitive" models that do not tell what they are called with. Nothing runs.
+        model: A built Keras model of any kind.
+        layers: `"sensitive"`; a layer name or path, or a pattern for these as in `fnmatch`
+            (`"block_*/attention"`); a class; a layer; a function that takes a layer and returns a bool; or a list of
+            these. Defaults to `"sensitive"`.
+        inputs: A batch of inputs, for models whose input shapes and dtypes are unknown. Only its shapes and dtypes are
+            used. Defaults to None.
 
     Returns:
-        What was changed now, in the order of the model, a path each: the names of the layers from the model's own on,
-        joined by `/`, and where not all of that layer was changed, what was: `"block/mha/softmax"`,
-        `"predictions: activation"`, `"hidden: activity regularizer"`, `"logits: output"`, `"block: own code"` (all but
-        its sublayers). Nothing for what was changed before, or is float32 anyway.
+        The paths of what this call changed, in the order of the model: layer names joined by `/`, and where only a
+        part of the layer was changed, that part. For example `"block/mha/softmax"`, `"predictions: activation"`,
+        `"hidden: activity regularizer"`, `"logits: output"`, or `"block: own code"` (all but its sublayers).
 
     Raises:
-        ValueError: The model is not built; a name or pattern matches nothing.
+        ValueError: If the model is not built, or if a selector is invalid or matches nothing.
 
     Example:
     >>> keras.config.set_dtype_policy("mixed_float16")
@@ -61,23 +73,46 @@ def force_float32(
     >>> keras.config.set_dtype_policy("float32")
     """
     if not isinstance(model, keras.layers.Layer):
-        raise ValueError(f"model must be a Keras model, received {model!r}")
+        raise ValueError(f"`model` must be a Keras model. Received: model={model!r}")
     if not model.built:
-        raise ValueError(f"model must be built, received {model!r}: call it on data, or `model.build(input_shape)`")
+        raise ValueError(f"`model` must be built: call it on data, or `model.build(input_shape)`. Received: {model!r}")
     selectors: Any = layers if isinstance(layers, (list, tuple, set)) else [layers]
-    made: list[str] = []
+    changed: list[str] = []
     while True:
         plan = Plan(model)
+        audited = _audited(model, inputs) if "sensitive" in selectors else _NOT_AUDITED
         for selector in selectors:
             if selector == "sensitive":
-                plan.sensitive(inputs)
+                plan.force_sensitive(audited.unsafe, audited.adding)
             else:
                 for layer in _matching(plan, selector):
-                    plan.whole(layer)
-        new = [each for each in plan.make() if each not in made]
-        made += new
-        if not new or plan.is_final:
-            return made
+                    plan.force_whole(layer)
+        new = [path for path in plan.make(audited.is_traceable) if path not in changed]
+        changed += new
+        if not new or not audited.unsafe:  # code that is right in float32 reveals hazards in its inputs
+            return changed
+
+
+class _Audited(NamedTuple):
+    """Layers with unsafe code, layers that add half-precision losses, and a check that the model can be traced."""
+
+    unsafe: list[Any]
+    adding: list[Any]
+    is_traceable: Callable[[], bool] | None
+
+
+_NOT_AUDITED = _Audited([], [], None)
+
+
+def _audited(model: Any, inputs: Any) -> _Audited:
+    if keras.backend.backend() != "tensorflow" or not isinstance(model, keras.Model):
+        return _NOT_AUDITED
+    try:
+        specs = auditing.specs(model, inputs)
+        return _Audited(*auditing.unsafe(model, specs), functools.partial(auditing.is_traceable, model, specs))
+    except ValueError as error:
+        user_warnings.warn(f"force_float32 considers known layer classes only, not custom code: {error}")
+        return _NOT_AUDITED
 
 
 def _matching(plan: Plan, selector: Selector) -> list[Any]:
@@ -86,14 +121,14 @@ def _matching(plan: Plan, selector: Selector) -> list[Any]:
     if any(selector is layer for layer in plan.inside):
         return [selector]
     if isinstance(selector, keras.Operation):
-        raise ValueError(f"layers must be among the model's, received {selector!r}")
+        raise ValueError(f"`layers` must be part of the model. Received: {selector!r}")
     if isinstance(selector, type):
         return [layer for layer in plan.inside if isinstance(layer, selector)]
     if callable(selector):
         return [layer for layer in plan.inside if isinstance(layer, keras.layers.Layer) and selector(layer)]
     raise ValueError(
-        'layers must be "sensitive", a name or pattern, a class, a layer, a function from one to a bool or a list '
-        f"of these, received {selector!r}"
+        '`layers` must be "sensitive", a name or pattern, a class, a layer, a function that takes a layer and returns '
+        f"a bool, or a list of these. Received: {selector!r}"
     )
 
 
@@ -103,5 +138,5 @@ def _named(plan: Plan, pattern: str) -> list[Any]:
     if not found:
         known = sorted(set().union(*names.values()))
         near = difflib.get_close_matches(pattern, known, n=5, cutoff=0.4) or known[:5]
-        raise ValueError(f"layers must match layers of the model, received {pattern!r}, which is near {near}")
+        raise ValueError(f"`layers` must match layers of the model, such as {near}. Received: layers={pattern!r}")
     return found

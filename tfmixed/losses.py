@@ -1,13 +1,13 @@
-"""Cross-entropies of logits, in float32 whatever the dtype of the logits: functions for loops, classes for `compile`.
+"""Cross-entropies of logits in float32: functions for custom training loops, classes for `compile`.
 
-They take logits only: a probability that a half-precision softmax rounded to 0 is beyond help, and Keras clips it to
+They accept logits only. A probability that a half-precision softmax has rounded to 0 is lost, and Keras clips it to
 1e-7.
 
-Keras's loss classes, and `compile(loss="...")`, cast what they get to `keras.config.floatx()`, so that under the usual
-float32 they agree with the classes here. Ours are float32 under a floatx of float16 as well. Keras's functions cast
-nothing, and are what a loop of one's own calls on the outputs of a half-precision model.
+Keras loss classes, and `compile(loss="...")`, cast their inputs to `keras.config.floatx()`, so under the default of
+float32 they return the same as the classes here, which also compute in float32 under a floatx of float16. Keras loss
+functions do not cast; custom training loops call them on the outputs of half-precision models.
 
-What goes wrong without each of them was measured with Keras 3.15 and TensorFlow 2.21 on a CPU.
+The errors that each loss avoids were measured with Keras 3.15 and TensorFlow 2.21 on a CPU.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ _PACKAGE = "tfmixed"
 def categorical_crossentropy(
     y_true: Any, y_pred: Any, from_logits: bool = True, label_smoothing: float = 0.0, axis: int = -1
 ) -> Any:
-    """Returns the cross-entropy of one-hot labels and logits, float32, one value per example.
+    """Returns the float32 cross-entropy of one-hot labels and logits, one value per example.
 
-    In float16 Keras's function gives inf above 65504. Of 70,000 equal logits it gives nan on JAX and PyTorch; on
-    TensorFlow it gives the right 11.16, but `label_smoothing=0.1` takes 10 % off, since the number of classes is inf.
+    In float16, the Keras function gives inf above 65504. For 70,000 equal logits it gives nan on JAX and PyTorch; on
+    TensorFlow it gives the correct 11.16, but `label_smoothing=0.1` reduces it by 10 %, since the number of classes is
+    inf.
 
     Args:
-        y_true: Probabilities of the classes, of the shape of `y_pred`.
+        y_true: Probabilities of the classes, in the shape of `y_pred`.
         y_pred: Logits of any floating dtype.
-        from_logits: True, so that calls of Keras's function can stay as they are.
-        label_smoothing: The share of each label that is spread over all classes.
-        axis: The axis of the classes.
+        from_logits: Must be True. Present so that calls of the Keras function work unchanged.
+        label_smoothing: The part of each label that is spread over all classes. Defaults to 0.0.
+        axis: The axis of the classes. Defaults to -1.
 
     Raises:
-        ValueError: `from_logits` is False.
+        ValueError: If `from_logits` is False.
 
     Example:
     >>> float(categorical_crossentropy([[1, 0]], ops.cast([[-6e4, 6e4]], "float16"))[0])
@@ -51,21 +52,21 @@ def categorical_crossentropy(
 def sparse_categorical_crossentropy(
     y_true: Any, y_pred: Any, from_logits: bool = True, ignore_class: int | None = None, axis: int = -1
 ) -> Any:
-    """Returns the cross-entropy of integer labels and logits, float32, one value per example.
+    """Returns the float32 cross-entropy of integer labels and logits, one value per example.
 
-    In float16 Keras's function gives inf above 65504. Of 70,000 equal logits it gives nan on JAX and inf on PyTorch. It
-    compares labels with `ignore_class` in float16, which has no odd numbers above 2048: to ignore class 2049 is to
-    ignore 2048 as well.
+    In float16, the Keras function gives inf above 65504. For 70,000 equal logits it gives nan on JAX and inf on
+    PyTorch. It compares labels with `ignore_class` in float16, which has no odd numbers above 2048: ignoring class 2049
+    ignores class 2048, too.
 
     Args:
-        y_true: Integer labels, of the shape of `y_pred` without the axis of the classes.
+        y_true: Integer labels, in the shape of `y_pred` without the axis of the classes.
         y_pred: Logits of any floating dtype.
-        from_logits: True, so that calls of Keras's function can stay as they are.
-        ignore_class: A label that costs nothing.
-        axis: The axis of the classes.
+        from_logits: Must be True. Present so that calls of the Keras function work unchanged.
+        ignore_class: A label whose loss is 0. Defaults to None.
+        axis: The axis of the classes. Defaults to -1.
 
     Raises:
-        ValueError: `from_logits` is False.
+        ValueError: If `from_logits` is False.
 
     Example:
     >>> float(sparse_categorical_crossentropy([0], ops.cast([[-6e4, 6e4]], "float16"))[0])
@@ -79,19 +80,19 @@ def sparse_categorical_crossentropy(
 def binary_crossentropy(
     y_true: Any, y_pred: Any, from_logits: bool = True, label_smoothing: float = 0.0, axis: int = -1
 ) -> Any:
-    """Returns the cross-entropy of labels of 0 or 1 and logits, float32, averaged over an axis.
+    """Returns the float32 cross-entropy of binary labels and logits, averaged over an axis.
 
-    In float16 Keras's function gives 0 below 3e-8: for a 1 with a logit of 18 or more.
+    In float16, the Keras function gives 0 below 3e-8: for a label of 1 and a logit of 18 or more.
 
     Args:
-        y_true: Labels between 0 and 1, of the shape of `y_pred`.
+        y_true: Labels between 0 and 1, in the shape of `y_pred`.
         y_pred: Logits of any floating dtype.
-        from_logits: True, so that calls of Keras's function can stay as they are.
-        label_smoothing: How far the labels are pulled towards 0.5; 1 is all the way.
-        axis: The axis to average over.
+        from_logits: Must be True. Present so that calls of the Keras function work unchanged.
+        label_smoothing: The part of each label that is replaced by 0.5. Defaults to 0.0.
+        axis: The axis to average over. Defaults to -1.
 
     Raises:
-        ValueError: `from_logits` is False.
+        ValueError: If `from_logits` is False.
 
     Example:
     >>> f"{float(binary_crossentropy([[1]], ops.cast([[20]], 'float16'))[0]):.2e}"
@@ -100,28 +101,23 @@ def binary_crossentropy(
     return keras.losses.binary_crossentropy(y_true, _logits(y_pred, from_logits), True, label_smoothing, axis)
 
 
-class _OfLogits(keras.losses.Loss):
-    """Makes a Keras loss take logits only, in float32. To be listed before the Keras class."""
+class _Float32Loss(keras.losses.Loss):
+    """Mixin that makes a Keras loss accept only logits, and compute in float32. Listed before the Keras class."""
 
     def __init__(self, from_logits: bool = True, *args: Any, **kwargs: Any) -> None:
-        _refuse_probabilities(from_logits)
+        _check_logits(from_logits)
         super().__init__(True, *args, dtype="float32", **kwargs)
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
-class CategoricalCrossentropy(_OfLogits, keras.losses.CategoricalCrossentropy):
+class CategoricalCrossentropy(_Float32Loss, keras.losses.CategoricalCrossentropy):
     """Cross-entropy of one-hot labels and logits, computed and returned in float32.
 
-    Under a floatx of float16 Keras's class has the faults of its function, and its mean over 8,192 examples that cost
-    11 each is inf.
-
-    Args:
-        from_logits: True, so that calls of Keras's class can stay as they are.
-        *args: Those of `keras.losses.CategoricalCrossentropy`.
-        **kwargs: Those of `keras.losses.CategoricalCrossentropy`, but no `dtype`.
+    Under a floatx of float16, the Keras class fails like its function, and its mean over 8,192 losses of 11 is inf.
+    Takes the arguments of the Keras class except `dtype`.
 
     Raises:
-        ValueError: `from_logits` is False.
+        ValueError: If `from_logits` is False.
 
     Example:
     >>> float(CategoricalCrossentropy()(ops.array([[1, 0]]), ops.cast([[-6e4, 6e4]], "float16")))
@@ -130,19 +126,14 @@ class CategoricalCrossentropy(_OfLogits, keras.losses.CategoricalCrossentropy):
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
-class SparseCategoricalCrossentropy(_OfLogits, keras.losses.SparseCategoricalCrossentropy):
+class SparseCategoricalCrossentropy(_Float32Loss, keras.losses.SparseCategoricalCrossentropy):
     """Cross-entropy of integer labels and logits, computed and returned in float32.
 
-    Under a floatx of float16 Keras's class casts the labels to float16 too, which has no odd numbers above 2048: label
-    2049 becomes 2048. Its mean over 8,192 examples that cost 11 each is inf.
-
-    Args:
-        from_logits: True, so that calls of Keras's class can stay as they are.
-        *args: Those of `keras.losses.SparseCategoricalCrossentropy`.
-        **kwargs: Those of `keras.losses.SparseCategoricalCrossentropy`, but no `dtype`.
+    Under a floatx of float16, the Keras class casts labels to float16, too, which has no odd numbers above 2048: label
+    2049 becomes 2048. Its mean over 8,192 losses of 11 is inf. Takes the arguments of the Keras class except `dtype`.
 
     Raises:
-        ValueError: `from_logits` is False.
+        ValueError: If `from_logits` is False.
 
     Example:
     >>> float(SparseCategoricalCrossentropy()(ops.array([0]), ops.cast([[-6e4, 6e4]], "float16")))
@@ -151,19 +142,14 @@ class SparseCategoricalCrossentropy(_OfLogits, keras.losses.SparseCategoricalCro
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
-class BinaryCrossentropy(_OfLogits, keras.losses.BinaryCrossentropy):
-    """Cross-entropy of labels of 0 or 1 and logits, computed and returned in float32.
+class BinaryCrossentropy(_Float32Loss, keras.losses.BinaryCrossentropy):
+    """Cross-entropy of binary labels and logits, computed and returned in float32.
 
-    Under a floatx of float16 Keras's class has the faults of its function, and its mean over 8,192 examples that cost
-    11 each is inf.
-
-    Args:
-        from_logits: True, so that calls of Keras's class can stay as they are.
-        *args: Those of `keras.losses.BinaryCrossentropy`.
-        **kwargs: Those of `keras.losses.BinaryCrossentropy`, but no `dtype`.
+    Under a floatx of float16, the Keras class fails like its function, and its mean over 8,192 losses of 11 is inf.
+    Takes the arguments of the Keras class except `dtype`.
 
     Raises:
-        ValueError: `from_logits` is False.
+        ValueError: If `from_logits` is False.
 
     Example:
     >>> f"{float(BinaryCrossentropy()(ops.array([[1]]), ops.cast([[20]], 'float16'))):.2e}"
@@ -172,13 +158,13 @@ class BinaryCrossentropy(_OfLogits, keras.losses.BinaryCrossentropy):
 
 
 def _logits(y_pred: Any, from_logits: bool) -> Any:
-    _refuse_probabilities(from_logits)
+    _check_logits(from_logits)
     return ops.cast(y_pred, "float32")
 
 
-def _refuse_probabilities(from_logits: bool) -> None:
+def _check_logits(from_logits: bool) -> None:
     if not from_logits:
         raise ValueError(
-            "from_logits must be True: probabilities have lost in half precision what float32 could keep. Leave the "
-            f"softmax or sigmoid out of the model. Received: from_logits={from_logits}"
+            "`from_logits` must be True, since half-precision probabilities have lost accuracy. Remove the softmax or "
+            f"sigmoid from the model. Received: from_logits={from_logits}"
         )

@@ -1,4 +1,4 @@
-"""Reads docstrings and signatures as they are meant here."""
+"""A griffe extension for the docstrings and signatures of this package."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from griffe import Attribute, Extension, Function, Object
 EXAMPLE = re.compile(r"^Example:\n+(>>> .*?)(?=\n\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
-class AsMeant(Extension):
-    """Makes a section of what follows `Example:`, which is not indented, and shows constants as numbers."""
+class KerasStyle(Extension):
+    """Turns the unindented `Example:` of Keras into a section, and shows constants in signatures as numbers."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
-        """Rewrites the docstring of one object."""
+        """Rewrites the docstring of an object."""
         if obj.docstring:
             text = obj.docstring.value
             obj.docstring.value = EXAMPLE.sub(lambda found: "Examples:\n" + indent(found[1], "    "), text)
 
     def on_function(self, *, func: Function, **_: Any) -> None:
-        """Puts the value of a module's constant where it is a default."""
+        """Replaces defaults that are module constants with their values."""
         for parameter in func.parameters:
             constant = func.module.members.get(str(parameter.default))
             if isinstance(constant, Attribute):

@@ -1,4 +1,4 @@
-"""Puts files that lie outside of docs/ and that pages link to into the site, so that one link serves both."""
+"""Adds files outside docs/ to the site, so that the same link works in the repository and on the site."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDERS = ("benchmarks", "configs", "examples")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the files of these folders under their own paths."""
+    """Adds the files of `FOLDERS` under their paths."""
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.*")):
             name = path.relative_to(ROOT).as_posix()
@@ -23,6 +23,6 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Leads links from docs/page.md to ../folder/file to where that file is in the site."""
+    """Rewrites links from docs/page.md to ../folder/file for the site."""
     inside = rf"\]\(\.\./({'|'.join(FOLDERS)})/"
     return re.sub(inside, r"](\1/", markdown) if "/" not in page.file.src_uri else markdown

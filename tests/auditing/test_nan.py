@@ -1,4 +1,4 @@
-"""What docs/nan.md says is so: a planted fault leads through the questions of its tree to the end that mends it."""
+"""The decision tree of docs/nan.md: the snippets lead from a planted fault to the section that fixes it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _eagerly():
-    """Steps of a few numbers take less time than to compile them."""
+    """Tracing takes longer than these steps."""
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
 
 
 def tree():
-    """Returns the list of the page as (depth, what leads there, anchor)."""
+    """Returns the list of the page as (depth, text in front of the link, anchor)."""
     text = re.sub(r"\n  \[", " [", PAGE[: PAGE.index("\n## ")])  # a line that is folded
     return [(len(spaces) // 4, lead.strip(), anchor) for spaces, lead, anchor in LINE.findall(text)]
 
@@ -54,7 +54,7 @@ def asked(anchor, names):
 
 
 def end_of(symptom, names):
-    """Walks the tree from a symptom by the answers that the snippets give."""
+    """Walks the tree from a symptom, by the answers of the snippets."""
     lines = tree()
     at = next(number for number, (_, lead, _) in enumerate(lines) if symptom in lead)
     while True:
@@ -71,7 +71,7 @@ def end_of(symptom, names):
 
 
 def case(make, x, y, scale="dynamic", optimizer=None, policy="mixed_float16", loss="mse"):
-    """Trains a model and returns what the page takes for granted."""
+    """Trains a model and returns the names that the page assumes."""
 
     def build():
         keras.utils.set_random_seed(0)
@@ -161,7 +161,7 @@ FAULTS = [
     (gradients_below_6e8, POOR, "raise-the-scale"),
     (values_that_are_wrong_and_finite, POOR, "find-the-layer"),
 ]
-SAYS = {  # what the end prints
+PRINTED = {  # by the snippets of the section
     a_nan_among_the_targets: r"^y: 1 values are not finite, the first at \[5, 0\]$",
     a_sum_over_12544_terms: "12,544 terms",
     a_scale_that_is_too_large: "^no scale is needed",
@@ -171,13 +171,17 @@ SAYS = {  # what the end prints
 }
 
 
-@pytest.mark.parametrize(("fault", "symptom", "end"), FAULTS, ids=lambda each: getattr(each, "__name__", None))
-def test_the_tree_leads_from_a_planted_fault_to_the_end_that_mends_it(fault, symptom, end):
-    """By the answers of its own snippets; what the end says is right, and after it the model trains."""
+FAST = [a_nan_among_the_targets, a_sum_over_12544_terms]
+CASES = [pytest.param(*case, marks=() if case[0] in FAST else pytest.mark.slow, id=case[0].__name__) for case in FAULTS]
+
+
+@pytest.mark.parametrize(("fault", "symptom", "end"), CASES)
+def test_the_tree_leads_from_a_planted_fault_to_its_fix(fault, symptom, end):
+    """The answers of the snippets lead to the right section, which prints the right fix. Then the model trains."""
     names = fault()
     before = np.isfinite(names["model"].evaluate(names["x"], names["y"], verbose=0))
     assert end_of(symptom, names) == end
-    assert re.search(SAYS.get(fault, ""), asked(end, names), flags=re.DOTALL | re.MULTILINE)
+    assert re.search(PRINTED.get(fault, ""), asked(end, names), flags=re.DOTALL | re.MULTILINE)
     if end == "clean-the-data":
         return
     model = names["model"]
@@ -189,7 +193,7 @@ def test_the_tree_leads_from_a_planted_fault_to_the_end_that_mends_it(fault, sym
 
 
 def test_every_end_of_the_tree_has_a_fault_and_every_anchor_a_section():
-    """Neither an end that nobody has seen, nor a section that nothing leads to."""
+    """There is neither an untested end nor a section without a link."""
     lines = tree()
     below = [number for number, (depth, _, _) in enumerate(lines[:-1]) if lines[number + 1][0] > depth]
     ends = {anchor for number, (_, _, anchor) in enumerate(lines) if number not in below}

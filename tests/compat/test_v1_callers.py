@@ -1,4 +1,4 @@
-"""Scripts that call the graph rewrite as well-known projects do: each trains, on small data, as in float32."""
+"""Scripts that use the graph rewrite like well-known projects, and train on small data as in float32."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from thorough import covering
 
 import tfmixed.compat.v1 as shim
 from tfmixed import hardware
-from tfmixed.compat.v1 import conversion_report, rewrite
+from tfmixed.compat.v1 import conversion_report, graph_rewrite
 
 converts = hardware.describe().policy == "mixed_bfloat16"
-pytestmark = pytest.mark.filterwarnings("ignore:the graph rewrite converts nothing here")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The graph rewrite")]
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +24,16 @@ def _own_graph():
     with tf.Graph().as_default():
         yield
     shim.uninstall()
-    if rewrite.is_enabled():
+    if graph_rewrite.is_enabled():
         shim.disable_mixed_precision_graph_rewrite()
 
 
-# As the BERT scripts of NVIDIA's DeepLearningExamples: an optimizer of its own, whose variables `get_variable` makes
-# while it applies; a loss scale that is read for a hook; clipping that minds infinity; accumulation within tf.cond.
+# Like the BERT scripts of NVIDIA's DeepLearningExamples: a custom optimizer that calls `get_variable` in
+# `apply_gradients`, a loss scale that a hook reads, clipping that handles infinity, and accumulation in tf.cond.
 
 
 class DecayingAdam(V1.train.Optimizer):
-    """Adam with decoupled weight decay; moments are made in `apply_gradients`."""
+    """Adam with decoupled weight decay, which creates its moments in `apply_gradients`."""
 
     def __init__(self, learning_rate, decay=0.01, excluded=("bias",)):
         super().__init__(False, "DecayingAdam")
@@ -70,7 +70,7 @@ def warmed_up(step, peak, steps, warmup):
 
 
 def bert(loss, opt, accumulate=1):
-    """Returns the training step; `global_step` is counted by hand."""
+    """Returns a training step that counts `global_step` itself."""
     step = V1.train.get_or_create_global_step()
     weights = V1.trainable_variables()
     pairs = opt.compute_gradients(loss / accumulate, weights)
@@ -96,8 +96,8 @@ def bert(loss, opt, accumulate=1):
     )
     added = tf.cond(
         begins,
-        lambda: [kept.assign(each) for kept, each in zip(sums, clipped, strict=True)],
-        lambda: [kept.assign_add(each) for kept, each in zip(sums, clipped, strict=True)],
+        lambda: [kept.assign(grad) for kept, grad in zip(sums, clipped, strict=True)],
+        lambda: [kept.assign_add(grad) for kept, grad in zip(sums, clipped, strict=True)],
     )
     ends = tf.identity(tf.equal(micro % accumulate, 0), name="update_step")
     with V1.control_dependencies(added):
@@ -108,7 +108,7 @@ def bert(loss, opt, accumulate=1):
 
 
 def bert_model(package, scaled, accumulate, factor=1.0):
-    """Builds it; returns the feed, the loss, the step and the optimizer."""
+    """Returns the feed, the loss, the step and the optimizer."""
     x, y, loss = tf1.network(factor=factor)
     opt = DecayingAdam(warmed_up(V1.train.get_or_create_global_step(), 0.05, 400, 2))
     if scaled:
@@ -122,7 +122,7 @@ def bert_model(package, scaled, accumulate, factor=1.0):
 
 @pytest.mark.parametrize(("package", "accumulate"), covering(1, {"import": shim, "install": V1}, [1, 3]))
 def test_bert(package, accumulate):
-    """A batch that overflows is skipped with all that was added to it, though it was clipped."""
+    """An overflow skips the whole accumulated batch, even after clipping."""
     shim.install()
     factor = V1.placeholder_with_default(1.0, [])
     feed, loss, train, opt = bert_model(package, True, accumulate, factor)
@@ -175,12 +175,12 @@ np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
 def test_bert_under_the_behavior_of_tensorflow_1():
-    """Its variables, made within two conditionals, have the names of a float32 run, and the training is the same."""
+    """Variables created in two conditionals have the names of a float32 run, and training is the same."""
     tf1.script(UNDER_V1)
 
 
-def test_bert_switches_the_rewrite_on_for_evaluation():
-    """With an optimizer and a scale that nobody uses."""
+def test_bert_enables_the_rewrite_for_evaluation():
+    """With an unused optimizer and scale."""
     x, y, loss = tf1.network()
     shim.train.experimental.enable_mixed_precision_graph_rewrite(
         DecayingAdam(learning_rate=0.0), shim.train.experimental.FixedLossScale(1)
@@ -189,11 +189,11 @@ def test_bert_switches_the_rewrite_on_for_evaluation():
         assert ("MatMul" in conversion_report(session, loss, {x: X, y: Y}).converted) == converts
 
 
-# As its VNet: gradients of the optimizer as it is, for summaries, before it is wrapped.
+# Like its VNet: gradients of the unwrapped optimizer for summaries.
 
 
 def test_vnet():
-    """Both uses of one optimizer in a graph, in three dimensions; `ConfigProto` asks for the rewrite too."""
+    """Two uses of one optimizer in a graph, with 3D convolutions and a `ConfigProto` that enables the rewrite."""
     volume = V1.placeholder(tf.float32, [None, 4, 4, 4, 1])
     kernels = [V1.get_variable(f"kernel{n}", [3, 3, 3, *shape]) for n, shape in enumerate([(1, 4), (4, 4), (4, 1)])]
     flow = volume
@@ -217,11 +217,11 @@ def test_vnet():
         assert any(name.startswith("Conv3D") for name in converted) == converts
 
 
-# As its UNet and NCF: tf.contrib's managers, and the environment variable.
+# Like its UNet and NCF: managers of tf.contrib, and the environment variable.
 
 
 def ncf():
-    """Returns loss and feed of a small recommender: embeddings, their product, a network beside it."""
+    """Returns the loss and feed of a small recommender with embeddings, their product and a network."""
     users, items = V1.placeholder(tf.int32, [None]), V1.placeholder(tf.int32, [None])
     labels = V1.placeholder(tf.float32, [None, 1])
     tables = [V1.get_variable(name, [20, 8], initializer=V1.random_normal_initializer(0, 0.1, 1)) for name in "abcd"]
@@ -239,7 +239,7 @@ def ncf():
 
 @pytest.mark.parametrize("how", ["environment", "fixed", "exponential"])
 def test_ncf_and_unet(how, monkeypatch):
-    """Embeddings have sparse gradients."""
+    """With sparse gradients of embeddings."""
     if how == "environment":
         monkeypatch.setenv("TF_ENABLE_AUTO_MIXED_PRECISION", "1")
     shim.install()
@@ -264,11 +264,11 @@ def test_ncf_and_unet(how, monkeypatch):
     assert scale == {"environment": 2.0**15, "fixed": 1000.0, "exponential": 2.0**21}[how]
 
 
-# As Mozilla's DeepSpeech: towers with their own gradients, averaged, and one step.
+# Like Mozilla's DeepSpeech: averaged gradients of several towers, and one step.
 
 
 def test_deepspeech():
-    """Two towers with shared variables; one of them overflows, and neither is applied."""
+    """Two towers share variables. If one overflows, neither is applied."""
     batches = [(V1.placeholder(tf.float32, [None, 8]), V1.placeholder(tf.int32, [None])) for _ in range(2)]
     opt = V1.train.AdamOptimizer(0.05, beta1=0.9, beta2=0.999, epsilon=1e-8)
     opt = shim.train.experimental.enable_mixed_precision_graph_rewrite(opt)

@@ -1,4 +1,4 @@
-"""What `conversion_report` says of graphs that were and were not converted."""
+"""`conversion_report` of graphs with and without conversion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tf1 import V1, X, Y
 
 import tfmixed.compat.v1 as shim
 from tfmixed import hardware
-from tfmixed.compat.v1 import conversion_report, lists, rewrite
+from tfmixed.compat.v1 import conversion, conversion_report, graph_rewrite
 
 fast = pytest.mark.skipif(hardware.describe().policy != "mixed_bfloat16", reason="a CPU that is fast in bfloat16")
 
@@ -19,7 +19,7 @@ fast = pytest.mark.skipif(hardware.describe().policy != "mixed_bfloat16", reason
 @pytest.fixture(autouse=True)
 def _switched_off_again():
     yield
-    if rewrite.is_enabled():
+    if graph_rewrite.is_enabled():
         shim.disable_mixed_precision_graph_rewrite()
 
 
@@ -29,8 +29,8 @@ def training(opt):
 
 
 @fast
-def test_a_session_that_converts():
-    """Nodes by operation and type, the casts, and what was refused by which list."""
+def test_session_that_converts():
+    """Nodes by operation and dtype, casts, and refused nodes by list."""
     opt = shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
     with tf.Graph().as_default():
         train, feed = training(opt)
@@ -49,8 +49,8 @@ def test_a_session_that_converts():
     assert "SparseSoftmaxCrossEntropyWithLogits" in printed
 
 
-def test_a_session_that_converts_nothing():
-    """All is float32, and no cast was added."""
+def test_session_that_converts_nothing():
+    """All nodes are float32, and no casts are added."""
     with tf.Graph().as_default():
         train, feed = training(V1.train.AdamOptimizer())
         with tf1.session() as session:
@@ -60,8 +60,8 @@ def test_a_session_that_converts_nothing():
 
 
 @fast
-def test_what_ran_before_is_not_reported():
-    """TensorFlow keeps graphs that it was asked to show and that nobody fetched."""
+def test_earlier_runs_are_not_reported():
+    """TensorFlow keeps exported graphs that were not fetched."""
     shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
     weight = tf.Variable(tf.ones((32, 32)))
     context.enable_run_metadata()
@@ -72,8 +72,8 @@ def test_what_ran_before_is_not_reported():
 
 
 @fast
-def test_a_function_is_reported_as_often_as_one_asks():
-    """TensorFlow shows a graph once for each set of options; options are as before afterwards."""
+def test_function_can_be_reported_repeatedly():
+    """TensorFlow exports a graph once for each set of options. The options are restored."""
     shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
     weight = tf.Variable(tf.ones((32, 32)))
     function = tf.function(lambda x: tf.reduce_sum(tf.nn.relu(x @ weight) @ weight))
@@ -86,8 +86,8 @@ def test_a_function_is_reported_as_often_as_one_asks():
 
 
 @fast
-def test_what_is_fetched_is_not_converted():
-    """It is a product in float32, though its list allows it."""
+def test_fetched_products_are_not_converted():
+    """Although they are on the allow list."""
     shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
     with tf.Graph().as_default():
         x = V1.placeholder(tf.float32, (16, 16))
@@ -99,8 +99,8 @@ def test_what_is_fetched_is_not_converted():
 
 
 @fast
-def test_fused_kernels_go_by_the_name_of_their_operation():
-    """A convolution with bias and ReLU is one kernel of oneDNN."""
+def test_fused_kernels_count_as_their_operation():
+    """A convolution with bias and ReLU is one oneDNN kernel."""
     shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer())
     kernel, bias = tf.Variable(tf.ones((3, 3, 8, 8))), tf.Variable(tf.ones(8))
 
@@ -128,26 +128,28 @@ def step(x):
     return tape.gradient(loss, [scale, kernel])
 
 counts = conversion_report(step, tf.ones((2, 8, 8, 8))).counts
-print(*sorted((each.operation, each.list) for each in counts if "Conv" in each.operation or "Norm" in each.operation))
+print(*sorted((c.operation, c.list) for c in counts if "Conv" in c.operation or "Norm" in c.operation))
 """
 
 
-def test_kernels_of_onednn_go_by_the_name_of_their_operation():
-    """Batch normalization is called fused without any kernel that is."""
-    said = tf1.script(ONEDNN, environment={"TF_ENABLE_ONEDNN_OPTS": "1"})
+@pytest.mark.slow
+def test_onednn_kernels_count_as_their_operation():
+    """The name of batch normalization contains Fused for other kernels, too."""
+    printed = tf1.script(ONEDNN, environment={"TF_ENABLE_ONEDNN_OPTS": "1"})
     on_lists = {"Conv2D": "allow", "Conv2DBackpropInput": "allow", "Conv2DBackpropFilter": "allow"}
     on_lists |= {"FusedBatchNormV3": "infer", "FusedBatchNormGradV3": "infer"}
-    assert said.strip() == " ".join(map(str, sorted(on_lists.items())))
+    assert printed.strip() == " ".join(map(str, sorted(on_lists.items())))
 
 
-def test_a_concrete_function_is_a_function():
-    """Of which there is one graph."""
+def test_concrete_function():
+    """Reported like a `tf.function`."""
     square = tf.function(lambda x: x @ x).get_concrete_function(tf.TensorSpec((8, 8)))
     assert conversion_report(square, tf.ones((8, 8))).refused == {"allow": {"MatMul": 1}}
 
 
+@pytest.mark.slow
 def test_float16_in_sessions_and_functions():
-    """A report says what a session converts to by itself; loops and branches convert in sessions, in functions not."""
+    """Loops and branches are converted in sessions, but not in functions."""
     environment = {"TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_EMULATE_FP16": "0"}
     assert tf1.script(FLOAT16, environment=environment).split() == ["float16", "loop", "branch"]
 
@@ -184,29 +186,29 @@ for name, flow in flows.items():
 """
 
 
-def test_what_runs_in_no_graph_is_an_error():
-    """Instead of a report of nothing."""
+def test_function_without_a_graph_is_an_error():
+    """Compiled by XLA, or called while a graph is built."""
     compiled = tf.function(lambda x: x @ x, jit_compile=True)
-    with pytest.raises(ValueError, match=r"runs as a graph, received .*jit_compile"):
+    with pytest.raises(ValueError, match="jit_compile"):
         conversion_report(compiled, tf.ones((8, 8)))
-    with tf.Graph().as_default(), pytest.raises(ValueError, match="must be a session where a graph is built"):
+    with tf.Graph().as_default(), pytest.raises(ValueError, match="session"):
         conversion_report(compiled, tf.ones((8, 8)))
 
 
 @pytest.mark.parametrize("runner", [lambda: None, V1.Session, None], ids=["function", "class", "none"])
-def test_anything_else_is_an_error(runner):
-    """With what it was."""
-    with pytest.raises(TypeError, match=r"runner must be a session or a tf\.function, received "):
+def test_invalid_runner(runner):
+    """Neither a session nor a `tf.function`."""
+    with pytest.raises(TypeError, match="runner"):
         conversion_report(runner)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_lists_are_those_of_this_tensorflow(dtype):
-    """None is empty, and no operation is on two: that would switch the pass off."""
-    found = lists._lists(dtype)
+    """No list is empty, and no operation is on two lists."""
+    found = conversion._lists(dtype)
     assert min(map(len, found.values())) >= 7
     assert sum(map(len, found.values())) == len(frozenset().union(*found.values()))
-    assert [lists.list_of(name, dtype) for name in ("Conv2D", "Mul", "Exp", "Reshape", "Fft")] == [
+    assert [conversion.list_of(name, dtype) for name in ("Conv2D", "Mul", "Exp", "Reshape", "Fft")] == [
         "allow",
         "infer",
         "deny",
@@ -216,7 +218,7 @@ def test_the_lists_are_those_of_this_tensorflow(dtype):
 
 
 def test_the_lists_follow_the_environment(monkeypatch):
-    """Under the old names too."""
+    """Including the old names of the variables."""
     monkeypatch.setenv("TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_INFERLIST_REMOVE", "Mul,Add")
     monkeypatch.setenv("TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_BLACKLIST_ADD", "Mul")
-    assert [lists.list_of(name, "float16") for name in ("Mul", "Add", "AddV2")] == ["deny", "none", "infer"]
+    assert [conversion.list_of(name, "float16") for name in ("Mul", "Add", "AddV2")] == ["deny", "none", "infer"]

@@ -1,4 +1,4 @@
-"""The optimizer of `tfmixed.compat.v1` where there is no graph but that of a `tf.function`."""
+"""`tfmixed.compat.v1.LossScaleOptimizer` in eager code and in `tf.function`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RULE = DynamicScale(initial_scale=8.0, growth_interval=2, min_scale=2.0)
 
 @pytest.mark.parametrize("compile_", [tf.function, lambda step: step], ids=["function", "eager"])
 def test_in_eager_code_and_its_functions(compile_):
-    """One state for all of them, as `simulate` has it, with the events."""
+    """Scales follow `simulate`, and overflows are logged."""
     weight = tf.Variable([1.0, 2.0])
     optimizer = LossScaleOptimizer(V1.train.MomentumOptimizer(1.0, 0.0), RULE)
 
@@ -37,8 +37,8 @@ def test_in_eager_code_and_its_functions(compile_):
     np.testing.assert_array_equal(weight.numpy(), [-8.0, -7.0])
 
 
-def test_clipping_in_a_function_hides_nothing():
-    """As in a graph."""
+def test_clipping_in_a_function_does_not_hide_an_overflow():
+    """An infinite gradient is clipped, and the step is still skipped."""
     weight = tf.Variable([1.0, 2.0])
     optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), RULE)
 
@@ -53,27 +53,27 @@ def test_clipping_in_a_function_hides_nothing():
     np.testing.assert_array_equal(weight.numpy(), [0.0, 1.0])
 
 
-def test_a_row_of_skips_at_the_floor_is_an_error_where_it_is_asked_for():
-    """With the variable's name."""
-    weight = tf.Variable([1.0], name="guilty")
+def test_raise_if_exhausted():
+    """Names the variable that overflowed."""
+    weight = tf.Variable([1.0], name="bad")
     optimizer = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), RULE, max_consecutive_skips=3)
     for _ in range(3):
         optimizer.raise_if_exhausted()
         optimizer.minimize(lambda: tf.reduce_sum(weight * np.nan), var_list=[weight])
-    with pytest.raises(LossScaleExhausted, match=r"guilty \(3 times\)"):
+    with pytest.raises(LossScaleExhausted, match=r"bad \(3 times\)"):
         optimizer.raise_if_exhausted()
 
 
-def test_a_strategy_is_refused_with_what_to_use():
-    """The wrapped optimizer would merge its replicas within a branch."""
+def test_strategies_are_not_supported():
+    """The wrapped optimizer would merge its replicas in a branch."""
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
         weight, optimizer = tf.Variable(1.0), LossScaleOptimizer(V1.train.AdamOptimizer())
         with pytest.raises(NotImplementedError, match=r"GradScaler"):
             optimizer.minimize(lambda: weight * 1.0, var_list=[weight])
 
 
-def test_a_checkpoint_of_objects_holds_the_scale_and_the_slots(tmp_path):
-    """It restores into an optimizer that has not been used yet."""
+def test_object_checkpoint_restores_scale_and_slots(tmp_path):
+    """Into an optimizer that has not been used yet."""
 
     def made():
         weight, optimizer = tf.Variable([1.0]), LossScaleOptimizer(V1.train.MomentumOptimizer(1.0, 0.9), RULE)
@@ -86,9 +86,8 @@ def test_a_checkpoint_of_objects_holds_the_scale_and_the_slots(tmp_path):
     for factor in (1.0, np.inf):
         step(*first[:2], factor)
     second[2].restore(first[2].save(tmp_path / "checkpoint"))
-    for each in (first, second):
-        step(*each[:2], 1.0)
-    (optimizer, weight, _), (other, other_weight, _) = first, second
-    assert (float(other.loss_scale), int(other.attempted_steps), int(other.skipped_steps)) == (4.0, 3, 1)
-    np.testing.assert_array_equal(other_weight.numpy(), weight.numpy())
-    assert float(optimizer.loss_scale) == 4.0
+    for optimizer, weight, _ in (first, second):
+        step(optimizer, weight, 1.0)
+        assert float(optimizer.loss_scale) == 4.0
+        assert (int(optimizer.attempted_steps), int(optimizer.skipped_steps)) == (3, 1)
+    np.testing.assert_array_equal(second[1].numpy(), first[1].numpy())

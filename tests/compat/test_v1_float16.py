@@ -1,4 +1,4 @@
-"""float16 without a GPU: the CUDA pass on a cluster that is not there, and real kernels in a session."""
+"""float16 without a GPU: the CUDA pass on a virtual cluster, and real float16 kernels on a CPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ cuda = pytest.mark.skipif(not tf.test.is_built_with_cuda(), reason="the build ha
 
 
 def machine(architecture):
-    """Returns a cluster of a CPU and a GPU that is described and not there."""
-    # A GPU without an architecture would abort the process.
+    """Returns a virtual cluster of a CPU and a GPU."""
+    # A GPU without an architecture aborts the process.
     environment = {"architecture": architecture, "cuda": "12050", "cudnn": "90000"}
     devices = [
         device_properties_pb2.NamedDevice(
@@ -32,7 +32,7 @@ def machine(architecture):
 
 
 def rewritten(graph, needed, architecture):
-    """Returns the graph that TensorFlow's float16 pass for GPUs makes of one."""
+    """Returns a graph rewritten by TensorFlow's float16 pass for GPUs."""
     for operation in graph.get_operations():
         operation._set_device("/job:localhost/replica:0/task:0/device:GPU:0")
     with graph.as_default():
@@ -58,8 +58,8 @@ def halves(graph_def):
 
 
 @cuda
-def test_the_cuda_pass_converts_the_products_and_leaves_unscaling_alone():
-    """Forward and backward; the pass would undo loss scaling if it divided by the scale in float16."""
+def test_cuda_pass_converts_products_and_not_the_unscaling():
+    """Division by the scale in float16 would undo the loss scaling."""
     graph = tf.Graph()
     _, _, loss, train, init = training(graph)
     found = rewritten(graph, [train, loss, init], "8.0")
@@ -70,16 +70,16 @@ def test_the_cuda_pass_converts_the_products_and_leaves_unscaling_alone():
 
 
 @cuda
-def test_the_cuda_pass_converts_nothing_on_an_old_gpu():
-    """Below compute capability 7.0."""
+def test_cuda_pass_converts_nothing_on_an_old_gpu():
+    """Its compute capability is below 7.0."""
     graph = tf.Graph()
     _, _, loss, train, init = training(graph)
     assert not halves(rewritten(graph, [train, loss, init], "6.0"))
 
 
 @cuda
-def test_the_graph_that_the_cuda_pass_makes_trains_as_in_float32():
-    """On a CPU, with nothing else rewritten."""
+def test_graph_of_the_cuda_pass_trains_as_in_float32():
+    """On a CPU, without other rewrites."""
     graph = tf.Graph()
     x, y, loss, train, init = training(graph)
     graph_def = rewritten(graph, [train, loss, init], "8.0")
@@ -110,7 +110,7 @@ from tfmixed.scaling import DynamicScale
 def session(half):
     config = V1.ConfigProto()
     if half:
-        # Sessions in float16 on a CPU: the nodes that the CUDA pass converts, in real kernels.
+        # Converts the nodes that the CUDA pass converts, to real float16 kernels on a CPU.
         config.graph_options.rewrite_options.auto_mixed_precision_cpu = 1
     return config
 
@@ -149,7 +149,7 @@ with tf.Graph().as_default():
             scale, number = opened.run([opt.loss_scale, step])
             scales.append(float(scale))
             steps.append(int(number))
-        assert np.isfinite(np.concatenate([each.ravel() for each in opened.run(V1.trainable_variables())])).all()
+        assert np.isfinite(np.concatenate([weight.ravel() for weight in opened.run(V1.trainable_variables())])).all()
     fallen = scales[: steps.index(1)] if 1 in steps else scales
     assert len(fallen) >= 4 and fallen == [2.0 ** (14 - number) for number in range(len(fallen))], scales
     assert steps[-1] > 0, (scales, steps)
@@ -158,8 +158,9 @@ print(fallen[-1], steps)
 """
 
 
-def test_real_float16_kernels_lose_gradients_that_scaling_brings_back():
-    """And with too large a loss the scale halves, while global_step stays, until the gradients fit."""
-    # Without emulation the pass for CPUs has real kernels; asked once a process.
+@pytest.mark.slow
+def test_scaling_prevents_underflow_in_float16_kernels():
+    """With a large loss, the scale halves and global_step stays constant until the gradients fit."""
+    # Without emulation, the pass for CPUs uses float16 kernels. Read once in a process.
     environment = {"TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_EMULATE_FP16": "0"}
     assert "vanished and came back" in tf1.script(KERNELS, environment=environment)

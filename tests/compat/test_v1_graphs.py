@@ -1,4 +1,4 @@
-"""What scaling keeps in TensorFlow 1's graphs, and how it gets on with variables of old."""
+"""State in TensorFlow 1 graphs, reference variables, and optimizers that override methods."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def resources(request):
 
 
 @pytest.mark.usefixtures("resources")
-@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
-def test_variables_that_are_references_are_trained(inner):
-    """Asked for one by one, or by switching resources off; TensorFlow 2's conditionals stay on for the script."""
+@pytest.mark.parametrize("inner", tf1.some(["Adam"], INNER))
+def test_reference_variables_are_trained(inner):
+    """Requested for one variable or for all. TensorFlow 2 conditionals remain enabled for the script."""
     runs = []
     for wrap in (lambda opt: opt, lambda opt: LossScaleOptimizer(opt, 64)):
         with tf.Graph().as_default():
@@ -52,8 +52,9 @@ def test_variables_that_are_references_are_trained(inner):
     assert V1.control_flow_v2_enabled()
 
 
-def test_a_graph_ends_with_its_last_user():
-    """Though the loss scale that was used in it lives on."""
+@pytest.mark.slow
+def test_a_loss_scale_does_not_keep_its_graph_alive():
+    """The object is used in two graphs, which are then deleted."""
     scale, graphs = DynamicLossScale(), []
     for _ in range(2):
         with tf.Graph().as_default() as graph:
@@ -62,20 +63,20 @@ def test_a_graph_ends_with_its_last_user():
             graphs.append(weakref.ref(graph))
     del graph, weight
     gc.collect()
-    assert [each() for each in graphs] == [None, None]
+    assert [graph() for graph in graphs] == [None, None]
 
 
 @pytest.mark.parametrize(
     ("before", "after", "scale"),
     [
         ("dynamic", FixedLossScale(8), 8.0),
-        ("dynamic", DynamicScale(initial_scale=4.0, max_scale=16.0), 16.0),
-        (2, DynamicScale(initial_scale=16.0, min_scale=4.0), 4.0),
+        pytest.param("dynamic", DynamicScale(initial_scale=4.0, max_scale=16.0), 16.0, marks=pytest.mark.slow),
+        pytest.param(2, DynamicScale(initial_scale=16.0, min_scale=4.0), 4.0, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=["fixed", "maximum", "minimum"],
 )
-def test_a_checkpoint_of_another_rule_gives_no_scale_that_this_rule_cannot_reach(tmp_path, before, after, scale):
-    """The nearest one is taken: a fixed scale stays what the script says."""
+def test_scale_of_a_checkpoint_is_moved_into_bounds(tmp_path, before, after, scale):
+    """The nearest valid scale is used. A fixed scale does not change."""
     for loss_scale in (before, after):
         with tf.Graph().as_default():
             weight = V1.get_variable("w", initializer=1.0)
@@ -102,9 +103,9 @@ class ClippingMinimize(V1.train.GradientDescentOptimizer):
         return self.apply_gradients(pairs, global_step)
 
 
-@pytest.mark.parametrize("kind", [OwnMinimize, ClippingMinimize])
-def test_an_optimizer_with_a_minimize_of_its_own(kind):
-    """What it calls of itself scales the loss and skips; afterwards it is as before."""
+@pytest.mark.parametrize("kind", [pytest.param(OwnMinimize, marks=pytest.mark.slow), ClippingMinimize])
+def test_optimizer_overrides_minimize(kind):
+    """Its own calls scale the loss and skip steps. Afterwards the optimizer is unchanged."""
     with tf.Graph().as_default():
         weight, given = V1.get_variable("w", initializer=1.0), V1.placeholder(tf.float32, [])
         inner = kind(1.0)
@@ -122,11 +123,11 @@ class Delegating(V1.train.GradientDescentOptimizer):
         return V1.train.GradientDescentOptimizer(1.0).minimize(loss, **named)
 
 
-def test_an_optimizer_whose_minimize_is_anothers_is_told_of():
-    """Nobody sees its gradients."""
+def test_minimize_of_another_optimizer_warns():
+    """Its gradients cannot be checked."""
     with tf.Graph().as_default():
         weight = V1.get_variable("w", initializer=1.0)
-        with pytest.warns(UserWarning, match="Delegating has its own minimize, which does not call"):
+        with pytest.warns(UserWarning, match="Delegating"):
             LossScaleOptimizer(Delegating(1.0)).minimize(weight * 1.0)
 
 
@@ -151,9 +152,9 @@ class Around(V1.train.Optimizer):
 OWN = {"clips": lambda: Clipping(1.0), "wraps": lambda: Around(Clipping(0.5))}
 
 
-@pytest.mark.parametrize("kind", OWN)
-def test_clipping_in_an_optimizers_own_compute_gradients(kind):
-    """It clips what is not scaled, and hides no overflow; TensorFlow's method is as before afterwards."""
+@pytest.mark.parametrize("kind", ["wraps", pytest.param("clips", marks=pytest.mark.slow)])
+def test_optimizer_clips_in_compute_gradients(kind):
+    """It clips unscaled gradients and hides no overflow. TensorFlow's method is restored afterwards."""
     plain = V1.train.Optimizer.compute_gradients
     with tf.Graph().as_default():
         weight, given = V1.get_variable("w", initializer=tf.zeros(2)), V1.placeholder(tf.float32, [2])
@@ -172,20 +173,23 @@ class OwnGradients(V1.train.GradientDescentOptimizer):
         return [(tf.clip_by_value(tf.gradients(loss, [weight])[0], -1.0, 1.0), weight) for weight in var_list]
 
 
-def test_an_optimizer_that_calls_tf_gradients_is_told_of():
-    """Its loss is not scaled, for who knows what becomes of the gradients before it returns them."""
+def test_optimizer_that_calls_tf_gradients_warns():
+    """Its loss is not scaled, because it may modify the gradients."""
     with tf.Graph().as_default():
         weight = V1.get_variable("w", initializer=0.0)
-        with pytest.warns(UserWarning, match="OwnGradients has its own compute_gradients, which does not call that of"):
+        with pytest.warns(UserWarning, match="OwnGradients"):
             train = LossScaleOptimizer(OwnGradients(1.0)).minimize(weight * 0.5, var_list=[weight])
         with tf1.session() as session:
             session.run(train)
             assert session.run(weight) == -0.5
 
 
-@pytest.mark.parametrize("dtype", [tf.float16, tf.float32, tf.float64], ids=lambda dtype: dtype.name)
-def test_gradients_of_the_loss_may_be_given(dtype):
-    """In the loss's own dtype, whatever it is scaled in."""
+DTYPES = {dtype.name: dtype for dtype in (tf.float16, tf.float32, tf.float64)}
+
+
+@pytest.mark.parametrize("dtype", tf1.some(["float16"], DTYPES))
+def test_grad_loss(dtype):
+    """In the dtype of the loss. The scaled loss may have another dtype."""
     with tf.Graph().as_default():
         weight = V1.get_variable("w", initializer=tf.zeros(2))
         opt = LossScaleOptimizer(V1.train.GradientDescentOptimizer(1.0), 128)

@@ -1,4 +1,4 @@
-"""`LossScaleHook`: the log of a session, and its summaries."""
+"""`LossScaleHook`: log and summaries of a session."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf1
 from tf1 import V1
 
 import tfmixed
@@ -23,7 +24,7 @@ RULE = DynamicScale(initial_scale=8.0, growth_interval=2, min_scale=2.0)
 
 
 def run(trace, folder=None, checkpoints=None, rule=RULE, **arguments):
-    """Trains in a monitored session, and returns the scale that a tensor of it had in each step."""
+    """Trains in a monitored session, and returns the value of the scale tensor in each step."""
     with tf.Graph().as_default():
         given = V1.placeholder(tf.float32, [2])
         weight = V1.get_variable("w", initializer=tf.constant([1.0, 2.0]))
@@ -50,9 +51,9 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("every", [1, 2, 100])
+@pytest.mark.parametrize("every", tf1.some(["100"], {"1": 1, "2": 2, "100": 100}))
 def test_each_change_is_logged_with_its_step(tmp_path, capsys, every):
-    """However rarely the hook looks; and printed as the callback prints it."""
+    """For any interval of the hook. Changes are printed as by the callback."""
     assert run("TTFFT", tmp_path, every=every) == [8.0, 8.0, 16.0, 8.0, 4.0]
     first, *changes, last = log(tmp_path)
     assert isinstance(first, RunRecord)
@@ -62,8 +63,8 @@ def test_each_change_is_logged_with_its_step(tmp_path, capsys, every):
     assert capsys.readouterr().out.splitlines() == [str(change) for change in CHANGES]
 
 
-def test_the_log_is_that_of_the_callback(tmp_path):
-    """Record by record, key by key: what `fit` and a session write of the same steps."""
+def test_log_equals_that_of_the_callback(tmp_path):
+    """`fit` and a session write the same records for the same steps."""
     trace = "TTFFT"
     run(trace, tmp_path / "hook", verbose=0)
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False, name="dense")])
@@ -82,8 +83,9 @@ def test_the_log_is_that_of_the_callback(tmp_path):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_each_of_two_hooks_logs_every_change(tmp_path):
-    """However often the other one collects."""
+    """The hooks collect at different intervals."""
     with tf.Graph().as_default():
         given = V1.placeholder(tf.float32, [2])
         weight = V1.get_variable("w", initializer=tf.constant([1.0, 2.0]))
@@ -101,41 +103,47 @@ def test_each_of_two_hooks_logs_every_change(tmp_path):
         assert log(folder)[1:-1] == CHANGES
 
 
-def test_a_run_that_goes_on_continues_the_log(tmp_path, capsys):
-    """And one that starts afresh replaces it."""
+def test_resumed_run_continues_the_log(tmp_path, capsys):
+    """From the step of the checkpoint."""
     for trace in ("TTF", "FT"):
         run(trace, tmp_path, checkpoints=tmp_path / "checkpoints", verbose=0)
-    steps = [(each.event, each.step) for each in log(tmp_path)]
+    steps = [(record.event, record.step) for record in log(tmp_path)]
     changes = [("scale_change", step) for step in (1, 2, 3)]
     assert steps == [("run", 0), *changes[:2], ("progress", 2), ("run", 3), changes[2], ("progress", 4)]
-    run("T", tmp_path, verbose=0)
-    assert [each.event for each in log(tmp_path)] == ["run", "progress"]
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
+def test_new_run_replaces_the_log(tmp_path):
+    """It starts at step 0."""
+    for _ in range(2):
+        run("T", tmp_path, verbose=0)
+        assert [record.event for record in log(tmp_path)] == ["run", "progress"]
+
+
 def test_the_summaries_have_the_scale_at_the_step_of_each_change(tmp_path):
-    """And all three numbers whenever the hook looks."""
+    """Each collection adds all three values."""
     run("TTFFT", summary_dir=tmp_path, every=5, verbose=0)
     (file,) = tmp_path.glob("events*")
-    seen = {
+    values = {
         (value.tag, event.step): value.simple_value
         for event in V1.train.summary_iterator(str(file))
         for value in event.summary.value
     }
-    assert {step: scale for (tag, step), scale in seen.items() if tag == "loss_scale"} == {1: 16, 2: 8, 3: 4, 5: 4}
-    assert (seen["skipped_steps", 5], seen["gradient_norm", 5]) == (2, pytest.approx(2**0.5))
+    assert {step: scale for (tag, step), scale in values.items() if tag == "loss_scale"} == {1: 16, 2: 8, 3: 4, 5: 4}
+    assert (values["skipped_steps", 5], values["gradient_norm", 5]) == (2, pytest.approx(2**0.5))
 
 
-def test_a_run_that_is_stuck_ends_with_advice(tmp_path):
-    """The log is written up to there."""
-    with pytest.raises(LossScaleExhausted, match=r"All 4 steps since step 1 .* w \(4 times\)"):
+def test_exhausted_scale_stops_the_run(tmp_path):
+    """The log is complete up to that step."""
+    with pytest.raises(LossScaleExhausted, match=r"w \(4 times\)"):
         run("TFFFFFF", tmp_path, every=5, max_consecutive_skips=3, verbose=0)
-    assert [each.step for each in log(tmp_path) if isinstance(each, ScaleChange)] == [1, 2]
+    assert [record.step for record in log(tmp_path) if isinstance(record, ScaleChange)] == [1, 2]
 
 
-def test_more_changes_than_the_ring_holds_are_counted(tmp_path, monkeypatch):
-    """Those that are lost."""
-    monkeypatch.setattr("tfmixed.compat.v1.graphs.EVENT_CAPACITY", 2)
+def test_lost_changes_are_counted(tmp_path, monkeypatch):
+    """The event buffer holds two changes."""
+    monkeypatch.setattr("tfmixed.compat.v1.graph_state.EVENT_CAPACITY", 2)
     run("FFFF", tmp_path, rule=DynamicScale(initial_scale=2.0**10), verbose=0)
     lost, *changes = log(tmp_path)[1:-1]
     assert (lost.event, lost.count, lost.before_step) == ("events_lost", 2, 2)
@@ -144,32 +152,33 @@ def test_more_changes_than_the_ring_holds_are_counted(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"verbose": -1}])
 def test_arguments_out_of_range(arguments):
-    """By name."""
+    """The error names the argument."""
     with pytest.raises(ValueError, match=next(iter(arguments))):
         LossScaleHook(LossScaleOptimizer(V1.train.AdamOptimizer()), **arguments)
 
 
-def test_another_optimizer_is_refused():
-    """It has no scale."""
-    with pytest.raises(TypeError, match="optimizer must be a tfmixed"):
+def test_optimizer_without_a_scale():
+    """A plain optimizer is an error."""
+    with pytest.raises(TypeError, match="optimizer"):
         LossScaleHook(V1.train.AdamOptimizer())
 
 
-def test_a_hook_of_ones_own_fetches_the_scale_by_name():
-    """As scripts do."""
+@pytest.mark.slow
+def test_custom_hook_fetches_the_scale_by_name():
+    """The tensor is `tfmixed/loss_scale:0`."""
 
     class Own(V1.train.SessionRunHook):
         def before_run(self, run_context):
             return V1.train.SessionRunArgs("tfmixed/loss_scale:0")
 
         def after_run(self, run_context, run_values):
-            seen.append(run_values.results)
+            scales.append(run_values.results)
 
-    seen = []
+    scales = []
     with tf.Graph().as_default():
         weight = V1.get_variable("w", initializer=1.0)
         train = LossScaleOptimizer(V1.train.AdamOptimizer(), RULE).minimize(weight * np.inf)
         with V1.train.MonitoredTrainingSession(hooks=[Own()]) as session:
             for _ in range(3):
                 session.run(train)
-    assert seen == [8.0, 4.0, 2.0]
+    assert scales == [8.0, 4.0, 2.0]

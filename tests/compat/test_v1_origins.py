@@ -1,4 +1,4 @@
-"""Which overflow counts for which step: gradients are followed from `compute_gradients` to `apply_gradients`."""
+"""Overflows are attributed to steps: gradients are traced from `compute_gradients` to `apply_gradients`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scaler(rule=RULE):
 
 
 def weights(*names):
-    """Returns variables that start at 0, and placeholders for their gradients."""
+    """Returns variables with initial value 0, and placeholders for their gradients."""
     made = [V1.get_variable(name, initializer=tf.zeros(2)) for name in names]
     return made, [V1.placeholder(tf.float32, [2]) for _ in names]
 
@@ -44,16 +44,16 @@ def product(variable, factor):
 GOOD, BAD = [1.0, 1.0], [1.0, np.inf]
 
 
-@pytest.mark.parametrize("shared", ["optimizer", "scale"])
-def test_two_losses_of_one_run_do_not_take_each_others_overflow(shared):
-    """As the two networks of a GAN: one is skipped however it is clipped, the other is trained."""
+@pytest.mark.parametrize("shared", ["optimizer", pytest.param("scale", marks=pytest.mark.slow)])
+def test_overflow_of_one_loss_does_not_skip_another(shared):
+    """As the two networks of a GAN in one session run."""
     both, given = weights("generator", "discriminator")
     scale = DynamicLossScale(2.0**20)
     first = scaler(scale)
     optimizers = (first, first) if shared == "optimizer" else (first, scaler(scale))
     train = [
-        each.apply_gradients(clipped(each.compute_gradients(product(weight, factor), [weight])))
-        for each, weight, factor in zip(optimizers, both, given, strict=True)
+        optimizer.apply_gradients(clipped(optimizer.compute_gradients(product(weight, factor), [weight])))
+        for optimizer, weight, factor in zip(optimizers, both, given, strict=True)
     ]
     with tf1.session() as session:
         for _ in range(30):
@@ -62,8 +62,9 @@ def test_two_losses_of_one_run_do_not_take_each_others_overflow(shared):
         assert session.run(first.loss_scale) < 2.0**20
 
 
-def test_threads_that_train_at_once_skip_what_is_theirs():
-    """They share a graph and its variables."""
+@pytest.mark.slow
+def test_threads_skip_only_their_own_overflows():
+    """Two threads train in one graph."""
     both, given = weights("a", "b")
     optimizer = scaler()
     train = [
@@ -77,19 +78,19 @@ def test_threads_that_train_at_once_skip_what_is_theirs():
                 session.run(train[number], {given[number]: (BAD, GOOD)[number]})
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join(60)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
         np.testing.assert_array_equal(session.run(both), [[0.0, 0.0], [-50.0, -50.0]])
 
 
-def test_one_optimizer_applies_what_another_has_computed():
-    """As scripts do that train some layers at another rate: both skip, and both say which variable it was."""
+def test_one_optimizer_applies_gradients_computed_by_another():
+    """Both skip, and both log the variable that overflowed."""
     both, given = weights("body", "head")
     slow, fast = scaler(), scaler()
     other = V1.get_variable("other", initializer=tf.zeros(2))
-    fast.compute_gradients(product(other, given[0]), [other])  # the places of variables differ between the two
+    fast.compute_gradients(product(other, given[0]), [other])  # the variables have other indices
     loss = product(both[0], given[0]) + product(both[1], given[1])
     pairs = clipped(slow.compute_gradients(loss, both))
     train = [slow.apply_gradients(pairs[:1]), fast.apply_gradients(pairs[1:])]
@@ -97,14 +98,15 @@ def test_one_optimizer_applies_what_another_has_computed():
         session.run(train, dict(zip(given, (GOOD, BAD), strict=True)))
         np.testing.assert_array_equal(session.run(both), np.zeros((2, 2)))
         assert session.run([slow.skipped_steps, fast.skipped_steps]) == [1, 1]
-        for each in (slow, fast):
-            state = each._state()
+        for optimizer in (slow, fast):
+            state = optimizer._state()
             (event,) = tf1.events(session, state)
             assert (event.reason, event.variable) == ("overflow", "head")
 
 
-def test_gradients_for_a_summary_cost_no_step():
-    """Computed beside those that are applied: an overflow of both is one."""
+@pytest.mark.slow
+def test_gradients_for_a_summary_do_not_skip_a_later_step():
+    """They are computed in the same run as the applied ones, and overflow with them."""
     (weight,), (given,) = weights("w")
     optimizer = scaler()
     loss = product(weight, given)
@@ -117,8 +119,8 @@ def test_gradients_for_a_summary_cost_no_step():
         assert session.run([optimizer.skipped_steps, optimizer.loss_scale]) == [1, 2.0**19]
 
 
-def test_gradients_that_leave_the_graph_are_remembered():
-    """Fetched, clipped by numpy and fed again."""
+def test_overflow_of_fetched_gradients():
+    """Gradients are fetched, clipped by NumPy, and fed again."""
     (weight,), (given,) = weights("w")
     optimizer = scaler()
     ((gradient, _),) = optimizer.compute_gradients(product(weight, given))
@@ -131,14 +133,15 @@ def test_gradients_that_leave_the_graph_are_remembered():
         assert session.run(optimizer.skipped_steps) == 1
 
 
+@pytest.mark.slow
 def test_gradients_of_an_imported_graph(tmp_path):
-    """Whatever name it is imported under: what they were found to be like has another one there."""
+    """Under a scope of its own, where the finding has another name."""
     (weight,), (given,) = weights("w")
     ((gradient, _),) = scaler().compute_gradients(product(weight, given))
     V1.train.export_meta_graph(str(tmp_path / "model.meta"))
     with tf.Graph().as_default() as graph:
         V1.train.import_meta_graph(str(tmp_path / "model.meta"), import_scope="old")
-        gradient, given = (graph.get_tensor_by_name(f"old/{each.name}") for each in (gradient, given))
+        gradient, given = (graph.get_tensor_by_name(f"old/{tensor.name}") for tensor in (gradient, given))
         optimizer = scaler()
         train = optimizer.apply_gradients([(gradient, V1.trainable_variables()[0])])
         with tf1.session() as session:
@@ -149,7 +152,7 @@ def test_gradients_of_an_imported_graph(tmp_path):
 
 
 def test_one_loss_adds_up_over_runs_while_another_is_trained():
-    """Steps of the one that share the scale forget nothing of the other."""
+    """Steps of one loss keep the pending overflow of the other, with a shared scale."""
     both, given = weights("slow", "quick")
     optimizer = scaler()
     kept = V1.get_variable("kept", initializer=tf.zeros(2), trainable=False)
@@ -166,7 +169,7 @@ def test_one_loss_adds_up_over_runs_while_another_is_trained():
 
 
 def test_clipping_within_a_function_and_a_branch():
-    """The way leads through what they capture."""
+    """Gradients are traced through captured tensors."""
     (weight,), (given,) = weights("w")
     optimizer = scaler()
     pairs = optimizer.compute_gradients(product(weight, given))
@@ -191,22 +194,22 @@ V1 = tf.compat.v1
 getattr(V1, sys.argv[1])()
 import test_v1_origins as tests
 
-def within(turns):  # adds up in a loop, and takes a step at its last turn
-    def turn(number, added):
+def within(count):  # accumulates in a loop, and applies in its last iteration
+    def iteration(number, added):
         factor = tf.where(tf.equal(number, bad), np.float32(np.inf), 1.0)
         ((gradient, _),) = tests.clipped(optimizer.compute_gradients(tests.product(weight, factor), [weight]))
         added += gradient
         step = lambda: optimizer.apply_gradients([(added, weight)])
-        with V1.control_dependencies([tf.cond(tf.equal(number, turns - 1), step, tf.no_op)]):
+        with V1.control_dependencies([tf.cond(tf.equal(number, count - 1), step, tf.no_op)]):
             return number + 1, tf.identity(added)
-    return tf.while_loop(lambda number, _: number < turns, turn, [0, tf.zeros(2)])
+    return tf.while_loop(lambda number, _: number < count, iteration, [0, tf.zeros(2)])
 
-def after(turns):  # adds up in a loop, and takes a step when it is over
-    def turn(number, added):
+def after(count):  # accumulates in a loop, and applies after it
+    def iteration(number, added):
         factor = tf.where(tf.equal(number, bad), np.float32(np.inf), 1.0)
         ((gradient, _),) = tests.clipped(optimizer.compute_gradients(tests.product(weight, factor), [weight]))
         return number + 1, added + gradient
-    _, added = tf.while_loop(lambda number, _: number < turns, turn, [0, tf.zeros(2)])
+    _, added = tf.while_loop(lambda number, _: number < count, iteration, [0, tf.zeros(2)])
     return optimizer.apply_gradients([(added, weight)])
 
 for train in (within, after):
@@ -221,7 +224,8 @@ for train in (within, after):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", ["disable_v2_behavior", pytest.param("disable_eager_execution", marks=thorough)])
-def test_gradients_that_add_up_in_a_loop(switch):
-    """An overflow in an earlier turn counts for the step, whether that stands within the loop or behind it."""
+def test_gradients_accumulated_in_a_loop(switch):
+    """An overflow in an earlier iteration skips the step, inside the loop and after it."""
     assert tf1.script(LOOPS, switch).splitlines() == ["-9.0 -9.0 6 3"] * 2

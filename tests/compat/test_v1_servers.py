@@ -1,4 +1,4 @@
-"""The optimizer of `tfmixed.compat.v1` with variables on parameter servers, as TensorFlow 1 distributes training."""
+"""`tfmixed.compat.v1.LossScaleOptimizer` with variables on parameter servers."""
 
 from __future__ import annotations
 
@@ -45,17 +45,18 @@ def work(task):
 
 done = []
 workers = [threading.Thread(target=work, args=(task,)) for task in range(2)]
-for each in workers:
-    each.start()
-    each.join(120)
+for worker in workers:
+    worker.start()
+    worker.join(120)
 first, last = done[0][0], done[1][1]
 assert last < 0.3 * first, done
 sys.stdout.flush()
-os._exit(0)  # servers have no end
+os._exit(0)  # servers do not stop
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", ["disable_v2_behavior", pytest.param("disable_eager_execution", marks=thorough)])
 def test_workers_share_the_scale_on_a_parameter_server(switch):
-    """One after the other: each skips its overflow, and counts on from where the other stopped."""
+    """Workers train one after the other. Each skips its overflow, and continues the counters."""
     assert "38.0 2.0 40.0 8192.0" in tf1.script(CLUSTER, switch)

@@ -1,4 +1,4 @@
-"""The accuracy table: `benchmarks/parity.py`, its results and the README."""
+"""The accuracy table of `benchmarks/parity.py` and the README."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def tables(text):
     return re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
 
 
-def results(**others):
-    """Returns results of the digits in which all precisions are alike but those named."""
-    numbers = dict.fromkeys(parity.PRECISIONS, SEEDS) | others
-    return {"digits": {precision: parity.Outcome(list(each), 0) for precision, each in numbers.items()}}
+def results(**changed):
+    """Returns results of the digits in which all precisions are equal except those given."""
+    numbers = dict.fromkeys(parity.PRECISIONS, SEEDS) | changed
+    return {"digits": {precision: parity.Outcome(list(seeds), 0) for precision, seeds in numbers.items()}}
 
 
 def test_the_readme_shows_the_table_of_the_results():
-    """Letter by letter."""
+    """The same numbers."""
     assert tables(RESULTS)[0] in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("task", range(len(parity.TASKS)))
 def test_means_and_spreads_are_those_of_the_seeds(task):
-    """For each precision, the first table and the table of the task say what the runs of the seeds give."""
+    """In the first table and the table of the task."""
     summary, *rest = tables(RESULTS)
     parts = [[row.strip("| ").split(" | ") for row in table.splitlines()[2:]] for table in (summary, *rest[2 * task :])]
     form = list(parity.TASKS.values())[task].form
@@ -49,26 +49,27 @@ def test_means_and_spreads_are_those_of_the_seeds(task):
         assert long[:3] == [seeds[0], short[1 + task], f"{min(numbers):{form}} to {max(numbers):{form}}"]
 
 
-def test_all_of_it_is_learned_in_half_precision():
-    """Every seed beats the trivial models, and what is claimed of the digits holds for each precision."""
+def test_all_tasks_are_learned_in_half_precision():
+    """Every seed beats the trivial models."""
     pairs = float(re.search(r"counting pairs\s+(\d\.\d+)", RESULTS.replace("\n", " "))[1])
     *_, digits, _, transformer = tables(RESULTS)
     assert min(float(number) for number in re.findall(r" (\d\d\.\d\d) ", digits)) > 90
     assert max(float(number) for number in re.findall(r" (\d\.\d{3}) ", transformer)) < pairs - 0.2
 
 
-def test_a_difference_in_all_seeds_exceeds_their_noise_and_one_in_some_does_not():
-    """Runs of one seed are compared with each other: seeds that are far apart hide nothing."""
-    beyond = parity.verdict(results(mixed_bfloat16=SEEDS - [0.3, 0.4, 0.5, 0.4, 0.4]))
+def test_a_difference_in_all_seeds_exceeds_the_noise():
+    """Runs of the same seed are compared, so that differences between seeds do not hide it."""
+    beyond = parity.conclusion(results(mixed_bfloat16=SEEDS - [0.3, 0.4, 0.5, 0.4, 0.4]))
     assert "Of 3 differences from float32, 1 exceed the noise" in beyond
     assert "- mixed_bfloat16, digits: -0.40 ± 0.09, 0.3 deviations of float32" in beyond
-    within = parity.verdict(results(mixed_bfloat16=SEEDS - [-0.5, 0.5, -0.4, 0.4, -0.3]))
+    within = parity.conclusion(results(mixed_bfloat16=SEEDS - [-0.5, 0.5, -0.4, 0.4, -0.3]))
     assert within == "None of the 3 differences from float32 exceeds the noise of seeds.\n"
 
 
 @pytest.mark.filterwarnings("ignore:policy .* is slow here")
+@pytest.mark.slow
 def test_a_short_run_writes_its_page(tmp_path, monkeypatch, capsys):
-    """One epoch of the digits, two seeds, two precisions: their numbers, versions and the skipped steps are told."""
+    """With numbers, versions and skipped steps, after one epoch of the digits with two seeds and precisions."""
     precisions = {"float32": "float32", "mixed_float16, dynamic": "float16_dynamic"}
     monkeypatch.setattr(parity, "PRECISIONS", precisions)
     monkeypatch.setattr(parity, "EPOCHS", 1)

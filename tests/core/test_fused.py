@@ -1,3 +1,5 @@
+"""Fused updates, and what the host does around them."""
+
 from __future__ import annotations
 
 import gc
@@ -11,9 +13,10 @@ import tensorflow as tf
 from backend import made_up
 
 from tfmixed import LossScaleOptimizer
-from tfmixed._core.control_flow import when
+from tfmixed._core.control_flow import cond
 
 pytestmark = made_up
+slow = pytest.mark.slow
 
 KERAS_OPTIMIZERS = {
     name: kind
@@ -32,7 +35,7 @@ if hasattr(keras.optimizers, "MultiOptimizer"):  # from Keras 3.15 on
 
 
 class Own(keras.constraints.Constraint):
-    """Keras 3.14 takes no plain function."""
+    """Constraint with a function. Keras 3.14 does not take a plain one."""
 
     def __init__(self, function):
         self.function = function
@@ -47,12 +50,12 @@ def variables(shape=(3, 4)):
 
 
 def gradients(scale, shape=(3, 4), steps=6):
-    """An overflow in the third step, in one value of the second variable."""
+    """Yields gradients with an overflow in the third step, in one value of the second variable."""
     random = np.random.default_rng(1)
     for step in range(steps):
         pair = [random.normal(size=shape).astype("float32") * scale for _ in range(2)]
         pair[1][0, 0] *= np.inf if step == 2 else 1
-        yield [tf.constant(each) for each in pair]
+        yield [tf.constant(values) for values in pair]
 
 
 def trained(inner, fuse="auto", shape=(3, 4), compiled=True, **arguments):
@@ -65,10 +68,18 @@ def trained(inner, fuse="auto", shape=(3, 4), compiled=True, **arguments):
     return optimizer, [weight.numpy() for weight in weights]
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["graph", "eager"])
-@pytest.mark.parametrize("make", KERAS_OPTIMIZERS.values(), ids=KERAS_OPTIMIZERS)
+BOTH = [
+    pytest.param(
+        make, compiled, id=f"{name}-{mode}", marks=() if f"{name}-{mode}" in ("Adam-graph", "SGD-eager") else slow
+    )
+    for name, make in KERAS_OPTIMIZERS.items()
+    for mode, compiled in {"graph": True, "eager": False}.items()
+]
+
+
+@pytest.mark.parametrize(("make", "compiled"), BOTH)
 def test_every_keras_optimizer_gives_the_same_fused(make, compiled):
-    """Up to rounding, with an overflow on the way."""
+    """Up to rounding, with an overflow in one step."""
     runs = [trained(make(), fuse, compiled=compiled) for fuse in (True, False)]
     assert [bool(optimizer.fused) for optimizer, _ in runs] == [True, False]
     assert [int(optimizer.skipped_steps) for optimizer, _ in runs] == [1, 1]
@@ -77,23 +88,28 @@ def test_every_keras_optimizer_gives_the_same_fused(make, compiled):
     np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-4, atol=1e-6)
 
 
+OPTIONS = [
+    {"global_clipnorm": 0.5},
+    {"weight_decay": 0.1},
+    {"clipnorm": 0.5},
+    {"clipvalue": 0.1},
+    {"use_ema": True, "ema_momentum": 0.5},
+    {"learning_rate": keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)},
+    {"gradient_accumulation_steps": 2},
+]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize(
     "options",
     [
-        {"weight_decay": 0.1},
-        {"clipnorm": 0.5},
-        {"global_clipnorm": 0.5},
-        {"clipvalue": 0.1},
-        {"use_ema": True, "ema_momentum": 0.5},
-        {"learning_rate": keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)},
-        {"gradient_accumulation_steps": 2},
+        pytest.param(options, id=next(iter(options)), marks=slow if number else ())
+        for number, options in enumerate(OPTIONS)
     ],
-    ids=lambda options: next(iter(options)),
 )
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.filterwarnings("ignore:fuse=True has no effect")
-def test_fused_or_not_it_is_the_inner_optimizer_without_the_bad_step(options, fuse):
-    """What Keras does around the update (decay, clipping, averages, schedules, constraints) stays."""
+@pytest.mark.filterwarnings("ignore:`fuse=True` has no effect")
+def test_an_update_is_that_of_the_inner_optimizer_without_the_bad_step(options, fuse):
+    """Fused or not, with the decay, clipping, averages, schedules and constraints of Keras."""
     _, ours = trained(keras.optimizers.Adam(**{"learning_rate": 0.1, **options}), fuse)
     inner, weights = keras.optimizers.Adam(**{"learning_rate": 0.1, **options}), variables()
     inner.build(weights)
@@ -105,39 +121,40 @@ def test_fused_or_not_it_is_the_inner_optimizer_without_the_bad_step(options, fu
 
 @pytest.mark.parametrize("fuse", [True, False])
 def test_constraints_and_averages_are_kept(fuse):
-    """Both are written by another way than the update."""
+    """The update does not write them itself."""
     weight = keras.Variable([[1.0, -1.0]])
     weight.constraint = keras.constraints.NonNeg()
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5), 2, fuse=fuse)
     optimizer.build([weight])
     optimizer.apply([tf.constant([[1.0, 4.0]])], [weight])
     np.testing.assert_array_equal(weight.numpy(), [[0.5, 0.0]])
-    average = next(each for each in optimizer.inner_optimizer.variables if "average" in each.path)
+    average = next(variable for variable in optimizer.inner_optimizer.variables if "average" in variable.path)
     np.testing.assert_array_equal(average.numpy(), [[0.5, -3.0]])
     assert int(optimizer.iterations) == 1
 
 
 def test_large_variables_are_fused_and_small_ones_are_not():
-    """By default; `fused` says why."""
+    """By default. `fused` tells the reason."""
     large, _ = trained("adam", shape=(256, 256))
-    assert str(large.fused) == "fused: 2 of 2 variables, the large ones"
+    assert large.fused
+    assert "2 of 2" in str(large.fused)
     small, _ = trained("adam")
-    assert str(small.fused) == "not fused: XLA gains nothing on variables this small, the largest of 12 elements"
+    assert not small.fused
+    assert "12 elements" in str(small.fused)
 
 
 @pytest.mark.parametrize(
     ("inner", "fused"),
     [
-        (keras.optimizers.Adam(0.1), 1),
-        (keras.optimizers.AdamW(0.1, weight_decay=0.1), 1),
-        (keras.optimizers.Adam(0.1, use_ema=True), 3),
-        (keras.optimizers.Adam(0.1, global_clipnorm=0.5), 3),
-        (keras.optimizers.SGD(0.1, momentum=0.5), 3),
+        pytest.param(keras.optimizers.Adam(0.1), 1, id="adam"),
+        pytest.param(keras.optimizers.AdamW(0.1, weight_decay=0.1), 1, id="adamw", marks=slow),
+        pytest.param(keras.optimizers.Adam(0.1, use_ema=True), 3, id="ema", marks=slow),
+        pytest.param(keras.optimizers.Adam(0.1, global_clipnorm=0.5), 3, id="global_clipnorm", marks=slow),
+        pytest.param(keras.optimizers.SGD(0.1, momentum=0.5), 3, id="sgd", marks=slow),
     ],
-    ids=["adam", "adamw", "ema", "global_clipnorm", "sgd"],
 )
 def test_small_variables_beside_large_ones(inner, fused):
-    """Adam's small ones are left to TensorFlow, where variables do not depend on each other: one step all the same."""
+    """Adam's small ones are left to TensorFlow if variables do not depend on each other. The step is counted once."""
     shapes = [(512, 512), (3,), (4,)]
     weights = [[keras.Variable(np.ones(shape, "float32")) for shape in shapes] for _ in range(2)]
     optimizers = LossScaleOptimizer(inner, 8), type(inner).from_config(inner.get_config())
@@ -152,18 +169,18 @@ def test_small_variables_beside_large_ones(inner, fused):
 
     three_steps(optimizers[0], weights[0], 8.0)
     three_steps(optimizers[1], weights[1], 1.0)
-    assert optimizers[0].fused.reason == f"{fused} of 3 variables, the large ones"
+    assert f"{fused} of 3" in optimizers[0].fused.reason
     for ours, theirs in zip(optimizers[0].inner_optimizer.variables, optimizers[1].variables, strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5, err_msg=ours.path)
     for ours, theirs in zip(*weights, strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5)
 
 
-def test_an_update_that_is_not_fused_says_why(caplog):
-    """In a property and in the debug log, once."""
+def test_the_reason_why_an_update_is_not_fused(caplog):
+    """It is in a property, and once in the debug log."""
     with caplog.at_level(logging.DEBUG, "tfmixed"):
         optimizer = LossScaleOptimizer("sgd", fuse=False)
-        assert str(optimizer.fused) == "not fused: no step was taken yet"
+        assert "no step" in str(optimizer.fused)
         weights = variables()
         for _ in range(2):
             optimizer.apply([tf.ones((3, 4))] * 2, weights)
@@ -172,7 +189,7 @@ def test_an_update_that_is_not_fused_says_why(caplog):
 
 
 class Printing(keras.optimizers.SGD):
-    """A user's optimizer that does what XLA cannot."""
+    """An optimizer of a user that XLA cannot compile."""
 
     def update_step(self, gradient, variable, learning_rate):
         tf.py_function(lambda: None, [], [])
@@ -180,7 +197,7 @@ class Printing(keras.optimizers.SGD):
 
 
 class Halved(keras.optimizers.SGD):
-    """A user's optimizer that XLA can compile."""
+    """An optimizer of a user that XLA can compile."""
 
     def update_step(self, gradient, variable, learning_rate):
         super().update_step(gradient / 2, variable, learning_rate)
@@ -206,24 +223,25 @@ def on_one_device():
 @pytest.mark.parametrize(
     ("train", "reason"),
     [
-        (lambda: trained("sgd", True, jit_compile=True)[0], "the whole step is compiled already"),
-        (lambda: trained(Printing(), True)[0], "XLA cannot compile it: .*EagerPyFunc"),
-        (lambda: trained(keras.optimizers.SGD(gradient_accumulation_steps=2), True)[0], "by branching"),
-        (sparse, "a gradient is sparse"),
+        (lambda: trained("sgd", True, jit_compile=True)[0], "compiled already"),
+        (lambda: trained(Printing(), True)[0], "EagerPyFunc"),
+        (lambda: trained(keras.optimizers.SGD(gradient_accumulation_steps=2), True)[0], "branches"),
+        (sparse, "sparse"),
         (on_one_device, "OneDeviceStrategy"),
+        (lambda: trained(Halved(0.1), True, compiled=False)[0], "between eager steps"),
     ],
-    ids=["jit_compile", "py_function", "accumulation", "sparse", "strategy"],
+    ids=["jit_compile", "py_function", "accumulation", "sparse", "strategy", "eager"],
 )
-def test_what_cannot_be_fused_falls_back(train, reason):
-    """And warns where it was asked for."""
-    with pytest.warns(UserWarning, match=f"fuse=True has no effect: .*{reason}"):
+def test_an_update_that_cannot_be_fused(train, reason):
+    """It is plain, with a warning for `fuse=True`."""
+    with pytest.warns(UserWarning, match=f"no effect: .*{reason}"):
         optimizer = train()
     assert not optimizer.fused
     assert int(optimizer.attempted_steps) > int(optimizer.skipped_steps)
 
 
 def embedded(fuse, compiled):
-    """Trains a table with gradients whose rows repeat; the third step overflows."""
+    """Trains a table with gradients whose rows repeat. The third step overflows."""
     table, optimizer = (
         keras.Variable(np.ones((5, 2), "float32")),
         LossScaleOptimizer(keras.optimizers.Adam(0.1), 4, fuse=fuse),
@@ -240,31 +258,24 @@ def embedded(fuse, compiled):
     return table.numpy()
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["graph", "eager"])
+@pytest.mark.parametrize("compiled", [True, pytest.param(False, marks=slow)], ids=["graph", "eager"])
 def test_adam_takes_sparse_gradients_fused(compiled):
-    """As embeddings have them: Keras's Adam makes them dense, in a way of its own for rows that repeat."""
+    """Keras's Adam makes the gradients of embeddings dense, with its own code for rows that repeat."""
     fused, plain = embedded(True, compiled), embedded(False, compiled)
     np.testing.assert_allclose(fused, plain, rtol=1e-5)
     assert (fused[0] == 1.0).all()
 
 
 def test_a_users_own_optimizer_is_fused_if_it_can_be():
-    """XLA is asked beforehand."""
+    """XLA is tried first."""
     optimizer, fused = trained(Halved(0.1), True)
     assert optimizer.fused
     _, plain = trained(Halved(0.1), False)
     np.testing.assert_allclose(fused, plain, rtol=1e-6)
 
 
-def test_a_users_own_optimizer_is_not_fused_where_it_steps_eagerly():
-    """There nothing is traced anew, and what it reads of Python may be another number in each step."""
-    with pytest.warns(UserWarning, match="what a user's own code reads of Python may change between eager steps"):
-        optimizer, _ = trained(Halved(0.1), True, compiled=False)
-    assert not optimizer.fused
-
-
 def test_a_fused_update_takes_any_of_its_variables():
-    """Some of them, in another order, or with a gradient missing."""
+    """Any subset of them, in any order, with or without a gradient."""
     optimizer, (a, b) = LossScaleOptimizer(keras.optimizers.SGD(1.0), 2, fuse=True), variables()
     optimizer.build([a, b])
     before = a.numpy(), b.numpy()
@@ -279,16 +290,17 @@ def test_a_fused_update_takes_any_of_its_variables():
 
 
 def test_fuse_is_saved_and_checked():
-    """As any other argument."""
+    """Like the other arguments."""
     config = keras.saving.serialize_keras_object(LossScaleOptimizer("sgd", fuse=False))
     assert keras.saving.deserialize_keras_object(config).get_config()["fuse"] is False
     assert "fuse" not in LossScaleOptimizer("sgd").get_config()
-    with pytest.raises(ValueError, match="fuse must be \"auto\", True or False, received 'yes'"):
+    with pytest.raises(ValueError, match="fuse"):
         LossScaleOptimizer("sgd", fuse="yes")
 
 
+@slow
 def test_a_fused_optimizer_is_saved_with_its_model(tmp_path):
-    """What it compiled is no part of it."""
+    """Without its compiled functions."""
     model = keras.Sequential([keras.Input((300,)), keras.layers.Dense(300, use_bias=False)])
     model.compile(LossScaleOptimizer("adam"), loss="mse")
     x = np.ones((4, 300), "float32")
@@ -296,14 +308,14 @@ def test_a_fused_optimizer_is_saved_with_its_model(tmp_path):
     assert model.optimizer.fused
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    for each in (model, again):
-        each.fit(x, x, verbose=0)
+    for trained_model in (model, again):
+        trained_model.fit(x, x, verbose=0)
     np.testing.assert_allclose(model.get_weights(), again.get_weights(), rtol=1e-6)
     tf.train.Checkpoint(optimizer=model.optimizer).write(tmp_path / "checkpoint")
 
 
 def operations(graph):
-    """Returns the kinds of all operations of a graph and of the functions that it calls."""
+    """Returns the types of all operations of a graph and of the functions that it calls."""
     nodes = list(graph.as_graph_def().node)
     for function in graph.as_graph_def().library.function:
         nodes += function.node_def
@@ -311,9 +323,9 @@ def operations(graph):
 
 
 def test_a_branch_stays_one_operation():
-    """Lowered to switches it costs a tenth of an update of many variables."""
+    """Lowered to switches, it would cost a tenth of an update of many variables."""
     variable = tf.Variable(1.0)
-    function = tf.function(lambda go: when(go, lambda: (variable.assign_add(1.0), None)[1]), autograph=False)
+    function = tf.function(lambda go: cond(go, lambda: (variable.assign_add(1.0), None)[1]), autograph=False)
     kinds = operations(function.get_concrete_function(tf.TensorSpec((), tf.bool)).graph)
     assert "If" in kinds
     for go in (True, False, True):
@@ -322,11 +334,11 @@ def test_a_branch_stays_one_operation():
 
 
 @pytest.mark.parametrize("how", [{}, {"jit_compile": True}], ids=["graph", "xla"])
-def test_a_branch_returns_zeros_where_it_is_not_taken(how):
-    """Of the shape that was given, which the graph knows too."""
+def test_a_skipped_branch_returns_zeros(how):
+    """Of the given shape, which the graph knows too."""
 
     def taken(go, x):
-        result = when(go, lambda: x + 1.0, (2,))
+        result = cond(go, lambda: x + 1.0, (2,))
         assert result.shape == (2,)
         return result
 
@@ -335,16 +347,15 @@ def test_a_branch_returns_zeros_where_it_is_not_taken(how):
         np.testing.assert_array_equal(function(tf.constant(go), tf.constant([1.0, 2.0])), expected)
 
 
-def test_tracing_says_nothing(caplog):
-    """TensorFlow warns of names that it does not like, once an operand."""
+def test_tracing_logs_no_warning(caplog):
+    """TensorFlow would warn of names that begin with an underscore."""
     with caplog.at_level(logging.WARNING, "tensorflow"):
         trained("adam", True)
-        trained("adam", False)
     assert not caplog.messages
 
 
 def test_step_and_learning_rate_are_read_once():
-    """Not once a variable: Keras's own Adam reads both four times."""
+    """Keras's own Adam reads both once for each variable."""
     weights = [keras.Variable([1.0]) for _ in range(4)]
 
     def reads(optimizer):
@@ -363,7 +374,7 @@ def test_step_and_learning_rate_are_read_once():
 @pytest.mark.parametrize("missing", [0, 1], ids=["large", "small"])
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_a_gradient_may_be_missing_among_large_and_small(missing):
-    """Keras warns and trains; an optimizer that is given no gradient at all would raise."""
+    """Keras warns and trains. An optimizer without any gradient would raise an error."""
     weights = [keras.Variable(np.ones(shape, "float32")) for shape in ((300, 300), (3,))]
     optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.1), 2)
     optimizer.build(weights)
@@ -378,8 +389,8 @@ def constant(rate):
     return keras.optimizers.schedules.PiecewiseConstantDecay([10**6], [rate, rate])
 
 
-def test_hyperparameters_that_change_between_steps_count():
-    """What is compiled has kept the old ones. Those of a schedule and numbers of NumPy too."""
+def test_hyperparameters_may_change_between_steps():
+    """Compiled functions keep the old values. Numbers of a schedule and of NumPy may change too."""
     changes = [
         lambda inner: setattr(inner, "clipvalue", 1.0),
         lambda inner: setattr(inner, "clipvalue", 0.5),
@@ -397,13 +408,14 @@ def test_hyperparameters_that_change_between_steps_count():
         np.testing.assert_allclose(weight.numpy(), -(1 + 0.5 + 0.25 + 0.125 + 2 * 0.125))
 
 
-def test_a_schedule_that_is_replaced_counts_whatever_its_id():
-    """A new object gets the id of one that is gone. What was compiled for the oldest ones is forgotten."""
+@slow
+def test_a_schedule_may_be_replaced():
+    """Even if the new one gets the id of the old one. Functions compiled for the oldest ones are dropped."""
     weight, first = keras.Variable(np.zeros((2, 2), "float32")), None
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(constant(0.5)), 2, fuse=True)
     optimizer.build([weight])
     for number in range(18):
-        optimizer.inner_optimizer.learning_rate = constant(9.0)  # what comes next gets the place of the one before
+        optimizer.inner_optimizer.learning_rate = constant(9.0)  # the next object gets its place
         optimizer.inner_optimizer.learning_rate = schedule = constant(2.0**-number)
         first, before = first or weakref.ref(schedule), weight.numpy()
         del schedule
@@ -414,7 +426,7 @@ def test_a_schedule_that_is_replaced_counts_whatever_its_id():
 
 
 class Counting(keras.optimizers.schedules.LearningRateSchedule):
-    """A user's schedule with a state of its own."""
+    """A schedule of a user with its own variable."""
 
     def __init__(self):
         self.calls = keras.Variable(0.0)
@@ -425,8 +437,8 @@ class Counting(keras.optimizers.schedules.LearningRateSchedule):
 
 
 @pytest.mark.parametrize("shape", [(3,), (300, 300)], ids=["small", "large"])
-def test_what_a_users_schedule_or_constraint_writes_is_written(shape):
-    """Whatever way the update takes."""
+def test_variables_of_a_users_schedule_and_constraint_are_written(shape):
+    """Fused or not."""
 
     def drop(weight):
         return weight * keras.random.dropout(keras.ops.ones_like(weight), 0.5, seed=seeds)
@@ -444,8 +456,8 @@ def test_what_a_users_schedule_or_constraint_writes_is_written(shape):
     assert seeds.state.numpy().tolist() != before
 
 
-def test_a_users_function_is_asked_for_too():
-    """A constraint or a learning rate may be a user's function, which XLA may not be able to compile."""
+def test_a_users_constraint_is_tried_first():
+    """XLA may not be able to compile a constraint or a learning rate of a user."""
     weight = keras.Variable(np.ones((300, 300), "float32"))
     weight.constraint = Own(lambda value: tf.ensure_shape(tf.numpy_function(np.copy, [value], tf.float32), (300, 300)))
     optimizer = LossScaleOptimizer("adam", 2)
@@ -457,7 +469,7 @@ def test_a_users_function_is_asked_for_too():
 
 @pytest.mark.parametrize("fuse", ["auto", False])
 def test_variables_on_two_devices(fuse):
-    """A branch that is one operation would stand on one of them."""
+    """The branch is not one operation, which would run on one device."""
     weights = []
     for device in ("CPU:0", "CPU:1"):
         with tf.device(device):
@@ -471,12 +483,12 @@ def test_variables_on_two_devices(fuse):
 
 
 def test_no_gradient_is_kept_alive():
-    """By the function that was compiled when it was there."""
+    """By the function that was compiled with it."""
     weights, optimizer = variables(), LossScaleOptimizer("adam", 1024, fuse=True)
     grads = [tf.ones((3, 4)) for _ in weights]
-    kept = [weakref.ref(each) for each in grads]
+    references = [weakref.ref(gradient) for gradient in grads]
     optimizer.apply(grads, weights)
     assert optimizer.fused
     del grads
     gc.collect()
-    assert [each() for each in kept] == [None, None]
+    assert [reference() for reference in references] == [None, None]

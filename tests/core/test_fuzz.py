@@ -6,9 +6,10 @@ import pytest
 from thorough import thorough
 
 
-@pytest.mark.parametrize("first", [0, *(pytest.param(each, marks=thorough) for each in range(10, 60, 10))])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=thorough) for first in range(10, 60, 10))])
 def test_random_overflows_break_nothing(first):
-    """Ten runs: weights finite and equal on all replicas, scale, counters and log those of the rule on the trace."""
+    """Weights stay finite and equal on all replicas, and scale, counters and log follow the rule, in ten runs."""
     for seed in range(first, first + 10):
         case = fuzz.case(seed)
         run = fuzz.run(case, ours=True)
@@ -16,7 +17,8 @@ def test_random_overflows_break_nothing(first):
     keras.backend.clear_session()
 
 
+@pytest.mark.slow
 def test_the_same_overflows_break_keras_own_class():
-    """A check that the check finds something: K1 and K3 of the documentation."""
+    """The check finds faults K1 and K3 of the documentation."""
     found = [fuzz.faults(case, fuzz.run(case, ours=False)) for case in map(fuzz.case, range(6))]
     assert "non-finite weights" in set().union(*found)

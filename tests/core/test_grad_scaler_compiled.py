@@ -1,7 +1,8 @@
-"""`GradScaler` where parts of an iteration are compiled, on replicas, with TensorFlow's own optimizers, in `fit`."""
+"""`GradScaler` in compiled functions, on replicas, with TensorFlow 1's optimizers and in `fit`."""
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -9,7 +10,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from thorough import covering
 
 from tfmixed import GradScaler, records, scaling
 from tfmixed.callbacks import LossScaleLogger
@@ -18,14 +18,22 @@ from tfmixed.scaling import DynamicScale, LogMaxScale
 
 RULE = DynamicScale(initial_scale=8.0, growth_interval=2)
 TRACE = "TTFTFFTTT"
+slow = pytest.mark.slow
+
+
+def mostly_slow(default, *parameters):
+    """Returns all combinations of values by name. Those whose names are not in `default` are slow."""
+    combinations = itertools.product(*(parameter.items() for parameter in parameters))
+    found = [("-".join(name for name, _ in items), [value for _, value in items]) for items in combinations]
+    return [pytest.param(*values, id=name, marks=() if name in default else slow) for name, values in found]
 
 
 class Loop:
-    """An iteration in parts; the gradient is 1, or infinite in one place where a step is bad."""
+    """An iteration in parts. The gradient is 1, or infinite in one place if the step is bad."""
 
     def __init__(self, rule=RULE, optimizer=None, weight=None):
         self.scaler = GradScaler(rule=rule)
-        self.optimizer, self.other = optimizer or keras.optimizers.Adam(0.1), keras.optimizers.SGD()
+        self.optimizer, self.second = optimizer or keras.optimizers.Adam(0.1), keras.optimizers.SGD()
         self.weight = keras.Variable([1.0, 2.0], name="w") if weight is None else weight
 
     def scaled(self, bad):
@@ -36,7 +44,7 @@ class Loop:
         return tape.gradient(loss, [x])
 
     def unscale(self, grads):
-        return [tf.clip_by_value(each, -1.0, 1.0) for each in self.scaler.unscale(self.optimizer, grads)]
+        return [tf.clip_by_value(gradient, -1.0, 1.0) for gradient in self.scaler.unscale(self.optimizer, grads)]
 
     def step(self, grads):
         return self.scaler.step(self.optimizer, zip(grads, [self.weight], strict=True))
@@ -60,7 +68,7 @@ def jit(function):
     return tf.function(function, jit_compile=True)
 
 
-# What compiles scale to step (unscale in it or not), each of its parts, update, and all together.
+# How scale to step (with unscale or not), its parts, update, and the whole iteration are compiled.
 PATTERNS = {
     "eager": (eager, eager, eager, eager, eager),
     "whole": (eager, eager, eager, eager, tf.function),
@@ -72,17 +80,21 @@ PATTERNS = {
     "unscale, update": (eager, tf.function, eager, tf.function, eager),
     "update": (eager, eager, eager, tf.function, eager),
     "update jit": (eager, eager, eager, jit, eager),
-    "each": (tf.function,) * 4 + (eager,),
-    "each, nested": (tf.function,) * 5,
+    "parts": (tf.function,) * 4 + (eager,),
+    "parts, nested": (tf.function,) * 5,
 }
+UNSCALES = {"step only": False, "unscale": True}
 
 
-@pytest.mark.parametrize(("pattern", "by_hand"), covering(1, {each: each for each in PATTERNS}, [False, True]))
-def test_any_part_may_be_compiled(pattern, by_hand):
-    """Scale, counters, events and weights are those of the eager loop, and there is no false alarm."""
-    loop, (of_gradients, of_unscale, of_step, of_update, of_all) = Loop(), PATTERNS[pattern]
+@pytest.mark.parametrize(
+    ("pattern", "unscales"),
+    mostly_slow({"whole-unscale", "parts-unscale"}, PATTERNS, UNSCALES),
+)
+def test_any_part_may_be_compiled(pattern, unscales):
+    """Scale, counters, events and weights are those of the eager loop, without a false error."""
+    loop, (of_gradients, of_unscale, of_step, of_update, of_all) = Loop(), pattern
     gradients, step, update = of_gradients(loop.scaled), of_step(loop.step), of_update(loop.update)
-    unscale = of_unscale(loop.unscale) if by_hand else eager
+    unscale = of_unscale(loop.unscale) if unscales else eager
 
     def iteration(bad):
         stepped = step(unscale(gradients(bad)))
@@ -96,9 +108,12 @@ def test_any_part_may_be_compiled(pattern, by_hand):
     assert [(event.step, event.variable) for event in overflows] == [(2, "w"), (4, "w"), (5, "w")]
 
 
-@pytest.mark.parametrize("rule", [128, LogMaxScale(max_scale=2.0**20), scaling.like("deepspeed")], ids=str)
+RULES = {"constant": 128, "logmax": LogMaxScale(max_scale=2.0**20), "deepspeed": scaling.like("deepspeed")}
+
+
+@pytest.mark.parametrize("rule", mostly_slow({"logmax"}, RULES))
 def test_any_rule_in_a_compiled_loop(rule):
-    """As `simulate` has it."""
+    """The scale follows `simulate`."""
     loop = Loop(rule)
 
     @tf.function
@@ -107,11 +122,12 @@ def test_any_rule_in_a_compiled_loop(rule):
         loop.update()
         return stepped
 
-    np.testing.assert_allclose(loop.run(iteration), scaling.simulate(rule, TRACE, [1.0] * 9), rtol=1e-5)
+    np.testing.assert_allclose(loop.run(iteration), scaling.simulate(loop.scaler.rule, TRACE, [1.0] * 9), rtol=1e-5)
 
 
+@slow
 def test_a_compiled_loop_of_many_iterations():
-    """Unrolled and not, and traced again for another shape."""
+    """Unrolled and in a while loop, and traced again for another shape."""
     loop = Loop()
 
     @tf.function
@@ -128,8 +144,8 @@ def test_a_compiled_loop_of_many_iterations():
     assert loop.scaler.get_scale() == scaling.simulate(RULE, TRACE[:4] + TRACE)[-1]
 
 
-def test_an_update_of_its_own_function_within_an_unrolled_loop():
-    """What is called may update: no false alarm; a traced function's Python does not run again."""
+def test_a_compiled_update_within_an_unrolled_loop():
+    """A function that is traced once may update each time it is called, which is not reported as a missing update."""
     loop = Loop()
     update = tf.function(loop.update)
 
@@ -143,8 +159,9 @@ def test_an_update_of_its_own_function_within_an_unrolled_loop():
     assert (loop.scaler.get_scale(), int(loop.scaler.skipped_steps)) == (2.0, 2)
 
 
-def test_an_update_that_was_compiled_before_an_optimizer_joined():
-    """It counts that one's overflows too."""
+@slow
+def test_an_update_compiled_before_an_optimizer_joined():
+    """It counts the overflows of that optimizer too."""
     first, second = Loop(), Loop(weight=keras.Variable([1.0, 2.0], name="late"))
     second.scaler = first.scaler
     update = tf.function(first.update)
@@ -157,6 +174,22 @@ def test_an_update_that_was_compiled_before_an_optimizer_joined():
         update()
     assert first.scaler.get_scale() == 2.0
     assert [event.variable for event in first.scaler.drain_events()] == ["late", "late"]
+
+
+def test_functions_compiled_before_an_optimizer_got_more_variables():
+    """They still count their overflows, and an exhausted scale names the variables of all."""
+    scaler, optimizer = GradScaler(rule=DynamicScale(initial_scale=1.0)), keras.optimizers.SGD()
+    weights = [keras.Variable([1.0], name=name) for name in "ab"]
+    optimizer.build(weights)
+
+    def compiled(weight):
+        return tf.function(lambda: scaler.step(optimizer, [(tf.constant([np.nan]), weight)]))
+
+    steps = [compiled(weight) for weight in weights]
+    for number in (0, 1, 0, 0):
+        steps[number]()
+        scaler.update()
+    assert scaler._overflow_counts() == {"a": 3, "b": 1}
 
 
 def step_twice(loop, bad):
@@ -202,64 +235,67 @@ def update_twice(loop, bad):
 
 def unscale_twice_with_another_in_between(loop, bad):
     loop.unscale(loop.scaled(bad))
-    loop.scaler.unscale(loop.other, loop.scaled(bad))
+    loop.scaler.unscale(loop.second, loop.scaled(bad))
     loop.unscale(loop.scaled(bad))
 
 
 def step_of_another_optimizer(loop, bad):
-    loop.step(loop.scaler.unscale(loop.other, loop.scaled(bad)))
+    loop.step(loop.scaler.unscale(loop.second, loop.scaled(bad)))
 
 
-@pytest.mark.parametrize(
-    ("act", "message"),
-    {
-        step_twice: "step must be called once",
-        unscale_twice: "optimizer unscaled already",
-        unscale_twice_with_another_in_between: "optimizer unscaled already",
-        unscale_after_step: "optimizer stepped already",
-        still_scaled: "gradients that are still scaled",
-        step_after_update: "step must be given gradients of this iteration",
-        step_after_update_and_scale: "step must not be given gradients that were unscaled",
-        update_twice: "update must follow unscale or step",
-        step_of_another_optimizer: "step must not be given gradients that were unscaled for another optimizer",
-    }.items(),
-)
-def test_a_wrong_order_within_a_compiled_function(act, message):
-    """It is told while the function is traced."""
+WRONG = {
+    step_twice: "twice",
+    unscale_twice: "unscaled already",
+    unscale_twice_with_another_in_between: "unscaled already",
+    unscale_after_step: "stepped already",
+    still_scaled: "still scaled",
+    step_after_update: "earlier iteration",
+    step_after_update_and_scale: "another iteration",
+    update_twice: "without",
+    step_of_another_optimizer: "another optimizer",
+}
+
+
+@pytest.mark.parametrize(("calls", "message"), WRONG.items(), ids=[calls.__name__ for calls in WRONG])
+def test_a_wrong_order_in_a_compiled_function_is_an_error(calls, message):
+    """While the function is traced."""
     loop = Loop()
     with pytest.raises(RuntimeError, match=message):
-        tf.function(lambda bad: act(loop, bad))(tf.constant(False))
+        tf.function(lambda bad: calls(loop, bad))(tf.constant(False))
 
 
-def test_a_wrong_order_of_compiled_functions_is_told_where_something_runs_eagerly():
-    """The device knows what compiled functions did."""
+def test_a_wrong_order_of_compiled_functions_is_reported_eagerly():
+    """The device knows what compiled functions did. A compiled `update` without a step does nothing."""
     loop = Loop()
     step, update = tf.function(loop.step), tf.function(loop.update)
     step(loop.scaled(tf.constant(False)))
-    with pytest.raises(RuntimeError, match="step must be called once"):
+    with pytest.raises(RuntimeError, match="twice"):
         loop.step(loop.scaled(tf.constant(False)))
     update()
-    with pytest.raises(RuntimeError, match="update must follow unscale or step"):
+    with pytest.raises(RuntimeError, match="without"):
         loop.update()
-    update()  # compiled: nothing to tell with, and nothing happens
+    update()
     assert (int(loop.scaler.attempted_steps), loop.scaler.state_dict()["_growth_tracker"]) == (1, 1)
-
-
-def test_two_compiled_steps_are_told_by_an_eager_update():
-    """And `update(new_scale)` goes on from there."""
-    loop = Loop()
-    step = tf.function(loop.step)
     for _ in range(2):
         step(loop.scaled(tf.constant(False)))
-    with pytest.raises(RuntimeError, match="step must be called once for each optimizer, received two compiled calls"):
+    with pytest.raises(RuntimeError, match="in compiled functions"):
         loop.update()
     loop.scaler.update(8.0)
     step(loop.scaled(tf.constant(False)))
     loop.update()
 
 
-def test_what_a_called_function_does_is_not_known():
-    """It may update: gradients that were unscaled before it are no wrong ones."""
+def test_only_the_step_after_unscale_takes_unscaled_gradients():
+    """A second compiled step, which cannot be an error, divides its gradients by the scale."""
+    loop = Loop(optimizer=keras.optimizers.SGD(1.0))
+    step = tf.function(loop.step)
+    step(loop.unscale(loop.scaled(tf.constant(False))))
+    step(loop.scaled(tf.constant(False)))
+    np.testing.assert_array_equal(loop.weight.numpy(), [-1.0, 0.0])
+
+
+def test_a_function_called_between_unscale_and_step():
+    """It is not taken for an update."""
     loop, look = Loop(), tf.function(tf.linalg.global_norm)
 
     @tf.function
@@ -274,19 +310,19 @@ def test_what_a_called_function_does_is_not_known():
     np.testing.assert_allclose(loop.weight.numpy(), [0.8, 1.8], rtol=1e-4)
 
 
-def test_a_graph_for_a_session_is_refused():
-    """Nothing there would run what `step` and `update` write."""
-    for act in (lambda scaler: scaler.scale(1.0), lambda scaler: scaler.update(), lambda scaler: scaler.get_scale()):
-        with tf.Graph().as_default(), pytest.raises(NotImplementedError, match=r"tfmixed\.compat\.v1 serves such"):
-            act(GradScaler())
+def test_a_graph_for_a_session_is_an_error():
+    """It would not run what `step` and `update` write."""
+    for call in (lambda scaler: scaler.scale(1.0), lambda scaler: scaler.update(), lambda scaler: scaler.get_scale()):
+        with tf.Graph().as_default(), pytest.raises(NotImplementedError, match="compat"):
+            call(GradScaler())
 
 
-def test_a_checkpoint_of_tensorflow_holds_it(tmp_path):
-    """As a list of variables."""
+def test_a_checkpoint_of_tensorflow(tmp_path):
+    """Restores the list of variables."""
     scales = []
     for trace in ("TTTF", ""):
         loop = Loop()
-        checkpoint = tf.train.Checkpoint(scaler=[each.value for each in loop.scaler.variables])
+        checkpoint = tf.train.Checkpoint(scaler=[variable.value for variable in loop.scaler.variables])
         if trace:
             loop.run(lambda bad, loop=loop: (loop.step(loop.scaled(bad)), loop.update())[0], trace)
             path = checkpoint.save(tmp_path / "checkpoint")
@@ -296,27 +332,21 @@ def test_a_checkpoint_of_tensorflow_holds_it(tmp_path):
     assert scales[0] == scales[1]
 
 
-def test_only_the_step_after_unscale_takes_gradients_as_unscaled():
-    """A second one, which a compiled function cannot refuse, divides its own by the scale."""
-    loop = Loop(optimizer=keras.optimizers.SGD(1.0))
-    step = tf.function(loop.step)
-    step(loop.unscale(loop.scaled(tf.constant(False))))
-    step(loop.scaled(tf.constant(False)))
-    np.testing.assert_array_equal(loop.weight.numpy(), [-1.0, 0.0])
-
-
-@pytest.mark.parametrize(("value", "wanted"), [(64.0, 64.0), (np.inf, 2.0**24), (0.0, 1.0), (np.nan, 8.0)])
-def test_a_compiled_update_takes_the_nearest_scale_that_it_may(value, wanted):
-    """A tensor cannot be refused there."""
+def test_a_compiled_update_takes_the_nearest_scale_within_bounds():
+    """A tensor cannot be checked there. NaN changes nothing."""
     loop = Loop()
-    loop.step(loop.scaled(tf.constant(False)))
-    tf.function(loop.scaler.update)(tf.constant(value))
-    assert loop.scaler.get_scale() == wanted
-    assert loop.scaler.drain_events() == ([] if wanted == 8.0 else [ScaleChange(0, 8.0, wanted, "set")])
+    update = tf.function(loop.scaler.update)
+    for value, wanted in ((64.0, 64.0), (np.inf, 2.0**24), (0.0, 1.0), (np.nan, 1.0)):
+        before = loop.scaler.get_scale()
+        loop.step(loop.scaled(tf.constant(False)))
+        update(tf.constant(value))
+        assert loop.scaler.get_scale() == wanted
+        events = [(event.old_scale, event.new_scale, event.reason) for event in loop.scaler.drain_events()]
+        assert events == ([] if wanted == before else [(before, wanted, "set")])
 
 
-def test_get_scale_in_a_graph_is_the_scale_of_each_step():
-    """And no constant."""
+def test_get_scale_in_a_graph():
+    """A tensor of the present scale, not a constant."""
     loop, scale = Loop(), tf.function(lambda: loop.scaler.get_scale())
     assert float(scale()) == 8.0
     loop.step(loop.scaled(tf.constant(True)))
@@ -325,22 +355,22 @@ def test_get_scale_in_a_graph_is_the_scale_of_each_step():
 
 
 def test_another_rule_cannot_be_loaded_after_compiling():
-    """The old one is part of the functions."""
+    """The old rule is part of the compiled functions."""
     loop = Loop()
-    saved, other = GradScaler(rule=RULE).state_dict(), GradScaler().state_dict()
+    saved, default = GradScaler(rule=RULE).state_dict(), GradScaler().state_dict()
     loop.scaler.scale(1.0)
-    loop.scaler.load_state_dict(other)
+    loop.scaler.load_state_dict(default)
     assert loop.scaler.get_scale() == 65536.0
     tf.function(loop.scaler.scale)(1.0)
-    with pytest.raises(RuntimeError, match="state_dict must leave the rule that functions were compiled with"):
+    with pytest.raises(RuntimeError, match="state_dict"):
         loop.scaler.load_state_dict(saved)
-    with pytest.raises(RuntimeError, match="growth_factor must leave the rule that functions were compiled with"):
+    with pytest.raises(RuntimeError, match="growth_factor"):
         loop.scaler.set_growth_factor(4.0)
     assert loop.scaler.get_scale() == 65536.0
 
 
-def test_a_dataset_that_ends_within_a_step_leaves_no_trace():
-    """No step, no skip, and the next epoch begins as if nothing had been."""
+def test_a_dataset_that_ends_within_a_step():
+    """Counts no step and no skip, and the next epoch is unaffected."""
     loop = Loop()
 
     @tf.function
@@ -362,28 +392,24 @@ def test_a_dataset_that_ends_within_a_step_leaves_no_trace():
 
 
 MODES = {"eager": eager, "function": tf.function}
-OLD = {
+TF1 = {
     "adam": lambda: tf.compat.v1.train.AdamOptimizer(0.1),
     "momentum": lambda: tf.compat.v1.train.MomentumOptimizer(0.1, 0.9),
     "descent": lambda: tf.compat.v1.train.GradientDescentOptimizer(0.1),
 }
+VARIABLES = {"tf variable": tf.Variable, "keras variable": keras.Variable}
 
 
-def test_tensorflow_1s_own_wrapper_is_refused():
-    """It scales and unscales by itself, and no method says so."""
-    wrapper = tf.compat.v1.mixed_precision.MixedPrecisionLossScaleOptimizer(OLD["descent"](), "dynamic")
-    loop = Loop(optimizer=wrapper)
-    with pytest.raises(ValueError, match="must not scale the loss itself, received a MixedPrecisionLossScaleOptimizer"):
-        loop.step(loop.scaled(tf.constant(False)))
-
-
-@pytest.mark.parametrize(("make", "is_keras", "mode"), covering(2, OLD, [False, True], MODES))
-def test_optimizers_of_tensorflow_1(make, is_keras, mode):
-    """Weights and slots of a run without the bad steps; on variables of Keras too; their arguments are passed on."""
+@pytest.mark.parametrize(
+    ("make", "variable", "mode"),
+    mostly_slow({"momentum-keras variable-eager", "adam-tf variable-function"}, TF1, VARIABLES, MODES),
+)
+def test_optimizers_of_tensorflow_1(make, variable, mode):
+    """Weights and slots are those of a run without the bad steps. Options of `apply_gradients` are passed on."""
     results = []
     for trace in ("TFTFT", "TTT"):
-        start, count = [1.0, 2.0], tf.Variable(0, dtype=tf.int64)
-        loop = Loop(optimizer=make(), weight=keras.Variable(start) if is_keras else tf.Variable(start))
+        count = tf.Variable(0, dtype=tf.int64)
+        loop = Loop(optimizer=make(), weight=variable([1.0, 2.0]))
 
         def step(bad, loop=loop, count=count):
             pairs = zip(loop.scaled(bad), [loop.weight], strict=True)
@@ -398,16 +424,24 @@ def test_optimizers_of_tensorflow_1(make, is_keras, mode):
 
         loop.run(iteration, trace)
         assert count.numpy() == 3
-        results += [loop.weight.numpy(), *(each.numpy() for each in loop.optimizer.variables())]
+        results += [loop.weight.numpy(), *(slot.numpy() for slot in loop.optimizer.variables())]
     half = len(results) // 2
     for ours, wanted in zip(results[:half], results[half:], strict=True):
         np.testing.assert_array_equal(ours, wanted)
 
 
+def test_the_loss_scale_optimizer_of_tensorflow_1_is_an_error():
+    """It scales and unscales by itself, although no method tells."""
+    wrapper = tf.compat.v1.mixed_precision.MixedPrecisionLossScaleOptimizer(TF1["descent"](), "dynamic")
+    loop = Loop(optimizer=wrapper)
+    with pytest.raises(ValueError, match="must not scale"):
+        loop.step(loop.scaled(tf.constant(False)))
+
+
 def test_a_norm_that_float32_cannot_hold_is_an_overflow():
-    """Of whatever optimizer; unscaled before or not."""
-    for make in (OLD["adam"], OLD["descent"], lambda: keras.optimizers.SGD(0.1)):
-        loop = Loop(1.0, make(), tf.Variable([1.0, 2.0]) if make in OLD.values() else None)
+    """For each kind of optimizer, with unscale and without."""
+    for make in (TF1["adam"], TF1["descent"], lambda: keras.optimizers.SGD(0.1)):
+        loop = Loop(1.0, make(), tf.Variable([1.0, 2.0]) if make in TF1.values() else None)
         before = loop.weight.numpy()
         assert not loop.step([tf.constant([1e30, 1.0])])
         loop.update()
@@ -415,8 +449,9 @@ def test_a_norm_that_float32_cannot_hold_is_an_overflow():
         np.testing.assert_array_equal(loop.weight.numpy(), before)
 
 
-def test_a_constructor_makes_no_tensor():
-    """The devices may still be set up afterwards."""
+@slow
+def test_a_constructor_creates_no_tensor():
+    """Logical devices can still be configured after it."""
     code = """
 import tensorflow as tf, tfmixed
 tfmixed.GradScaler()
@@ -449,9 +484,9 @@ class Trained(keras.Model):
         return {"loss": loss}
 
 
-@pytest.mark.parametrize("steps_per_execution", [1, 4])
-def test_fit_with_a_train_step_of_ones_own(tmp_path, steps_per_execution):
-    """Each change has its exact step, and the logger logs them."""
+@pytest.mark.parametrize("steps_per_execution", [4, pytest.param(1, marks=slow)])
+def test_fit_with_a_custom_train_step(tmp_path, steps_per_execution):
+    """The logger logs each change with its exact step."""
     x = np.random.default_rng(0).normal(size=(64, 3)).astype("float32")
     x[5 * 4] = np.inf
     scaler, path = GradScaler(rule=DynamicScale(initial_scale=8.0, growth_interval=4)), tmp_path / "log.jsonl"
@@ -462,13 +497,13 @@ def test_fit_with_a_train_step_of_ones_own(tmp_path, steps_per_execution):
     rule, trace = scaler.rule, "".join("F" if number == 5 else "T" for number in range(16))
     scales = [8.0, *scaling.simulate(rule, trace)]
     changes = [number for number in range(16) if scales[number] != scales[number + 1]]
-    logged = [each for each in records.read_log(path) if isinstance(each, ScaleChange)]
+    logged = [record for record in records.read_log(path) if isinstance(record, ScaleChange)]
     assert [event.step for event in logged] == changes
     assert logged[1].variable == model.dense.kernel.path
     assert (history["loss_scale"], history["skipped_steps"]) == ([scales[-1]], [1.0])
 
 
-# On replicas.
+# Replicas.
 
 
 @pytest.fixture(scope="module")
@@ -476,88 +511,95 @@ def strategy():
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
 
 
+UPDATES = {name: name for name in ("in replicas", "outside", "compiled outside")}
+KINDS = {name: name for name in ("keras", "built", "tf1")}
+
+
 @pytest.mark.parametrize(
-    ("mode", "update", "kind", "by_hand"),
-    covering(2, MODES, ["in replicas", "outside", "compiled outside"], ["keras", "built", "old"], [False, True]),
+    ("mode", "update", "kind", "unscales"),
+    mostly_slow(
+        {"function-in replicas-keras-unscale", "function-outside-tf1-step only"}, MODES, UPDATES, KINDS, UNSCALES
+    ),
 )
-def test_two_replicas_decide_together(strategy, mode, update, kind, by_hand):
-    """An overflow on the second alone: both skip, the scale backs off once, the weights stay the same bits."""
+def test_replicas_step_together(strategy, mode, update, kind, unscales):
+    """An overflow on the second replica alone: both skip, the scale backs off once, weights stay identical."""
     with strategy.scope():
-        old = kind == "old"
-        weight = tf.Variable([1.0, 2.0], name="w") if old else keras.Variable([1.0, 2.0], name="w")
-        loop = Loop(optimizer=OLD["adam"]() if old else keras.optimizers.Adam(0.1), weight=weight)
+        is_tf1 = kind == "tf1"
+        weight = tf.Variable([1.0, 2.0], name="w") if is_tf1 else keras.Variable([1.0, 2.0], name="w")
+        loop = Loop(optimizer=TF1["adam"]() if is_tf1 else keras.optimizers.Adam(0.1), weight=weight)
         if kind == "built":
             loop.optimizer.build([weight])
 
-    def of_replica(bad):
+    def replica_step(bad):
         is_last = tf.distribute.get_replica_context().replica_id_in_sync_group == 1
         grads = loop.scaled(tf.logical_and(bad, is_last))
-        stepped = loop.step(loop.unscale(grads) if by_hand else grads)
+        stepped = loop.step(loop.unscale(grads) if unscales else grads)
         if update == "in replicas":
             loop.update()
         return stepped
 
-    step = mode(lambda bad: strategy.experimental_local_results(strategy.run(of_replica, (bad,))))
-    ending = tf.function(loop.update) if update == "compiled outside" else loop.update
+    step = mode(lambda bad: strategy.experimental_local_results(strategy.run(replica_step, (bad,))))
+    end = tf.function(loop.update) if update == "compiled outside" else loop.update
 
     def iteration(bad):
         stepped = step(bad)
         if update != "in replicas":
-            ending()
-        assert len({bool(each) for each in stepped}) == 1
+            end()
+        assert len({bool(result) for result in stepped}) == 1
         return stepped[0]
 
     assert loop.run(iteration) == scaling.simulate(RULE, TRACE)
     assert (int(loop.scaler.attempted_steps), int(loop.scaler.skipped_steps)) == (9, 3)
-    copies = [each.numpy() for each in strategy.experimental_local_results(weight if old else weight.value)]
+    copies = [copy.numpy() for copy in strategy.experimental_local_results(weight if is_tf1 else weight.value)]
     np.testing.assert_array_equal(copies[0], copies[1])
     np.testing.assert_allclose(copies[0], [0.4, 1.4], rtol=1e-4)
     steps = [event.step for event in loop.scaler.drain_events() if event.reason == "overflow"]
     assert steps == [2, 4, 5]
 
 
-def test_a_scaler_that_was_used_before_the_strategy(strategy):
-    """Its variables are on one device, and still there is one update for all."""
+@slow
+def test_a_scaler_used_before_the_strategy(strategy):
+    """Its variables are on one device, and one update serves all replicas."""
     loop = Loop()
     assert loop.scaler.get_scale() == 8.0
     with strategy.scope():
         loop.weight, loop.optimizer = keras.Variable([1.0, 2.0]), keras.optimizers.Adam(0.1)
 
-    def of_replica(bad):
+    def replica_step(bad):
         loop.step(loop.scaled(bad))
         loop.update()
 
     for letter in TRACE:
-        strategy.run(of_replica, (tf.constant(letter == "F"),))
+        strategy.run(replica_step, (tf.constant(letter == "F"),))
     assert loop.scaler.get_scale() == scaling.simulate(RULE, TRACE)[-1]
 
 
 def test_a_state_is_loaded_on_all_replicas(strategy):
-    """Outside of `strategy.run`, where nobody is in the scope."""
+    """Outside of `strategy.run` and of its scope."""
     loop = Loop()
     with strategy.scope():
         loop.scaler.get_scale()
     loop.scaler.load_state_dict({**loop.scaler.state_dict(), "scale": 2.0})
     scales = strategy.run(loop.scaler.get_scale)
-    assert [float(each) for each in strategy.experimental_local_results(scales)] == [2.0, 2.0]
+    assert [float(scale) for scale in strategy.experimental_local_results(scales)] == [2.0, 2.0]
 
 
-def test_step_outside_of_run_is_refused(strategy):
-    """There is no gradient of one replica."""
+def test_step_outside_of_run_is_an_error(strategy):
+    """It has no gradient of one replica."""
     with strategy.scope():
         loop = Loop()
-    with strategy.scope(), pytest.raises(RuntimeError, match=r"in a replica context, .* `strategy\.run`"):
+    with strategy.scope(), pytest.raises(RuntimeError, match="replica context"):
         loop.step([tf.ones(2)])
 
 
-WRAPS = [lambda inner: inner]
+WRAPS = {"plain": lambda inner: inner}
 if hasattr(keras.optimizers, "MultiOptimizer"):  # from Keras 3.15 on
-    WRAPS += [lambda inner: keras.optimizers.MultiOptimizer(lambda _: inner)]
+    WRAPS["multi"] = lambda inner: keras.optimizers.MultiOptimizer(lambda _: inner)
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_what_keras_cannot_compile_on_replicas_is_refused_by_name(strategy, wrap):
-    """As with the optimizer; parts of a `MultiOptimizer` too, which it may know only when it is built."""
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_optimizers_that_keras_cannot_compile_on_replicas_are_errors(strategy, wrap):
+    """Parts of a `MultiOptimizer` too, which may be known only when it is built."""
     with strategy.scope():
         inner = wrap(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
         loop = Loop(optimizer=inner, weight=keras.Variable([1.0]))
@@ -566,5 +608,5 @@ def test_what_keras_cannot_compile_on_replicas_is_refused_by_name(strategy, wrap
     def step():
         strategy.run(lambda: loop.step([tf.ones(1)]))
 
-    with pytest.raises(NotImplementedError, match=r"SGD\(gradient_accumulation_steps=2\) branches"):
+    with pytest.raises(NotImplementedError, match="gradient_accumulation_steps"):
         step()

@@ -1,3 +1,5 @@
+"""Several workers in real processes, and `enable_multi_worker_fit`."""
+
 from __future__ import annotations
 
 import csv
@@ -12,13 +14,15 @@ from replicas import KINDS, STEPS, Trainer, bad_values, check, data
 from thorough import thorough
 
 from tfmixed import records, scaling
-from tfmixed._core import replica_sync
+from tfmixed.distribute import enable_multi_worker_fit
+
+slow = pytest.mark.slow
 
 
-def agree(outcomes):
-    """All workers hold the same weights, state and events."""
-    first, *others = outcomes
-    for outcome in others:
+def check_equal(outcomes):
+    """Checks that all workers have the same weights, state and events."""
+    first, *rest = outcomes
+    for outcome in rest:
         for ours, theirs in zip(first.weights + first.state, outcome.weights + outcome.state, strict=True):
             np.testing.assert_array_equal(ours[0], theirs[0])
         assert outcome.events == first.events
@@ -26,33 +30,36 @@ def agree(outcomes):
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=thorough)])
 def worked(request, tmp_path_factory):
-    """What each of so many workers says, and their folder."""
+    """Returns the results of all workers, and their folder."""
     folder = tmp_path_factory.mktemp("workers")
     return workers.run(request.param, "worker.py", folder=folder), folder
 
 
+@slow
 def test_an_overflow_on_any_worker_is_skipped_by_all(worked):
-    """A loop with `strategy.run` in real processes: nothing hangs (K4), and all go on with the same weights."""
+    """In a loop with `strategy.run` in real processes. Nothing hangs (K4), and all have the same weights."""
     results = [result["loop"] for result in worked[0]]
     for place, kind, when in itertools.product(("first", "last", "all"), KINDS, STEPS):
         outcomes = [result[place, kind, when] for result in results]
-        agree(outcomes)
+        check_equal(outcomes)
         check(outcomes[0], STEPS[when])
         outcomes[0].assert_same_weights(results[0]["dropped", when])
     check(results[0]["none",], [])
 
 
+@slow
 def test_inner_optimizers_that_clip_and_average(worked):
     """Their state is that of a run without the bad steps."""
     results = [result["inner_optimizers"] for result in worked[0]]
     for name, (outcome, dropped) in results[0].items():
-        agree([result[name][0] for result in results])
+        check_equal([result[name][0] for result in results])
         outcome.assert_sound()
         outcome.assert_same_weights(dropped)
 
 
-def test_a_scaler_decides_for_all_workers(worked):
-    """All skip the steps in which the last overflows, with update in the function of each worker and outside of it."""
+@slow
+def test_a_scaler_skips_on_all_workers(worked):
+    """If the last one overflows, with update inside and outside of `strategy.run`."""
     results = [result["scaler"] for result in worked[0]]
     rule = scaling.DynamicScale(initial_scale=8.0, growth_interval=2)
     for way in itertools.product((False, True), repeat=2):
@@ -66,7 +73,7 @@ def test_a_scaler_decides_for_all_workers(worked):
 
 
 def alone(count, bad, **arguments):
-    """What one process makes of the same global batches."""
+    """Trains in one process on the same global batches."""
     trainer = Trainer(None, local_batches=count, metrics=["mae"])
     x, y = flat(data(count, bad))
     history = trainer.model.fit(x, y, batch_size=4 * count, shuffle=False, verbose=0, epochs=2, **arguments).history
@@ -79,14 +86,15 @@ def flat(arrays):
 
 @pytest.fixture
 def fitted(worked):
-    """The number of workers, what each says after `Model.fit`, and their folder."""
+    """Returns the number of workers, their results of `Model.fit`, and their folder."""
     results, folder = worked
     return len(results), [result["fit"] for result in results], folder
 
 
+@slow
 @pytest.mark.parametrize("steps_per_execution", [1, 5])
 def test_fit_on_workers_is_fit_in_one_process(fitted, steps_per_execution):
-    """Losses, metrics, validation and evaluation, with an overflow on the last worker in two steps of each epoch."""
+    """Losses, metrics, validation and evaluation, with overflows on the last worker in two steps of an epoch."""
     count, results, folder = fitted
     bad = bad_values([3, 7], [-1], np.inf, count)
     x, y = flat(data(count, bad))
@@ -97,7 +105,7 @@ def test_fit_on_workers_is_fit_in_one_process(fitted, steps_per_execution):
         np.testing.assert_allclose(evaluation, trainer.model.evaluate(x[-20:], y[-20:], verbose=0), rtol=1e-5)
         assert (history["skipped_steps"], outcome.skipped, outcome.attempted) == ([2.0, 4.0], 4, 56)
         outcome.assert_sound()
-    agree([result[steps_per_execution][2] for result in results])
+    check_equal([result[steps_per_execution][2] for result in results])
     log = records.read_changes(folder / f"log_{steps_per_execution}.jsonl")
     assert [event.step for event in log if event.reason == "overflow"] == [3, 7, 31, 35]
     for rank in range(count):
@@ -105,8 +113,9 @@ def test_fit_on_workers_is_fit_in_one_process(fitted, steps_per_execution):
         assert [row["loss_scale"] for row in rows] == ["4096.0", "16384.0"]
 
 
+@slow
 def test_a_sharded_dataset_gives_the_losses_of_one_process(fitted):
-    """`tf.data` of global batches: each worker takes its share."""
+    """Each worker takes its share of the global batches of `tf.data`."""
     count, results, _ = fitted
     _, wanted = alone(count, {})
     for history, evaluation, _ in (result["sharded"] for result in results):
@@ -115,42 +124,46 @@ def test_a_sharded_dataset_gives_the_losses_of_one_process(fitted):
         assert np.isfinite(evaluation).all()
 
 
-def test_batches_that_do_not_divide_are_no_overflow(fitted):
-    """The last batch may leave a worker with nothing: the step counts all the same."""
+@slow
+def test_a_batch_smaller_than_the_number_of_workers(fitted):
+    """It leaves a worker without data, and the step counts."""
     _, results, _ = fitted
     for history, evaluation, outcome in (result["partial"] for result in results):
         assert np.isfinite(history["loss"] + evaluation).all()
         assert outcome.skipped == 0
         outcome.assert_sound()
-    agree([result["partial"][2] for result in results])
+    check_equal([result["partial"][2] for result in results])
 
 
-def test_the_end_of_a_dataset_of_unknown_length_is_no_step(fitted):
-    """Nor within a loop of several steps."""
+@slow
+def test_the_end_of_a_dataset_of_unknown_length_is_not_a_step(fitted):
+    """In a loop of several steps too."""
     _, results, _ = fitted
-    agree([result["unknown"] for result in results])
+    check_equal([result["unknown"] for result in results])
     outcome = results[0]["unknown"]
     assert (outcome.attempted, outcome.skipped, outcome.iterations) == (56, 4, 52)
     assert [event.step for event in outcome.events if event.reason == "overflow"] == [3, 7, 31, 35]
 
 
-def test_a_metric_that_each_worker_keeps_for_itself_is_refused(fitted):
-    """Callbacks that look at it would decide differently, and part the workers."""
+@slow
+def test_a_metric_outside_of_the_scope_is_an_error(fitted):
+    """Its value would differ between workers, and callbacks that read it would make them diverge."""
     _, results, _ = fitted
     for result in results:
-        assert "metrics must be made, and `compile` be called, within `strategy.scope()`" in result["stray"]
-        assert "stray/total, made outside of it" in result["stray"]
+        assert "strategy.scope()" in result["stray"]
+        assert "stray/total" in result["stray"]
 
 
-def test_keras_has_not_mended_fit_on_workers(fitted):
-    """The day this fails, `enable_multi_worker_fit` can go (keras#20585)."""
+@slow
+def test_keras_has_not_fixed_fit_on_workers(fitted):
+    """If this fails, `enable_multi_worker_fit` can be removed (keras#20585)."""
     _, results, _ = fitted
     for result in results:
         assert "Attempt to convert a value (PerReplica" in result["undone"]
 
 
 def test_enabling_changes_keras_and_undoing_restores_it():
-    """Twice is once, nothing of ours stays, and it can be enabled again."""
+    """Enabling twice is the same as once, and it can be enabled again after it was undone."""
     from keras.src.backend.tensorflow import trainer
 
     def patched():
@@ -158,27 +171,28 @@ def test_enabling_changes_keras_and_undoing_restores_it():
         return [kind._maybe_symbolic_build, kind._make_function, trainer.reduce_per_replica]
 
     before = patched()
-    undo = replica_sync.enable_multi_worker_fit()
-    assert replica_sync.enable_multi_worker_fit() is undo
+    undo = enable_multi_worker_fit()
+    assert enable_multi_worker_fit() is undo
     assert not set(before) & set(patched())
     undo()
     assert patched() == before
-    again = replica_sync.enable_multi_worker_fit()
+    again = enable_multi_worker_fit()
     assert not set(before) & set(patched())
     again()
 
 
-def test_an_unknown_keras_is_left_alone(monkeypatch):
-    """It says so; the returned function does nothing."""
+def test_an_unknown_keras_is_unchanged(monkeypatch):
+    """With a warning. The returned function does nothing."""
     monkeypatch.setattr(keras, "__version__", "3.99.0")
-    with pytest.warns(UserWarning, match=r"changes nothing: it knows Keras 3\.14, 3\.15, and this is 3\.99\.0"):
-        replica_sync.enable_multi_worker_fit()()
+    with pytest.warns(UserWarning, match=r"3\.99\.0"):
+        enable_multi_worker_fit()()
 
 
-def test_one_device_fit_is_left_alone(monkeypatch):
-    """Other strategies go on as they were, in Keras's own loop."""
-    monkeypatch.setattr("tfmixed._core.multi_worker_fit._loop", None)
-    undo = replica_sync.enable_multi_worker_fit()
+@slow
+def test_fit_on_one_device_is_unchanged(monkeypatch):
+    """Other strategies use Keras's own loop."""
+    monkeypatch.setattr("tfmixed._core.multi_worker_fit._run_steps", None)
+    undo = enable_multi_worker_fit()
     try:
         check(Trainer(tf.distribute.OneDeviceStrategy("CPU:0"), steps_per_execution=4).fit({}), [])
     finally:

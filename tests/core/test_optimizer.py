@@ -1,3 +1,5 @@
+"""`LossScaleOptimizer`, on all backends."""
+
 from __future__ import annotations
 
 import contextlib
@@ -7,7 +9,6 @@ import numpy as np
 import pytest
 from backend import BACKEND, apply, compiled, modes, needs_tensorflow, tf
 from keras import ops
-from thorough import covering
 
 import tfmixed
 from tfmixed import LossScaleOptimizer, scaling
@@ -16,6 +17,7 @@ from tfmixed.records import EventsLost, ScaleChange
 from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
 
 BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
+slow = pytest.mark.slow
 
 
 def variables():
@@ -58,10 +60,11 @@ def finite(model):
 # The rule and the step.
 
 
-@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-@pytest.mark.parametrize("trace", ["TTTT", "FFFF", "TFTTFTTTTF", "FTTTTTTTTT"])
-def test_scale_follows_the_rule_and_counters_the_trace(trace, bad):
-    """Scale, counters and iterations are those of the rule and of the trace; weights move on finite steps only."""
+@pytest.mark.parametrize(
+    ("trace", "bad"), [("TTTT", np.nan), ("FFFF", -np.inf), ("TFTTFTTTTF", np.nan), ("FTTTTTTTTT", np.inf)]
+)
+def test_scale_follows_the_rule(trace, bad):
+    """Counters and iterations follow the trace, and weights move in finite steps only."""
     rule = DynamicScale(initial_scale=8.0, growth_interval=3)
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.5), rule)
     weights, scales = run(optimizer, trace, bad)
@@ -73,9 +76,16 @@ def test_scale_follows_the_rule_and_counters_the_trace(trace, bad):
     np.testing.assert_allclose(weights[0].numpy(), np.array([1.0, 2.0]) - 0.5 * trace.count("T"))
 
 
-@pytest.mark.parametrize("rule", ["dynamic", 128, DynamicScale(min_scale=None, max_scale=None), LogMaxScale()])
-def test_no_row_of_overflows_breaks_weights_or_scale(rule):
-    """200 overflows, then a gradient of 0: Keras's own class writes NaN here (K1)."""
+@pytest.mark.parametrize(
+    "rule",
+    [
+        DynamicScale(min_scale=None, max_scale=None),
+        LogMaxScale(),
+        *(pytest.param(rule, marks=slow) for rule in ("dynamic", 128)),
+    ],
+)
+def test_many_overflows_break_nothing(rule):
+    """200 overflows and a gradient of 0, with which Keras's own class writes NaN (K1)."""
     optimizer = LossScaleOptimizer("adam", rule)
     weights, scales = run(optimizer, "F" * 200)
     apply(optimizer, [ops.zeros(2), ops.zeros(2)], weights)
@@ -84,15 +94,15 @@ def test_no_row_of_overflows_breaks_weights_or_scale(rule):
     assert int(optimizer.skipped_steps) == 200
 
 
-def test_growth_stops_at_the_ceiling():
-    """Keras's own class reaches inf here and stays there (K2)."""
+def test_growth_stops_at_the_maximum():
+    """The scale of Keras's own class becomes inf and stays it (K2)."""
     optimizer = LossScaleOptimizer("sgd", initial_scale=2.0**15, dynamic_growth_steps=1)
     _, scales = run(optimizer, "T" * 40)
     assert max(scales) == 2.0**24
 
 
 def test_constant_scale_skips_and_counts_bad_steps():
-    """A constant scale never moves; a non-finite step is skipped and counted, and is no change of the scale."""
+    """The scale does not change, so there is no event."""
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.5), 128)
     weights, scales = run(optimizer, "TFFT")
     assert scales == [128.0] * 4
@@ -102,7 +112,7 @@ def test_constant_scale_skips_and_counts_bad_steps():
 
 
 def test_unchecked_constant_scale_applies_everything():
-    """skip_nonfinite=False is what it says: the step is applied, and counts as applied."""
+    """With skip_nonfinite=False an overflow counts as an applied step."""
     optimizer = LossScaleOptimizer("sgd", ConstantScale(2.0, skip_nonfinite=False))
     weights, _ = run(optimizer, "F")
     assert not np.isfinite(weights[1].numpy()).all()
@@ -110,14 +120,14 @@ def test_unchecked_constant_scale_applies_everything():
 
 
 def test_gradient_norm_is_unscaled_and_global():
-    """The norm of the last step's unscaled gradients, in training terms."""
+    """The norm of the last step's unscaled gradients together."""
     optimizer = LossScaleOptimizer("sgd", 1024)
     apply(optimizer, [ops.array([3.0 * 1024, 0.0]), ops.array([0.0, 4.0 * 1024])], variables())
     assert float(optimizer.gradient_norm) == 5.0
 
 
 def test_logmax_scale_sees_the_unscaled_maximum():
-    """A rule that needs amax gets the largest unscaled gradient."""
+    """A rule with `needs_amax` gets the largest unscaled gradient."""
     rule = LogMaxScale(initial_scale=4.0, max_scale=2.0**20)
     optimizer = LossScaleOptimizer("sgd", rule)
     weights = variables()
@@ -131,7 +141,7 @@ def test_logmax_scale_sees_the_unscaled_maximum():
 
 
 def test_scale_loss_is_float32_at_least():
-    """A float16 loss times 2**24 is no inf."""
+    """A float16 loss times 2**24 is finite."""
     scaled = LossScaleOptimizer("sgd", 2.0**24).scale_loss(ops.cast(2.0, "float16"))
     assert keras.backend.standardize_dtype(scaled.dtype) == "float32"
     assert float(scaled) == 2.0**25
@@ -139,7 +149,7 @@ def test_scale_loss_is_float32_at_least():
 
 @needs_tensorflow
 def test_scale_loss_traced_before_build_reads_the_variable():
-    """A function traced before the first step follows the scale afterwards."""
+    """A function traced before the first step follows later changes of the scale."""
     optimizer = LossScaleOptimizer("sgd", DynamicScale(initial_scale=8.0))
     scaled = tf.function(optimizer.scale_loss)
     assert float(scaled(tf.constant(1.0))) == 8.0
@@ -149,8 +159,8 @@ def test_scale_loss_traced_before_build_reads_the_variable():
     assert scaled.experimental_get_tracing_count() == traces
 
 
-def test_float16_gradients_are_judged_in_their_own_range():
-    """Unscaling by a scale below 1 can leave float16: that is an overflow, not an inf in the weights."""
+def test_float16_gradients_must_fit_their_variable():
+    """Unscaling by a scale below 1 can exceed float16, which is an overflow and not an inf in the weights."""
     rule = DynamicScale(initial_scale=0.5, min_scale=0.25)
     optimizer = LossScaleOptimizer("sgd", rule)
     weight = keras.Variable([1.0], dtype="float16", name="half")
@@ -162,7 +172,7 @@ def test_float16_gradients_are_judged_in_their_own_range():
 @needs_tensorflow
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
 def test_sparse_and_missing_gradients():
-    """IndexedSlices stay sparse, None among others is left to the inner optimizer, and both are judged."""
+    """`tf.IndexedSlices` stay sparse, and None is passed to the inner optimizer."""
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), 4)
     table, missing = keras.Variable(np.ones((3, 2)), name="table"), keras.Variable([1.0], name="missing")
     good = tf.IndexedSlices(tf.fill((1, 2), 4.0), tf.constant([1]), tf.constant([3, 2]))
@@ -173,21 +183,21 @@ def test_sparse_and_missing_gradients():
     assert int(optimizer.skipped_steps) == 1
 
 
-def test_all_missing_gradients_raise():
-    """A loss that depends on no variable is an error that says so (K7)."""
-    with pytest.raises(ValueError, match="grads must hold at least one gradient, received 2 times None"):
+def test_only_missing_gradients_are_an_error():
+    """The loss does not depend on any variable (K7)."""
+    with pytest.raises(ValueError, match="at least one gradient"):
         LossScaleOptimizer("sgd").apply([None, None], variables())
 
 
-def test_no_variables_is_no_step():
-    """A model without trainable weights trains without an error."""
+def test_a_step_without_variables():
+    """It does nothing, for models without trainable weights."""
     optimizer = LossScaleOptimizer("sgd")
     apply(optimizer, [], [])
     assert int(optimizer.attempted_steps) == 0
 
 
 def test_variables_that_hold_their_gradient_are_not_unscaled():
-    """float8 scales (`overwrite_with_gradient`) take the gradient as it is, unless it is not finite."""
+    """Scales of float8 layers (`overwrite_with_gradient`) take their gradient unless it is not finite."""
     optimizer = LossScaleOptimizer("sgd", 8)
     weight = keras.Variable([1.0])
     weight.overwrite_with_gradient = True
@@ -196,71 +206,64 @@ def test_variables_that_hold_their_gradient_are_not_unscaled():
     np.testing.assert_allclose(weight.numpy(), [5.0])
 
 
-def test_variables_that_hold_their_gradient_must_hold_it():
-    """What float16 has not is an overflow there too."""
+def test_variables_that_hold_their_gradient_check_its_range():
+    """A gradient that float16 cannot hold is an overflow there too."""
     optimizer, weight = LossScaleOptimizer("sgd", 8), keras.Variable([1.0], dtype="float16")
     weight.overwrite_with_gradient = True
     apply(optimizer, [ops.array([1e5])], [weight])
     assert (int(optimizer.skipped_steps), float(weight.numpy()[0])) == (1, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("loss", "advice"),
-    [
-        (None, "Try lowering the learning rate.*If the loss itself is not finite: no loss scale mends that"),
-        (0.5, r"Try lowering the learning rate, clipping .* `min_scale` below 1 .*tfmixed\.force_float32.*\.$"),
-        (np.nan, r"The loss itself is nan .*: no loss scale mends that\."),
-    ],
-)
-def test_a_custom_loop_asks_whether_the_run_is_stuck(loss, advice):
-    """One call: scale, step since when, the three worst variables in their order, and advice that fits the loss."""
+@pytest.mark.parametrize(("loss", "advice"), [(None, "learning rate.*loss itself"), (np.nan, "loss itself is nan")])
+def test_an_exhausted_scale_is_an_error(loss, advice):
+    """It tells scale, first step, the three variables that overflowed most often, and advice that fits the loss."""
     optimizer = LossScaleOptimizer("sgd", DynamicScale(initial_scale=4.0), max_consecutive_skips=6)
     weights = [keras.Variable([1.0], name=name) for name in "abcd"]
     for step_number in range(8):
         bad = [False, step_number % 2 == 1, step_number > 2, True]  # in steps 2 to 7: 0, 3, 5, 6 times
         optimizer.raise_if_exhausted(loss)
-        gradients = [ops.full((1,), np.nan if each and step_number > 1 else 1.0) for each in bad]
+        gradients = [ops.full((1,), np.nan if is_bad and step_number > 1 else 1.0) for is_bad in bad]
         apply(optimizer, gradients, weights)
     with pytest.raises(LossScaleExhausted, match=advice) as raised:
         optimizer.raise_if_exhausted(loss)
-    assert "All 6 steps since step 2 had" in str(raised.value)
-    assert "stands at 1 " in str(raised.value)
-    assert "most often: d (6 times), c (5 times), b (3 times)." in str(raised.value)
+    assert (raised.value.skips, raised.value.since_step, raised.value.scale) == (6, 2, 1.0)
+    assert "d (6 times), c (5 times), b (3 times)" in str(raised.value)
 
 
-def test_none_never_calls_a_run_stuck():
-    """max_consecutive_skips=None."""
+@slow
+def test_no_limit_of_consecutive_skips():
+    """With max_consecutive_skips=None the scale is never exhausted."""
     optimizer = LossScaleOptimizer("sgd", DynamicScale(initial_scale=4.0), max_consecutive_skips=None)
     run(optimizer, "F" * 300)
     optimizer.raise_if_exhausted()
 
 
-def test_a_scale_that_is_not_at_its_floor_has_ten_times_as_many_steps():
-    """As one with much patience: it may yet come down to where steps are finite."""
+def test_a_scale_above_its_minimum_has_ten_times_as_many_steps():
+    """It may still decrease to where steps are finite."""
     rule = DynamicScale(initial_scale=4.0, hysteresis=1000)
     optimizer = LossScaleOptimizer("sgd", rule, max_consecutive_skips=4)
     weights, _ = run(optimizer, "F" * 39)
     optimizer.raise_if_exhausted()
     run(optimizer, "F", weights=weights)
-    with pytest.raises(LossScaleExhausted, match="All 40 steps since step 0 had"):
+    with pytest.raises(LossScaleExhausted, match="40 steps"):
         optimizer.raise_if_exhausted()
 
 
-def test_a_finite_step_ends_the_row_that_overflows_are_counted_in():
-    """Compiled, where a step that changes nothing writes nothing, and of a constant scale."""
+def test_a_finite_step_resets_the_counts_of_overflows():
+    """Compiled, where a step without a change writes nothing, and with a constant scale."""
     optimizer, weights = LossScaleOptimizer("sgd", 1.0, max_consecutive_skips=2), variables()
     take = compiled(optimizer, weights)
     for letter in "FFTFF":
         step(optimizer, weights, letter == "T", take=take)
-    with pytest.raises(LossScaleExhausted, match=r"often: b \(2 times\)\."):
+    with pytest.raises(LossScaleExhausted, match=r"b \(2 times\)"):
         optimizer.raise_if_exhausted()
 
 
-# The log on the device.
+# Events.
 
 
 def test_events_are_the_history_of_the_variable():
-    """Each change has its step, both scales, the reason and, for an overflow, the guilty variable."""
+    """Each change has its step, both scales, the reason and, for an overflow, the variable."""
     rule = DynamicScale(initial_scale=8.0, growth_interval=2)
     optimizer = LossScaleOptimizer("sgd", rule)
     run(optimizer, "TTFT")
@@ -272,8 +275,8 @@ def test_events_are_the_history_of_the_variable():
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
-def test_the_first_guilty_variable_is_named():
-    """Where several gradients are not finite, the event names the first variable; missing ones do not shift it."""
+def test_an_event_names_the_first_variable_that_overflowed():
+    """Missing gradients do not shift it."""
     optimizer = LossScaleOptimizer("sgd")
     names = ["a", "b", "c", "d"]
     weights = [keras.Variable([1.0], name=name) for name in names]
@@ -283,8 +286,8 @@ def test_the_first_guilty_variable_is_named():
     assert [event.variable for event in optimizer.drain_events()] == ["c"]
 
 
-def test_a_full_ring_tells_how_much_it_lost():
-    """The oldest changes give way, and their number is reported with the step after the gap."""
+def test_a_full_buffer_reports_lost_events():
+    """Their number, and the step after the gap."""
     optimizer = LossScaleOptimizer("sgd", event_capacity=3)
     weights, _ = run(optimizer, "F" * 5)
     lost, *kept = optimizer.drain_events()
@@ -294,42 +297,47 @@ def test_a_full_ring_tells_how_much_it_lost():
     assert [event.step for event in optimizer.drain_events()] == [5]
 
 
-def test_a_step_that_changes_nothing_leaves_a_full_ring_as_it_is():
-    """The place of the next change still holds the oldest one."""
+def test_a_step_without_a_change_keeps_a_full_buffer():
+    """The place of the next change still has the oldest one."""
     optimizer = LossScaleOptimizer("sgd", event_capacity=3)
     run(optimizer, "FFFT")
     assert [event.step for event in optimizer.drain_events()] == [0, 1, 2]
 
 
-def test_what_was_read_stays_as_it_was():
-    """A later step moves the variables, and not the tensors that somebody holds."""
+def test_values_that_were_read_do_not_change():
+    """A later step changes the variables, not the tensors read before."""
     optimizer = LossScaleOptimizer("sgd", DynamicScale(initial_scale=8.0))
     weights, _ = run(optimizer, "T")
     held = optimizer.loss_scale, optimizer.attempted_steps, optimizer.skipped_steps
     run(optimizer, "F", weights=weights)
-    assert [float(each) for each in held] == [8.0, 1.0, 0.0]
+    assert [float(value) for value in held] == [8.0, 1.0, 0.0]
 
 
-def test_setting_the_scale_by_hand_is_logged():
-    """Assigning `loss_scale` is an event of its own; a value outside of the rule's bounds is refused."""
+def test_setting_the_scale_is_logged():
+    """Assigning `loss_scale` is an event. A value outside of the rule's bounds is an error."""
     optimizer = LossScaleOptimizer("sgd", DynamicScale(initial_scale=8.0))
     run(optimizer, "T")
     optimizer.loss_scale = 64
     assert optimizer.drain_events() == [ScaleChange(1, 8.0, 64.0, "set")]
-    with pytest.raises(ValueError, match=r"loss_scale must be .* at most 1.67772e\+07, received 1e\+30"):
+    with pytest.raises(ValueError, match="loss_scale"):
         optimizer.loss_scale = 1e30
     assert float(optimizer.loss_scale) == 64.0
 
 
+def fit_modes(*kinds):
+    """Returns modes of `compile` as parameters. All but the first are slow."""
+    return [pytest.param(kind, id=str(kind), marks=slow if number else ()) for number, kind in enumerate(modes(*kinds))]
+
+
 @pytest.mark.parametrize(
-    "modes", modes({}, {"steps_per_execution": 16}, {"jit_compile": True}, {"run_eagerly": True}), ids=str
+    "mode", fit_modes({"steps_per_execution": 16}, {}, {"jit_compile": True}, {"run_eagerly": True})
 )
-def test_steps_are_exact_in_every_mode_of_fit(modes):
-    """Scale changes carry their exact step and variable however many steps run between two looks."""
+def test_steps_are_exact_in_every_mode_of_fit(mode):
+    """Changes have their exact step and variable, whatever the number of steps between two looks."""
     x, y = digits_like()
     x[5 * 16 + 3], x[20 * 16] = np.inf, np.nan
     rule = DynamicScale(initial_scale=8.0, growth_interval=4)
-    model = small_model(LossScaleOptimizer("adam", rule), **modes)
+    model = small_model(LossScaleOptimizer("adam", rule), **mode)
     model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
     trace = "".join("F" if number in (5, 20) else "T" for number in range(32))
     scales = [8.0, *scaling.simulate(rule, trace)]
@@ -342,9 +350,9 @@ def test_steps_are_exact_in_every_mode_of_fit(modes):
     assert finite(model)
 
 
-@pytest.mark.parametrize("modes", modes({}, {"steps_per_execution": 4}, {"run_eagerly": True}), ids=str)
-def test_embeddings_and_frozen_layers(modes):
-    """The gradient of an embedding is sparse, and a frozen layer has none and does not move."""
+@pytest.mark.parametrize("mode", fit_modes({}, {"steps_per_execution": 4}, {"run_eagerly": True}))
+def test_embeddings_and_frozen_layers(mode):
+    """The gradient of an embedding is sparse, and a frozen layer has none."""
     tokens = np.random.default_rng(0).integers(5, size=(64, 3))
     targets = tokens.sum(axis=1, keepdims=True).astype("float32")
     targets[20] = np.inf
@@ -352,7 +360,7 @@ def test_embeddings_and_frozen_layers(modes):
     model = keras.Sequential([keras.Input((3,), dtype="int32"), *layers])
     layers[2].trainable = False
     before, frozen = layers[0].get_weights()[0], layers[2].get_weights()
-    model.compile(LossScaleOptimizer("adam"), loss="mse", **modes)
+    model.compile(LossScaleOptimizer("adam"), loss="mse", **mode)
     model.fit(tokens, targets, batch_size=8, shuffle=False, verbose=0)
     assert (int(model.optimizer.attempted_steps), int(model.optimizer.skipped_steps)) == (8, 1)
     assert finite(model)
@@ -363,7 +371,7 @@ def test_embeddings_and_frozen_layers(modes):
 
 @pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
 def test_a_model_with_nothing_to_train_fits():
-    """Keras warns; the optimizer takes no step."""
+    """Keras warns, and the optimizer takes no step."""
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1, trainable=False)])
     model.compile(LossScaleOptimizer("adam"), loss="mse")
     model.fit(*digits_like(32), verbose=0, callbacks=[tfmixed.callbacks.LossScaleLogger(verbose=0)])
@@ -371,7 +379,7 @@ def test_a_model_with_nothing_to_train_fits():
 
 
 def test_train_on_batch_skips_and_counts():
-    """Batch by batch, as in `fit`."""
+    """As in `fit`."""
     model = small_model(LossScaleOptimizer("adam"))
     x, y = digits_like(8)
     for bad in (False, True, False):
@@ -382,8 +390,8 @@ def test_train_on_batch_skips_and_counts():
 
 @needs_tensorflow
 @pytest.mark.parametrize("compiled", [False, True])
-def test_two_optimizers_in_one_loop_decide_for_themselves(compiled):
-    """A generator and a critic, say: an overflow in one does not stop the other."""
+def test_two_optimizers_in_one_loop_are_independent(compiled):
+    """An overflow of one, such as a generator, does not skip the step of the other, such as a critic."""
     first, second = LossScaleOptimizer(keras.optimizers.SGD(1.0), 4), LossScaleOptimizer(keras.optimizers.SGD(1.0), 8)
     a, b = variables()
     first.build([a])
@@ -403,11 +411,11 @@ def test_two_optimizers_in_one_loop_decide_for_themselves(compiled):
     assert (int(first.skipped_steps), int(second.skipped_steps)) == (1, 0)
 
 
-# A drop-in for Keras's class.
+# A drop-in replacement for Keras's class.
 
 
 def test_compile_does_not_wrap_it_again():
-    """Under mixed_float16 Keras wraps every other optimizer by itself."""
+    """Under mixed_float16 Keras wraps all other optimizers."""
     keras.config.set_dtype_policy("mixed_float16")
     optimizer = LossScaleOptimizer("sgd")
     assert small_model(optimizer).optimizer is optimizer
@@ -424,12 +432,12 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("make", INNER.values(), ids=INNER)
-def test_inner_optimizer_works_as_before_and_never_hides_an_overflow(make):
-    """With a power of two as scale the run is that of the bare inner optimizer; TensorFlow may order factors anew.
-
-    A bad batch in the middle leaves the run as if that batch had not been there.
-    """
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, id=name, marks=() if name == "global_clipnorm" else slow) for name, make in INNER.items()],
+)
+def test_a_run_is_that_of_the_inner_optimizer(make):
+    """With a power of two as scale, up to the order of multiplications. A bad batch leaves no trace."""
     x, y = digits_like(96)
     with_bad = np.insert(x, 32, np.full((16, 6), np.inf), axis=0), np.insert(y, 32, np.zeros((16, 1)), axis=0)
     bare = small_model(make())
@@ -439,46 +447,45 @@ def test_inner_optimizer_works_as_before_and_never_hides_an_overflow(make):
         model = small_model(LossScaleOptimizer(make(), 1024))
         history = model.fit(*data, batch_size=16, shuffle=False, verbose=0).history["loss"]
         results.append((history, model.get_weights(), model.optimizer.iterations, model.optimizer.learning_rate))
-    (clean_losses, clean, *numbers), (_, skipped, *others) = results
+    (clean_losses, clean, *numbers), (_, skipped, *with_skip) = results
     np.testing.assert_allclose(clean_losses, losses, rtol=1e-6)
     for ours, theirs in zip(clean, bare.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
     for ours, theirs in zip(clean, skipped, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    for each in (numbers, others):
-        assert [float(value) for value in each] == [
-            float(bare.optimizer.iterations),
-            float(bare.optimizer.learning_rate),
-        ]
+    expected = [float(bare.optimizer.iterations), float(bare.optimizer.learning_rate)]
+    assert [float(value) for value in numbers] == [float(value) for value in with_skip] == expected
 
 
 @pytest.mark.parametrize(
     ("scale", "inner"), [(2.0**-60, {}), (1.0, {"clipvalue": 1.0}), (3.0 * 2.0**20, {"global_clipnorm": 1.0})]
 )
 def test_a_norm_that_float32_cannot_hold_is_an_overflow(scale, inner):
-    """However its parts are clipped; one just below the edge is applied. The largest gradients take the blame."""
+    """Whatever the clipping. A norm just below the limit is applied. The event names the largest gradients."""
     optimizer, weights = LossScaleOptimizer(keras.optimizers.Adagrad(1.0, **inner), ConstantScale(scale)), variables()
     take = compiled(optimizer, weights)
     for step, (first, second) in enumerate([(1, 1e19), (1, 2e19), (1.2e19, 1.5e19), (1, 3e31)]):
         before = [weight.numpy() for weight in weights]
-        take(*(ops.convert_to_tensor(np.array([0.0, each]) * scale, "float32") for each in (first, second)))
+        take(*(ops.convert_to_tensor(np.array([0.0, size]) * scale, "float32") for size in (first, second)))
         assert int(optimizer.skipped_steps) == step
         assert np.isfinite(float(optimizer.gradient_norm)) == (step == 0)
         assert np.array_equal(weights[1].numpy(), before[1]) == (step > 0)
         assert step == 0 or np.array_equal(weights[0].numpy(), before[0])
-    assert optimizer._overflows() == {"a": 0, "b": 3}
+    assert optimizer._overflow_counts() == {"a": 0, "b": 3}
 
 
-def test_a_value_that_is_not_finite_takes_the_blame_before_a_large_one():
-    """Both are overflows."""
+def test_an_event_names_a_non_finite_gradient_before_a_large_one():
+    """If both are overflows."""
     optimizer = LossScaleOptimizer("sgd", DynamicScale(2.0))
     apply(optimizer, [ops.array([1.0, 1e25]), ops.array([1.0, np.nan])], variables())
     assert [event.variable for event in optimizer.drain_events()] == ["b"]
 
 
-@pytest.mark.parametrize("name", ["adam", "adafactor", "adagrad", "ftrl", "muon"])
-def test_no_large_gradient_poisons_an_optimizer(name):
-    """Nor its state: beside them others train on."""
+@pytest.mark.parametrize(
+    "name", ["adam", "muon", *(pytest.param(name, marks=slow) for name in ("adafactor", "adagrad", "ftrl"))]
+)
+def test_large_gradients_do_not_break_an_optimizer(name):
+    """Neither its variables nor its state, and later steps still train."""
     optimizer, weights = LossScaleOptimizer(name, 1), [keras.Variable(np.ones((2, 2), "float32"))]
     for size in (1e19, 1e25, 3e38, 1.0, 1.0):
         before = weights[0].numpy()
@@ -489,14 +496,14 @@ def test_no_large_gradient_poisons_an_optimizer(name):
 
 
 class SquaringDescent(keras.optimizers.SGD):
-    """Not known to be linear: it takes steps of its own."""
+    """A subclass with its own step, which is not known to be linear."""
 
     def update_step(self, gradient, variable, learning_rate):
         super().update_step(ops.square(ops.cast(gradient, variable.dtype)), variable, learning_rate)
 
 
 def namesake():
-    """Returns an optimizer of a class of a name that Keras has."""
+    """Returns an optimizer whose class has the name of one of Keras's."""
     return type("Lion", (keras.optimizers.Adam,), {})(1e-3)
 
 
@@ -528,8 +535,8 @@ MULTI = MULTI if hasattr(keras.optimizers, "MultiOptimizer") else []  # from Ker
         *MULTI,
     ],
 )
-def test_float16_variables_are_given_what_float16_can_square_and_add(make, size, skipped):
-    """Second moments of inf would make later steps NaN. A class of the user's own is not known by its name."""
+def test_float16_gradients_must_have_finite_squares(make, size, skipped):
+    """Infinite second moments would make later steps NaN. Linear and clipping optimizers need no squares."""
     optimizer, weight = LossScaleOptimizer(make(), 1), keras.Variable([1.0, 1.0], dtype="float16")
     for number in (size, size, 1.0, 1.0):
         apply(optimizer, [ops.array([number, 1.0], "float32")], [weight])
@@ -538,22 +545,23 @@ def test_float16_variables_are_given_what_float16_can_square_and_add(make, size,
 
 
 @needs_tensorflow
-@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras, whenever it does not know the length
-@pytest.mark.parametrize("modes", [{}, {"steps_per_execution": 3}], ids=str)
-def test_the_end_of_a_dataset_is_no_step(modes):
-    """Of a length that nobody knows: the step that finds no batch counts nowhere."""
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras warns if it does not know the length
+@pytest.mark.parametrize("mode", fit_modes({"steps_per_execution": 3}, {}))
+def test_the_end_of_a_dataset_is_not_a_step(mode):
+    """If its length is not known, the last step finds no batch."""
     x, y = digits_like(64)
     x[20] = np.inf
     data = tf.data.Dataset.from_tensor_slices((x, y)).filter(lambda *_: True).batch(16)
-    model = small_model(LossScaleOptimizer("adam"), **modes)
+    model = small_model(LossScaleOptimizer("adam"), **mode)
     model.fit(data, epochs=3, verbose=0, shuffle=False)
     optimizer = model.optimizer
     assert (int(optimizer.attempted_steps), int(optimizer.skipped_steps), int(optimizer.iterations)) == (12, 3, 9)
     assert [event.step for event in optimizer.drain_events()] == [1, 5, 9]
 
 
-def test_a_stuck_run_is_told_within_an_except_block_too():
-    """As in a loop that starts a failed training again."""
+@slow
+def test_an_exhausted_scale_is_an_error_in_an_except_block_too():
+    """For a loop that starts a failed training again."""
     model = small_model(LossScaleOptimizer("adam", 1, max_consecutive_skips=4))
     x, y = digits_like(64)
     try:
@@ -563,8 +571,8 @@ def test_a_stuck_run_is_told_within_an_except_block_too():
             model.fit(x * np.nan, y, batch_size=8, verbose=0)
 
 
-def test_what_vanishes_when_it_is_squared_is_still_an_overflow():
-    """With a tiny scale: 1e-24 squared is 0, and unscaled no float16 number."""
+def test_an_overflow_whose_scaled_square_vanishes():
+    """With a tiny scale, 1e-24 squared is 0 and its unscaled value exceeds float16."""
     weights = [keras.Variable([1.0], dtype="float16"), keras.Variable([1.0])]
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), 1e-30)
     apply(optimizer, [ops.array([1e-24]), ops.array([2e-30])], weights)
@@ -574,7 +582,7 @@ def test_what_vanishes_when_it_is_squared_is_still_an_overflow():
 @needs_tensorflow
 @pytest.mark.parametrize("inner", ["adam", "sgd"])
 def test_float64_gradients_beyond_float32_are_an_overflow(inner):
-    """Their norm is a float32."""
+    """Their norm is float32."""
     optimizer, weight = LossScaleOptimizer(inner, 1), keras.Variable(np.ones(2), dtype="float64")
     for value in (1e200, 1.0):
         apply(optimizer, [tf.constant([value] * 2, tf.float64)], [weight])
@@ -583,7 +591,7 @@ def test_float64_gradients_beyond_float32_are_an_overflow(inner):
 
 
 def test_a_scale_whose_reciprocal_is_subnormal_divides():
-    """Kernels take such a reciprocal for 0."""
+    """Kernels take a subnormal reciprocal for 0."""
     optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 2.0**127), keras.Variable([1.0])
     take = compiled(optimizer, [weight])
     for _ in range(2):
@@ -592,7 +600,7 @@ def test_a_scale_whose_reciprocal_is_subnormal_divides():
 
 
 def test_the_norm_of_float16_gradients_is_float32():
-    """The square of 300 is none of float16's numbers."""
+    """The square of 300 exceeds float16."""
     optimizer = LossScaleOptimizer("sgd", 1)
     apply(optimizer, [ops.array([300.0, 400.0], "float16")], [keras.Variable([1.0, 1.0], dtype="float16")])
     assert float(optimizer.gradient_norm) == pytest.approx(500.0)
@@ -600,7 +608,7 @@ def test_the_norm_of_float16_gradients_is_float32():
 
 @needs_tensorflow
 def test_float64_gradients_keep_their_digits():
-    """They are not rounded to float32 on the way."""
+    """They are not rounded to float32."""
     optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 8), keras.Variable([0.0], dtype="float64")
     apply(optimizer, [tf.constant([8.0 + 2.0**-40], tf.float64)], [weight])
     assert float(weight.numpy()[0]) == -1.0 - 2.0**-43
@@ -608,15 +616,15 @@ def test_float64_gradients_keep_their_digits():
 
 @needs_tensorflow
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-def test_float32_gradients_of_float64_variables_are_judged_in_their_own_range(bad):
-    """Infinity is not below float64's largest number, of which float32 makes infinity."""
+def test_float32_gradients_of_float64_variables(bad):
+    """The limit of float64 is infinity in float32, and infinity must not be within it."""
     optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 1), keras.Variable([1.0], dtype="float64")
     apply(optimizer, [tf.constant([bad], tf.float32)], [weight])
     assert (int(optimizer.skipped_steps), float(weight.numpy()[0])) == (1, 1.0)
 
 
-def test_a_finite_gradient_whose_scaled_norm_overflows_is_applied_as_it_is():
-    """Scaled, the sum of squares leaves float32; unscaled, all is well."""
+def test_a_finite_gradient_whose_scaled_norm_overflows_is_applied():
+    """The sum of squares exceeds float32 only while it is scaled."""
     optimizer, weights = LossScaleOptimizer(keras.optimizers.SGD(1e-13, global_clipnorm=1e30), 2**24), variables()
     apply(optimizer, [ops.zeros(2), ops.full((2,), 1e13 * 2**24)], weights)
     np.testing.assert_allclose(weights[1].numpy(), [2.0, 3.0], rtol=1e-6)
@@ -629,8 +637,8 @@ def test_a_finite_gradient_whose_scaled_norm_overflows_is_applied_as_it_is():
     ids=str,
 )
 def test_float16_variables_are_clipped_as_keras_does(clip, expected):
-    """Unscaled gradients stay float32 on their way into the inner optimizer: squares of float16 overflow above 255."""
-    # On PyTorch, where a scalar does not widen a vector, Keras's own class clips to NaN here.
+    """The inner optimizer gets float32 gradients, since squares of float16 overflow above 255."""
+    # On PyTorch a scalar does not widen a vector, and Keras's own class clips to NaN.
     wrappers = [LossScaleOptimizer] + [keras.optimizers.LossScaleOptimizer] * (BACKEND != "torch")
     for wrapper in wrappers:
         optimizer = wrapper(keras.optimizers.SGD(0.5, **clip), initial_scale=128.0)
@@ -639,51 +647,39 @@ def test_float16_variables_are_clipped_as_keras_does(clip, expected):
         np.testing.assert_array_equal(weight.numpy(), [expected] * 4)
 
 
-@pytest.mark.parametrize(
-    ("gradients", "weights", "message"),
-    [
-        (1, None, "trainable_variables must be passed to an optimizer that is not built, received None"),
-        (1, 2, "grads must hold one gradient a variable, received 1 for 2 variables"),
-    ],
-)
-def test_apply_says_what_does_not_fit(gradients, weights, message):
-    """Not from inside of zip."""
-    with pytest.raises(ValueError, match=message):
-        LossScaleOptimizer("sgd").apply([ops.ones(2)] * gradients, weights and variables())
+def test_apply_checks_its_variables():
+    """They are required if the optimizer is not built, one for each gradient."""
+    with pytest.raises(ValueError, match="trainable_variables"):
+        LossScaleOptimizer("sgd").apply([ops.ones(2)])
+    with pytest.raises(ValueError, match="one gradient for each"):
+        LossScaleOptimizer("sgd").apply([ops.ones(2)], variables())
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="stateless_apply takes values: nobody knows whose")
-def test_an_unknown_variable_is_named():
-    """As in Keras, an optimizer serves the variables that it was built with."""
+@pytest.mark.skipif(BACKEND == "jax", reason="stateless_apply takes values, not variables")
+def test_an_unknown_variable_is_an_error():
+    """The error names it and the variables that the optimizer was built with."""
     optimizer = LossScaleOptimizer("sgd")
     optimizer.build(variables())
-    with pytest.raises(ValueError, match=r"must be among those that .* built with \(a, b\), received stranger"):
+    with pytest.raises(ValueError, match=r"a, b.*stranger"):
         apply(optimizer, [ops.ones(2)], [keras.Variable([1.0, 2.0], name="stranger")])
 
 
 def test_loss_scale_takes_a_tensor():
-    """`optimizer.loss_scale = optimizer.loss_scale / 2` reads naturally."""
+    """Such as `optimizer.loss_scale = optimizer.loss_scale / 2`."""
     optimizer = LossScaleOptimizer("sgd")
     optimizer.loss_scale = optimizer.loss_scale / 2
     assert float(optimizer.loss_scale) == 2.0**14
 
 
-def test_learning_rate_is_the_inner_optimizers():
-    """Reading and assigning goes through."""
-    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.5))
-    optimizer.learning_rate = 0.25
-    assert float(optimizer.inner_optimizer.learning_rate) == float(optimizer.learning_rate) == 0.25
-
-
-def test_inner_loss_scale_factor_is_switched_off():
-    """Otherwise the loss would be scaled twice."""
+def test_the_loss_scale_factor_of_the_inner_optimizer_is_ignored():
+    """Otherwise gradients would be unscaled twice."""
     inner = keras.optimizers.SGD(0.5, loss_scale_factor=100)
     weights, _ = run(LossScaleOptimizer(inner, 8), "T")
     np.testing.assert_allclose(weights[0].numpy(), [0.5, 1.5])
 
 
-def test_properties_are_keras_names():
-    """dynamic_scale and step_counter are variables, as in Keras; a rule that counts nothing has no counter."""
+def test_properties_of_keras():
+    """dynamic_scale and step_counter are variables. A rule that counts nothing has no counter."""
     optimizer = LossScaleOptimizer("sgd", initial_scale=4.0, dynamic_growth_steps=7)
     run(optimizer, "TT")
     assert (optimizer.initial_scale, optimizer.dynamic_growth_steps) == (4.0, 7)
@@ -694,46 +690,46 @@ def test_properties_are_keras_names():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scale": "static"}, 'scale must be "dynamic", a number above 0, .* received .static'),
-        ({"scale": -1}, "value must be a finite float32 number above 0, received -1"),
-        ({"scale": 8, "initial_scale": 4}, "exclude each other, received scale=8"),
-        ({"dynamic": False}, "needs initial_scale .* received initial_scale=None"),
+        ({"scale": "static"}, "scale"),
+        ({"scale": -1}, "value"),
+        ({"scale": 8, "initial_scale": 4}, "scale=8"),
+        ({"dynamic": False}, "initial_scale=None"),
         ({"dynamic": False, "initial_scale": 4, "dynamic_growth_steps": 2}, "dynamic_growth_steps=2"),
-        ({"initial_scale": 0}, "initial_scale must be a finite float32 number above 0, received 0"),
-        ({"dynamic_growth_steps": 0}, "dynamic_growth_steps must be a whole number, at least 1 .* received 0"),
-        ({"dynamic": False, "initial_scale": -3}, "initial_scale must be .* above 0, received -3"),
-        ({"dynamic": "no"}, "dynamic must be True, False or None, received 'no'"),
-        ({"dynamic": 1.0}, "dynamic must be True, False or None, received 1.0"),
-        ({"dynamic": 0, "initial_scale": 8}, "dynamic must be True, False or None, received 0"),
-        ({"event_capacity": 0}, "event_capacity must be a whole number, at least 1 .* received 0"),
-        ({"max_consecutive_skips": 0}, "max_consecutive_skips must be a whole number, at least 1 .* received 0"),
-        ({"clipnorm": 1.0}, "set `clipnorm` on the `inner_optimizer`"),
-        ({"foo": 1}, "does not support arguments: `foo`"),
+        ({"initial_scale": 0}, "initial_scale"),
+        ({"dynamic_growth_steps": 0}, "dynamic_growth_steps"),
+        ({"dynamic": False, "initial_scale": -3}, "initial_scale"),
+        ({"dynamic": "no"}, "dynamic='no'"),
+        ({"dynamic": 1.0}, "dynamic=1.0"),
+        ({"dynamic": 0, "initial_scale": 8}, "dynamic=0"),
+        ({"event_capacity": 0}, "event_capacity"),
+        ({"max_consecutive_skips": 0}, "max_consecutive_skips"),
+        ({"clipnorm": 1.0}, "clipnorm"),
+        ({"foo": 1}, "foo"),
     ],
     ids=str,
 )
-def test_bad_arguments_are_named(arguments, message):
-    """Every refusal names the argument and what was received."""
+def test_wrong_arguments_are_errors(arguments, message):
+    """The error names the argument and the value."""
     with pytest.raises(ValueError, match=message):
         LossScaleOptimizer("sgd", **arguments)
 
 
-def test_bad_inner_optimizers_are_refused():
-    """What is no optimizer, and what scales by itself."""
-    with pytest.raises(TypeError, match=r"inner_optimizer must be a keras\.optimizers\.Optimizer or its name"):
+def test_wrong_inner_optimizers_are_errors():
+    """Other objects, and optimizers that scale by themselves."""
+    with pytest.raises(TypeError, match="inner_optimizer"):
         LossScaleOptimizer(keras.layers.Dense(1))
-    with pytest.raises(ValueError, match=r"inner_optimizer must not scale .* received LossScaleOptimizer"):
+    with pytest.raises(ValueError, match="inner_optimizer"):
         LossScaleOptimizer(LossScaleOptimizer("sgd"))
 
 
-def test_keras_2_spelling_of_a_constant_scale():
-    """dynamic=False, initial_scale=128 is ConstantScale(128)."""
+def test_a_constant_scale_by_its_keras_2_arguments():
+    """dynamic=False and initial_scale=128 are ConstantScale(128)."""
     assert LossScaleOptimizer("sgd", dynamic=False, initial_scale=128).rule == ConstantScale(128.0)
 
 
 @pytest.mark.parametrize("scale", [2.0**-4, 0.7, 2.0**27 + 15], ids=str)
-def test_keras_spelling_of_any_first_scale(scale):
-    """Beyond the default bounds too, and where float32 has no such number: the next one within."""
+def test_any_initial_scale_of_keras(scale):
+    """Beyond the default bounds too, rounded to a float32 number within the bounds."""
     first = float(LossScaleOptimizer("sgd", initial_scale=scale).loss_scale)
     assert first == pytest.approx(scale, rel=2**-23)
     assert (first >= scale) is (scale < 1)
@@ -754,7 +750,7 @@ RULES = {
 
 @pytest.mark.parametrize("arguments", RULES.values(), ids=RULES)
 def test_config_round_trips(arguments):
-    """get_config and from_config restore the rule exactly."""
+    """`get_config` and `from_config` restore the rule."""
     optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.5), name="mine", **arguments)
     config = optimizer.get_config()
     again = LossScaleOptimizer.from_config(config)
@@ -762,9 +758,19 @@ def test_config_round_trips(arguments):
     assert (again.rule, again.event_capacity, again.name) == (optimizer.rule, optimizer.event_capacity, "mine")
 
 
-@pytest.mark.parametrize(("how", "arguments"), covering(1, HOW, RULES))
-def test_saved_state_is_restored_exactly(how, arguments, tmp_path):
-    """Everything, the pending events included, comes back, and the run goes on as if it had not stopped."""
+SAVED = {"model-dynamic", "checkpoint-keras"}
+
+
+@pytest.mark.parametrize(
+    ("how", "arguments"),
+    [
+        pytest.param(how, arguments, id=f"{how}-{name}", marks=() if f"{how}-{name}" in SAVED else slow)
+        for how in HOW
+        for name, arguments in RULES.items()
+    ],
+)
+def test_saved_state_is_restored(how, arguments, tmp_path):
+    """With all events, and the run continues as if it had not stopped."""
     x, y = digits_like(160)
     x[33] = np.nan
     model = small_model(LossScaleOptimizer("adam", **arguments))
@@ -785,8 +791,8 @@ def test_saved_state_is_restored_exactly(how, arguments, tmp_path):
     assert int(again.optimizer.skipped_steps) == 1
     for ours, theirs in zip(again.optimizer.variables[2:], model.optimizer.variables[2:], strict=True):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
-    for each in (model, again):
-        each.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+    for trained in (model, again):
+        trained.fit(x, y, batch_size=16, shuffle=False, verbose=0)
     for ours, theirs in zip(again.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert float(again.optimizer.loss_scale) == float(model.optimizer.loss_scale)
@@ -801,7 +807,7 @@ def keras_trained(tmp_path):
 
 
 def test_weights_saved_with_keras_own_class_load(tmp_path):
-    """Scale, counter, iterations and moments go on where Keras's class stopped."""
+    """With scale, counter, iterations and moments."""
     model = keras_trained(tmp_path)
     again = small_model(LossScaleOptimizer("adam", initial_scale=4.0, dynamic_growth_steps=3))
     again.optimizer.build(again.trainable_variables)
@@ -811,8 +817,9 @@ def test_weights_saved_with_keras_own_class_load(tmp_path):
     np.testing.assert_array_equal(ours.variables[-1].numpy(), theirs.variables[-1].numpy())
 
 
-def test_model_saved_with_keras_own_class_goes_on(tmp_path):
-    """load_model gives Keras's class; from_keras takes over rule, state and inner optimizer."""
+@slow
+def test_a_model_saved_with_keras_own_class_continues(tmp_path):
+    """`load_model` returns Keras's class, and `from_keras` takes over rule, state and inner optimizer."""
     keras_trained(tmp_path)
     loaded = keras.models.load_model(tmp_path / "keras.keras")
     optimizer = LossScaleOptimizer.from_keras(loaded.optimizer)
@@ -822,16 +829,18 @@ def test_model_saved_with_keras_own_class_goes_on(tmp_path):
     assert int(optimizer.iterations) == 8
 
 
-@pytest.mark.parametrize(("broken", "mended"), [(0.0, 1.0), (np.inf, 2.0**24), (np.nan, 4.0)])
-def test_a_broken_scale_in_a_keras_file_is_mended(broken, mended, tmp_path):
-    """Keras's own class can save a scale of 0, inf or NaN: it becomes the nearest that the rule allows."""
-    model = keras_trained(tmp_path)
-    model.optimizer.dynamic_scale.assign(broken)
-    assert float(LossScaleOptimizer.from_keras(model.optimizer).loss_scale) == mended
+def test_a_broken_scale_of_keras_moves_into_the_bounds():
+    """Keras's own class can have a scale of 0, inf or NaN."""
+    theirs = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(), 4.0, 3)
+    theirs.build(variables())
+    for broken, bounded in ((0.0, 1.0), (np.inf, 2.0**24), (np.nan, 4.0)):
+        theirs.dynamic_scale.assign(broken)
+        assert float(LossScaleOptimizer.from_keras(theirs).loss_scale) == bounded
 
 
-def test_a_file_of_another_inner_optimizer_is_left_out_with_a_warning(tmp_path):
-    """Nothing is half-loaded."""
+@slow
+def test_a_file_of_another_inner_optimizer_is_skipped_with_a_warning(tmp_path):
+    """Nothing is loaded."""
     x, y = digits_like(64)
     model = small_model(LossScaleOptimizer("sgd"))
     model.fit(x, y, verbose=0)
@@ -846,7 +855,7 @@ def test_a_file_of_another_inner_optimizer_is_left_out_with_a_warning(tmp_path):
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
 @pytest.mark.parametrize("inner", ["adam", "sgd"])
 def test_an_optimizer_without_the_inner_variables_of_the_file_loads_none(inner):
-    """Neither one that is not built yet, nor a smaller one: scale and counters without the moments are no state."""
+    """If it is not built yet, or has fewer variables. Scale and counters without moments would not be a state."""
     old, store = LossScaleOptimizer("adam"), {}
     run(old, "TTT")
     old.save_own_variables(store)
@@ -857,8 +866,8 @@ def test_an_optimizer_without_the_inner_variables_of_the_file_loads_none(inner):
     assert (int(new.attempted_steps), int(new.iterations)) == (0, 0)
 
 
-def test_a_ring_of_another_capacity_invents_no_events():
-    """Its entries are lost; counters and scale are restored."""
+def test_a_buffer_of_another_capacity_is_not_restored():
+    """Its events are lost. Counters and scale are restored."""
     old, store = LossScaleOptimizer("sgd", event_capacity=4), {}
     run(old, "FFF")
     old.save_own_variables(store)
@@ -875,8 +884,8 @@ def test_a_ring_of_another_capacity_invents_no_events():
     assert [event.step for event in new.drain_events()] == [3]
 
 
-def test_a_file_of_another_rule_keeps_the_new_rule():
-    """Counters and inner state are restored; the scale is the old one within the new rule's bounds."""
+def test_a_file_of_another_rule():
+    """Counters and inner state are restored. The scale is the old one within the new rule's bounds."""
     old, new = LossScaleOptimizer("sgd", DynamicScale(initial_scale=8.0)), LossScaleOptimizer("sgd", 128)
     run(old, "TFT")
     store = {}
@@ -898,14 +907,9 @@ def test_old_config_with_base_arguments_loads():
     assert LossScaleOptimizer.from_config(config).rule == DynamicScale()
 
 
-def test_public_name():
-    """The package exports it."""
-    assert tfmixed.LossScaleOptimizer is LossScaleOptimizer
-
-
 @needs_tensorflow
-def test_a_variable_that_is_given_twice_hides_no_overflow():
-    """Keras applies both gradients."""
+def test_a_variable_with_two_gradients():
+    """Keras applies both, and both are checked."""
     optimizer, weight = LossScaleOptimizer(keras.optimizers.SGD(1.0), 1), keras.Variable([0.0])
     for first in (np.nan, 1.0):
         apply(optimizer, [ops.array([first]), ops.array([2.0])], [weight, weight])
@@ -913,29 +917,29 @@ def test_a_variable_that_is_given_twice_hides_no_overflow():
     assert float(optimizer.gradient_norm) == pytest.approx(5**0.5)
 
 
-def test_reading_makes_no_variables():
-    """Of an optimizer that is not built."""
+def test_reading_creates_no_variables():
+    """If the optimizer is not built."""
     optimizer = LossScaleOptimizer("sgd")
     before = len(optimizer.variables)
     numbers = (optimizer.loss_scale, optimizer.attempted_steps, optimizer.gradient_norm)
-    assert [float(each) for each in numbers] == [2.0**15, 0.0, 0.0]
+    assert [float(number) for number in numbers] == [2.0**15, 0.0, 0.0]
     assert (optimizer.dynamic_scale, optimizer.step_counter, optimizer.dynamic_counter) == (None, None, None)
     assert len(optimizer.variables) == before
 
 
 @pytest.mark.parametrize("name", ["rule", "initial_scale", "dynamic_growth_steps"])
-def test_what_the_state_is_made_of_is_not_set_later(name):
+def test_arguments_of_the_state_cannot_be_set_later(name):
     """It would have no effect."""
     with pytest.raises(AttributeError, match=name):
         setattr(LossScaleOptimizer("sgd"), name, 4)
 
 
-def test_an_inner_optimizer_whose_apply_gradients_is_its_own_is_told():
+def test_an_inner_optimizer_that_overrides_apply_gradients_is_a_warning():
     """It would not be called."""
 
     class Tripled(keras.optimizers.SGD):
         def apply_gradients(self, grads_and_vars):
             return super().apply_gradients([(3 * gradient, variable) for gradient, variable in grads_and_vars])
 
-    with pytest.warns(UserWarning, match="Tripled has no effect"):
+    with pytest.warns(UserWarning, match="Tripled"):
         LossScaleOptimizer(Tripled())

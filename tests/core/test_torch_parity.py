@@ -1,6 +1,6 @@
-"""`GradScaler` against PyTorch's own: random loops that were recorded from `torch.amp.GradScaler`, on every backend.
+"""`GradScaler` against random loops recorded from `torch.amp.GradScaler`, on all backends.
 
-Where torch is, it is asked again, on more of them: `TFMIXED_PARITY_LOOPS` says how many.
+With torch installed, more loops are run: their number is `TFMIXED_PARITY_LOOPS`.
 
     KERAS_BACKEND=torch python tests/core/test_torch_parity.py --record
 """
@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from backend import BACKEND, tf
 from keras import ops
-from thorough import covering
 
 from tfmixed import GradScaler
 
@@ -25,14 +24,14 @@ RECORDED = Path(__file__).parents[1] / "data" / "grad_scaler_loops.json"
 LOOPS, MORE = 8, int(os.environ.get("TFMIXED_PARITY_LOOPS", "12"))
 ITERATIONS, OPTIMIZERS = 40, 3
 VALUES, ODDS = ("inf", "-inf", "nan", "1.0", "0.001", "0.0", "100.0"), [0.05, 0.05, 0.05, 0.3, 0.2, 0.05, 0.3]
-# What a loop may do with an optimizer in an iteration: step, unscale and step, only unscale.
+# Calls for an optimizer in an iteration: step, unscale and step, only unscale.
 WAYS, WAY_ODDS = ("step", "clip", "look"), [0.45, 0.4, 0.15]
 
 
 def random_loop(seed):
-    """Returns a loop to take: the scaler's arguments, and for each iteration what is done, and a scale set by hand.
+    """Returns a random loop: the scaler's arguments, and the calls and new scale of each iteration.
 
-    With factors that float32 has, for JAX, where the seed is even.
+    With even seeds float32 holds the factors exactly, for JAX.
     """
     random = np.random.default_rng(seed)
     arguments = {
@@ -50,12 +49,12 @@ def random_loop(seed):
     return {"arguments": arguments, "iterations": iterations}
 
 
-def asked_of_torch(loop):
-    """Takes a loop with `torch.amp.GradScaler`, and returns it with what came of it."""
+def run_torch(loop):
+    """Runs a loop with `torch.amp.GradScaler`, and returns it with the results."""
     import torch
 
     class Counting(torch.optim.SGD):
-        """Counts its steps: a gradient of 0 moves nothing."""
+        """Counts its steps, since a gradient of 0 changes no weight."""
 
         steps = 0
 
@@ -87,7 +86,7 @@ def asked_of_torch(loop):
 
 
 def check(recorded, compiled=False):
-    """Takes a loop with ours, and compares every scale, growth tracker, decision and all weights."""
+    """Runs a loop with tfmixed, and compares all scales, growth trackers, steps and weights."""
     scaler = GradScaler(**recorded["arguments"])
     parts = [(keras.optimizers.SGD(0.25), keras.Variable([1.0, 1.0])) for _ in range(OPTIMIZERS)]
     of_function = tf.function if compiled else lambda function: function
@@ -95,7 +94,7 @@ def check(recorded, compiled=False):
     def act(way, optimizer, weight, value):
         grads = [scaler.scale(ops.ones((2,)) * value)]
         if way != "step":
-            grads = [ops.clip(each, -1.0, 1.0) for each in scaler.unscale(optimizer, grads)]
+            grads = [ops.clip(gradient, -1.0, 1.0) for gradient in scaler.unscale(optimizer, grads)]
         return way != "look" and scaler.step(optimizer, [(grads[0], weight)])
 
     def part(way, index):
@@ -116,41 +115,45 @@ def check(recorded, compiled=False):
         np.testing.assert_allclose(ops.convert_to_numpy(weight), values, rtol=1e-4, atol=1e-4)
 
 
-COMPILED = [False, True] if BACKEND == "tensorflow" else [False]
+def test_a_recorded_loop():
+    """With one to three optimizers in an iteration, unscale with and without step, and update(new_scale)."""
+    check(json.loads(RECORDED.read_text())[0])
 
 
-@pytest.mark.parametrize(("number", "compiled"), covering(1, range(0, LOOPS, 2 if BACKEND == "jax" else 1), COMPILED))
-def test_every_recorded_step_of_pytorchs_is_ours(number, compiled):
-    """With one to three optimizers an iteration, unscale with and without step, and update(new_scale)."""
-    check(json.loads(RECORDED.read_text())[number], compiled)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(0, LOOPS, 2 if BACKEND == "jax" else 1))
+def test_all_recorded_loops(number):
+    """Compiled on TensorFlow."""
+    check(json.loads(RECORDED.read_text())[number], compiled=BACKEND == "tensorflow")
 
 
-def test_the_recorded_loops_hold_all_that_can_happen():
-    """Every way with a good and a bad value, and scales set by hand."""
-    recorded = json.loads(RECORDED.read_text())
-    iterations = [each for loop in recorded for each in loop["iterations"]]
-    acts = {(way, value in VALUES[:3]) for each in iterations for _, way, value in each["acts"]}
-    assert acts == {(way, bad) for way in WAYS for bad in (False, True)}
-    assert len(recorded) == LOOPS
-    assert any(each["new_scale"] for each in iterations)
+def test_the_recorded_loops_cover_all_calls():
+    """All calls with finite and other values, and new scales."""
+    iterations = [iteration for loop in json.loads(RECORDED.read_text()) for iteration in loop["iterations"]]
+    calls = {(way, value in VALUES[:3]) for iteration in iterations for _, way, value in iteration["acts"]}
+    assert calls == {(way, bad) for way in WAYS for bad in (False, True)}
+    assert any(iteration["new_scale"] for iteration in iterations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(LOOPS, LOOPS + MORE))
-def test_every_step_of_pytorchs_is_ours(seed):
-    """On loops that were not recorded."""
+def test_random_loops(seed):
+    """Not recorded."""
     pytest.importorskip("torch")
-    check(asked_of_torch(random_loop(2 * seed if BACKEND == "jax" else seed)))
+    check(run_torch(random_loop(2 * seed if BACKEND == "jax" else seed)))
 
 
-def test_what_is_recorded_is_what_pytorch_does():
-    """In the version that is here."""
+@pytest.mark.slow
+def test_the_installed_pytorch_does_what_was_recorded():
+    """For all loops."""
     pytest.importorskip("torch")
     for seed, recorded in enumerate(json.loads(RECORDED.read_text())):
-        assert {**asked_of_torch(random_loop(seed)), "torch": recorded["torch"]} == recorded
+        assert {**run_torch(random_loop(seed)), "torch": recorded["torch"]} == recorded
 
 
-def test_states_go_both_ways():
-    """What one saves the other loads, and both go on alike."""
+@pytest.mark.slow
+def test_state_dicts_load_both_ways():
+    """PyTorch's and ours, and both continue in the same way."""
     torch = pytest.importorskip("torch")
     arguments = {"init_scale": 64.0, "growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 3}
     mine, real = GradScaler(**arguments), torch.amp.GradScaler("cpu", **arguments)
@@ -176,14 +179,15 @@ def test_states_go_both_ways():
     both([1.0, np.nan, 1.0, 1.0, 1.0])
 
 
-def test_where_pytorchs_scale_reaches_0_ours_does_not():
-    """The day the first half fails, a sentence of the class docstring can go (pytorch#98828)."""
+@pytest.mark.slow
+def test_the_scale_of_pytorch_reaches_0():
+    """If the first half fails, a sentence of the class docstring can be removed (pytorch#98828)."""
     pytest.importorskip("torch")
     loop = {
         "arguments": {"init_scale": 1.0},
         "iterations": [{"acts": [[0, "step", "inf"]], "new_scale": None}] * 160,
     }
-    assert asked_of_torch(loop)["results"][-1]["scale"] == 0.0
+    assert run_torch(loop)["results"][-1]["scale"] == 0.0
     scaler, optimizer, weight = GradScaler(init_scale=1.0), keras.optimizers.SGD(0.25), keras.Variable([1.0, 1.0])
     for _ in range(160):
         scaler.step(optimizer, [(ops.full((2,), np.inf), weight)])
@@ -194,4 +198,4 @@ def test_where_pytorchs_scale_reaches_0_ours_does_not():
 if __name__ == "__main__":
     if sys.argv[1:] != ["--record"]:
         sys.exit(__doc__)
-    RECORDED.write_text(json.dumps([asked_of_torch(random_loop(seed)) for seed in range(LOOPS)]) + "\n")
+    RECORDED.write_text(json.dumps([run_torch(random_loop(seed)) for seed in range(LOOPS)]) + "\n")

@@ -6,11 +6,13 @@ import re
 import sys
 
 import keras
+import numpy as np
 import pytest
 from keras import layers
 
 from tfmixed import hardware
 from tfmixed._cli import load_model
+from tfmixed._utils import timing
 from tfmixed.doctor import backend_settings, diagnosis, speed_test, tile_alignment
 from tfmixed.doctor.speed_test import Measured, Speed
 from tfmixed.doctor.tile_alignment import Width
@@ -24,17 +26,17 @@ SLOW = Measured((Speed("float32", 1.0, 1.0), Speed("bfloat16", 0.5, 2.0), Speed(
 
 
 def warned(*devices, **changes):
-    state = dataclasses.replace(backend_settings.read(), **changes)
-    return " / ".join(diagnosis.warnings(Hardware(devices), state))
+    settings = dataclasses.replace(backend_settings.read(), **changes)
+    return " / ".join(diagnosis.warnings(Hardware(devices), settings))
 
 
 def found(model, multiple=8):
-    odd = tile_alignment.odd_widths(model, multiple)
-    return [(each.layer.removeprefix(f"{model.name}/"), each.name, each.width, each.better) for each in odd]
+    widths = tile_alignment.odd_widths(model, multiple)
+    return [(width.layer.removeprefix(f"{model.name}/"), width.name, width.width, width.better) for width in widths]
 
 
 def test_this_machine_is_examined():
-    """Hardware, switches and policy agree with their sources, and nothing is measured unasked."""
+    """Hardware, settings and policy agree with their sources. Nothing is measured by default."""
     found = diagnosis.examine()
     assert found.hardware == hardware.describe()
     assert (found.policy, found.reason) == (found.hardware.policy, found.hardware.reason)
@@ -45,18 +47,31 @@ def test_this_machine_is_examined():
     assert found.widths is None
 
 
-def test_switches_tell_which_variables_are_set(monkeypatch):
-    """Those that steer speed, and no others."""
+def test_settings_include_environment_variables(monkeypatch):
+    """Only variables that affect speed are included."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/dev/null")
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    state = backend_settings.read()
-    assert state.variables["XLA_FLAGS"] == "--xla_dump_to=/dev/null"
-    assert set(state.variables) <= set(backend_settings.VARIABLES)
-    assert state.tf32 is False
+    settings = backend_settings.read()
+    assert settings.variables["XLA_FLAGS"] == "--xla_dump_to=/dev/null"
+    assert set(settings.variables) <= set(backend_settings.VARIABLES)
+    assert settings.tf32 is False
 
 
-def test_all_is_measured():
-    """Positive numbers for each dtype; float32 products are neither 1 MFLOP/s nor 1 EFLOP/s."""
+def test_speeds_are_measured(monkeypatch):
+    """Every dtype is measured, here on the smallest sizes."""
+    monkeypatch.setattr(speed_test, "_MATMUL_SIZES", (8,))
+    monkeypatch.setattr(speed_test, "_CONV_CHANNELS", (8,))
+    monkeypatch.setattr(speed_test, "_MIN_SECONDS", 1e-5)
+    monkeypatch.setattr(speed_test, "_CPU_LENGTH", 2**16)
+    measured = diagnosis.examine(measure=True).measured
+    assert [speed.dtype for speed in measured.speeds] == ["float32", "bfloat16", "float16"]
+    assert all(speed.matmul_tflops > 0 and speed.conv_tflops > 0 for speed in measured.speeds)
+    assert measured.bandwidth_gb_s > 0
+
+
+@pytest.mark.slow
+def test_measured_speeds_are_plausible():
+    """Products in float32 are between 1 MFLOP/s and 1 EFLOP/s."""
     measured = diagnosis.examine(measure=True).measured
     assert [speed.dtype for speed in measured.speeds] == ["float32", "bfloat16", "float16"]
     assert all(speed.matmul_tflops > 0 and speed.conv_tflops > 0 for speed in measured.speeds)
@@ -64,12 +79,29 @@ def test_all_is_measured():
     assert 1e-3 < measured.bandwidth_gb_s < 1e5
 
 
-def test_rates_are_medians_of_runs_in_turns():
-    """Each work runs once a round."""
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_work_chains_its_steps(in_place):
+    """Every step takes the result of the one before. Only an in-place work keeps the result."""
+    work = speed_test.Work(keras.ops.add, keras.ops.zeros((2,)), keras.ops.ones((2,)), 1.0, 3, in_place)
+    work.run()
+    assert float(work.values[0]) == (3.0 if in_place else 0.0)
+
+
+def test_the_addition_writes_in_place():
+    """The array holds the sum of all runs."""
+    work = speed_test.addition(16)
+    work.run()
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(work.values), np.full(16, 2.0))
+
+
+def test_timed_functions_are_interleaved():
+    """Every round calls each function once, and the order rotates."""
     order = []
-    works = [speed_test.Work(lambda name=name: order.append(name), 10.0) for name in "ab"]
-    assert all(rate > 0 for rate in speed_test.rates(works, rounds=3))
-    assert order == ["a", "b"] * 3
+    functions = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = timing.interleaved(functions, rounds=3)
+    assert "".join(order) == "abcbcacab"
+    assert all(len(seconds) == 3 and min(seconds) >= 0 for seconds in times.values())
+    assert timing.medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -78,44 +110,45 @@ def test_rates_are_medians_of_runs_in_turns():
         (
             (CPU,),
             {"backend": "tensorflow", "onednn": False, "variables": {"TF_ENABLE_ONEDNN_OPTS": "0"}},
-            r"oneDNN is off \(TF_ENABLE_ONEDNN_OPTS is 0\).*set TF_ENABLE_ONEDNN_OPTS=1",
+            "oneDNN is off",
         ),
-        ((CPU,), {"policy": "mixed_float16"}, r"policy is mixed_float16, and float16 is slow.*use mixed_bfloat16"),
-        ((CPU,), {}, "float16 is emulated on CPUs"),
-        ((hardware.cpu(frozenset(), "old"),), {}, "no bfloat16 arithmetic.*saves memory on it and no time"),
-        ((CPU, hardware.gpu("P100", (6, 0))), {}, r"P100: compute capability 6\.0 has no tensor cores.*no time"),
-        ((CPU, hardware.gpu("V100", (7, 0))), {"policy": "mixed_bfloat16"}, "bfloat16 is slow here: use mixed_float16"),
+        ((CPU,), {"policy": "mixed_float16"}, "mixed_float16.*use mixed_bfloat16"),
+        ((CPU,), {}, "emulated"),
+        ((hardware.cpu(frozenset(), "old"),), {}, "no bfloat16 arithmetic.*saves memory"),
+        ((CPU, hardware.gpu("P100", (6, 0))), {}, r"P100: compute capability 6\.0.*no time"),
+        ((CPU, hardware.gpu("V100", (7, 0))), {"policy": "mixed_bfloat16"}, "use mixed_float16"),
     ],
 )
-def test_what_makes_mixed_precision_useless_is_warned_of(devices, changes, warning):
-    """By name, and with what to do instead."""
+def test_slow_mixed_precision_is_warned_of(devices, changes, warning):
+    """The warning names the device or policy and a remedy."""
     assert re.search(warning, warned(*devices, **changes))
 
 
 def test_a_gpu_that_the_backend_does_not_see_is_warned_of(tmp_path, monkeypatch):
-    """Where its driver runs."""
+    """The NVIDIA driver is loaded, but the backend has no GPU."""
     (tmp_path / "version").touch()
     monkeypatch.setattr(diagnosis, "_NVIDIA_DRIVER", tmp_path / "version")
-    assert "JAX sees no GPU: install its CUDA build" in warned(CPU, backend="jax")
+    assert "JAX sees no GPU" in warned(CPU, backend="jax")
     assert "sees no GPU" not in warned(CPU, hardware.gpu("H100", (9, 0)))
 
 
 def test_a_good_machine_is_not_warned_of():
-    """A GPU with tensor cores, or bfloat16 on a CPU that has it."""
+    """Covers a GPU with tensor cores, and bfloat16 on a CPU that supports it."""
     assert warned(CPU, hardware.gpu("H100", (9, 0)), policy="mixed_float16", onednn=False) == ""
     assert "slow" not in warned(CPU, policy="mixed_bfloat16", onednn=True)
 
 
 def test_half_precision_that_is_slower_than_float32_is_warned_of():
-    """Where the hardware promises otherwise."""
-    machine, state = Hardware((CPU,)), backend_settings.read()
-    (slow,) = set(diagnosis.warnings(machine, state, SLOW)) - set(diagnosis.warnings(machine, state))
-    assert slow.startswith("bfloat16 should be faster than float32 here, and its matrix products are 0.5 times as fast")
-    assert set(diagnosis.warnings(machine, state, FAST)) == set(diagnosis.warnings(machine, state))
+    """The hardware supports bfloat16, but it measures slower."""
+    machine, settings = Hardware((CPU,)), backend_settings.read()
+    (slow,) = set(diagnosis.warnings(machine, settings, SLOW)) - set(diagnosis.warnings(machine, settings))
+    assert slow.startswith("bfloat16")
+    assert "0.5 times" in slow
+    assert set(diagnosis.warnings(machine, settings, FAST)) == set(diagnosis.warnings(machine, settings))
 
 
 def test_odd_widths_of_dense_and_conv_layers_are_found():
-    """Inner and outer width of each kernel, with the next multiple; depthwise kernels multiply no matrices."""
+    """Covers the inner and outer width of kernels. Depthwise kernels are not matrix products."""
     model = keras.Sequential(
         [
             keras.Input((8, 8, 16)),
@@ -138,7 +171,7 @@ def test_odd_widths_of_dense_and_conv_layers_are_found():
 
 
 def test_odd_widths_of_attention_recurrence_and_embeddings_are_found():
-    """Head sizes, units of cells, and the width of an embedding, whose rows are only looked up."""
+    """Covers head sizes, units of recurrent cells and the width of an embedding, but not its rows."""
     tokens = keras.Input((6,))
     vectors = layers.Embedding(1001, 20, name="embedding")(tokens)
     attended = layers.MultiHeadAttention(4, 6, name="attention")(vectors, vectors)
@@ -152,8 +185,8 @@ def test_odd_widths_of_attention_recurrence_and_embeddings_are_found():
     assert ("last", "inputs", 33, 40) in all_widths
 
 
-def test_layers_that_stay_in_float32_need_no_multiples():
-    """An island in a half-precision model; in a float32 model each layer could become half."""
+def test_float32_layers_of_a_half_precision_model_are_ignored():
+    """In a float32 model all layers are checked."""
     stack = [keras.Input((8,)), layers.Dense(8), Float32(layers.Dense(10))]
     assert [width[1:] for width in found(keras.Sequential(stack))] == [("units", 10, 16)]
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -161,8 +194,8 @@ def test_layers_that_stay_in_float32_need_no_multiples():
     assert found(keras.Sequential(stack)) == []
 
 
-def test_it_prints_what_a_person_looks_for():
-    """Device, policy, switches, speeds with their ratio to float32, bandwidth, warnings; ten layers at most."""
+def test_a_diagnosis_prints_as_tables():
+    """Prints devices, policy, settings, speeds, warnings, and at most ten layers."""
     odd = tuple(Width(f"layer_{number}[a]", "Dense", "units", 10, 16) for number in range(13))
     text = str(diagnosis.Diagnosis(Hardware((CPU,)), backend_settings.read(), ("beware",), FAST, odd))
     for words in ("some CPU", "AVX512-BF16", "mixed_bfloat16", "TF32", "2 x", "0.5 x", "50 GB/s", "! beware"):
@@ -173,8 +206,8 @@ def test_it_prints_what_a_person_looks_for():
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_json_holds_all_of_it():
-    """The same values, policy and reason included."""
+def test_a_diagnosis_is_json():
+    """The JSON has all fields, with policy and reason."""
     odd = (Width("logits", "Dense", "units", 10, 16),)
     found = diagnosis.Diagnosis(Hardware((CPU,)), backend_settings.read(), ("beware",), FAST, odd)
     read = json.loads(found.to_json())
@@ -188,7 +221,7 @@ def test_json_holds_all_of_it():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A directory with modules in it, as the current one."""
+    """A current directory with modules."""
     (tmp_path / "zoo_of_doctor.py").write_text(
         "import keras\n"
         "def good(): return keras.Sequential([keras.Input((4,)), keras.layers.Dense(30, name='dense')])\n"
@@ -208,7 +241,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_models_come_from_functions_and_files(here):
-    """A module of the current directory, or what model.save wrote."""
+    """Covers a module of the current directory and a saved model."""
     model = load_model.load_model("zoo_of_doctor:good")
     assert found(model) == [("dense", "inputs", 4, 8), ("dense", "units", 30, 32)]
     assert found(load_model.load_model("zoo_of_doctor:step")) == found(model)
@@ -237,15 +270,15 @@ def test_models_come_from_functions_and_files(here):
 )
 @pytest.mark.usefixtures("here")
 def test_a_bad_model_is_named_with_the_reason(spec, message):
-    """One line: what was received, and what is wrong with it."""
+    """The error is one line with the value and the reason."""
     with pytest.raises(UsageError, match=message) as caught:
         load_model.load_model(spec)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("here")
-def test_what_fails_inside_the_users_code_is_raised_as_it_is():
-    """Its traceback is what helps."""
+def test_errors_in_user_code_are_raised_unchanged():
+    """The traceback points to the user's code."""
     with pytest.raises(ValueError, match="from inside"):
         load_model.load_model("zoo_of_doctor:broken")
     with pytest.raises(ModuleNotFoundError, match="no_such_thing_of_doctor"):

@@ -20,8 +20,8 @@ from tfmixed.hardware import Hardware
         (None, "float32", ()),
     ],
 )
-def test_gpus_are_judged_by_compute_capability(capability, policy, fast):
-    """Tensor cores came with 7.0 (float16) and 8.0 (bfloat16)."""
+def test_the_policy_of_a_gpu_depends_on_its_compute_capability(capability, policy, fast):
+    """Tensor cores were introduced with 7.0 (float16) and 8.0 (bfloat16)."""
     device = hardware.gpu("some GPU", capability)
     assert (device.policy, device.fast) == (policy, fast)
     assert "compute capability" in device.reason
@@ -36,13 +36,13 @@ def test_gpus_are_judged_by_compute_capability(capability, policy, fast):
         (set(), "float32"),
     ],
 )
-def test_cpus_are_judged_by_bfloat16_instructions(features, policy):
-    """AMX-BF16 or AVX512-BF16; float16 instructions do not make TensorFlow fast in float16."""
+def test_the_policy_of_a_cpu_depends_on_its_bfloat16_instructions(features, policy):
+    """Requires AMX-BF16 or AVX512-BF16. TensorFlow does not use float16 instructions."""
     assert hardware.cpu(frozenset(features), "some CPU").policy == policy
 
 
 def test_features_name_the_instruction_sets():
-    """In a fixed order; those of float16 too, though they do not change the policy."""
+    """The order is fixed. Float16 instructions are listed, though they do not affect the policy."""
     flags = {"avx512_fp16", "amx_bf16", "avx512_bf16", "avx2", "avx_ne_convert", "amx_fp16"}
     features = ("AMX-BF16", "AVX512-BF16", "AMX-FP16", "AVX512-FP16", "AVX-NE-CONVERT")
     assert hardware.cpu(frozenset(flags)).features == features
@@ -51,13 +51,13 @@ def test_features_name_the_instruction_sets():
 
 
 @pytest.mark.parametrize(("capability", "text"), [((6, 1), "6.1"), ((7, 5), "7.5"), ((10, 0), "10.0"), (None, None)])
-def test_gpus_tell_their_compute_capability(capability, text):
-    """As NVIDIA writes it; None where the driver tells none."""
+def test_gpus_report_their_compute_capability(capability, text):
+    """It is `None` if the driver does not report it."""
     assert hardware.gpu("some GPU", capability).compute_capability == text
 
 
 def test_the_weakest_accelerator_decides():
-    """The CPU counts only where there is nothing else."""
+    """The CPU determines the policy only without an accelerator."""
     cpu = hardware.cpu(frozenset(), "CPU")
     old, new = hardware.gpu("old", (7, 0)), hardware.gpu("new", (9, 0))
     assert Hardware((cpu,)).policy == "float32"
@@ -66,9 +66,9 @@ def test_the_weakest_accelerator_decides():
     assert Hardware((cpu, hardware.tpu("v5e"))).reason == "TPUs multiply in bfloat16"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the flags where Linux keeps them")
-def test_this_machine_is_described_as_the_kernel_does():
-    """The CPU's row agrees with /proc/cpuinfo."""
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/cpuinfo")
+def test_the_cpu_agrees_with_proc_cpuinfo():
+    """The policy matches the CPU flags."""
     flags = Path("/proc/cpuinfo").read_text().split()
     device = hardware.describe().devices[0]
     assert device.kind == "cpu"
@@ -76,7 +76,7 @@ def test_this_machine_is_described_as_the_kernel_does():
 
 
 def test_it_prints_as_a_table():
-    """One row a device, with policy and reason."""
+    """The table has a row for each device."""
     text = str(Hardware((hardware.gpu("H100", (9, 0)),)))
     for word in ("device", "fast in", "H100", "mixed_bfloat16", "compute capability 9.0"):
         assert word in text

@@ -1,3 +1,5 @@
+"""`force_float32`: what it changes, that values are those of float32, and that models save and load with it."""
+
 from __future__ import annotations
 
 import functools
@@ -22,8 +24,8 @@ from tfmixed._islands.planner import Plan
 
 @pytest.fixture(params=SENSITIVE)
 def case(request):
-    """Makes a model, its input and what is said of it, under the global policy."""
-    make, said = SENSITIVE[request.param]
+    """A function that makes a model and its input under a policy, and the expected report."""
+    make, expected = SENSITIVE[request.param]
 
     def made(policy):
         keras.utils.clear_session()
@@ -31,7 +33,7 @@ def case(request):
         keras.config.set_dtype_policy(policy)
         return make()
 
-    return made, said
+    return made, expected
 
 
 def dtypes(outputs):
@@ -43,9 +45,9 @@ def numbers(outputs):
 
 
 def force_own_code(model, layer):
-    """What `force_float32` does with a layer in whose code an audit found something; on every backend."""
+    """Forces a layer like `force_float32` if an audit finds a hazard in its code; on every backend."""
     plan = Plan(model)
-    plan.own_code(layer)
+    plan.force_own_code(layer)
     return plan.make()
 
 
@@ -54,19 +56,19 @@ def weights(model):
 
 
 def error(outputs, right):
-    """The largest relative error; where something is not finite, infinite."""
+    """Returns the largest relative error, or inf for nonfinite values."""
     with np.errstate(all="ignore"):
         pairs = zip(numbers(outputs), numbers(right), strict=True)
         errors = [np.where(a == b, 0.0, np.abs(a - b) / np.abs(b)) for a, b in pairs]
-    return max(np.nan_to_num(each, nan=np.inf).max() for each in errors)
+    return max(np.nan_to_num(array, nan=np.inf).max() for array in errors)
 
 
 def test_values_are_those_of_float32(case):
-    """And were not before. Weights stay as they are; what was changed is what is expected, once."""
-    make, said = case
+    """They were not before. Weights stay, and a second call changes nothing."""
+    make, expected = case
     model, x = make("mixed_float16")
     before, kept = model(x), weights(model)
-    assert force_float32(model) == said
+    assert force_float32(model) == expected
     after = model(x)
     assert force_float32(model) == []
     for old, new in zip(kept, weights(model), strict=True):
@@ -74,19 +76,19 @@ def test_values_are_those_of_float32(case):
     right, _ = make("float32")
     right.set_weights(kept)
     assert dtypes(after) == dtypes(model.outputs if hasattr(model, "outputs") else after) == {"float32"}
-    if said != ["p: output"] and (BACKEND, said) != ("torch", ["norm"]):  # They are right already.
+    if expected != ["p: output"] and (BACKEND, expected) != ("torch", ["norm"]):  # right without it
         assert error(before, right(x)) > 1e-4
-    assert error(after, right(x)) < (5e-4 if "block" in said[0] or "cumsum" in said else 1e-5)
+    assert error(after, right(x)) < (5e-4 if "block" in expected[0] or "cumsum" in expected else 1e-5)
 
 
 @pytest.mark.parametrize(
     ("case", "policy"), covering(1, list(SENSITIVE), ["mixed_float16", "float16"]), indirect=["case"]
 )
-def test_it_is_there_again_in_a_loaded_model(case, policy, tmp_path):
-    """Under another global policy, and in a clone: the same values to the bit, nothing left to change."""
-    make, said = case
+def test_loaded_models_keep_the_change(case, policy, tmp_path):
+    """Under another global policy, with bitwise equal outputs and nothing left to change."""
+    make, expected = case
     model, x = make(policy)
-    assert force_float32(model) == said
+    assert force_float32(model) == expected
     model.save(tmp_path / "model.keras")
     keras.config.set_dtype_policy("float32")
     again = keras.models.load_model(tmp_path / "model.keras")
@@ -96,8 +98,9 @@ def test_it_is_there_again_in_a_loaded_model(case, policy, tmp_path):
     assert force_float32(again) == []
 
 
+@pytest.mark.slow
 def test_models_load_in_a_fresh_process(tmp_path):
-    """In one under float32 that names nothing of ours but the package, and the classes of the models."""
+    """Under float32, with no import but the package and the classes of the models."""
     some = list(SENSITIVE.values())[::8]
     for number, (make, _) in enumerate(some):
         keras.utils.clear_session()
@@ -127,12 +130,11 @@ for path in pathlib.Path({str(tmp_path)!r}).glob("*.keras"):
     assert len(run.stdout.split()) == len(some)
 
 
-def test_weights_files_fit_both_ways(tmp_path):
-    """Names in them are as before."""
+@pytest.mark.parametrize("kind", ["nested", pytest.param("classifier", marks=pytest.mark.slow)])
+def test_weights_files_fit_models_with_and_without_the_change(kind, tmp_path):
+    """The names in the file do not change."""
     keras.config.set_dtype_policy("mixed_float16")
-    plain, forced = Classifier(), Classifier()
-    for model in (plain, forced):
-        model(STEPS)
+    (plain, _), (forced, _) = (SENSITIVE[kind][0]() for _ in range(2))
     force_float32(forced)
     for source, target in ((plain, forced), (forced, plain)):
         source.save_weights(tmp_path / "model.weights.h5")
@@ -142,35 +144,41 @@ def test_weights_files_fit_both_ways(tmp_path):
             np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("float16", marks=thorough)])
-def test_training_goes_on(policy, tmp_path):
-    """With the optimizer's state, what was compiled before, and after loading."""
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        ("dense", "mixed_float16"),
+        pytest.param("classifier", "mixed_float16", marks=pytest.mark.slow),
+        pytest.param("classifier", "float16", marks=thorough),
+    ],
+)
+def test_training_continues(kind, policy, tmp_path):
+    """With the optimizer state and a retraced train function, also after loading."""
     keras.config.set_dtype_policy(policy)
-    model = Classifier(name="classifier")
-    model(STEPS)
+    model, x = SENSITIVE[kind][0]()
     model.compile(tfmixed.LossScaleOptimizer("adam", 8), "categorical_crossentropy")
     labels = np.eye(4, dtype="float32")[[0, 1]]
     fit = {"batch_size": 2, "verbose": 0}
-    model.fit(STEPS, labels, **fit)
-    assert dtypes(model.predict(STEPS, verbose=0)) <= {"float16", "bfloat16"}
+    model.fit(x, labels, **fit)
+    assert dtypes(model.predict(x, verbose=0)) <= {"float16", "bfloat16"}
     state = [ops.convert_to_numpy(variable) for variable in model.optimizer.variables]
     assert force_float32(model)
     for old, new in zip(state, model.optimizer.variables, strict=True):
         np.testing.assert_array_equal(old, ops.convert_to_numpy(new))
-    assert dtypes(model.predict(STEPS, verbose=0)) == {"float32"}
+    assert dtypes(model.predict(x, verbose=0)) == {"float32"}
     model.save(tmp_path / "model.keras")
     keras.config.set_dtype_policy("float32")
     again = keras.models.load_model(tmp_path / "model.keras")
-    for each in (model, again):
-        each.fit(STEPS, labels, **fit)
-        assert int(each.optimizer.iterations) == 2
+    for trained in (model, again):
+        trained.fit(x, labels, **fit)
+        assert int(trained.optimizer.iterations) == 2
     for ours, theirs in zip(weights(model), weights(again), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 @needs_tensorflow
 def test_gradients_are_those_of_float32():
-    """Through the softmax of a label of small probability, which half precision has as 0."""
+    """For a label with a small probability, which is 0 in half precision."""
     keras.config.set_dtype_policy("mixed_float16")
     model, x = through(dense(4, activation="softmax"), LOGITS)
     force_float32(model)
@@ -182,7 +190,7 @@ def test_gradients_are_those_of_float32():
 
 
 def test_own_code_around_sublayers(tmp_path):
-    """The sublayers' products stay half, all between them is float32; a user's code never gets two dtypes."""
+    """Products of sublayers stay in half precision, the code around them is float32; code never gets two dtypes."""
     keras.config.set_dtype_policy("mixed_float16")
     inputs, powers = keras.Input((4,)), Powers(name="powers")
     model = keras.Model(inputs, layers.Activation("tanh", name="last")(powers(inputs)))
@@ -201,7 +209,7 @@ def test_own_code_around_sublayers(tmp_path):
 
 @keras.saving.register_keras_serializable("test_islands")
 class Around(keras.Model):
-    """A user's code that needs the dtype of its sublayers to stay."""
+    """Custom code that needs the dtype of its sublayers to stay."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -213,8 +221,8 @@ class Around(keras.Model):
         return {"sum": a + b, "first": a}
 
 
-def test_a_users_code_gets_back_what_it_had(tmp_path):
-    """And what it returns as it is, is float32 with all its bits."""
+def test_custom_code_gets_the_dtype_of_before(tmp_path):
+    """An output that it returns unchanged is float32 without loss."""
     keras.config.set_dtype_policy("mixed_float16")
     model, x = Around(name="around"), np.full((2, 4), 300.0, "float32")
     model(x)
@@ -223,22 +231,22 @@ def test_a_users_code_gets_back_what_it_had(tmp_path):
     assert force_float32(model) == ["around: output"]
     model.save(tmp_path / "model.keras")
     keras.config.set_dtype_policy("float32")
-    for each in (model, keras.models.load_model(tmp_path / "model.keras")):
-        outputs = each(x)
+    for saved_or_loaded in (model, keras.models.load_model(tmp_path / "model.keras")):
+        outputs = saved_or_loaded(x)
         assert dtypes(outputs) == {"float32"}
         np.testing.assert_allclose(numbers(outputs["first"])[0], 0.5, rtol=1e-6)
         assert len(set(numbers(outputs["sum"])[0][0].astype("float16") - numbers(outputs["sum"])[0][0])) == 1
 
 
 class Exponential(keras.layers.Layer):
-    """What overflows in half precision."""
+    """Overflows in half precision."""
 
     def call(self, x):
         return ops.exp(x)
 
 
 class Mixes(keras.layers.Layer):
-    """TensorFlow adds no float32 to float16."""
+    """Fails with float32 from its sublayer: TensorFlow does not add float32 and float16."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -249,8 +257,8 @@ class Mixes(keras.layers.Layer):
 
 
 @needs_tensorflow
-def test_a_users_code_that_takes_no_float32_gets_none():
-    """It is tried, and taken back; what is around it is computed in float32 then."""
+def test_custom_code_that_refuses_float32_is_forced_itself():
+    """The attempt is undone, and the code around is computed in float32."""
     keras.config.set_dtype_policy("mixed_float16")
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(1, dtype="float32")(Mixes(name="mixes")(layers.Dense(4)(inputs))))
@@ -260,7 +268,7 @@ def test_a_users_code_that_takes_no_float32_gets_none():
 
 @keras.saving.register_keras_serializable("test_islands")
 class Total(keras.layers.Layer):
-    """Says float32 itself, too late."""
+    """Casts to float32 itself, too late."""
 
     def call(self, x):
         return ops.cast(ops.sum(ops.square(x), axis=-1, keepdims=True), "float32")
@@ -268,7 +276,7 @@ class Total(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("test_islands")
 class Residual(keras.Model):
-    """Lists of models and dicts of layers; adds to its own input."""
+    """Holds lists of models and dicts of layers; adds to its own input."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -285,8 +293,8 @@ class Residual(keras.Model):
         return {"total": total, **{key: head(x) for key, head in self.heads.items()}}
 
 
-def test_a_layer_that_gives_float32_goes_on_to_do_so(tmp_path):
-    """Among sublayers in lists and dicts."""
+def test_a_layer_that_returns_float32_still_does(tmp_path):
+    """Next to sublayers in lists and dicts."""
     keras.config.set_dtype_policy("mixed_float16")
     model, x = Residual(name="residual"), np.full((2, 4), 300.0, "float32")
     assert np.isinf(numbers(model(x)["total"])[0]).all()
@@ -294,9 +302,9 @@ def test_a_layer_that_gives_float32_goes_on_to_do_so(tmp_path):
     assert force_float32(model) == ["p: activation", "residual: output"]
     model.save(tmp_path / "model.keras")
     keras.config.set_dtype_policy("float32")
-    for each in (model, keras.models.load_model(tmp_path / "model.keras")):
-        np.testing.assert_array_equal(numbers(each(x)["total"])[0], 360_000.0)
-        np.testing.assert_allclose(numbers(each(x)["p"])[0].sum(axis=-1), 1.0, rtol=1e-6)
+    for saved_or_loaded in (model, keras.models.load_model(tmp_path / "model.keras")):
+        np.testing.assert_array_equal(numbers(saved_or_loaded(x)["total"])[0], 360_000.0)
+        np.testing.assert_allclose(numbers(saved_or_loaded(x)["p"])[0].sum(axis=-1), 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +313,7 @@ def test_a_layer_that_gives_float32_goes_on_to_do_so(tmp_path):
     ids=["RNN", "Bidirectional"],
 )
 def test_recurrent_cells_keep_the_dtype_of_their_states(wrapper, tmp_path):
-    """Each step in float32, each state as before."""
+    """Steps are float32, states keep their dtype."""
     keras.config.set_dtype_policy("mixed_float16")
     model, x = through(wrapper(Cell(), name="rnn"), np.zeros((1, 3, 4), "float32"))
     assert numbers(model(x))[0].max() == 0  # exp(-30) is 0 in float16
@@ -330,8 +338,8 @@ def test_activations_inside_recurrent_layers():
     np.testing.assert_allclose(numbers(model(x))[0], before, atol=1e-3)
 
 
-def test_what_needs_nothing_is_left_alone():
-    """Layers that compute in float32 by themselves or lose nothing; models without half precision."""
+def test_safe_layers_are_left_unchanged():
+    """Layers that compute in float32 themselves or lose nothing, and models without half precision."""
     keras.config.set_dtype_policy("mixed_float16")
     inputs = keras.Input((4, 4))
     x = layers.LayerNormalization()(inputs)
@@ -353,7 +361,7 @@ def named():
 
 
 @pytest.mark.parametrize(
-    ("selector", "said"),
+    ("selector", "expected"),
     [
         ("first", ["first"]),
         ("block/inner", ["block/inner"]),
@@ -367,20 +375,21 @@ def named():
         (layers.LSTM, []),
     ],
 )
-def test_selectors(selector, said):
-    """Names, patterns, paths, classes, functions and lists; what they name is forced whole."""
+def test_selectors(selector, expected):
+    """Names, patterns, paths, classes, functions and lists force layers as a whole."""
     model = named()
-    assert force_float32(model, selector) == said
+    assert force_float32(model, selector) == expected
     assert force_float32(model, selector) == []
+    names = {path.split("/")[-1] for path in expected} | ({"inner"} if "block" in expected else set())
     for layer in model._flatten_layers():
-        forced = layer.name in {path.split("/")[-1] for path in said} or (layer.name == "inner" and "block" in said)
+        forced = layer.name in names
         if isinstance(layer, layers.Dense):
             assert layer.compute_dtype == ("float32" if forced else "float16"), layer.name
     assert model(np.ones((1, 4))).shape == (1, 4)
 
 
-def test_attention_can_be_forced_whole(tmp_path):
-    """With its projections."""
+def test_attention_can_be_forced_as_a_whole(tmp_path):
+    """Including its projections."""
     keras.config.set_dtype_policy("mixed_float16")
     model = Classifier(name="classifier")
     model(STEPS)
@@ -395,31 +404,31 @@ def test_attention_can_be_forced_whole(tmp_path):
 
 
 @pytest.mark.parametrize("selector", ["frist", "block/*x", ["first", "frist"]])
-def test_a_name_of_nothing_is_an_error(selector):
-    """It tells the names that are near, and nothing is changed."""
+def test_an_unknown_name_is_an_error(selector):
+    """The error lists similar names, and nothing is changed."""
     model = named()
-    with pytest.raises(ValueError, match=r"layers must match layers of the model, received .*near .*(first|block)"):
+    with pytest.raises(ValueError, match=r"first|block"):
         force_float32(model, selector)
     assert {layer.compute_dtype for layer in model.layers[1:]} == {"float16"}
 
 
 @pytest.mark.parametrize("selector", [3, [3], None])
 def test_other_selectors_are_errors(selector):
-    """The message says what is possible."""
-    with pytest.raises(ValueError, match=r"layers must be .* received (3|None)"):
+    """The error lists the valid kinds."""
+    with pytest.raises(ValueError, match="pattern"):
         force_float32(named(), selector)
 
 
 def test_models_must_be_built():
-    """The message says how."""
-    with pytest.raises(ValueError, match=r"model must be built, received .*call it on data, or `model.build"):
+    """Keras models only."""
+    with pytest.raises(ValueError, match="built"):
         force_float32(keras.Sequential([layers.Dense(1)]))
-    with pytest.raises(ValueError, match="model must be a Keras model, received 'model'"):
+    with pytest.raises(ValueError, match="Keras model"):
         force_float32("model")
 
 
-def test_layers_stay_what_they_are():
-    """The objects, their classes, names, configs and paths."""
+def test_layers_keep_their_identity():
+    """The same objects, with the same classes, names, configs and paths."""
     keras.config.set_dtype_policy("mixed_float16")
     model, x = SENSITIVE["dense"][0]()
     layer, config, path = model.get_layer("p"), model.get_layer("p").get_config(), model.get_layer("p").kernel.path
@@ -434,7 +443,7 @@ def test_layers_stay_what_they_are():
 
 
 def test_masks_pass_through():
-    """Through what is cast."""
+    """Casts keep masks."""
     keras.config.set_dtype_policy("mixed_float16")
     ids = keras.Input((None,), dtype="int32")
     x = layers.TimeDistributed(layers.Dense(4, "softmax"))(layers.Embedding(5, 4, mask_zero=True)(ids))
@@ -449,7 +458,7 @@ def test_masks_pass_through():
 
 @keras.saving.register_keras_serializable("test_islands")
 class Holder(keras.Model):
-    """A user's model that is right but for a sublayer, and makes that anew when it is loaded."""
+    """A custom model that creates its only sensitive sublayer again when it is loaded."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -460,8 +469,8 @@ class Holder(keras.Model):
         return self.last(self.soft(x))
 
 
-def test_a_users_model_that_stays_as_it_is_keeps_what_was_changed_inside(tmp_path):
-    """A loaded one has nothing left to change."""
+def test_a_custom_model_saves_changes_of_its_sublayers(tmp_path):
+    """In the loaded model there is nothing left to change."""
     keras.config.set_dtype_policy("mixed_float16")
     model = Holder(name="holder")
     model(np.ones((2, 4), "float32"))
@@ -471,7 +480,7 @@ def test_a_users_model_that_stays_as_it_is_keeps_what_was_changed_inside(tmp_pat
 
 
 class Averages(keras.Model):
-    """A user's code, in which a mask goes along with its tensor."""
+    """Custom code in which a tensor carries its mask."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -482,13 +491,13 @@ class Averages(keras.Model):
         return self.pool(self.embed(ids))
 
 
-def test_masks_of_what_is_widened_count():
-    """Padding changes nothing in an average that gets float16."""
+def test_widened_tensors_keep_their_masks():
+    """Padding does not change an average of float16 inputs."""
     keras.config.set_dtype_policy("mixed_float16")
     model = Averages()
     model(np.array([[1, 2]]))
     assert force_float32(model, "pool") == ["pool"]
-    padded, bare = (numbers(model(np.array([each])))[0] for each in ([1, 2, 0, 0], [1, 2]))
+    padded, bare = (numbers(model(np.array([ids])))[0] for ids in ([1, 2, 0, 0], [1, 2]))
     np.testing.assert_allclose(padded, bare, rtol=1e-6)
 
 
@@ -496,7 +505,7 @@ PARTIAL = functools.partial(keras.activations.softmax, axis=-1)
 
 
 @pytest.mark.parametrize(
-    ("shape", "inner", "said"),
+    ("shape", "inner", "expected"),
     [
         ((4,), lambda x: ops.sum(ops.square(layers.Dense(4)(x)), axis=-1, keepdims=True), ["square", "sum"]),
         ((4, 2), lambda x: layers.GlobalAveragePooling1D(name="pool")(layers.Masking()(x)), ["pool"]),
@@ -504,32 +513,32 @@ PARTIAL = functools.partial(keras.activations.softmax, axis=-1)
     ],
     ids=["sum of squares", "average with a mask", "partial softmax"],
 )
-def test_short_ones_are_known_by_what_they_are(shape, inner, said):
-    """Inside a model that returns float32, and where no axis is long."""
+def test_sensitive_operations_on_short_axes_are_found(shape, inner, expected):
+    """Inside a model that returns float32."""
     keras.config.set_dtype_policy("mixed_float16")
     inputs = keras.Input(shape)
     model = keras.Model(inputs, layers.Dense(1, dtype="float32")(inner(inputs)))
-    assert [re.sub(r"_\d+", "", each) for each in force_float32(model)] == said
+    assert [re.sub(r"_\d+", "", path) for path in force_float32(model)] == expected
 
 
-def test_long_means_128():
-    """From there on average pooling and sums are forced; shorter ones are not; of unknown length they are."""
+def test_axes_of_128_elements_are_long():
+    """Average pooling and sums are forced from that length on, and if the length is unknown."""
     keras.config.set_dtype_policy("mixed_float16")
-    for size, said in ((127, []), (128, ["pool"])):
+    for size, expected in ((127, []), (128, ["pool"])):
         model, _ = through(
             lambda x, size=size: layers.Dense(1, dtype="float32")(layers.AveragePooling1D(size, name="pool")(x)),
             UNEVEN[..., None],
         )
-        assert force_float32(model) == said
-    for size, said in ((127, []), (128, ["sum"]), (None, ["sum"])):
+        assert force_float32(model) == expected
+    for size, expected in ((127, []), (128, ["sum"]), (None, ["sum"])):
         inputs = keras.Input((size, 2))
         total = ops.sum(layers.Dense(2)(inputs), axis=1)
         model = keras.Model(inputs, layers.Dense(1, dtype="float32")(total))
-        assert [name.split("_")[0] for name in force_float32(model)] == said
+        assert [name.split("_")[0] for name in force_float32(model)] == expected
 
 
-def test_configs_hold_it():
-    """Without a file."""
+def test_configs_contain_the_change():
+    """As JSON."""
     keras.config.set_dtype_policy("mixed_float16")
     model, x = SENSITIVE["dense"][0]()
     force_float32(model)
@@ -540,7 +549,7 @@ def test_configs_hold_it():
 
 @keras.saving.register_keras_serializable("test_islands")
 class Coded(layers.Layer):
-    """A user's layer around a function of its name."""
+    """A custom layer around a named function."""
 
     def __init__(self, code, **kwargs):
         super().__init__(**kwargs)
@@ -561,7 +570,7 @@ class Coded(layers.Layer):
 
 @keras.saving.register_keras_serializable("test_islands")
 class Chain(keras.Model):
-    """Calls one such layer after another."""
+    """Calls such layers in a row."""
 
     def __init__(self, codes, **kwargs):
         super().__init__(**kwargs)
@@ -584,9 +593,9 @@ class Chain(keras.Model):
         return self.last(x)
 
 
-def chained(codes, functional):
+def chained(codes, kind):
     model = Chain(codes, name="chain")
-    if not functional:
+    if kind == "subclassed":
         return model
     inputs = keras.Input((16,))
     x = model.first(inputs)
@@ -595,26 +604,37 @@ def chained(codes, functional):
     return keras.Model(inputs, model.last(x))
 
 
+CHAINS = {
+    "squares, sum": (["squares", "sum"], 400.0, {"squares", "sum"}),
+    "exp, part": (["exp", "part"], 20.0, {"exp", "part"}),
+    "sigmoid, log": (["log"], -30.0, {"first: activation", "log"}),
+}
+MARKED = {
+    ("squares, sum", "functional"): (),
+    ("exp, part", "subclassed"): (),
+    ("sigmoid, log", "functional"): pytest.mark.slow,
+}
+
+
 @needs_tensorflow
-@pytest.mark.parametrize("functional", [True, False], ids=["functional", "subclassed"])
 @pytest.mark.parametrize(
-    ("codes", "level", "changed"),
+    ("chain", "kind"),
     [
-        (["squares", "sum"], 400.0, {"squares", "sum"}),
-        (["exp", "part"], 20.0, {"exp", "part"}),
-        (["log"], -30.0, {"first: activation", "log"}),
+        pytest.param(chain, kind, id=f"{name}, {kind}", marks=MARKED.get((name, kind), thorough))
+        for name, chain in CHAINS.items()
+        for kind in ("functional", "subclassed")
     ],
-    ids=["squares, sum", "exp, part", "sigmoid, log"],
 )
-def test_what_one_layer_gives_reaches_the_next_in_float32(codes, level, changed, functional, tmp_path):
-    """Where each is forced, and where what follows is float32 already; in one call, and in a saved model."""
+def test_forced_layers_pass_float32_on(chain, kind, tmp_path):
+    """To a layer that is forced as well, and to one that is float32 anyway; also in a loaded model."""
+    codes, level, changed = chain
     x = np.linspace(0.9, 1.0, 32, dtype="float32").reshape(2, 16) * level
     keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(0)
-    right = chained(codes, functional)(x)
+    right = chained(codes, kind)(x)
     keras.config.set_dtype_policy("mixed_float16")
     keras.utils.set_random_seed(0)
-    model = chained(codes, functional)
+    model = chained(codes, kind)
     assert error(model(x), right) > 0.1
     assert changed <= set(force_float32(model))
     assert force_float32(model) == []
@@ -626,8 +646,8 @@ def test_what_one_layer_gives_reaches_the_next_in_float32(codes, level, changed,
 
 
 @needs_tensorflow
-def test_a_decorated_call_is_traced_anew():
-    """What was compiled before the change is not used after it."""
+def test_a_decorated_call_is_retraced():
+    """A function compiled before the change is not used after it."""
 
     class Decorated(keras.Model):
         def __init__(self):
@@ -648,8 +668,8 @@ def test_a_decorated_call_is_traced_anew():
 
 
 @needs_tensorflow
-def test_a_loss_does_not_matter():
-    """Whatever targets it takes."""
+def test_the_compiled_loss_does_not_matter():
+    """Whatever targets it requires."""
     keras.config.set_dtype_policy("mixed_float16")
     inputs = keras.Input((20, 8))
     model = keras.Model(inputs, layers.Dense(6, dtype="float32")(Coded("exp", name="exp")(inputs)))
@@ -658,8 +678,8 @@ def test_a_loss_does_not_matter():
 
 
 @needs_tensorflow
-def test_inputs_serve_where_the_model_does_not_tell_them():
-    """Ids, which a model that is no graph does not tell from numbers."""
+def test_inputs_describe_models_with_unknown_inputs():
+    """Such as integer ids of a subclassed model."""
 
     class Ids(keras.Model):
         def __init__(self):
@@ -672,23 +692,23 @@ def test_inputs_serve_where_the_model_does_not_tell_them():
     keras.config.set_dtype_policy("mixed_float16")
     model, ids = Ids(), np.array([[0, 3]])
     model(ids)
-    with pytest.warns(UserWarning, match="force_float32 looks at known classes only"):
+    with pytest.warns(UserWarning, match="known layer classes"):
         assert "exp" not in force_float32(model)
     assert "exp" in force_float32(model, inputs=ids)
 
 
-def test_a_layer_can_be_named_by_itself():
-    """And must be one of the model's."""
+def test_a_layer_can_be_a_selector():
+    """It must be part of the model."""
     keras.config.set_dtype_policy("mixed_float16")
     hidden = layers.Dense(2, name="hidden")
     model = keras.Sequential([keras.Input((2,)), hidden, layers.Dense(1)])
-    with pytest.raises(ValueError, match="layers must be among the model's"):
+    with pytest.raises(ValueError, match="part of the model"):
         force_float32(model, layers.Dense(2))
     assert force_float32(model, hidden) == ["hidden"]
 
 
 def test_clones_need_no_registered_class():
-    """As before the change."""
+    """The same as without the change."""
 
     class Mine(layers.Layer):
         def call(self, x):
@@ -704,7 +724,7 @@ def test_clones_need_no_registered_class():
 
 @keras.saving.register_keras_serializable("test_islands")
 class AddsLoss(layers.Layer):
-    """A user's layer with an added loss, and a regularizer that its config does not hold."""
+    """A custom layer with an added loss, and a regularizer that is not in its config."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -733,18 +753,19 @@ ADDING = {
     ),
     "own_code": (lambda: AddsLoss(name="a"), ["a"]),
 }
-KINDS = [pytest.param(kind, marks=[needs_tensorflow][: kind == "own_code"]) for kind in ADDING]
+MARKS = {"own_code": needs_tensorflow} | dict.fromkeys(["layer", "recurrent", "variables"], pytest.mark.slow)
+KINDS = [pytest.param(kind, marks=MARKS.get(kind, ())) for kind in ADDING]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_that_layers_add_are_float32(kind, tmp_path):
-    """Squares of 300 overflow in float16; and TensorFlow adds no half-precision loss to a float32 one."""
-    make, said = ADDING[kind]
+    """Squares of 300 overflow in float16, and TensorFlow does not add half-precision losses to float32 ones."""
+    make, expected = ADDING[kind]
     keras.config.set_dtype_policy("mixed_float16")
     model = keras.Sequential([keras.Input((16,)), make(), layers.Dense(1, name="last")])
-    model.set_weights([np.full(each.shape, 1.0) for each in model.weights])
+    model.set_weights([np.full(weight.shape, 1.0) for weight in model.weights])
     x, y = np.full((4, 16), 300.0, "float32"), np.zeros((4, 1), "float32")
-    assert force_float32(model) == [*said, "last: output"]
+    assert force_float32(model) == [*expected, "last: output"]
     assert force_float32(model) == []
     model.compile("sgd", "mse", run_eagerly=True)
     loss = model.evaluate(x, y, verbose=0)
@@ -752,47 +773,53 @@ def test_losses_that_layers_add_are_float32(kind, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
     assert force_float32(loaded) == []
-    for each in (model, loaded):
-        each.compile("sgd", "mse", run_eagerly=True)
-        each(x)
-        assert dtypes(each.losses) == {"float32"}
-        assert each.evaluate(x, y, verbose=0) == pytest.approx(loss, rel=1e-3)
-        assert each.fit(x, y, verbose=0).history["loss"][0] == pytest.approx(loss, rel=1e-3)
+    for saved_or_loaded in (model, loaded):
+        saved_or_loaded.compile("sgd", "mse", run_eagerly=True)
+        saved_or_loaded(x)
+        assert dtypes(saved_or_loaded.losses) == {"float32"}
+        assert saved_or_loaded.evaluate(x, y, verbose=0) == pytest.approx(loss, rel=1e-3)
+        assert saved_or_loaded.fit(x, y, verbose=0).history["loss"][0] == pytest.approx(loss, rel=1e-3)
+
+
+QUANTIZED = {"float8": "mixed_float16", "int8": "mixed_bfloat16", "int4": "mixed_float16"}
 
 
 @pytest.mark.parametrize(
-    ("policy", "mode"), [("mixed_float16", "float8"), ("mixed_bfloat16", "int8"), ("mixed_float16", "int4")]
+    ("mode", "first"),
+    [
+        pytest.param(mode, first, marks=[pytest.mark.slow][: mode != "int8"])
+        for mode in QUANTIZED
+        for first in ("quantize", "force")
+    ],
 )
-@pytest.mark.parametrize("first", ["quantize", "force"])
 @pytest.mark.filterwarnings("ignore:Layer InputLayer")
-def test_quantized_layers(policy, mode, first, tmp_path):
-    """Keras calls another method of theirs, and quantizes nothing that is not exactly of its own class."""
+def test_quantized_layers(mode, first, tmp_path):
+    """Keras calls another method of theirs, and quantizes only layers that are exactly of its own classes."""
     keras.utils.set_random_seed(0)
-    keras.config.set_dtype_policy(policy)
+    keras.config.set_dtype_policy(QUANTIZED[mode])
     hidden = layers.Dense(8, "relu", activity_regularizer="l2", name="hidden")
     model = keras.Sequential([keras.Input((4,)), hidden, layers.Dense(3, "softmax", name="out")])
     x = ops.convert_to_tensor(np.linspace(-1, 1, 32).reshape(8, 4), "float32")
     before = numbers(model(x))[0]
-    said = ["hidden: activity regularizer", "out: activation"]
+    expected = ["hidden: activity regularizer", "out: activation"]
     if first == "quantize":
         model.quantize(mode)
-        assert force_float32(model) == said
-    else:
-        assert force_float32(model) == said
+    assert force_float32(model) == expected
+    if first == "force":
         model.quantize(mode)
     assert [layer.quantization_mode for layer in model.layers] == [mode] * 2
     assert force_float32(model) == []
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert [layer.quantization_mode for layer in loaded.layers] == [mode] * 2
-    for each in (model, loaded):
-        assert dtypes([each(x), each.losses]) == {"float32"} == dtypes(each.outputs)
-        assert numbers(each(x))[0] == pytest.approx(before, abs=0.2)
+    for saved_or_loaded in (model, loaded):
+        assert dtypes([saved_or_loaded(x), saved_or_loaded.losses]) == {"float32"} == dtypes(saved_or_loaded.outputs)
+        assert numbers(saved_or_loaded(x))[0] == pytest.approx(before, abs=0.2)
     assert numbers(loaded(x))[0] == pytest.approx(numbers(model(x))[0], abs=1e-6)
 
 
 class Counted(layers.Layer):
-    """A user's layer that counts its calls and warns."""
+    """A custom layer that counts its calls and warns."""
 
     calls = 0
 
@@ -811,8 +838,8 @@ class Counted(layers.Layer):
 @pytest.mark.parametrize(
     ("function", "runs"), [(ops.relu, 1), (lambda x: x + 1e-12, 3), (ops.exp, 2)], ids=["safe", "constant", "unsafe"]
 )
-def test_code_of_ones_own_runs_as_often_as_the_docs_say(function, runs):
-    """Once, once more for constants, and again after something was forced in it; its warnings are kept for training."""
+def test_custom_code_runs_as_often_as_documented(function, runs):
+    """Once, once more for constants, and again after it was forced; its warnings are not issued."""
     keras.config.set_dtype_policy("mixed_float16")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

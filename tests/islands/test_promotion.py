@@ -1,4 +1,4 @@
-"""Half precision meets float32: scripts and custom layers see float32, Keras's layers compute in half precision."""
+"""Promotion: scripts and custom layers see float32, Keras layers compute in half precision."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from backend import BACKEND, needs_tensorflow, tf
 from keras import layers, ops
+from thorough import covering
 
 import tfmixed
 
@@ -30,12 +31,12 @@ def dtype(x):
 
 
 class Spy(layers.Layer):
-    """A custom layer that notes the dtypes that its code meets."""
+    """A custom layer that records the dtypes in its `call`."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.dense = layers.Dense(4)
-        self.seen = None
+        self.dtypes = None
 
     def build(self, input_shape):
         self.dense.build(input_shape)
@@ -43,7 +44,7 @@ class Spy(layers.Layer):
 
     def call(self, x):
         inside = self.dense(x)
-        self.seen = {dtype(x), dtype(inside), dtype(self.scale * 1.0)}
+        self.dtypes = {dtype(x), dtype(inside), dtype(self.scale * 1.0)}
         return inside * self.scale
 
     def compute_output_shape(self, input_shape):
@@ -71,26 +72,28 @@ def trained(model, x=X, epochs=1, optimizer="sgd"):
     return model.fit(x, x[..., :1], epochs=epochs, batch_size=16, shuffle=False, verbose=0).history["loss"]
 
 
-@pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("build", [lambda: functional(layers.Dense(4), Spy(), layers.Dense(1)), Subclassed])
-def test_custom_code_and_the_script_see_float32(half, build):
-    """Inputs, variables and the outputs of Keras's layers; and what a model gives."""
+BUILDERS = {"functional": lambda: functional(layers.Dense(4), Spy(), layers.Dense(1)), "subclassed": Subclassed}
+
+
+@pytest.mark.parametrize(("half", "build"), covering(1, HALVES, BUILDERS))
+def test_custom_code_and_scripts_see_float32(half, build):
+    """In inputs, variables and outputs of Keras layers, and in the outputs of a model."""
     tfmixed.set_policy(f"mixed_{half}")
     model = build()
     assert np.isfinite(trained(model)).all()
     spy = next(layer for layer in model._flatten_layers() if isinstance(layer, Spy))
-    assert spy.seen == {"float32"}
+    assert spy.dtypes == {"float32"}
     assert spy.dense.compute_dtype == half
-    assert spy.dtype_policy.name == f"mixed_{half}"  # what it hands on to its sublayers
+    assert spy.dtype_policy.name == f"mixed_{half}"  # passed on to sublayers
     assert dtype(model(X)) == model.predict(X, verbose=0).dtype == "float32"
     assert dtype(model.layers[-1](np.ones((1, 4)))) == "float32"
 
 
 class OfKerasHub(layers.Layer):
-    """A layer that is written for half precision."""
+    """A layer written for half precision."""
 
     def call(self, x):
-        self.seen = dtype(x)
+        self.received = dtype(x)
         return x
 
 
@@ -98,18 +101,18 @@ OfKerasHub.call.__module__ = "keras_hub.layers"
 
 
 def test_keras_layers_keep_half_precision_among_themselves():
-    """In graphs, and graphs in graphs, symbolic and real; so do those of KerasHub."""
+    """In nested graphs, symbolic and eager; layers of KerasHub, too."""
     tfmixed.set_policy("mixed_bfloat16")
     graph = functional(layers.Dense(4), keras.Sequential([layers.LSTM(4, return_sequences=True)]), shape=(3, 8))
     last = OfKerasHub()
     whole = functional(graph, last, shape=(3, 8))
     assert {layer.output.dtype for layer in (*graph.layers[1:], *whole.layers[1:])} == {"bfloat16"}
     assert dtype(whole(ops.ones((2, 3, 8)))) == "float32"
-    assert last.seen == "bfloat16"
+    assert last.received == "bfloat16"
 
 
 @needs_tensorflow
-def test_products_of_keras_layers_stay_half():
+def test_products_of_keras_layers_stay_in_half_precision():
     """Also inside custom layers and models."""
     tfmixed.set_policy("mixed_bfloat16")
     model = Subclassed()
@@ -142,7 +145,7 @@ def double(x):
 
 
 @pytest.mark.parametrize(
-    ("make", "gives"),
+    ("make", "expected"),
     [
         (lambda: Doubled(4), "float32"),
         (lambda: layers.Lambda(double, output_shape=(3, 8)), "float32"),
@@ -154,20 +157,21 @@ def double(x):
     ],
     ids=["subclass", "Lambda", "activation", "TimeDistributed", "cell", "cells", "preprocessing"],
 )
-def test_all_ways_to_bring_code_of_ones_own(make, gives):
-    """What is given to Keras's layers too; symbolic tensors say what they will be."""
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["call", "fit"])
+def test_all_kinds_of_custom_code(make, expected, train):
+    """Symbolic outputs have the dtype of real ones."""
     tfmixed.set_policy("mixed_bfloat16")
-    layer, seen = make(), []
-    tail = layers.Lambda(lambda x: (seen.append(dtype(x)), x)[1], output_shape=lambda shape: shape)
-    tail.autocast = False  # sees what the layer gives
-    model = functional(layers.Dense(8), layer, tail, layers.Dense(1), shape=(3, 8))
-    assert layer.output.dtype == gives
-    assert np.isfinite(trained(model, np.stack([X] * 3, 1))).all()
-    assert seen[-1] == gives
+    layer, dtypes = make(), []
+    tail = layers.Lambda(lambda x: (dtypes.append(dtype(x)), x)[1], output_shape=lambda shape: shape)
+    tail.autocast = False  # receives the dtype of the layer's output
+    model, x = functional(layers.Dense(8), layer, tail, layers.Dense(1), shape=(3, 8)), np.stack([X] * 3, 1)
+    assert layer.output.dtype == expected
+    assert np.isfinite(trained(model, x) if train else ops.convert_to_numpy(model(x))).all()
+    assert dtypes[-1] == expected
 
 
-@pytest.mark.parametrize("half", HALVES)
-def test_losses_of_layers_are_float32_and_computed_from_float32(half):
+@pytest.mark.parametrize("half", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_losses_of_layers_are_computed_in_float32(half):
     """The square of 300 overflows in float16."""
     tfmixed.set_policy(f"mixed_{half}")
     regularized = layers.Dense(1, "relu", kernel_initializer="ones", activity_regularizer=keras.regularizers.L2(1.0))
@@ -189,10 +193,10 @@ def test_losses_of_layers_are_float32_and_computed_from_float32(half):
 def test_calls_of_a_layer_may_overlap():
     """As in threads and replicas: the first call ends before the second, and the layer keeps its functions."""
     tfmixed.set_policy("mixed_bfloat16")
-    entered, ended, seen = threading.Event(), threading.Event(), []
+    entered, ended, dtypes = threading.Event(), threading.Event(), []
 
     def overlapping(x):
-        seen.append(dtype(x))
+        dtypes.append(dtype(x))
         if threading.current_thread() is second:
             entered.set()
             ended.wait(9)
@@ -207,18 +211,18 @@ def test_calls_of_a_layer_may_overlap():
     layer(ops.ones((1, 2)))
     ended.set()
     second.join()
-    assert seen == ["float32", "float32"]
+    assert dtypes == ["float32", "float32"]
     assert vars(layer)["activation"] is layer.activation is overlapping
     assert type(layer.activity_regularizer) is type(vars(layer)["activity_regularizer"]) is keras.regularizers.L2
 
 
 def test_sublayers_made_in_a_call_get_the_regularizer_itself():
-    """What Keras reads from a layer that runs, and puts elsewhere; layers have no attribute more than without."""
+    """Keras reads it from the running layer. Layers have no additional attributes."""
     tfmixed.set_policy("mixed_bfloat16")
     attention = layers.GroupQueryAttention(4, 2, 1, activity_regularizer="l2")
     attention(*[ops.ones((1, 3, 8))] * 2)
     made = [layer.activity_regularizer for layer in attention._flatten_layers()]
-    assert {type(each) for each in made} == {keras.regularizers.L2, type(None)}
+    assert {type(regularizer) for regularizer in made} == {keras.regularizers.L2, type(None)}
     assert not hasattr(layers.Flatten(), "activation")
     other = layers.Dense(2, activation=layers.LeakyReLU())
     assert isinstance(other.activation, layers.LeakyReLU)
@@ -227,7 +231,7 @@ def test_sublayers_made_in_a_call_get_the_regularizer_itself():
 
 
 def test_masks_survive():
-    """The one that a layer gives to a script."""
+    """In the outputs that a script receives."""
     tfmixed.set_policy("mixed_bfloat16")
     embedded = layers.Embedding(9, 2, mask_zero=True)(ops.array([[1, 0]]))
     assert dtype(embedded) == "float32"
@@ -237,7 +241,7 @@ def test_masks_survive():
 @needs_tensorflow
 @pytest.mark.parametrize("half", HALVES)
 def test_normalization_adapts_to_datasets_of_any_magnitude(half):
-    """Keras stops with a dtype error there, or loses years and incomes to eight bits."""
+    """Keras raises a dtype error, or rounds years and incomes to eight bits."""
     tfmixed.set_policy(f"mixed_{half}")
     x = np.stack([90_000 + 20_000 * X[:, 0], 2005 + X[:, 1]], 1)
     layer = layers.Normalization()
@@ -245,8 +249,8 @@ def test_normalization_adapts_to_datasets_of_any_magnitude(half):
     np.testing.assert_allclose(layer(x), (x - x.mean(0)) / x.std(0), atol=1e-2)
 
 
-def test_a_layer_keeps_what_it_was_made_with():
-    """As it keeps its policy; `promote=False` and another policy leave new layers as Keras has them."""
+def test_a_layer_keeps_the_promotion_of_its_creation():
+    """Like its policy; `promote=False` and other policies do not change new layers."""
     with tfmixed.policy_scope("mixed_bfloat16"):
         promoting = Subclassed()
     with tfmixed.policy_scope("mixed_bfloat16", promote=False):
@@ -257,8 +261,8 @@ def test_a_layer_keeps_what_it_was_made_with():
     assert Spy().compute_dtype == dtype(layers.Dense(1)(X)) == "bfloat16"
 
 
-def test_files_are_as_without(tmp_path):
-    """Keras alone reads them; what is loaded promotes, if layers that are made now do."""
+def test_files_do_not_change(tmp_path):
+    """Keras alone reads them; loaded layers promote if new layers do."""
     tfmixed.set_policy("mixed_bfloat16")
     model = functional(layers.Dense(4), Doubled(4))
     model.save(tmp_path / "model.keras")
@@ -280,7 +284,7 @@ class Sampling(layers.Layer):
 
 
 class Adversaries(keras.Model):
-    """Joins and subtracts what is generated and what is given, with a gradient penalty."""
+    """A GAN with a gradient penalty, in one step."""
 
     def __init__(self):
         super().__init__()
@@ -320,11 +324,12 @@ def autoencoder():
     return model
 
 
+@pytest.mark.slow
 @needs_tensorflow
 @pytest.mark.parametrize("build", [autoencoder, adversaries])
 @pytest.mark.parametrize("half", HALVES)
-def test_scripts_for_float32_train_as_in_float32(half, build):
-    """Noise, constants, labels and pictures of float32 in layers and training steps that know of no other dtype."""
+def test_scripts_written_for_float32_train(half, build):
+    """With float32 noise, constants, labels and images in custom layers and training steps."""
     curves = []
     for policy in ("float32", f"mixed_{half}"):
         tfmixed.set_policy(policy)
@@ -336,7 +341,7 @@ def test_scripts_for_float32_train_as_in_float32(half, build):
 
 
 def explained(run, capfd):
-    """Returns what a run says of the exception that a function of a script ends by."""
+    """Returns the lines that `tfmixed run` prints for the exception of a function."""
     from tfmixed._cli.run import dtype_mismatch
 
     try:
@@ -344,7 +349,7 @@ def explained(run, capfd):
     except Exception as error:
         dtype_mismatch.explain(error)
     else:
-        pytest.fail("nothing was refused")
+        pytest.fail("no exception")
     return [line for line in capfd.readouterr().err.splitlines() if line.startswith("tfmixed: ")]
 
 
@@ -388,17 +393,17 @@ MIXED = {
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_what_cannot_be_promoted_ends_with_a_line_that_says_so(name, capfd):
-    """The line of the script, the policy, and what to do."""
+def test_mixed_dtypes_are_explained(name, capfd):
+    """With the line of the script, the policy, and a remedy."""
     keras.config.set_dtype_policy("mixed_float16")
     [line] = explained(MIXED[name], capfd)
     assert "test_promotion.py:" in line
-    assert "mixes half precision and float32 under the policy mixed_float16" in line
+    assert "mixed_float16" in line
     assert "tf.cast(x, y.dtype)" in line
 
 
-def test_operations_without_half_precision_are_told_apart(capfd):
-    """There the other side is not what is to be cast."""
+def test_operations_without_half_precision_get_other_advice(capfd):
+    """Their input has to be cast, not another operand."""
     keras.config.set_dtype_policy("mixed_float16")
     for run in (lambda: ops.rfft(half()), lambda: ops.svd(half(2, 2))):
         [line] = explained(run, capfd)
@@ -422,15 +427,15 @@ if BACKEND == "tensorflow":
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_nothing_is_said_of_other_errors(name, capfd):
-    """Words for dtypes do not make one; neither does another pair."""
+def test_other_errors_are_not_explained(name, capfd):
+    """Although their messages name dtypes."""
     keras.config.set_dtype_policy("mixed_float16")
     assert explained(OTHER[name], capfd) == []
 
 
 @needs_tensorflow
-def test_only_where_half_precision_is_in_force(capfd):
-    """Globally, or in a layer whose code was running."""
+def test_errors_are_explained_only_under_half_precision(capfd):
+    """By the global policy, or by that of the running layer."""
     assert explained(MIXED["sum"], capfd) == []
     [line] = explained(lambda: Doubled(4, dtype="mixed_float16")(X), capfd)
     assert "policy mixed_float16" in line
@@ -455,15 +460,17 @@ keras.layers.Dense(4)(np.ones((1, 4))) + tf.ones(4, "float16")
 """
 
 
+@pytest.mark.slow
 @needs_tensorflow
-def test_a_run_promotes_and_says_where_it_could_not(tmp_path):
-    """A model of custom layers alone needs no loss scale, and is not refused one."""
+def test_a_run_promotes_and_explains_errors(tmp_path):
+    """A model of custom layers alone needs no loss scale, and is not refused."""
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "tfmixed", "run", "--policy", "mixed_float16", "train.py"]
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(tfmixed.__file__))}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
     assert (done.stdout.split(), done.returncode) == (["float32", "float32"], 1), done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("tfmixed:")]
+    printed = [line for line in done.stderr.splitlines() if line.startswith("tfmixed:")]
     place = f"train.py:{len(SCRIPT.splitlines())}"
-    assert said[-2].startswith(f"tfmixed: {place} mixes half precision and float32 under the policy mixed_float16")
+    assert printed[-2].startswith(f"tfmixed: {place} ")
+    assert "mixed_float16" in printed[-2]
     assert "promotion.py" not in done.stderr

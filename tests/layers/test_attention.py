@@ -1,3 +1,5 @@
+"""Attention with float32 scores: values, gradients, dtypes, masks, and saved models."""
+
 from __future__ import annotations
 
 import keras
@@ -6,14 +8,13 @@ import numpy as np
 import pytest
 from backend import BACKEND, gradient
 from keras import ops
+from thorough import covering
 
 from tfmixed import layers
 
 numpy = ops.convert_to_numpy
-HEAD, WIDTH = (
-    16,
-    64,
-)  # 1/sqrt(HEAD) is a power of two, and all projections are parts of the identity: nothing is rounded
+# Nothing is rounded: 1/sqrt(HEAD) is a power of two, and all projections are parts of the identity.
+HEAD, WIDTH = 16, 64
 
 
 def dtype(tensor):
@@ -49,7 +50,7 @@ def grouped(kind, **arguments):
 CAUSAL = np.tril(np.ones((5, 5), bool))
 MASK = np.array([[True, True, False, True, True], [True, True, True, False, False]])[:, None] & np.ones((5, 1), bool)
 NEAR = np.abs(np.arange(5)[:, None] - np.arange(5)) < 2
-# Arguments of the layer and of its call, and the mask that they come to.
+# Arguments of the layer and of its call, and the resulting mask.
 PATHS = {
     "fused": ({}, {}, True),
     "fused, causal": ({}, {"use_causal_mask": True}, CAUSAL),
@@ -63,9 +64,10 @@ PATHS = {
     "dropout, masked": ({"dropout": 0.5}, {"attention_mask": MASK}, MASK),
     "dropout, scores": ({"dropout": 0.5}, {"return_attention_scores": True}, True),
 }
-each_path = pytest.mark.parametrize(("arguments", "called", "mask"), PATHS.values(), ids=PATHS)
-each_layer = pytest.mark.parametrize("make", [multi_head, grouped])
-half = pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16"])
+LAYERS = {"multi_head": multi_head, "grouped": grouped}
+POLICIES = ["mixed_float16", "mixed_bfloat16", "float16"]
+each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+paths_and_layers = pytest.mark.parametrize(("path", "make"), covering(1, PATHS, LAYERS))
 
 
 def reference(make, x, mask):
@@ -84,21 +86,21 @@ def both(outputs):
     return outputs if isinstance(outputs, list | tuple) else (outputs, None)
 
 
-@each_path
-@each_layer
-def test_keras_is_wrong_by_every_path_in_float16(make, arguments, called, mask):
-    """NaN or scores of other keys; the fused functions of JAX and PyTorch are right on a CPU."""
+@pytest.mark.slow
+@paths_and_layers
+def test_keras_layers_fail_in_float16(make, path):
+    """On every path but the fused functions of JAX and PyTorch on CPUs."""
+    arguments, called, mask = path
     layer, x = make(keras.layers, dtype="mixed_float16", **arguments), inputs()
     error = np.abs(numpy(both(layer(x, x, **called))[0]).astype("float64") - reference(make, x, mask)[0]).max()
     right = BACKEND != "tensorflow" and not arguments.get("dropout") and "return_attention_scores" not in called
     assert right == (error < 0.1)
 
 
-@half
-@each_path
-@each_layer
-def test_scores_are_those_of_float32_by_every_path(make, arguments, called, mask, policy):
-    """Against a float64 reference; outputs are rounded to the policy's dtype, and scores are float32."""
+@pytest.mark.parametrize(("path", "make", "policy"), covering(1, PATHS, LAYERS, POLICIES))
+def test_scores_are_those_of_float32(make, path, policy):
+    """Compared with float64; outputs are rounded to the dtype of the policy, and scores are float32."""
+    arguments, called, mask = path
     keras.config.set_dtype_policy(policy)
     layer, x = make(layers, **arguments), inputs()
     outputs, scores = both(layer(x, x, **called))
@@ -111,10 +113,10 @@ def test_scores_are_those_of_float32_by_every_path(make, arguments, called, mask
         np.testing.assert_allclose(numpy(scores), expected_scores, rtol=1e-5, atol=1e-7)
 
 
-@each_path
-@each_layer
-def test_symbolic_calls_tell_the_dtypes_of_real_ones(make, arguments, called, mask):  # noqa: ARG001
-    """For models that are made of them."""
+@paths_and_layers
+def test_symbolic_outputs_have_the_dtypes_of_eager_ones(make, path):
+    """And their shapes."""
+    arguments, called, _ = path
     keras.config.set_dtype_policy("mixed_float16")
     layer, x = make(layers, **arguments), keras.Input((5, WIDTH))
     called = {name: value for name, value in called.items() if name != "attention_mask"}
@@ -123,10 +125,10 @@ def test_symbolic_calls_tell_the_dtypes_of_real_ones(make, arguments, called, ma
         assert ours is promised is None or (dtype(ours) == dtype(promised) and ours.shape[1:] == promised.shape[1:])
 
 
-@each_path
-@each_layer
-def test_gradients_are_those_of_float32(make, arguments, called, mask):  # noqa: ARG001
-    """Up to the rounding of the half-precision projections that they pass."""
+@paths_and_layers
+def test_gradients_are_those_of_float32(make, path):
+    """Up to the rounding of the half-precision projections."""
+    arguments, called, _ = path
     x = ops.convert_to_tensor(inputs())
     weights = ops.cast(np.random.default_rng(1).normal(size=x.shape), "float32")
 
@@ -141,7 +143,7 @@ def test_gradients_are_those_of_float32(make, arguments, called, mask):  # noqa:
 
 
 def test_two_attention_axes_and_gates_are_float32_too():
-    """Images take the path of the scores; a gate multiplies before the last projection."""
+    """Images use the path with scores; a gate multiplies before the last projection."""
     x = inputs(1, 4).reshape(1, 2, 2, WIDTH)
     for arguments in ({"attention_axes": (1, 2)}, {"attention_axes": (1, 2), "use_gate": True}):
         expected = multi_head(keras.layers, dtype="float32", **arguments)(x, x)
@@ -150,7 +152,7 @@ def test_two_attention_axes_and_gates_are_float32_too():
 
 
 def test_many_keys():
-    """Over 70,000 equal keys Keras's float16 scores are 0 or rounded, and its averages of ones 0, 0.25 or 1.001."""
+    """Over 70,000 equal keys, float16 scores of Keras are 0 or rounded, and averages of ones 0, 0.25 or 1.001."""
     arguments = {"use_bias": False, "kernel_initializer": "ones", "dtype": "mixed_float16"}
     query, keys = np.zeros((1, 1, 1), "float32"), np.ones((1, 70_000, 1), "float32")
     _, theirs = keras.layers.MultiHeadAttention(1, 1, **arguments)(query, keys, return_attention_scores=True)
@@ -158,14 +160,14 @@ def test_many_keys():
     ours = layers.MultiHeadAttention(1, 1, **arguments)
     output, scores = ours(query, keys, return_attention_scores=True)
     np.testing.assert_allclose(numpy(scores), np.full((1, 1, 1, 70_000), 1 / 70_000), rtol=1e-5)
-    for each in (output, ours(query, keys)):  # the order in which a sum is taken is the machine's
-        np.testing.assert_allclose(numpy(each), 1.0, rtol=1e-3)
+    for average in (output, ours(query, keys)):  # the order of the sum depends on the machine
+        np.testing.assert_allclose(numpy(average), 1.0, rtol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:.*was passed an input with a mask")  # Keras 3.15's GroupQueryAttention hands it on
+@pytest.mark.filterwarnings("ignore:.*was passed an input with a mask")  # by GroupQueryAttention of Keras 3.15
 @each_layer
 def test_masks_of_inputs_hide_keys(make):
-    """Padding changes nothing, in a saved model under another policy neither; the mask reaches the outputs."""
+    """Padding does not change the outputs."""
     keras.config.set_dtype_policy("mixed_float16")
     x = keras.Input((None, WIDTH))
     masked = keras.layers.Masking()(x)
@@ -216,7 +218,7 @@ class SelfAttention(keras.Model):
 
 @each_layer
 def test_dropout_drops_in_training_only(make):
-    """With `training` from the call and from the model around."""
+    """With `training` from the call and from an outer model."""
     keras.config.set_dtype_policy("mixed_float16")
     layer, x = make(layers, dropout=0.5), inputs()
     steady = numpy(layer(x, x))
@@ -229,7 +231,7 @@ def test_dropout_drops_in_training_only(make):
 
 @each_layer
 def test_projections_stay_in_half_precision(make):
-    """Their kernels are cast, and 2,049 becomes 2,048 on its way in."""
+    """Their kernels are cast, and an input of 2,049 becomes 2,048."""
     keras.config.set_dtype_policy("mixed_float16")
     layer = make(layers)
     x = np.full((1, 1, WIDTH), 2049.0, "float32")
@@ -238,7 +240,7 @@ def test_projections_stay_in_half_precision(make):
 
 
 def test_flash_kernels_get_half_precision():
-    """They take nothing else, and compute their softmax in float32."""
+    """They accept nothing else, and compute the softmax in float32."""
     keras.config.set_dtype_policy("mixed_float16")
     x = inputs()
     for flash, expected in ((True, "float16"), (None, "float32")):

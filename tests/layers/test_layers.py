@@ -1,3 +1,5 @@
+"""Float32 layers: values, gradients, dtypes, masks, and saved models."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from backend import BACKEND, WIDE, breaks_on_cpus, gradient
 from keras import ops
+from thorough import covering, few
 
 from tfmixed import layers
 
@@ -29,7 +32,7 @@ numpy = ops.convert_to_numpy
 
 
 class Op(keras.layers.Layer):
-    """A function as a layer that Keras casts the inputs of, for functions that are no Keras layer."""
+    """A function as a Keras layer, which casts its inputs."""
 
     def __init__(self, function, **arguments):
         super().__init__(**arguments)
@@ -40,7 +43,7 @@ class Op(keras.layers.Layer):
 
 
 def coarse(x):
-    """Rounds to numbers that float16 and bfloat16 both hold: what is wrong is not wrong from the start."""
+    """Rounds to numbers that are exact in float16 and bfloat16."""
     return np.asarray(x).astype(ml_dtypes.bfloat16).astype("float64")
 
 
@@ -66,14 +69,14 @@ def grouped64(x):
 
 
 class Case(NamedTuple):
-    """A layer, Keras's own, a float64 reference, and inputs on which Keras's float16 is wrong by more than `error`."""
+    """A layer, the Keras layer, a float64 reference, and inputs for which float16 is wrong by more than `error`."""
 
     ours: Callable
     keras: Callable
     reference: Callable
     x: np.ndarray
     error: float = 0.01
-    right_on: tuple[str, ...] = ()  # backends on which Keras's is only rounded
+    right_on: tuple[str, ...] = ()  # backends on which the Keras layer only rounds
 
 
 ROUNDED = 2e-5
@@ -173,24 +176,25 @@ every_layer = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def test_every_layer_has_a_case():
-    """Attention has a file of its own."""
+    """Except attention, which has its own file."""
     assert set(CASES) == set(layers.__all__) - {"MultiHeadAttention", "GroupQueryAttention"}
 
 
 def error(layer, x, expected):
-    """Returns the largest relative error; inf for what is not finite and for a kernel that does not exist."""
+    """Returns the largest relative error, or inf for nonfinite values and missing kernels."""
     try:
         values = numpy(layer(x)).astype("float64")
     except Exception as missing:
-        assert "find device for node" in str(missing) or "not implemented for 'Half'" in str(missing)  # noqa: PT017
+        assert "find device for node" in str(missing) or "not implemented for 'Half'" in str(missing)  # noqa: PT017 - other exceptions are bugs
         return np.inf
     return np.nan_to_num(np.abs(values / expected - 1), nan=np.inf).max()
 
 
+@pytest.mark.slow
 @breaks_on_cpus
 @every_layer
 def test_keras_breaks_in_float16(case):
-    """What the layers here are for: wrong by a hundredth and more, or rounded where Keras computes in float32."""
+    """By one percent or more, or by rounding if Keras computes in float32."""
     layer = case.keras(dtype="mixed_float16")
     bar = ROUNDED if BACKEND in case.right_on else case.error
     assert error(layer, ops.cast(case.x, "float16"), case.reference(case.x)) > bar
@@ -198,7 +202,7 @@ def test_keras_breaks_in_float16(case):
 
 @every_layer
 def test_values_are_those_of_float32_under_any_policy(case, policy):
-    """Against float64 references, on inputs that break float16."""
+    """Compared with float64, for inputs that fail in float16."""
     x = ops.cast(case.x, policy.compute_dtype)
     layer = case.ours()
     assert error(layer, x, case.reference(case.x)) < 1e-5
@@ -206,22 +210,21 @@ def test_values_are_those_of_float32_under_any_policy(case, policy):
 
 
 @every_layer
-def test_wide_inputs_do_not_pass_through_half(case):
-    """Float32 into a layer of a float16 model."""
+def test_float32_inputs_are_not_rounded(case):
+    """In a float16 model."""
     keras.config.set_dtype_policy("mixed_float16")
     x = (case.x * (1 + np.random.default_rng(1).uniform(0, 2**-10, case.x.shape))).astype("float32")
     assert error(case.ours(), ops.convert_to_tensor(x), case.reference(x.astype("float64"))) < 1e-5
 
 
 def slope(layer, x, weights):
-    """Returns the gradient of a weighted sum of the outputs, which is another number for each input."""
+    """Returns the gradient of a weighted sum of the outputs."""
     return numpy(gradient(lambda x: ops.sum(layer(x) * ops.cast(weights, layer(x).dtype)), x)).astype("float64")
 
 
-@every_layer
-@pytest.mark.parametrize("inputs", ["float32", "float16"])
+@pytest.mark.parametrize(("case", "inputs"), covering(1, CASES, ["float16", "float32"]))
 def test_gradients_are_those_of_float32(case, inputs):
-    """Against the same layer of Keras in float64; for float16 inputs they come back rounded to float16."""
+    """Compared with the Keras layer in float64; those of float16 inputs are rounded to float16."""
     keras.config.set_dtype_policy("mixed_float16")
     # TensorFlow has no float64 kernel for volumes on CPUs.
     reference = "float32" if BACKEND == "jax" or isinstance(case.ours(), layers.AveragePooling3D) else "float64"
@@ -239,23 +242,20 @@ GRADIENT = {
 }
 
 
-MAKE = {name: (case.ours, case.x) for name, case in CASES.items()}
-each_layer = pytest.mark.parametrize(("make", "x"), MAKE.values(), ids=MAKE)
-
-
-@each_layer
-@pytest.mark.parametrize("output_dtype", [None, "compute", WIDE])
-def test_output_dtype(make, x, output_dtype, policy):
-    """None keeps float32, "compute" casts back, a name casts to it; in eager and in symbolic calls."""
-    layer = make(output_dtype=output_dtype)
-    expected = {None: "float32", "compute": policy.compute_dtype}.get(output_dtype, output_dtype)
+@pytest.mark.parametrize(("case", "output_dtype", "policy"), covering(1, CASES, [None, "compute", WIDE], POLICIES))
+def test_output_dtype(case, output_dtype, policy):
+    """None keeps float32, "compute" casts to the policy's dtype, a name to that dtype; eager and symbolic."""
+    keras.config.set_dtype_policy(policy)
+    layer, x = case.ours(output_dtype=output_dtype), case.x
+    compute_dtype = keras.config.dtype_policy().compute_dtype
+    expected = {None: "float32", "compute": compute_dtype}.get(output_dtype, output_dtype)
     real, symbolic = layer(ops.cast(x, "float32")), layer(keras.Input(x.shape[1:]))
     assert dtype(real) == dtype(symbolic) == expected
     assert real.shape[1:] == symbolic.shape[1:]
 
 
 class SumOfSquares(keras.layers.Layer):
-    """A user's layer that does not say what it returns: Keras traces it."""
+    """A custom layer without output shape, which Keras traces."""
 
     def call(self, x):
         return ops.sum(x * x, axis=-1)
@@ -266,15 +266,15 @@ class SumOfSquares(keras.layers.Layer):
     [SumOfSquares, lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])],
     ids=["custom", "model"],
 )
-def test_symbolic_calls_tell_the_dtype_of_real_ones(inner, policy):
-    """Around layers that Keras has to trace, too: half-precision inputs, float32 outputs."""
+def test_symbolic_outputs_have_the_dtype_of_eager_ones(inner, policy):
+    """Also around layers that Keras has to trace: half-precision inputs, float32 outputs."""
     layer = layers.Float32(inner())
     x = keras.Input((4,), dtype=policy.compute_dtype)
     assert dtype(layer(x)) == dtype(layer(np.ones((1, 4), policy.compute_dtype))) == "float32"
 
 
 class BuildsLater(keras.layers.Layer):
-    """A user's layer that makes its sublayer in `build`."""
+    """A custom layer that creates its sublayer in `build`."""
 
     def build(self, input_shape):
         self.dense = keras.layers.Dense(1, kernel_initializer="ones")
@@ -285,8 +285,8 @@ class BuildsLater(keras.layers.Layer):
 
 
 @pytest.mark.parametrize("symbolic", [True, False])
-def test_sublayers_made_late_are_float32_too(symbolic):
-    """A sum of 70,000 ones, which float16 cannot hold."""
+def test_sublayers_created_in_build_are_float32(symbolic):
+    """A sum of 70,000 ones, which overflows in float16."""
     keras.config.set_dtype_policy("mixed_float16")
     layer, x = layers.Float32(BuildsLater()), np.ones((1, 70_000), "float32")
     inputs = keras.Input((70_000,))
@@ -297,48 +297,48 @@ def test_sublayers_made_late_are_float32_too(symbolic):
 
 
 class BuildsHalf(BuildsLater):
-    """Another one, which gives its sublayer a policy of its own."""
+    """Another one, whose sublayer has a half-precision policy."""
 
     def build(self, input_shape):
         self.dense = keras.layers.Dense(1, kernel_initializer="ones", dtype="mixed_float16")
         self.dense.build(input_shape)
 
 
-def test_sublayers_made_late_with_another_policy_are_float32_too():
-    """Whatever the wrapped layer's code says."""
+def test_sublayers_created_in_build_with_another_policy_are_float32():
+    """Whatever the code of the wrapped layer sets."""
     layer = layers.Float32(BuildsHalf())
     assert numpy(layer(np.ones((1, 70_000), "float32")))[0, 0] == 70_000.0
     assert layer.layer.dense.compute_dtype == "float32"
 
 
-def test_time_distributed_takes_it():
-    """It asks for the output shape alone."""
+def test_time_distributed_accepts_it():
+    """It needs the output shape only."""
     layer = keras.layers.TimeDistributed(layers.Float32(keras.layers.Dense(3)))
     assert layer(keras.Input((5, 4))).shape == (None, 5, 3)
 
 
 def test_attention_can_be_wrapped():
-    """`build` of a layer with several inputs takes several shapes."""
+    """The `build` method of a layer with several inputs takes several shapes."""
     keras.config.set_dtype_policy("mixed_float16")
     x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype("float16")
     layer = layers.Float32(keras.layers.MultiHeadAttention(2, 4))
     assert dtype(layer(x, x)) == "float32"
 
 
-@each_layer
-def test_output_dtype_is_known_by_its_class_too(make, x):
-    """What Keras accepts as a dtype is kept under its name, which can be saved."""
+@pytest.mark.parametrize("make", [layers.Softmax, layers.Mean])
+def test_output_dtype_can_be_a_numpy_dtype(make):
+    """The config holds its name."""
     layer = make(output_dtype=np.dtype(WIDE))
     assert layer.get_config()["output_dtype"] == WIDE
-    assert dtype(layer(ops.cast(x, "float32"))) == WIDE
+    assert dtype(layer(ops.ones((1, 2), "float32"))) == WIDE
 
 
-@each_layer
+@every_layer
 @pytest.mark.parametrize("output_dtype", ["int32", "half", 3])
-def test_a_bad_output_dtype_is_named(make, x, output_dtype):  # noqa: ARG001
-    """The message says what is possible."""
-    with pytest.raises(ValueError, match=f'output_dtype must be None, "compute" or .* received {output_dtype!r}'):
-        make(output_dtype=output_dtype)
+def test_a_bad_output_dtype_is_refused(case, output_dtype):
+    """The error names the argument."""
+    with pytest.raises(ValueError, match="output_dtype"):
+        case.ours(output_dtype=output_dtype)
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -372,13 +372,11 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("output_dtype", [None, "compute"])
-@each_layer
-def test_models_save_and_load(make, x, output_dtype, model, tmp_path):
-    """In every kind of model the outputs are the layer's own; a saved one gives them under another policy too."""
+@pytest.mark.parametrize(("case", "output_dtype", "model"), covering(1, CASES, [None, "compute"], MODELS))
+def test_models_save_and_load(case, output_dtype, model, tmp_path):
+    """Every kind of model returns the outputs of the layer; a loaded one under another policy, too."""
     keras.config.set_dtype_policy("mixed_float16")
-    layer = make(output_dtype=output_dtype)
+    layer, x = case.ours(output_dtype=output_dtype), case.x
     first = model(layer, x.shape[1:])
     outputs = first(ops.cast(x, "float32"))
     assert dtype(outputs) == ("float16" if output_dtype else "float32")
@@ -399,16 +397,17 @@ def test_models_save_and_load(make, x, output_dtype, model, tmp_path):
     ],
 )
 def test_axes_are_saved(make, expected, tmp_path):
-    """Those that are not the default."""
+    """If they are not the default."""
     model, x = functional(make(), (2, 2)), np.array([[[1.0, 2.0], [3.0, 4.0]]])
     model.save(tmp_path / "model.keras")
-    for each in (model, keras.models.load_model(tmp_path / "model.keras")):
-        np.testing.assert_allclose(numpy(each(x)), expected, rtol=2e-5)
+    for saved_or_loaded in (model, keras.models.load_model(tmp_path / "model.keras")):
+        np.testing.assert_allclose(numpy(saved_or_loaded(x)), expected, rtol=2e-5)
 
 
-@pytest.mark.usefixtures("policy")
-def test_models_train():
-    """Islands between half-precision layers: finite losses, and a loss that falls."""
+@pytest.mark.parametrize("policy", few(["mixed_float16"], {policy: policy for policy in POLICIES}))
+def test_models_train(policy):
+    """Islands between half-precision layers: losses are finite and decrease."""
+    keras.config.set_dtype_policy(policy)
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
@@ -431,7 +430,7 @@ def test_models_train():
 
 
 def test_masks_pass_through():
-    """Float32 hands on the mask of its input to the layer and to its output."""
+    """Float32 passes the mask of its input to the layer and to its output."""
     keras.config.set_dtype_policy("mixed_float16")
     ids = np.array([[1, 2, 0, 0]])
     embedded = keras.layers.Embedding(3, 2, mask_zero=True)(ids)
@@ -443,8 +442,8 @@ def test_masks_pass_through():
 
 
 @pytest.mark.parametrize("wrap", [lambda layer: layer, layers.Float32], ids=["bare", "wrapped"])
-def test_a_layer_that_drops_masks_does_so_within(wrap):
-    """With Keras's own warning."""
+def test_a_wrapped_layer_that_drops_masks_still_does(wrap):
+    """With the warning of Keras."""
 
     class Doubles(keras.layers.Layer):
         def call(self, x):
@@ -457,19 +456,19 @@ def test_a_layer_that_drops_masks_does_so_within(wrap):
 
 
 def test_masks_reach_a_wrapped_lstm_in_a_saved_model(tmp_path):
-    """Padding changes nothing, before and after a round trip through a file."""
+    """Padding does not change outputs, also in a loaded model."""
     keras.config.set_dtype_policy("mixed_float16")
     ids = keras.Input((None,), dtype="int32")
     embedded = keras.layers.Embedding(5, 4, mask_zero=True)(ids)
     model = keras.Model(ids, layers.Float32(keras.layers.LSTM(3))(embedded))
     model.save(tmp_path / "model.keras")
-    for each in (model, keras.models.load_model(tmp_path / "model.keras")):
+    for saved_or_loaded in (model, keras.models.load_model(tmp_path / "model.keras")):
         padded, bare = np.array([[1, 2, 3, 0, 0]]), np.array([[1, 2, 3]])
-        np.testing.assert_allclose(numpy(each(padded)), numpy(model(bare)), rtol=1e-6)
+        np.testing.assert_allclose(numpy(saved_or_loaded(padded)), numpy(model(bare)), rtol=1e-6)
 
 
 def test_training_passes_through():
-    """Dropout inside works in training and not in inference."""
+    """Wrapped dropout drops in training only."""
     layer = layers.Float32(keras.layers.Dropout(0.5))
     x = np.ones((4, 100), "float32")
     assert (ops.convert_to_numpy(layer(x, training=True)) == 0).any()
@@ -477,7 +476,7 @@ def test_training_passes_through():
 
 
 def test_a_built_layer_keeps_its_weights():
-    """Wrapping changes the dtype of the computation, nothing else."""
+    """Wrapping changes only the dtype of the computation."""
     keras.config.set_dtype_policy("mixed_float16")
     inner = keras.layers.Dense(3)
     half = inner(np.ones((1, 4)))
@@ -490,13 +489,13 @@ def test_a_built_layer_keeps_its_weights():
 
 
 def test_sums_of_integers_are_float32():
-    """Not in the integers' own type, which wraps."""
+    """Integer sums would wrap."""
     total = layers.Sum()(np.full((1, 3), 100, "int8"))
     assert (dtype(total), float(total[0])) == ("float32", 300.0)
 
 
-def test_wrapped_layers_that_leave_their_inputs_alone_do_not_round_them(policy):
-    """`LayerNormalization` with a float32 policy computes in float32, and rounds to the dtype of its inputs."""
+def test_wrapped_layers_without_autocast_do_not_round_their_inputs(policy):
+    """`LayerNormalization` with a float32 policy computes in float32, but rounds to the dtype of its inputs."""
     x = random(-300, 300, (2, 8))
     inner = keras.layers.LayerNormalization()
     wrapped = layers.Float32(inner)(ops.cast(x, policy.compute_dtype))
@@ -506,8 +505,8 @@ def test_wrapped_layers_that_leave_their_inputs_alone_do_not_round_them(policy):
         assert (dtype(alone), np.abs(numpy(alone) / standardized64(x, -1) - 1).max() > ROUNDED) == ("float32", True)
 
 
-def test_a_mask_meets_logits_below_its_own_large_number():
-    """Keras masks float16 with -30,000; what is below that gets nothing."""
+def test_masked_softmax_with_very_low_logits():
+    """Keras masks float16 with -30,000; probabilities of lower logits become 0."""
     keras.config.set_dtype_policy("mixed_float16")
     logits, mask = np.array([[-40_000.0, -40_000.0, 0.0]]), np.array([[True, True, False]])
     np.testing.assert_array_equal(numpy(keras.layers.Softmax()(logits, mask=mask)), [[0, 0, 0]])
@@ -515,7 +514,7 @@ def test_a_mask_meets_logits_below_its_own_large_number():
 
 
 def test_masked_steps_do_not_count():
-    """Keras divides float16 sums; the mask comes with the inputs or as an argument."""
+    """The mask comes with the inputs or as an argument; Keras divides float16 sums."""
     keras.config.set_dtype_policy("mixed_float16")
     x, mask = np.ones((1, 80_000, 1)), np.arange(80_000)[None] < 70_000
     x[0, 70_000:] = 0.0
@@ -530,7 +529,7 @@ def test_masked_steps_do_not_count():
     [layers.Softmax, layers.LogSoftmax, layers.UnitNormalization, layers.LayerNormalization, layers.BatchNormalization],
 )
 def test_masks_of_inputs_reach_the_outputs(make):
-    """For the next layer."""
+    """And the next layer."""
     keras.config.set_dtype_policy("mixed_float16")
     x = keras.layers.Masking()(np.array([[[1.0, 2.0], [0.0, 0.0]]]))
     for output_dtype in (None, "compute"):
@@ -539,7 +538,7 @@ def test_masks_of_inputs_reach_the_outputs(make):
 
 
 def test_batch_normalization_trains_and_its_statistics_are_float32():
-    """Under "float16" Keras's variance of inputs of 3,000 is inf after one step. Masked steps do not count."""
+    """Under "float16", the Keras variance of inputs of 3,000 is inf after one step. Masked steps do not count."""
     keras.config.set_dtype_policy("float16")
     x = np.array([1.0, -1.0, 3.0, 1.0, -1.0, -3.0]).reshape(2, 3, 1) * np.full(2, 3000.0)
     mask = np.array([[True, True, False]] * 2)
@@ -559,7 +558,7 @@ def test_batch_normalization_trains_and_its_statistics_are_float32():
 
 @pytest.mark.parametrize("make", [layers.LayerNormalization, lambda: layers.GroupNormalization(2)])
 def test_updates_are_not_lost_under_a_float16_policy(make):
-    """Float16 has nothing between 1 and 1.00098."""
+    """Float16 has no number between 1 and 1.00098."""
     keras.config.set_dtype_policy("float16")
     layer = make()
     layer.build((None, 4))

@@ -1,3 +1,5 @@
+"""Lazy imports, public names, and Keras's registration of classes."""
+
 from __future__ import annotations
 
 import subprocess
@@ -7,6 +9,7 @@ import pytest
 from thorough import thorough
 
 import tfmixed
+from tfmixed._utils import keras_registration
 
 
 def python(code):
@@ -16,28 +19,44 @@ def python(code):
 
 
 def test_import_loads_no_framework():
-    """`import tfmixed` is fast: what it needs of Keras comes on first use."""
+    """Keras is imported on first use, so `import tfmixed` is fast."""
     heavy = {"keras", "tensorflow", "torch", "jax", "matplotlib", "rich", "numpy"}
     assert not heavy & set(python("import tfmixed, sys; print(*sys.modules)"))
 
 
 def test_every_public_name_exists():
-    """What dir() lists can be used; what it does not is an AttributeError."""
+    """All names of `dir()` can be used, other names raise AttributeError."""
     assert all(getattr(tfmixed, name) is not None for name in dir(tfmixed))
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+    with pytest.raises(AttributeError, match="nonsense"):
         _ = tfmixed.nonsense
 
 
+def test_classes_of_saved_models_are_registered():
+    """Once `tfmixed` and Keras are imported."""
+    import keras
+
+    for name in ("Forced", "Float32Activation", "Softmax", "CategoricalCrossentropy", "LossScaleOptimizer"):
+        assert keras.saving.get_registered_object(f"tfmixed>{name}") is not None
+
+
+def test_a_module_that_does_not_work_with_keras_is_a_warning():
+    """Imports continue with the next module."""
+    with pytest.warns(UserWarning, match="no_such_module"):
+        keras_registration.import_with_keras(["tfmixed.no_such_module", "tfmixed.layers"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
         "import keras, tfmixed",
-        # As others look for it.
+        "import tfmixed, keras",
+        # Other packages look for it like this.
         pytest.param("import tfmixed, importlib.util; importlib.util.find_spec('keras'); import keras", marks=thorough),
     ],
 )
 def test_saved_models_load_in_a_fresh_process(tmp_path, imports):
-    """Keras finds our classes whichever package is imported first, and without naming any of them."""
+    """Whichever package is imported first, and without use of any name of this package."""
     import keras
 
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), tfmixed.layers.Softmax()])
@@ -65,12 +84,11 @@ print(type(keras.__spec__.loader).__name__)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filters", ["default", "error::UserWarning"])
-def test_keras_imports_and_trains_where_a_private_module_of_it_has_another_name(filters):
-    """A warning says which saved models do not load; it does not break the import where warnings are errors."""
+def test_keras_imports_and_trains_if_its_private_modules_have_moved(filters):
+    """A warning names the saved models that do not load, and cannot break the import."""
     command = [sys.executable, "-W", filters, "-c", RENAMED]
     run = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert (run.returncode, run.stdout) == (0, "SourceFileLoader\n"), run.stderr
-    assert ("Saved models that need `tfmixed._islands.layer_rewrite` cannot be loaded" in run.stderr) == (
-        filters == "default"
-    )
+    assert ("tfmixed._islands.layer_rewrite" in run.stderr) == (filters == "default")

@@ -13,23 +13,22 @@ from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
 
-def write(tmp_path, text):
-    path = tmp_path / "run.toml"
-    path.write_text(text) if isinstance(text, str) else path.write_bytes(text)
-    return path
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run.toml"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_load_and_round_trip(path, tmp_path):
-    """Each file in configs/ is valid, and comes back from its own copy."""
-    config = load_config(path)
-    config.save(tmp_path / "copy.toml")
-    assert load_config(tmp_path / "copy.toml") == config
-    assert [entry.name for entry in tmp_path.iterdir()] == ["copy.toml"]
+@pytest.mark.parametrize("shipped", CONFIGS, ids=lambda shipped: shipped.stem)
+def test_shipped_configs_round_trip(shipped, path):
+    """Each file in configs/ loads, and `save` writes an equal one, without a partial file beside it."""
+    config = load_config(shipped)
+    config.save(path)
+    assert load_config(path) == config
+    assert [entry.name for entry in path.parent.iterdir()] == ["run.toml"]
 
 
-def test_shipped_configs_are_what_their_names_say():
-    """The four policies and three peers."""
+def test_shipped_configs():
+    """The files hold the settings in their names."""
     configs = {path.stem: load_config(path) for path in CONFIGS}
     assert configs["float32"] == Config("float32")
     assert configs["bfloat16"] == Config("mixed_bfloat16")
@@ -51,71 +50,68 @@ def test_shipped_configs_are_what_their_names_say():
     ],
     ids=str,
 )
-def test_any_config_round_trips(config, tmp_path):
-    """What save writes, load_config reads; null included."""
-    config.save(tmp_path / "config.toml")
-    assert load_config(tmp_path / "config.toml") == config
+def test_any_config_round_trips(config, path):
+    """`load_config` returns what `save` wrote, including None."""
+    config.save(path)
+    assert load_config(path) == config
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('polcy = "float32"', "polcy is no known key; did you mean policy?"),
-        ("[scaling]\ngroth_interval = 3", r"scaling\.groth_interval is no known key; did you mean growth_interval?"),
-        (
-            '[scaling]\nlike = "torch"\nhysteresis = 2',
-            r"scaling\.hysteresis is no known key.*known: like, initial_scale",
-        ),
-        ('[scaling]\nlike = "torch"\nrule = "dynamic"', r"scaling\.rule and scaling\.like exclude each other"),
-        (
-            '[scaling]\nlike = "pytorch"',
-            r"scaling\.like must be one of torch, .* received 'pytorch'; did you mean torch",
-        ),
-        ('[scaling]\nrule = "dynamc"', r"scaling\.rule must be one of .* received 'dynamc'; did you mean dynamic"),
-        ("[log]\nevry = 3", r"log\.evry is no known key; did you mean every?"),
-        ('policy = "mixed_fp16"', "policy must be .* received 'mixed_fp16'"),
-        ("policy = 16", "policy must be .* received 16"),
-        ("scaling = 8", r"scaling must be a table \[scaling\], received 8"),
-        ("[scaling]\nhysteresis = 1.5", r"scaling\.hysteresis must be a whole number.* received 1\.5"),
-        ('[scaling]\ninitial_scale = "8"', r"scaling\.initial_scale must be .* received '8'"),
-        ("[scaling]\ninitial_scale = true", r"scaling\.initial_scale must be .* received True"),
-        ('[scaling]\ninitial_scale = "none"', r"scaling\.initial_scale must be .* received None"),
-        ('[scaling]\nrule = "constant"', r"scaling\.value is missing"),
-        ('[scaling]\nlike = "jmp"\nfactor = "2"', r"scaling\.factor must be .* received '2'"),
-        ('[scaling]\nlike = "apex"\nmax_scale = "2"', r"scaling\.max_scale must be .* received '2'"),
-        ('[scaling]\nlike = "fairseq"\nthreshold = false', r"scaling\.threshold must be .* received False"),
-        ('[scaling]\nlike = "flax"\ngrowth_interval = "2"', r"scaling\.growth_interval must be .* received '2'"),
-        ("[log]\nevery = 0", r"log\.every must be a whole number, at least 1 .* received 0"),
-        ("[log]\nverbose = -1", r"log\.verbose must be .* received -1"),
-        ("[log]\ntensorboard = 1", r"log\.tensorboard must be true or false, received 1"),
-        ("policy = ", "is no TOML file"),
-        (b"\xff\xfe\x00", "is no TOML file"),
-        pytest.param("deep = " + "[" * 10**5, "is no TOML file", id="deep"),
+        ('polcy = "float32"', r"Unknown key 'polcy'\. Did you mean 'policy'\?"),
+        ("[scaling]\ngroth_interval = 3", r"'scaling\.groth_interval'\. Did you mean 'scaling\.growth_interval'\?"),
+        ('[scaling]\nlike = "torch"\nhysteresis = 2', r"'scaling\.hysteresis'.*Known keys: scaling\.like"),
+        ('[scaling]\nlike = "torch"\nrule = "dynamic"', "Only one"),
+        ('[scaling]\nlike = "pytorch"', r"'scaling\.like'.* Received: 'pytorch'\. Did you mean 'torch'"),
+        ('[scaling]\nrule = "dynamc"', r"'scaling\.rule'.* Received: 'dynamc'\. Did you mean 'dynamic'"),
+        ("[scaling]\nrule = []", r"'scaling\.rule'.* Received: \[\]"),
+        ("[log]\nevry = 3", r"'log\.evry'\. Did you mean 'log\.every'\?"),
+        ('policy = "mixed_fp16"', "policy='mixed_fp16'"),
+        ("policy = 16", "'policy'.* 16"),
+        ("scaling = 8", "'scaling'.* 8"),
+        ("[scaling]\nhysteresis = 1.5", r"scaling\.hysteresis.* 1\.5"),
+        ('[scaling]\ninitial_scale = "8"', r"scaling\.initial_scale.* '8'"),
+        ("[scaling]\ninitial_scale = true", r"scaling\.initial_scale.* True"),
+        ('[scaling]\ninitial_scale = "none"', r"scaling\.initial_scale.* None"),
+        ('[scaling]\nrule = "constant"', r"'scaling\.value' is missing"),
+        ('[scaling]\nlike = "jmp"\nfactor = "2"', r"scaling\.factor.* '2'"),
+        ('[scaling]\nlike = "apex"\nmax_scale = "2"', r"scaling\.max_scale.* '2'"),
+        ('[scaling]\nlike = "fairseq"\nthreshold = false', r"scaling\.threshold.* False"),
+        ('[scaling]\nlike = "flax"\ngrowth_interval = "2"', r"scaling\.growth_interval.* '2'"),
+        ("log = 8", "'log'.* 8"),
+        ("[log]\nevery = 0", r"'log\.every'.* >= 1.* 0"),
+        ("[log]\nevery = true", r"'log\.every'.* True"),
+        ("[log]\nverbose = -1", r"'log\.verbose'.* -1"),
+        ("[log]\ntensorboard = 1", r"'log\.tensorboard'.* 1"),
+        ("policy = ", "TOML"),
+        (b"\xff\xfe\x00", "TOML"),
+        pytest.param("deep = " + "[" * 10**5, "TOML", id="deep"),
     ],
     ids=repr,
 )
-def test_a_broken_file_is_named_with_key_and_remedy(tmp_path, text, message):
-    """One ConfigError: file, key, what was received, the nearest valid key."""
-    path = write(tmp_path, text)
-    with pytest.raises(ConfigError, match=rf"run\.toml: {message}"):
+def test_invalid_files(path, text, message):
+    """A `ConfigError` names the file, the key, the value received and the nearest known key."""
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ConfigError, match=rf"run\.toml: .*{message}"):
         load_config(path)
 
 
-def test_a_missing_file_or_a_folder_is_named(tmp_path):
-    """An error of the configuration, not of the system."""
-    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
+def test_a_missing_file_or_a_folder(tmp_path):
+    """Both raise a `ConfigError`, not an `OSError`."""
+    with pytest.raises(ConfigError, match="none"):
         load_config(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="directory"):
         load_config(tmp_path)
 
 
 def test_apply_sets_the_policy():
-    """As set_policy does."""
+    """As `set_policy` does."""
     assert Config("float64").apply().name == keras.config.dtype_policy().name == "float64"
 
 
-def test_optimizer_wraps_where_there_is_something_to_scale():
-    """A rule wraps; none leaves the optimizer as it is."""
+def test_optimizer_is_wrapped_if_the_loss_is_scaled():
+    """Without a rule the optimizer stays as it is."""
     wrapped = Config("mixed_float16", ConstantScale(8)).optimizer("sgd")
     assert isinstance(wrapped, LossScaleOptimizer)
     assert wrapped.rule == ConstantScale(8)
@@ -123,8 +119,8 @@ def test_optimizer_wraps_where_there_is_something_to_scale():
     assert Config("float32").optimizer(inner) is inner
 
 
-def test_callbacks_log_into_the_run_folder(tmp_path):
-    """A logger where the scale can change, nothing where there is none."""
+def test_callbacks_log_to_the_run_folder(tmp_path):
+    """The logger has the settings of the file. Without loss scaling there is none."""
     (logger,) = Config("mixed_float16", DynamicScale(), LogConfig(7, 0, True)).callbacks(tmp_path)
     assert isinstance(logger, LossScaleLogger)
     assert (logger.path, logger.every, logger.verbose) == (tmp_path / "loss_scale.jsonl", 7, 0)
@@ -132,11 +128,10 @@ def test_callbacks_log_into_the_run_folder(tmp_path):
     assert Config("float32").callbacks(tmp_path) == []
 
 
-def test_float16_without_scaling_is_not_scaled_by_keras_either():
-    """Keras wraps a bare optimizer under mixed_float16: a scale of 1 keeps it from that."""
+def test_float16_without_scaling_is_not_scaled_by_keras():
+    """Keras would scale an unwrapped optimizer under mixed_float16. A constant scale of 1 prevents that."""
     config = Config("mixed_float16")
-    optimizer = config.optimizer("sgd")
-    assert optimizer.rule == ConstantScale(1.0)
+    assert config.optimizer("sgd").rule == ConstantScale(1.0)
     assert len(config.callbacks("run")) == 1
     assert not isinstance(Config("mixed_bfloat16").optimizer("sgd"), keras.optimizers.LossScaleOptimizer)
 
@@ -151,19 +146,19 @@ def test_float16_without_scaling_is_not_scaled_by_keras_either():
         (("auto", None, {"every": 3}), "log"),
     ],
 )
-def test_what_no_file_can_say_is_refused(values, name):
-    """A Config made by hand is checked like a file."""
-    with pytest.raises(ConfigError, match=f"{name} must be .* received"):
+def test_arguments_are_checked(values, name):
+    """A `Config` made in Python is checked like a file."""
+    with pytest.raises(ConfigError, match=f"{name} must be"):
         Config(*values)
 
 
-def test_a_misspelt_policy_is_told_the_nearest():
-    """As keys are."""
-    with pytest.raises(ConfigError, match=r"received 'mixed_flaot16'; did you mean mixed_float16\?"):
+def test_the_nearest_policy_is_suggested():
+    """As the nearest key is."""
+    with pytest.raises(ConfigError, match="'mixed_float16'"):
         Config("mixed_flaot16")
 
 
-def test_a_byte_order_mark_is_no_error(tmp_path):
+def test_a_byte_order_mark_is_ignored(path):
     """Some editors on Windows write one."""
-    (tmp_path / "bom.toml").write_text('policy = "float32"', encoding="utf-8-sig")
-    assert load_config(tmp_path / "bom.toml") == Config("float32")
+    path.write_text('policy = "float32"', encoding="utf-8-sig")
+    assert load_config(path) == Config("float32")

@@ -1,4 +1,4 @@
-"""What tfmixed uses of Keras and TensorFlow beyond their public interfaces: a new version fails here, in one line."""
+"""Private names of Keras and TensorFlow that tfmixed uses. A change in a new version fails here first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import tfmixed
 
 OPTIMIZER, TRAINER = "keras.src.optimizers.base_optimizer", "keras.src.backend.tensorflow.trainer"
 
-# module, attribute, parameters (None: it is no function), what for
+# Module, attribute, parameters (None if it is not checked), purpose.
 HOOKS = [
     (OPTIMIZER, "BaseOptimizer._get_variable_index", ["self", "variable"], "name the variable of a gradient"),
     ("keras.src.utils.tracking", "Tracker.replace_tracked_value", None, "count steps in a variable of the user's"),
@@ -87,7 +87,7 @@ HOOKS = [
     ),
     ("tensorflow", "__internal__.distribute.strategy_supports_no_merge_call", [], "decide for all replicas"),
 ]
-# Set in constructors or on variables: seen on instances only.
+# Attributes of instances.
 ATTRIBUTES = {
     "_trainable_variables": "list what an optimizer was built with",
     "_distribute_strategy": "fit on workers",
@@ -96,7 +96,7 @@ ATTRIBUTES = {
     "_compile_loss": "compute the loss as fit does",
     "_user_loss_weights": "compute the loss as fit does",
     "_keras_mask": "hand on the mask of a tensor",
-    "_descriptor_cache": "let tf.function trace a layer's call anew",
+    "_descriptor_cache": "make tf.function trace a layer's call again",
     "_inputs_struct": "know a functional model's inputs",
     "_flash_attention": "leave flash kernels in half precision",
     "_iterations": "set it, or count steps in a variable of the user's",
@@ -113,8 +113,6 @@ ATTRIBUTES = {
     "_functional": "find the graph of a Sequential",
     "_dtype": "correct what a symbolic tensor says",
     "_use_locking": "know how a TensorFlow 1 optimizer writes",
-    "_closed": "know which sessions are open",
-    "_session": "know which sessions could be made",
     "_is_stateful": "know what a gradient comes from",
     "_current_loss_scale": "let TensorFlow's loss scale follow ours",
     "_REGISTERED_WRAPPER_OPTIMIZER_CLS": "hand out our optimizer from TensorFlow's own function",
@@ -122,8 +120,7 @@ ATTRIBUTES = {
 
 
 @pytest.mark.parametrize(("module", "path", "parameters", "purpose"), HOOKS, ids=[hook[1] for hook in HOOKS])
-def test_private_hooks_are_as_tfmixed_uses_them(module, path, parameters, purpose):
-    """Each by name and parameters."""
+def test_private_functions_have_the_expected_parameters(module, path, parameters, purpose):
     found = importlib.import_module(module)
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -131,8 +128,8 @@ def test_private_hooks_are_as_tfmixed_uses_them(module, path, parameters, purpos
     assert parameters in (None, list(inspect.signature(found).parameters)), f"{path} takes other arguments to {purpose}"
 
 
-def test_private_attributes_are_there():
-    """Those of instances."""
+def test_private_attributes_exist():
+    """On instances."""
     optimizer, variable = keras.optimizers.SGD(), keras.Variable([1.0])
     optimizer.build([variable])
     assert isinstance(optimizer._learning_rate, keras.Variable), ATTRIBUTES["_learning_rate"]
@@ -172,17 +169,13 @@ def test_private_attributes_are_there():
     assert "overwrite_with_gradient" in inspect.getsource(importlib.import_module(OPTIMIZER))
 
 
-def test_private_attributes_of_tensorflow_1_are_there():
-    """Those that `tfmixed.compat.v1` reads."""
+def test_private_attributes_of_tensorflow_1_exist():
+    """For `tfmixed.compat.v1`."""
     from tensorflow.python.client.session import BaseSession
     from tensorflow.python.training.experimental import mixed_precision
 
     v1 = tf.compat.v1
     assert v1.train.AdamOptimizer()._use_locking is False, ATTRIBUTES["_use_locking"]
-    with v1.Session(graph=tf.Graph()) as session:
-        assert session._closed is False, ATTRIBUTES["_closed"]
-        assert vars(session)["_session"] is not None, ATTRIBUTES["_session"]
-        assert isinstance(session._config, v1.ConfigProto)  # to know what it converts
     takes = list(inspect.signature(BaseSession.__init__).parameters)
     assert takes == ["self", "target", "graph", "config"]  # replaced, to reach sessions that have a configuration
     with tf.Graph().as_default():
@@ -194,13 +187,13 @@ def test_private_attributes_of_tensorflow_1_are_there():
     assert v1.train.Optimizer in wrappers, ATTRIBUTES["_REGISTERED_WRAPPER_OPTIMIZER_CLS"]
 
 
-def test_private_methods_are_there_to_be_overridden():
-    """Keras calls it after each build: then the changes of a loaded model are repeated."""
+def test_overridden_private_methods_exist():
+    """Keras calls this one after each build, when a loaded model repeats its changes."""
     assert list(inspect.signature(keras.Operation._post_build).parameters) == ["self"]
 
 
-def test_what_the_promotion_replaces_is_where_it_is_looked_for():
-    """For the whole process, once a policy that promotes was set."""
+def test_names_that_promotion_patches_exist():
+    """Promotion patches them for the process when a half-precision policy is set."""
     names = ("__init__", "__call__", "stateless_call", "compute_output_spec", "compute_dtype", "losses")
     assert set(names) <= set(vars(keras.layers.Layer))
     for layer in (keras.layers.Normalization, keras.layers.Rescaling, keras.layers.RandomFlip):
@@ -217,7 +210,7 @@ def called(node):
 
 
 def private_names():
-    """Returns the private attributes that the package reads and does not define itself."""
+    """Returns the private attributes that the package reads but does not define."""
     read, defined = set(), set()
     for path in Path(tfmixed.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -228,14 +221,14 @@ def private_names():
             elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
                 own = isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
                 (defined if own else read).add(node.attr)
-            elif isinstance(node, ast.Call) and called(node) in ("put", "getattr"):
-                # `temporary.put(stack, owner, name, value)`
-                read |= {each.value for each in node.args if isinstance(each, ast.Constant) and _is_private(each.value)}
+            elif isinstance(node, ast.Call) and called(node) in ("put", "getattr", "wrap"):
+                # `temporary_state.put(stack, owner, name, value)`, `patches.wrap(owner, target, name, wrapper)`
+                read |= {word.value for word in node.args if isinstance(word, ast.Constant) and _is_private(word.value)}
     return {name for name in read - defined if name.strip("_") not in dir(object) and not hasattr(object, name)}
 
 
-def test_this_list_is_complete():
-    """Whoever uses another private name adds it above."""
+def test_the_list_is_complete():
+    """Add every other private name that you use to `HOOKS` or `ATTRIBUTES`."""
     listed = {part for _, path, _, _ in HOOKS for part in path.split(".") if part.startswith("_")} | set(ATTRIBUTES)
     python = {"_asdict", "_fields", "_replace", "__name__", "__version__", "_getframe", "__stderr__", "__signature__"}
     python |= {"__cause__", "__context__", "__traceback__", "__mro__", "__excepthook__", "__spec__", "__loader__"}

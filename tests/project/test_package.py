@@ -1,3 +1,5 @@
+"""Metadata of the package, and missing optional packages."""
+
 from __future__ import annotations
 
 import subprocess
@@ -10,12 +12,12 @@ import tfmixed
 
 
 def test_it_is_typed():
-    """Type checkers read the annotations of an installed package only if it says so."""
+    """Type checkers read the annotations of an installed package only if it has `py.typed`."""
     assert resources.files(tfmixed).joinpath("py.typed").is_file()
 
 
-def test_its_version_is_that_of_its_metadata():
-    """It is written in one place."""
+def test_the_version_is_that_of_the_metadata():
+    """It is defined in one place."""
     assert metadata.version("tfmixed") == tfmixed.__version__
 
 
@@ -29,8 +31,8 @@ def test_its_version_is_that_of_its_metadata():
         ("matplotlib", "plotting", "plot", "tensorflow"),
     ],
 )
-def test_a_package_that_is_missing_is_named_with_its_extra(package, name, extra, backend):
-    """In the last line of the traceback; what needs no backend works without one."""
+def test_a_missing_package_is_named_with_its_extra(package, name, extra, backend):
+    """In the last line of the traceback; names that need no backend work without one."""
     code = (
         f"import os, sys; os.environ['KERAS_BACKEND'] = {backend!r}; sys.modules[{package!r}] = None\n"
         "import tfmixed; tfmixed.DynamicScale(), tfmixed.records, tfmixed.formats.FORMATS['float16']\n"

@@ -39,41 +39,92 @@ def snapshots(path):
     return [record for record in records.read_log(path) if isinstance(record, RangesRecord)]
 
 
-@pytest.mark.parametrize("mode", modes({}, {"steps_per_execution": 4}), ids=str)
-def test_training_goes_as_without_it(tmp_path, mode):
-    """Six batches an epoch, the last one smaller: the same weights to the bit, and the steps are those of the log."""
-    path = tmp_path / "log.jsonl"
-    trained = fit(LossScaleLogger(path, verbose=0), GradientRanges(path, every=4), **mode)
-    for value, other in zip(trained.get_weights(), fit(**mode).get_weights(), strict=True):
-        np.testing.assert_array_equal(value, other)
-    steps = [0, 4, 10] if "steps_per_execution" in mode else [0, 4, 8]
-    assert [(record.step, record.epoch) for record in snapshots(path)] == [(step, step // 6) for step in steps]
+def assert_same_weights(*models):
+    for value, other_value in zip(*(made.get_weights() for made in models), strict=True):
+        np.testing.assert_array_equal(value, other_value)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranges") / "log.jsonl"
+
+
+@pytest.fixture(scope="module")
+def watched(path):
+    """A model, trained for two epochs of six batches, and its callback."""
+    watch = GradientRanges(path, every=4)
+    return fit(LossScaleLogger(path, verbose=0), watch, shuffle=False), watch
+
+
+def test_training_is_not_affected(watched):
+    """The weights are the same to the bit as without the callback."""
+    trained, _ = watched
+    assert_same_weights(trained, fit(shuffle=False))
     assert int(trained.optimizer.attempted_steps) == 12
 
 
-def test_a_snapshot_is_the_measurement_of_its_batch():
-    """What `measure_gradients` says of the untrained model and the first batch."""
-    watch = GradientRanges(every=100)
-    fit(watch, shuffle=False)
-    wanted = measure_gradients(model(), (X[:8], X[:8, :2]), batch_size=8)
-    # Behind the dropout, which draws other random numbers, only the number of values is the same.
-    for one, other in zip(watch.last, wanted, strict=True):
-        assert (one.kind, one.zeros + one.nonzeros) == (other.kind, other.zeros + other.nonzeros)
+def test_snapshots_are_logged_with_their_steps(watched, path):
+    """The last one is what the callback holds."""
+    assert [(record.step, record.epoch) for record in snapshots(path)] == [(0, 0), (4, 0), (8, 1)]
+    assert Ranges.load(path) == watched[1].last
 
 
+@pytest.mark.usefixtures("watched")
+def test_a_snapshot_is_the_measurement_of_its_batch(path):
+    """The first one is the result of `measure_gradients` for the untrained model and the first batch."""
+    expected = measure_gradients(model(), (X[:8], X[:8, :2]), batch_size=8)
+    # Before the dropout, which draws other random numbers, only the number of values is the same.
+    logged = snapshots(path)[0].ranges
+    assert [gradient.kind for gradient in logged] == [gradient.kind for gradient in expected]
+    sizes = ([gradient.zeros + gradient.nonzeros for gradient in found] for found in (logged, expected))
+    np.testing.assert_array_equal(*sizes)
+
+
+def test_optimizers_without_loss_scaling(tmp_path, capsys):
+    """The steps are those of Keras, and each snapshot prints its advice."""
+    made = fit(GradientRanges(tmp_path / "log.jsonl", every=6, verbose=1), made=model(keras.optimizers.Adam()))
+    assert [record.step for record in snapshots(tmp_path / "log.jsonl")] == [0, 6]
+    assert int(made.optimizer.iterations) == 12
+    assert capsys.readouterr().out == "step 0: no scale is needed.\nstep 6: no scale is needed.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [({"every": 0}, "every"), ({"verbose": -1}, "verbose"), ({"precision": "half"}, "precision")]
+)
+def test_invalid_arguments(arguments, name):
+    """The constructor raises, not the training."""
+    with pytest.raises(ValueError, match=name):
+        GradientRanges(**arguments)
+
+
+# Each of these trains several models.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", modes({"steps_per_execution": 4}), ids=str)
+def test_training_with_several_steps_per_execution(tmp_path, mode):
+    """The weights are the same, and snapshots are taken before an execution."""
+    trained = fit(GradientRanges(tmp_path / "log.jsonl", every=4), **mode)
+    assert_same_weights(trained, fit(**mode))
+    assert [record.step for record in snapshots(tmp_path / "log.jsonl")] == [0, 4, 10]
+    assert int(trained.optimizer.attempted_steps) == 12
+
+
+@pytest.mark.slow
 @needs_tensorflow
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize("mode", [{}, {"steps_per_execution": 4}], ids=str)
-def test_the_end_of_a_dataset_of_unknown_size_is_no_step(tmp_path, mode):
-    """Six batches an epoch, with an optimizer whose own count is one too high after each."""
+def test_the_end_of_a_dataset_of_unknown_size_is_not_a_step(tmp_path, mode):
+    """With an optimizer whose own count is one too high after each epoch."""
     path = tmp_path / "log.jsonl"
     data = tf.data.Dataset.from_tensor_slices((X, X[:, :2])).filter(lambda *_: True).batch(8)
     model("sgd", **mode).fit(data, epochs=3, shuffle=False, verbose=0, callbacks=[GradientRanges(path, every=6)])
     assert [record.step for record in snapshots(path)] == [0, 6, 12]
 
 
-def test_a_run_that_goes_on_appends_and_one_that_repeats_replaces(tmp_path):
-    """By the steps of the optimizer, whoever else writes to the log, in either order."""
+@pytest.mark.slow
+def test_a_continued_run_appends_and_a_new_run_replaces(tmp_path):
+    """By the steps of the optimizer, in either order of the callbacks that write the log."""
     path = tmp_path / "log.jsonl"
     made = fit(GradientRanges(path, every=3), LossScaleLogger(path, verbose=0), epochs=1)
     fit(LossScaleLogger(path, verbose=0), GradientRanges(path, every=3), made=made, epochs=1)
@@ -83,16 +134,9 @@ def test_a_run_that_goes_on_appends_and_one_that_repeats_replaces(tmp_path):
     assert [record.step for record in snapshots(path)] == [0, 3]
 
 
-def test_any_optimizer_will_do(tmp_path):
-    """Without loss scaling the steps are its iterations."""
-    path = tmp_path / "ranges.jsonl"
-    made = fit(GradientRanges(path, every=5), made=model(keras.optimizers.Adam()))
-    assert [record.step for record in snapshots(path)] == [0, 5, 10]
-    assert int(made.optimizer.iterations) == 12
-
-
-def test_an_interrupted_fit_leaves_nothing_behind():
-    """The next one measures once, not twice, and ends with Keras's own function."""
+@pytest.mark.slow
+def test_an_interrupted_fit_leaves_no_patch():
+    """The next one measures each batch once, and at its end the model has Keras's own function."""
 
     class Stop(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -113,31 +157,34 @@ def test_an_interrupted_fit_leaves_nothing_behind():
     assert not {"make_train_function", "call"} & vars(made).keys()
 
 
-def test_two_of_them_measure_side_by_side(tmp_path):
-    """Float32 and float16, each at its own steps, into one log."""
+@pytest.mark.slow
+def test_two_precisions_are_measured_side_by_side(tmp_path):
+    """In float32 and in float16, at different steps, with one log."""
     path = tmp_path / "log.jsonl"
     keras.config.set_dtype_policy("mixed_float16")
     made = fit(GradientRanges(path, every=4), GradientRanges(path, every=6, precision="float16"))
     found = [(record.step, record.precision) for record in snapshots(path)]
     assert found == [(0, "float32"), (0, "float16"), (4, "float32"), (6, "float16"), (8, "float32")]
+    assert {gradient.dtype for gradient in snapshots(path)[1].ranges} >= {"float16"}
     assert "make_train_function" not in vars(made)
 
 
+@pytest.mark.slow
 @needs_tensorflow
-def test_batches_of_unknown_size_are_not_traced_anew():
-    """Nor rounded otherwise: the weights are the same to the bit."""
-    results = []
+def test_batches_of_unknown_size_are_not_traced_again():
+    """The weights are the same to the bit."""
+    trained = []
     for callbacks in ([], [GradientRanges(every=2)]):
         data = tf.data.Dataset.from_tensor_slices((X, X[:, :2])).batch(8).repeat()
         made = model()
         made.fit(data, steps_per_epoch=10, shuffle=False, verbose=0, callbacks=callbacks)
-        results.append(made.get_weights())
-    for value, other in zip(*results, strict=True):
-        np.testing.assert_array_equal(value, other)
+        trained.append(made)
+    assert_same_weights(*trained)
 
 
-def test_a_dataset_of_unknown_length_ends_as_it_does(tmp_path):
-    """No batch is lost at its end, none trained twice."""
+@pytest.mark.slow
+def test_all_batches_of_a_generator_are_trained(tmp_path):
+    """No batch is lost at its end, and none is trained twice."""
     path = tmp_path / "log.jsonl"
 
     def batches():
@@ -150,26 +197,12 @@ def test_a_dataset_of_unknown_length_ends_as_it_does(tmp_path):
     assert int(made.optimizer.attempted_steps) == 5
 
 
-def test_half_precision_is_recorded_as_such(tmp_path):
-    """And what it says is printed."""
-    path = tmp_path / "log.jsonl"
-    keras.config.set_dtype_policy("mixed_float16")
-    fit(GradientRanges(path, every=100, precision="float16"))
-    assert [record.precision for record in snapshots(path)] == ["float16"]
-    assert {each.dtype for each in snapshots(path)[0].ranges} >= {"float16"}
-
-
-def test_what_a_snapshot_says_is_printed(capsys):
-    """One line each, when asked for."""
-    fit(GradientRanges(every=6, verbose=1))
-    assert capsys.readouterr().out == "step 0: no scale is needed.\nstep 6: no scale is needed.\n"
-
-
+@pytest.mark.slow
 @needs_tensorflow
 @pytest.mark.parametrize("count", [1, 2])
-def test_replicas_train_as_without_it(count):
-    """Under MirroredStrategy the batch of the first replica is measured."""
-    results = []
+def test_training_of_replicas_is_not_affected(count):
+    """Under `MirroredStrategy`, the batch of the first replica is measured."""
+    trained = []
     for callbacks in ([], [GradientRanges(every=2)]):
         devices = [f"CPU:{index}" for index in range(count)]
         strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=tf.distribute.ReductionToOneDevice())
@@ -179,9 +212,8 @@ def test_replicas_train_as_without_it(count):
         options = tf.distribute.InputOptions(experimental_fetch_to_device=False)
         distributed = strategy.experimental_distribute_dataset(data, options)
         made.fit(distributed, shuffle=False, verbose=0, callbacks=callbacks)
-        results.append(made.get_weights())
-    for value, other in zip(*results, strict=True):
-        np.testing.assert_array_equal(value, other)
+        trained.append(made)
+    assert_same_weights(*trained)
     first = callbacks[0].last.record.ranges[0]
     assert first.zeros + first.nonzeros == 8 // count * 5
 
@@ -202,20 +234,22 @@ except NotImplementedError as error:
 """
 
 
+@pytest.mark.slow
 @needs_tensorflow
 def test_several_workers_are_refused():
-    """With what to do instead."""
+    """The error names `measure_gradients`."""
     cluster = {"cluster": {"worker": ["localhost:29431"]}, "task": {"type": "worker", "index": 0}}
     environment = {**os.environ, "TF_CONFIG": json.dumps(cluster)}
     run = subprocess.run(
         [sys.executable, "-c", WORKER], env=environment, capture_output=True, text=True, timeout=120, check=True
     )
-    assert "measures in one process" in run.stdout
+    assert "measure_gradients" in run.stdout
 
 
+@pytest.mark.slow
 @needs_tensorflow
 def test_tensorboard_has_histograms_and_scalars(tmp_path):
-    """Read back with TensorBoard's own reader: each octave is a bucket, and Keras's own events are there too."""
+    """TensorBoard's own reader finds one bucket per octave, and Keras's own events are there too."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     watch = GradientRanges(tensorboard=tmp_path, every=6)
@@ -224,7 +258,7 @@ def test_tensorboard_has_histograms_and_scalars(tmp_path):
     events.Reload()
     assert len(list((tmp_path / "gradients").iterdir())) == 1
     assert list((tmp_path / "train").glob("events*"))
-    kernel = next(each for each in watch.last if each.name.endswith("kernel"))
+    kernel = next(gradient for gradient in watch.last if gradient.name.endswith("kernel"))
     first, last = events.Tensors(f"gradients/weight/{kernel.name}")
     assert (first.step, last.step) == (0, 6)
     rows = tf.make_ndarray(last.tensor_proto)
@@ -234,25 +268,4 @@ def test_tensorboard_has_histograms_and_scalars(tmp_path):
     }
     assert events.SummaryMetadata(f"gradients/weight/{kernel.name}").plugin_data.plugin_name == "histograms"
     largest = tf.make_ndarray(events.Tensors("gradients/largest")[-1].tensor_proto)
-    assert largest == pytest.approx(max(each.largest for each in watch.last))
-
-
-def test_a_snapshot_survives_the_log(tmp_path):
-    """What is read from the file is what was measured."""
-    path, watch = tmp_path / "log.jsonl", GradientRanges(tmp_path / "log.jsonl", every=100)
-    fit(watch)
-    assert Ranges.load(path) == watch.last
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"every": 0}, "every must be a whole number, at least 1.*received 0"),
-        ({"verbose": -1}, "verbose must be .*received -1"),
-        ({"precision": "half"}, "precision must be one of float32, float16, bfloat16, received 'half'"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, message):
-    """When they are given, not when training begins."""
-    with pytest.raises(ValueError, match=message):
-        GradientRanges(**arguments)
+    assert largest == pytest.approx(max(gradient.largest for gradient in watch.last))

@@ -12,6 +12,7 @@ import broken
 import pytest
 import tomli_w
 from rich.console import Console
+from thorough import few
 from typer.testing import CliRunner
 
 import tfmixed
@@ -37,11 +38,11 @@ LOG = [
     ),
     Progress(40, 0, 2.0**15, 3, 1.0, 0.5),
 ]  # fmt: skip
-LINES = [records.to_line(each) for each in LOG]
+LINES = [records.to_line(record) for record in LOG]
 
 
 def broken_log(chance):
-    """A log with one line, or the bytes of all, broken."""
+    """Returns a log with one broken line, or with broken bytes."""
     if chance.random() < 0.5:
         return broken.bytes_of(chance, "\n".join([*LINES, ""]).encode())
     lines, place = [*LINES], chance.randrange(len(LINES))
@@ -50,7 +51,7 @@ def broken_log(chance):
 
 
 def broken_config(chance):
-    """A configuration with a value, or its bytes, broken."""
+    """Returns a configuration with a broken value, or with broken bytes."""
     content = chance.choice(CONFIGS).read_bytes()
     if chance.random() < 0.3:
         return broken.bytes_of(chance, content)
@@ -60,10 +61,10 @@ def broken_config(chance):
         return b"policy = null"
 
 
-@pytest.mark.parametrize("first", range(0, 400, 100))
-def test_a_broken_configuration_is_one_clear_error(tmp_path, first):
-    """That names the file; or it is a configuration still, and one that can be saved."""
-    path, refused, taken = tmp_path / "run.toml", 0, 0
+@pytest.mark.parametrize("first", few(["0"], {str(first): first for first in range(0, 400, 100)}))
+def test_broken_configurations_are_refused(tmp_path, first):
+    """The error names the file. A configuration that is still valid can be saved."""
+    path, refused, accepted = tmp_path / "run.toml", 0, 0
     for seed in range(first, first + 100):
         path.write_bytes(broken_config(random.Random(seed)))
         try:
@@ -71,39 +72,39 @@ def test_a_broken_configuration_is_one_clear_error(tmp_path, first):
         except ConfigError as error:
             refused += str(error).startswith(f"{path}: ")
         else:
-            taken += 1
+            accepted += 1
             config.save(tmp_path / "again.toml")
             assert load_config(tmp_path / "again.toml") == config, f"seed {seed}"
-    assert refused + taken == 100
-    assert min(refused, taken) > 5
-    assert {each.name for each in tmp_path.iterdir()} == {"run.toml", "again.toml"}
+    assert refused + accepted == 100
+    assert min(refused, accepted) > 5
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run.toml", "again.toml"}
 
 
-@pytest.mark.parametrize("first", range(0, 400, 100))
-def test_a_broken_log_is_a_partial_report(tmp_path, first):
-    """Of what can be read of it; what cannot is told, and nothing of a log reaches a terminal as a command."""
-    path, whole, partial = tmp_path / "loss_scale.jsonl", tmp_path / "whole.jsonl", 0
-    whole.write_text("\n".join([*LINES, ""]))
+@pytest.mark.parametrize("first", few(["0"], {str(first): first for first in range(0, 400, 100)}))
+def test_broken_logs_give_partial_reports(tmp_path, first):
+    """Problems are reported, and no control character of a log reaches the terminal."""
+    path, partial = tmp_path / "loss_scale.jsonl", 0
     for seed in range(first, first + 100):
         path.write_bytes(broken_log(random.Random(seed)))
         run, out = read(path), io.StringIO()
-        Console(file=out, width=120).print(Report([run, read(whole)]))
-        assert "whole.jsonl" in out.getvalue()
+        Console(file=out, width=120).print(Report([run]))
+        assert "What happened" in out.getvalue()
         assert not {"\x1b", "\x00"} & set(out.getvalue()), f"seed {seed}"
         partial += bool(run.problems)
     assert partial > 50
 
 
 def end_of(command):
-    """Runs a command in this process; a traceback of it is one of the test."""
+    """Runs a command in this process. An unexpected exception fails the test."""
     result = CliRunner().invoke(main.app, command)
     if result.exception and not isinstance(result.exception, (SystemExit, UsageError, ConfigError)):
         raise result.exception
     return result
 
 
-def test_pages_and_pictures_of_broken_logs_are_whole(tmp_path):
-    """Or are not there; and nothing of a log is markup in them."""
+@pytest.mark.slow
+def test_pages_and_pictures_of_broken_logs_are_complete(tmp_path):
+    """Text of a log is not markup in them."""
     path, page, picture = tmp_path / "loss_scale.jsonl", tmp_path / "page.html", tmp_path / "picture.png"
     for seed in range(3):
         path.write_bytes(broken_log(random.Random(seed)))
@@ -112,13 +113,13 @@ def test_pages_and_pictures_of_broken_logs_are_whole(tmp_path):
         assert text.rstrip().endswith("</html>")
         assert "<script" not in text
         assert picture.read_bytes()[-8:-4] == b"IEND"
-    assert {each.name for each in tmp_path.iterdir()} == {path.name, page.name, picture.name}
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, page.name, picture.name}
 
 
 def test_simulations_of_broken_logs(tmp_path):
-    """Numbers that are JSON, or one sentence."""
+    """The result is valid JSON, or one error."""
     path, done = tmp_path / "loss_scale.jsonl", 0
-    for seed in range(100):
+    for seed in range(40):
         path.write_bytes(broken_log(random.Random(seed)))
         result = end_of(["simulate", "--rule", "dynamic", "--trace", str(path), "--json"])
         if result.exit_code == 0:
@@ -127,12 +128,12 @@ def test_simulations_of_broken_logs(tmp_path):
             done += 1
         else:
             assert isinstance(result.exception, UsageError), f"seed {seed}"
-    assert 50 < done < 100
+    assert 20 < done < 40
 
 
-def test_broken_ranges_are_one_clear_error(tmp_path):
-    """Or ranges that can be told, and that hold numbers."""
-    path, refused, taken = tmp_path / "ranges.json", 0, 0
+def test_broken_ranges_are_refused(tmp_path):
+    """Ranges that are still valid have numeric results."""
+    path, refused, accepted = tmp_path / "ranges.json", 0, 0
     for seed in range(100):
         chance = random.Random(seed)
         content = broken.value_of(chance, json.loads(LINES[4])) if seed % 2 else None
@@ -144,14 +145,14 @@ def test_broken_ranges_are_one_clear_error(tmp_path):
         except ValueError as error:
             refused += str(error).startswith(("line must be a record", "path must be a file"))
         else:
-            taken += 1
+            accepted += 1
             assert json.loads(json.dumps(ranges.as_dict(), allow_nan=False)), f"seed {seed}"
-    assert refused + taken == 100
-    assert min(refused, taken) > 5
+    assert refused + accepted == 100
+    assert min(refused, accepted) > 5
 
 
-def test_broken_states_change_nothing():
-    """Of a `GradScaler`: one error, and it stands where it stood."""
+def test_broken_states_are_refused():
+    """A `GradScaler` keeps its state."""
     given, refused = tfmixed.GradScaler(rule=scaling.DynamicScale(hysteresis=2)).state_dict(), 0
     scaler = tfmixed.GradScaler(init_scale=4.0)
     for seed in range(150):
@@ -167,8 +168,8 @@ def test_broken_states_change_nothing():
 
 
 def test_broken_rules_of_a_command_line():
-    """Text is read as a rule, and never run."""
-    refused, taken = 0, 0
+    """Text is parsed and never executed."""
+    refused, accepted = 0, 0
     for seed in range(100):
         chance = random.Random(seed)
         whole = chance.choice(
@@ -178,16 +179,16 @@ def test_broken_rules_of_a_command_line():
         try:
             rule = replay.parse(text)
         except ValueError as error:
-            refused += "received" in str(error)
+            refused += "received" in str(error).lower()
         else:
-            taken += 1
+            accepted += 1
             assert 0 < rule.start().scale < math.inf, f"seed {seed}"
-    assert refused + taken == 100
-    assert min(refused, taken) > 5
+    assert refused + accepted == 100
+    assert min(refused, accepted) > 5
 
 
-def test_only_the_module_that_is_named_is_imported(tmp_path, monkeypatch):
-    """`module:function` is a name: it cannot hold calls, paths or commands."""
+def test_only_the_named_module_is_imported(tmp_path, monkeypatch):
+    """`module:function` cannot hold calls, paths or commands."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')\n")
     for spec in ("evil()", "evil.py", "os:system('true')", "__import__('evil'):x", "../evil:x", ":x", "evil;x:y"):

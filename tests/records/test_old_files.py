@@ -1,4 +1,4 @@
-"""Files of earlier versions load with what is in them. `tests/data/make.py` writes one of each kind."""
+"""Files of earlier versions load. `tests/data/make.py` writes one of each kind."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def load(path):
 
 
 @pytest.mark.parametrize("name", ["model", "keras2"])
-def test_a_saved_model_predicts_and_goes_on_training(version, expected, name):
-    """Layers in float32, our losses and both optimizers are found by their names, and the optimizer has its state."""
+def test_a_saved_model_predicts_and_continues_training(version, expected, name):
+    """Layers in float32, losses and both optimizers load by name, and the optimizer has its state."""
     model = load(version / f"{name}.keras")
     outputs = expected["outputs" if name == "model" else "keras2_outputs"]
     np.testing.assert_allclose(model.predict(X, verbose=0), outputs, atol=0.02)
@@ -48,8 +48,8 @@ def test_a_saved_model_predicts_and_goes_on_training(version, expected, name):
     assert int(model.optimizer.attempted_steps) == steps + 2
 
 
-def test_weights_load_into_the_model_that_made_them(version, expected):
-    """A file of weights alone fits too."""
+def test_weights_load(version, expected):
+    """Into the model that saved them."""
     model = load(version / "model.keras")
     for variable in model.trainable_variables:
         variable.assign(keras.ops.zeros_like(variable))
@@ -59,7 +59,7 @@ def test_weights_load_into_the_model_that_made_them(version, expected):
 
 @needs_tensorflow
 def test_a_checkpoint_restores_model_and_optimizer(version, expected):
-    """`tf.train.Checkpoint` finds all variables by the attributes that lead to them."""
+    """`tf.train.Checkpoint` finds all variables by their attributes."""
     import tensorflow as tf
 
     model = load(version / "model.keras")
@@ -74,7 +74,7 @@ def test_a_checkpoint_restores_model_and_optimizer(version, expected):
 
 @needs_tensorflow
 def test_a_tensorflow_1_checkpoint_restores(version, expected):
-    """Names of variables in graphs stay."""
+    """Variables in graphs have the same names."""
     import tensorflow as tf
 
     from tfmixed.compat import v1
@@ -87,15 +87,17 @@ def test_a_tensorflow_1_checkpoint_restores(version, expected):
         assert session.run(weight) == np.float32(expected["tf1_weight"])
 
 
-def test_a_state_of_a_scaler_loads(expected):
-    """All of `state_dict` is taken over."""
+def test_the_state_of_a_scaler_loads(expected):
+    """All entries of `state_dict` are restored."""
     scaler = tfmixed.GradScaler()
     scaler.load_state_dict(expected["scaler"])
     assert scaler.state_dict() == expected["scaler"]
 
 
 def test_a_log_is_read_and_reported(version):
-    """Each line has its record, and the report its changes and ranges."""
+    """Each line is a record, `to_line` writes the same values, and the report has its changes and ranges."""
+    lines = (version / "model.jsonl").read_text().splitlines()
+    assert [json.loads(records.to_line(records.from_line(line))) for line in lines] == list(map(json.loads, lines))
     kinds = [type(record).__name__ for record in records.read_log(version / "model.jsonl")]
     assert kinds == [
         "RunRecord",
@@ -105,6 +107,6 @@ def test_a_log_is_read_and_reported(version):
         *["Progress", "ScaleChange"] * 2,
         "Progress",
     ]
-    assert {type(each).__name__ for each in records.read_log(version / "model.ranges.jsonl")} == {"RangesRecord"}
+    assert {type(record).__name__ for record in records.read_log(version / "model.ranges.jsonl")} == {"RangesRecord"}
     run = report.read(version / "model.jsonl")
     assert (run.steps, run.skipped, run.final_scale) == (8, 3, 2.0**123)

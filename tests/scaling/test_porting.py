@@ -1,4 +1,4 @@
-"""What docs/porting.md says runs: the right column, in its order; and its rules are those of the left."""
+"""Runs the right column of docs/porting.md, and compares its rules with those of the left column."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "porting.md"
 
 @functools.cache
 def run():
-    """Runs the right column; returns the names at the end, the weights before, and each rule with its section."""
+    """Runs the right column. Returns its names, the initial weights, and the rules by section and snippet."""
     keras.config.set_dtype_policy("mixed_float16")
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, activation="relu"), keras.layers.Dense(3)])
@@ -45,13 +45,13 @@ def run():
             title, given = section.partition("\n")[0], {}
             exec(compile(snippet, f"docs/porting.md, {title}, snippet {number}", "exec"), names)
             given = {name: names[name] for name in ("scaler", "scaled_optimizer") if f"{name} =" in snippet}
-            rules += [(title, number, each.rule) for each in given.values()]
+            rules += [(title, number, scaler.rule) for scaler in given.values()]
     return names, before, rules
 
 
 @pytest.mark.filterwarnings("ignore:policy 'mixed_.*' is slow here")
 def test_the_right_column_runs():
-    """Each row has its left side, and all of them together train the model."""
+    """Every row has a left side, and together they train the model."""
     text = PAGE.read_text()
     assert len(re.findall(r"```python\n", text)) == len(re.findall(r"```(?:py|json)\n", text)) >= 20
     names, before, _ = run()
@@ -61,10 +61,10 @@ def test_the_right_column_runs():
     assert all((old != new.numpy()).any() for old, new in zip(before, names["variables"], strict=True))
 
 
-# The left column as its projects document it, step by step.
+# The rules of the left column, as the projects document them.
 
 
-def pytorch(trace, scale, interval=2000, least=2.0**-126, most=2.0**127):  # it knows no limits of its own
+def pytorch(trace, scale, interval=2000, least=2.0**-126, most=2.0**127):  # PyTorch has no limits
     tracker = 0
     for letter in trace:
         tracker = tracker + 1 if letter == "T" else 0
@@ -130,12 +130,16 @@ DOCUMENTED = {
 }
 
 
+SHORT = ["F" * 5 + "T" * 2003 + "FTFFTFFF" + "F" * 60]
+LONG = ["F" * 5 + "T" * 2100 + "FTFFTFFF" + "T" * 2500 + "F" * 60, "T" * 4500 + "F", "FT" * 40 + "T" * 3001]
+
+
 @pytest.mark.filterwarnings("ignore:policy 'mixed_.*' is slow here")
-def test_each_rule_on_the_right_is_the_one_on_the_left():
-    """Growth, backoff, hysteresis, and where they end: the scale after each of some thousand steps."""
+@pytest.mark.parametrize("traces", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
+def test_rules_of_both_columns_are_the_same(traces):
+    """Compares the scales of some thousand steps, with growth, backoff, hysteresis and both bounds."""
     *_, rules = run()
     assert {(title, number) for title, number, _ in rules} == DOCUMENTED.keys()
-    traces = ["F" * 5 + "T" * 2100 + "FTFFTFFF" + "T" * 2500 + "F" * 60, "T" * 4500 + "F", "FT" * 40 + "T" * 3001]
     for title, number, rule in rules:
         replay, arguments = DOCUMENTED[title, number]
         for trace in traces:
@@ -143,7 +147,7 @@ def test_each_rule_on_the_right_is_the_one_on_the_left():
             assert scaling.simulate(rule, trace) == expected, (title, number)
 
 
-def test_contribs_rule_backs_off_at_every_second_overflow():
-    """And not at each after the first two, as hysteresis does that comes back with a growth only."""
+def test_the_contrib_rule_backs_off_at_every_second_overflow():
+    """With `refill="growth"` it would back off at every overflow after the first two."""
     rule = DynamicScale(initial_scale=16.0, hysteresis=2, refill="change")
     assert scaling.simulate(rule, "FFFF") == list(contrib("FFFF", 16.0)) == [16.0, 8.0, 8.0, 4.0]

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +16,15 @@ from backend import needs_tensorflow, tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
-from thorough import thorough
 
 from tfmixed import scaling
 from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
 
 TRACES = json.loads((Path(__file__).parents[1] / "data" / "loss_scale_traces.json").read_text())
 
-# The peer's TF1 graph reads its iteration counter in no fixed order with the increment: a data race. Its own code, run
-# 150 times on this trace, gave our sequence 140 times, others 10 times, and the recorded one never. The race shows in
-# the last of six equal periods alone, so the first 28 steps are compared.
+# OpenSeq2Seq's TF1 graph has a data race: it reads its iteration counter in no fixed order with the increment. In 150
+# runs of this trace, its code gave our scales 140 times, others 10 times, and the recorded ones never. Only the last of
+# six equal periods differs, so the first 28 steps are compared.
 RACE = ("openseq2seq_backoff", "TTTTF" * 6, 4)
 RACE_FREE_STEPS = 28
 
@@ -41,26 +39,23 @@ def tolerance(record):
 
 @pytest.mark.parametrize("peer", scaling.PEERS)
 def test_rules_equal_the_peers_own_implementations(peer):
-    """Every trace recorded from the peer comes out of simulate."""
+    """`simulate` gives the scales of every trace recorded from the peer."""
     records = [record for record in TRACES if record["peer"] == peer]
     assert records
     for record in records:
         rule = scaling.like(peer, **record["params"])
-        got, wanted = scaling.simulate(rule, record.get("trace"), record.get("amax")), record["scales"]
-        steps = RACE_FREE_STEPS if is_race(record) else len(wanted)
-        np.testing.assert_allclose(got[:steps], wanted[:steps], rtol=tolerance(record), err_msg=str(record))
+        got, expected = scaling.simulate(rule, record.get("trace"), record.get("amax")), record["scales"]
+        steps = RACE_FREE_STEPS if is_race(record) else len(expected)
+        np.testing.assert_allclose(got[:steps], expected[:steps], rtol=tolerance(record), err_msg=str(record))
 
 
-def test_the_traces_are_all_there():
-    """316 records of eleven peers, and one of them recorded a race."""
-    assert Counter(record["peer"] for record in TRACES).keys() == scaling.PEERS.keys()
-    assert len(TRACES) == 316
-    assert sum(map(is_race, TRACES)) == 1
-
-
-def longest(peer, count=2):
-    records = [record for record in TRACES if record["peer"] == peer and not is_race(record)]
-    return sorted(records, key=lambda record: len(record["scales"]))[-count:]
+def longest():
+    """Returns the two longest traces of each peer, one of a dynamic rule and one of LogMax not marked as slow."""
+    for peer in scaling.PEERS:
+        records = [record for record in TRACES if record["peer"] == peer and not is_race(record)]
+        for number, record in enumerate(sorted(records, key=lambda record: len(record["scales"]))[-2:]):
+            default = peer in ("deepspeed", "openseq2seq_logmax") and number == 0
+            yield pytest.param(record, id=f"{peer}{number}", marks=() if default else pytest.mark.slow)
 
 
 def steps_of(record):
@@ -70,11 +65,9 @@ def steps_of(record):
 
 
 @needs_tensorflow
-@pytest.mark.parametrize(
-    "record", [record for peer in scaling.PEERS for record in longest(peer)], ids=lambda r: r["peer"]
-)
+@pytest.mark.parametrize("record", list(longest()))
 def test_tensorflow_and_keras_take_the_same_steps(record):
-    """One body: `next` inside a tf.function, and on keras.ops, gives the recorded scales."""
+    """`next` gives the recorded scales inside a tf.function and on keras.ops."""
     rule = scaling.like(record["peer"], **record["params"])
     in_graph = tf.function(lambda state, *step: rule.next(type(rule.start())(*state), *step, xp=tf))
     for advance in (in_graph, lambda state, *step: rule.next(state, *step, xp=ops)):
@@ -111,15 +104,18 @@ print("done")
 
 
 @needs_tensorflow
-@pytest.mark.parametrize("behaviour", ["v1", pytest.param("v2", marks=thorough)])
+@pytest.mark.slow
+@pytest.mark.parametrize("behaviour", ["v1", pytest.param("v2", marks=pytest.mark.thorough)])
 def test_tf1_graph(behaviour):
-    """The same body in a TF1 graph, also with TF1's behaviour, where == on tensors means identity."""
+    """`next` runs in a TF1 graph, also with TF1 behavior, where `==` on tensors compares identity."""
     command = [sys.executable, "-c", TF1, behaviour]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.stdout.strip() == "done", run.stderr
 
 
-# Properties.
+# Properties. The default tier draws fewer examples.
+
+EXAMPLES = {few: [few, pytest.param(many, marks=pytest.mark.slow)] for few, many in ((5, 25), (3, 10), (30, 200))}
 
 scales = st.floats(2.0**-120, 2.0**120, width=32) | st.sampled_from([1.0, 2.0**15, 0.7, 1e38, 1e-37])
 
@@ -153,39 +149,69 @@ logmax_rules = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
-@given(dynamic_rules() | logmax_rules, traces)
-def test_the_scale_never_leaves_its_bounds(rule, trace):
-    """Finite, above 0 and within the rule's bounds, for any parameters and any trace, without a warning."""
-    low, high = rule.bounds
-    state = rule.start()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for finite, amax in trace:
-            state = rule.next(state, finite, np.float32(amax))
-            assert 0 < low <= state.scale <= high < np.inf
-            assert all(np.isfinite(value) for value in state)
+@pytest.mark.parametrize("examples", EXAMPLES[30])
+def test_the_scale_never_leaves_its_bounds(examples):
+    """The scale is finite, positive and within the bounds, for any rule and trace, without a warning."""
+
+    @settings(max_examples=examples, deadline=None)
+    @given(dynamic_rules() | logmax_rules, traces)
+    def check(rule, trace):
+        low, high = rule.bounds
+        state = rule.start()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for finite, amax in trace:
+                state = rule.next(state, finite, np.float32(amax))
+                assert 0 < low <= state.scale <= high < np.inf
+                assert all(np.isfinite(value) for value in state)
+
+    check()
 
 
 @needs_tensorflow
-@settings(max_examples=25, deadline=None)
-@given(dynamic_rules(), st.lists(st.booleans(), min_size=1, max_size=12))
-def test_numpy_and_tensorflow_agree_to_the_bit(rule, trace):
-    """What simulate says is what training does."""
-    ours, theirs = rule.start(), type(rule.start())(*map(tf.constant, rule.start()))
-    for finite in trace:
-        ours, theirs = rule.next(ours, finite), rule.next(theirs, finite, xp=tf)
-        for left, right in zip(ours, theirs, strict=True):
-            assert np.asarray(left) == right.numpy()
-            assert np.asarray(left).dtype == right.numpy().dtype
+@pytest.mark.parametrize("examples", EXAMPLES[5])
+def test_numpy_and_tensorflow_agree_to_the_bit(examples):
+    """The states of a dynamic rule are bit-identical, so `simulate` predicts training."""
+
+    @settings(max_examples=examples, deadline=None)
+    @given(dynamic_rules(), st.lists(st.booleans(), min_size=1, max_size=12))
+    def check(rule, trace):
+        ours, theirs = rule.start(), type(rule.start())(*map(tf.constant, rule.start()))
+        for finite in trace:
+            ours, theirs = rule.next(ours, finite), rule.next(theirs, finite, xp=tf)
+            for left, right in zip(ours, theirs, strict=True):
+                assert np.asarray(left) == right.numpy()
+                assert np.asarray(left).dtype == right.numpy().dtype
+
+    check()
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("examples", EXAMPLES[3])
+def test_logmax_in_numpy_and_tensorflow_agree(examples):
+    """The scales differ by no more than the rounding of `exp` and `log`."""
+
+    @settings(max_examples=examples, deadline=None)
+    @given(logmax_rules, st.lists(st.tuples(st.booleans(), amaxes), min_size=1, max_size=8))
+    def check(rule, trace):
+        ours, theirs = rule.start(), type(rule.start())(*map(tf.constant, rule.start()))
+        for finite, size in trace:
+            amax = np.float32(size)
+            ours, theirs = rule.next(ours, finite, amax), rule.next(theirs, finite, tf.constant(amax), xp=tf)
+            np.testing.assert_allclose(float(theirs.scale), float(ours.scale), rtol=2e-2)
+
+    check()
 
 
 @needs_tensorflow
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("xp", [tf, ops], ids=["tensorflow", "keras"])
-@pytest.mark.parametrize(("growth", "backoff"), [(2.0, 0.5), (1.1, 0.7), (1.3, 0.999), (3.0, 1 / 3)])
+@pytest.mark.parametrize(
+    ("growth", "backoff"),
+    [(1.1, 0.7), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2.0, 0.5), (1.3, 0.999), (3.0, 1 / 3)))],
+)
 def test_compiled_steps_agree_with_numpy_to_the_bit(xp, jit_compile, growth, backoff):
-    """Training is compiled: neither Grappler nor XLA may fold a quotient and a product into one factor."""
+    """Neither Grappler nor XLA folds a product and a quotient into one factor."""
     rule = DynamicScale(1000.0, growth, backoff, growth_interval=1, min_scale=None, max_scale=None)
     advance = tf.function(lambda state, finite: rule.next(state, finite, xp=xp), jit_compile=jit_compile)
     trace = "TFTTFFTTTFFFTTFT"
@@ -199,7 +225,7 @@ def test_compiled_steps_agree_with_numpy_to_the_bit(xp, jit_compile, growth, bac
 @needs_tensorflow
 @pytest.mark.parametrize(("factor", "finite"), [({"growth_factor": 1.1}, True), ({"backoff_factor": 0.9}, False)])
 def test_tensorflow_never_reaches_zero(factor, finite):
-    """TensorFlow flushes subnormals, so no intermediate result may be one."""
+    """No intermediate result is subnormal, which TensorFlow would flush to 0."""
     rule = DynamicScale(1e-37, **factor, growth_interval=1, min_scale=None, max_scale=None)
     state = rule.next(type(rule.start())(*map(tf.constant, rule.start())), tf.constant(finite), xp=tf)
     assert float(state.scale) == pytest.approx(1.1e-37 if finite else 9e-38, rel=1e-6, abs=0)
@@ -209,7 +235,7 @@ def single(factor):
     return np.float32(factor)
 
 
-# How each project computes; fairseq and DeepSpeed keep the scale itself in float64.
+# The arithmetic of each project. Fairseq and DeepSpeed keep the scale in float64.
 ARITHMETIC = {
     "torch": (1.3, 0.7, lambda s, up: np.float32(float(s) * (1.3 if up else 0.7))),
     "flax": (1.3, 0.7, lambda s, up: s * single(1.3 if up else 0.7)),
@@ -224,7 +250,7 @@ ARITHMETIC = {
 
 @pytest.mark.parametrize("peer", ARITHMETIC)
 def test_factors_that_float32_cannot_hold_do_not_drift(peer):
-    """600 changes, in the peer's own arithmetic: to the bit where its scale is a float32."""
+    """After 600 changes the scale is that of the peer, to the bit if the peer's scale is a float32."""
     growth, backoff, change = ARITHMETIC[peer]
     params = {"factor": growth} if backoff is None else {"growth_factor": growth, "backoff_factor": backoff}
     rule = scaling.like(peer, **params)
@@ -232,21 +258,9 @@ def test_factors_that_float32_cannot_hold_do_not_drift(peer):
     rule = dataclasses.replace(rule, initial_scale=2.0**15, **rest)
     trace = "TFTTFFTFTF" * 60
     scale = rule.initial_scale if peer in ("deepspeed", "fairseq") else np.float32(rule.initial_scale)
-    wanted = [float(scale := change(scale, letter == "T")) for letter in trace]
+    expected = [float(scale := change(scale, letter == "T")) for letter in trace]
     rtol = 2e-6 if peer in ("deepspeed", "fairseq") else 0
-    np.testing.assert_allclose(scaling.simulate(rule, trace), wanted, rtol=rtol)
-
-
-@needs_tensorflow
-@settings(max_examples=10, deadline=None)
-@given(logmax_rules, st.lists(st.tuples(st.booleans(), amaxes), min_size=1, max_size=8))
-def test_logmax_in_numpy_and_tensorflow_agree(rule, trace):
-    """exp and log differ by roundings between libraries, no more."""
-    ours, theirs = rule.start(), type(rule.start())(*map(tf.constant, rule.start()))
-    for finite, size in trace:
-        amax = np.float32(size)
-        ours, theirs = rule.next(ours, finite, amax), rule.next(theirs, finite, tf.constant(amax), xp=tf)
-        np.testing.assert_allclose(float(theirs.scale), float(ours.scale), rtol=2e-2)
+    np.testing.assert_allclose(scaling.simulate(rule, trace), expected, rtol=rtol)
 
 
 # Behaviours.
@@ -270,20 +284,20 @@ def test_logmax_in_numpy_and_tensorflow_agree(rule, trace):
         ({"initial_scale": 1.5 * 2.0**-126, "min_scale": None}, "FF", [1.5 * 2.0**-126] * 2),
     ],
 )
-def test_each_knob_does_what_its_docstring_says(arguments, trace, expected):
-    """Hysteresis and its refill, delay, tolerance, floor and ceiling."""
+def test_arguments_of_the_dynamic_rule(arguments, trace, expected):
+    """Covers hysteresis, refill, delay, tolerance and both bounds."""
     rule = DynamicScale(**{"initial_scale": 8.0, "growth_interval": 2, **({"max_scale": None} | arguments)})
     assert scaling.simulate(rule, trace) == expected
 
 
 def test_a_counter_restored_above_the_interval_still_grows():
-    """Keras tests for equality and would wait for the next overflow (K8)."""
+    """Keras compares for equality and would wait for the next overflow."""
     rule = DynamicScale(initial_scale=8.0)
     assert rule.next(rule.start()._replace(good_steps=np.int32(10**6)), True).scale == 16.0
 
 
 def test_strikes_are_not_counted_below_0():
-    """However long the row of overflows is, as it is at the floor."""
+    """The counter stays at 0 in a long run of overflows."""
     rule = DynamicScale(initial_scale=1.0, hysteresis=2)
     state, left = rule.start(), []
     for _ in range(4):
@@ -304,32 +318,32 @@ ABOVE = float(np.nextafter(single(0.7), single(1.0)))  # float32's nearest is be
     ],
     ids=str,
 )
-def test_bounds_that_float32_has_not_are_rounded_inwards(arguments, bounds, first):
-    """And the first scale, which may be one of them, stays between."""
+def test_bounds_are_rounded_inwards_to_float32(arguments, bounds, first):
+    """The first scale stays between the rounded bounds."""
     rule = DynamicScale(**arguments)
     assert rule.bounds == bounds
     assert rule.start().scale == first
 
 
 def test_an_exponential_that_is_rounded_up_stays_below_the_ceiling():
-    """Of gradients as small as can be, for any ceiling."""
+    """Holds for tiny gradients and any upper bound."""
     for ceiling in range(2, 60):
         (scale,) = scaling.simulate(LogMaxScale(max_scale=ceiling), None, [1e-30])
         assert ceiling * (1 - 1e-6) <= scale <= ceiling
 
 
 def test_apex_begins_at_its_ceiling_where_that_is_lower():
-    """Its default first scale is 65,536, whatever the largest one."""
+    """Its default initial scale of 65,536 may exceed `max_scale`."""
     assert scaling.like("apex", max_scale=8.0).start().scale == 8.0
 
 
-def test_an_overflow_has_the_size_that_logmax_is_told():
-    """`log_max` unless told otherwise; NVIDIA's scaler takes `2**log_max`, which brings the scale down to its floor."""
+def test_logmax_uses_overflow_log2_for_an_overflow():
+    """The default is `log_max`. NVIDIA's scaler uses `2**log_max`, which lowers the scale to its floor."""
     plain = LogMaxScale(beta1=0.0, std_devs=0.0)
     amax = [1.0, INF, 1.0]
     assert scaling.simulate(plain, None, amax) == [2.0**14, 1.0, 2.0**14]
-    told = dataclasses.replace(plain, overflow_log2=10.0)
-    assert scaling.simulate(told, None, amax) == [2.0**14, pytest.approx(64.0), 2.0**14]
+    changed = dataclasses.replace(plain, overflow_log2=10.0)
+    assert scaling.simulate(changed, None, amax) == [2.0**14, pytest.approx(64.0), 2.0**14]
     theirs = scaling.like("openseq2seq_logmax", overflow_std_dev=0.0)
     assert scaling.simulate(theirs, None, [1.0, INF, 1.0]) == [2.0**14, 1.0, 1.0]
     assert scaling.simulate(LogMaxScale(std_devs=0.0), None, [1.0, INF, 1.0])[2] > 1.0
@@ -340,13 +354,13 @@ def test_an_overflow_has_the_size_that_logmax_is_told():
     [({"growth_factor": 1 + 3e-7}, "TTTT", 1), ({"backoff_factor": 1 - 3e-7}, "FFFF", -1)],
 )
 def test_a_factor_that_is_accepted_moves_the_scale(factor, trace, direction):
-    """However close to 1 it is."""
+    """Holds for factors close to 1."""
     scale = scaling.simulate(DynamicScale(8.0, **factor, growth_interval=1), trace)[-1]
     assert np.sign(scale - 8.0) == direction
 
 
 def test_an_amax_beyond_float32_is_an_overflow():
-    """A float64 statistic that float32 cannot hold is inf there, and simulate says nothing on the way."""
+    """A float64 statistic beyond float32 counts as infinite, without a warning."""
     inf = float("inf")
     assert scaling.simulate(LogMaxScale(), None, [1.0, 1e300]) == scaling.simulate(LogMaxScale(), None, [1.0, inf])
 
@@ -379,45 +393,42 @@ BAD = [
 
 @pytest.mark.parametrize(("kind", "name", "value"), BAD)
 def test_bad_parameters_are_named_with_their_value(kind, name, value):
-    """A ValueError with the argument and what was received."""
+    """The error names the argument and the value."""
     required = {"value": 1.0} if kind is ConstantScale else {}
-    with pytest.raises(ValueError, match=f"{name} must .*received {re.escape(repr(value))}"):
+    with pytest.raises(ValueError, match=f"`{name}`.*{name}={re.escape(repr(value))}"):
         kind(**{**required, name: value})
 
 
 def test_crossed_bounds_are_refused():
-    """min_scale above max_scale."""
-    with pytest.raises(ValueError, match=r"min_scale must not be above max_scale, received 4.0 and 2.0"):
+    """`min_scale` must not be above `max_scale`."""
+    with pytest.raises(ValueError, match="min_scale=4"):
         DynamicScale(initial_scale=3, min_scale=4, max_scale=2)
 
 
 @pytest.mark.parametrize("scale", ["static", "Dynamic", object(), True, [8]])
-def test_get_refuses_what_is_no_scale(scale):
-    """The message shows what was received."""
-    with pytest.raises(ValueError, match=r'scale must be "dynamic", a number above 0, .* received'):
+def test_get_refuses_other_values(scale):
+    """The error names the argument."""
+    with pytest.raises(ValueError, match="`scale` must"):
         scaling.get(scale)
 
 
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        *[(value, "value must be .* above 0, received") for value in (-1, 0, NAN)],
-        *[(config, "rule must be one of .*, received") for config in ({"rule": "x"}, {"rule": ["x"]}, {})],
-        (
-            {"rule": "DynamicScale", "hysteresis": 2, "scale": 8},
-            r"the fields of DynamicScale do not fit, received \['hy",
-        ),
+        *[(value, "`value`") for value in (-1, 0, NAN)],
+        *[(config, "`rule`") for config in ({"rule": "x"}, {"rule": ["x"]}, {})],
+        ({"rule": "DynamicScale", "hysteresis": 2, "scale": 8}, "scale"),
     ],
     ids=str,
 )
-def test_get_refuses_numbers_and_configurations_of_no_rule(scale, message):
-    """The same, as the rule says it."""
+def test_get_refuses_bad_numbers_and_configurations(scale, message):
+    """The rule names the argument or the class."""
     with pytest.raises(ValueError, match=message):
         scaling.get(scale)
 
 
-def test_get_understands_every_spelling():
-    """A name, a number, None, a rule, a configuration."""
+def test_get_returns_a_rule_for_each_kind_of_value():
+    """Accepts a name, a number, None and a rule."""
     assert scaling.get("dynamic") == DynamicScale()
     assert scaling.get(8) == scaling.get(np.float32(8)) == ConstantScale(8.0)
     assert scaling.get(None) == ConstantScale(1.0)
@@ -427,7 +438,7 @@ def test_get_understands_every_spelling():
 
 @dataclass(frozen=True)
 class HalvingScale(scaling.ScalingRule):
-    """A user's own rule, for the test below."""
+    """A user-defined rule."""
 
     first: float = 8.0
 
@@ -439,36 +450,36 @@ class HalvingScale(scaling.ScalingRule):
     "rule", [DynamicScale(min_scale=None), ConstantScale(3), LogMaxScale(), HalvingScale(4.0)], ids=str
 )
 def test_configurations_round_trip_through_json(rule):
-    """Every field comes back, and a user's own rule is found by its name."""
+    """Every field is restored, and a user-defined rule is found by its class name."""
     assert scaling.get(json.loads(json.dumps(rule.get_config()))) == rule
 
 
-def test_like_and_simulate_name_what_is_wrong():
-    """An unknown peer or parameter, another letter, an amax of another length, no amax at all."""
-    with pytest.raises(ValueError, match=r"peer must be one of torch, .* received 'pytorch'"):
+def test_like_and_simulate_refuse_bad_arguments():
+    """The error names the argument."""
+    with pytest.raises(ValueError, match="`peer`"):
         scaling.like("pytorch")
-    with pytest.raises(ValueError, match=r"params of keras must be among .*, received factor"):
+    with pytest.raises(ValueError, match="factor"):
         scaling.like("keras", factor=2)
-    with pytest.raises(ValueError, match="consecutive_hysteresis must be True or False, received '2'"):
+    with pytest.raises(ValueError, match="`consecutive_hysteresis`"):
         scaling.like("deepspeed", consecutive_hysteresis="2")
-    with pytest.raises(ValueError, match="trace or amax must be given, received None for both"):
+    with pytest.raises(ValueError, match="`trace` or `amax`"):
         scaling.simulate("dynamic", None)
-    with pytest.raises(ValueError, match=r"trace must hold one T .* received 'x'"):
+    with pytest.raises(ValueError, match="`trace`"):
         scaling.simulate(DynamicScale(), "TxT")
-    with pytest.raises(ValueError, match="amax must have one value a step, received 1 for 2 steps"):
+    with pytest.raises(ValueError, match="2 steps"):
         scaling.simulate(LogMaxScale(), "TT", [1.0])
-    with pytest.raises(ValueError, match=r"amax must be the largest absolute gradient .* received None"):
+    with pytest.raises(ValueError, match="amax=None"):
         scaling.simulate(LogMaxScale(), "T")
 
 
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX has no float64 unless told so")
-def test_a_factor_that_float32_has_not_is_exact_in_keras_ops():
-    """Keras on PyTorch takes a float64 scalar for a float32."""
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX has no float64 by default")
+def test_a_float64_factor_is_exact_in_keras_ops():
+    """Keras on PyTorch treats a float64 scalar as a float32."""
     rule = scaling.like("torch", growth_factor=1.7, growth_interval=1)
     state = type(rule.start())(*map(keras.ops.convert_to_tensor, rule.start()))
-    for wanted in scaling.simulate(rule, "T" * 20):
+    for expected in scaling.simulate(rule, "T" * 20):
         state = rule.next(state, keras.ops.convert_to_tensor(True), xp=keras.ops)
-        assert float(state.scale) == wanted
+        assert float(state.scale) == expected
 
 
 LARGEST = float(np.finfo("float32").max)
@@ -486,16 +497,16 @@ LARGEST = float(np.finfo("float32").max)
     ids=["none", "largest", "torch", "flax"],
 )
 def test_a_growth_can_end_at_the_largest_float32(rule, factor):
-    """Exactly, or as the product is rounded; a growth that would pass it does not happen."""
+    """The last growth is exact or rounded, and a growth beyond it is dropped."""
     first = float(np.float32(LARGEST / factor))
     made = rule(initial_scale=first, growth_factor=factor, growth_interval=1)
-    wanted = float(np.minimum(np.float32(first) * np.float32(factor), np.float32(LARGEST)))
-    assert scaling.simulate(made, "TTTTT")[2:] == [wanted] * 3
+    expected = float(np.minimum(np.float32(first) * np.float32(factor), np.float32(LARGEST)))
+    assert scaling.simulate(made, "TTTTT")[2:] == [expected] * 3
 
 
 @pytest.mark.parametrize("xp", [ops, *([tf] if tf else [])], ids=lambda xp: xp.__name__)
 def test_a_growth_to_the_largest_float32_is_the_same_on_every_backend(xp):
-    """With TensorFlow 1's rule, whose own test has it."""
+    """TensorFlow 1 tests its rule in this way."""
     rule = scaling.like("tf1", initial_scale=LARGEST / 4, growth_interval=2, factor=2.0)
     state, found = rule.start(), []
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""What the arguments of `LossScaleOptimizer` and `GradScaler` stand for, in Keras's spelling and PyTorch's."""
+"""Arguments of `LossScaleOptimizer` and `GradScaler`, by their names in Keras 2, Keras 3 and PyTorch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from tfmixed.scaling import ConstantScale, DynamicScale, ScalingRule, validation
 
 
 def skip_limit(max_consecutive_skips: int | None) -> int | None:
-    """Returns the argument of that name, None or a whole number from 1 on.
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """Returns the argument, None or a positive integer; a `ValueError` is raised for other values."""
     limit = max_consecutive_skips
     return None if limit is None else validation.count("max_consecutive_skips", limit, 1)
 
@@ -24,35 +20,31 @@ def skip_limit(max_consecutive_skips: int | None) -> int | None:
 def rule_from(
     scale: Any, initial_scale: float | None, dynamic_growth_steps: int | None, dynamic: bool | None
 ) -> ScalingRule:
-    """Returns the rule that the constructor's arguments of these names describe together.
-
-    Raises:
-        ValueError: One is out of range, or two of them say different things.
-    """
+    """Returns the rule for arguments of `LossScaleOptimizer`."""
     if isinstance(scale, bool) and dynamic is None:
         scale, dynamic = "dynamic", scale  # Keras 2 has `dynamic` in second place
     if (initial_scale, dynamic_growth_steps, dynamic) == (None, None, None):
         return scaling.get(scale)
     if scale != "dynamic":
         raise ValueError(
-            "scale and Keras's initial_scale, dynamic_growth_steps, dynamic exclude each other, "
-            f"received scale={scale!r}: put the numbers into the rule"
+            "`scale` excludes Keras's `initial_scale`, `dynamic_growth_steps` and `dynamic`. Put the numbers into the "
+            f"rule. Received: scale={scale!r}"
         )
     if dynamic is not None and not isinstance(dynamic, bool):
-        raise ValueError(f"dynamic must be True, False or None, received {dynamic!r}")
+        raise ValueError(f"`dynamic` must be True, False or None. Received: dynamic={dynamic!r}")
     if dynamic is not False:
         return dynamic_rule(initial_scale, dynamic_growth_steps)
     if initial_scale is None or dynamic_growth_steps is not None:
         raise ValueError(
-            "dynamic=False is a constant scale: it needs initial_scale and no dynamic_growth_steps, received "
-            f"initial_scale={initial_scale!r}, dynamic_growth_steps={dynamic_growth_steps!r}. Pass `scale=128`, or set "
-            "`loss_scale_factor` on the inner optimizer to scale without any check"
+            "`dynamic=False` is a constant scale, which needs `initial_scale` and no `dynamic_growth_steps`. Pass "
+            "`scale=128`, or set `loss_scale_factor` on the inner optimizer to scale without a finite check. "
+            f"Received: initial_scale={initial_scale!r}, dynamic_growth_steps={dynamic_growth_steps!r}"
         )
     return ConstantScale(validation.scale("initial_scale", initial_scale))
 
 
 def dynamic_rule(initial_scale: float | None, steps: int | None) -> DynamicScale:
-    """Returns Keras's rule within bounds: the default ones, widened to hold the initial scale."""
+    """Returns Keras's rule with the default bounds, widened to include the initial scale."""
     default = DynamicScale()
     first = default.initial_scale if initial_scale is None else validation.scale("initial_scale", initial_scale)
     interval = default.growth_interval if steps is None else validation.count("dynamic_growth_steps", steps, 1)
@@ -65,17 +57,12 @@ def dynamic_rule(initial_scale: float | None, steps: int | None) -> DynamicScale
 
 
 def inner_from(optimizer: Any) -> keras.optimizers.Optimizer:
-    """Returns the optimizer to wrap, from itself or its name.
-
-    Raises:
-        TypeError: It is no optimizer.
-        ValueError: It scales the loss by itself.
-    """
+    """Returns the optimizer to wrap, from an optimizer or its name."""
     inner = keras.optimizers.get(optimizer) if isinstance(optimizer, str) else optimizer
     if isinstance(inner, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(f"inner_optimizer must not scale the loss itself, received {type(inner).__name__}")
+        raise ValueError(f"`inner_optimizer` must not scale the loss itself. Received: a {type(inner).__name__}")
     if not isinstance(inner, keras.optimizers.Optimizer):
-        raise TypeError(f"inner_optimizer must be a keras.optimizers.Optimizer or its name, received {inner!r}")
+        raise TypeError(f"`inner_optimizer` must be a keras.optimizers.Optimizer or its name. Received: {inner!r}")
     own, base = type(inner), keras.optimizers.Optimizer
     if own.apply_gradients is not base.apply_gradients and own.apply is base.apply:
         user_warnings.warn(
@@ -86,25 +73,21 @@ def inner_from(optimizer: Any) -> keras.optimizers.Optimizer:
 
 
 def scaler_rule(rule: Any, numbers: dict[str, Any]) -> ScalingRule:
-    """Returns the rule that `GradScaler`'s arguments describe: a rule, or PyTorch's four numbers.
-
-    Raises:
-        ValueError: One is out of range, or both are given.
-    """
+    """Returns the rule for arguments of `GradScaler`: a rule, or PyTorch's four numbers."""
     if rule is None:
         return _torch_rule(**numbers)
     if numbers != scaling.PEERS["torch"].defaults:
-        raise ValueError(f"rule and PyTorch's four numbers exclude each other, received {rule!r} and {numbers}")
+        raise ValueError(f"`rule` excludes PyTorch's four numbers. Received: rule={rule!r}, {numbers}")
     if isinstance(rule, str) and rule in scaling.PEERS:
-        raise ValueError(f"rule must be a rule, received {rule!r}: pass tfmixed.scaling.like({rule!r})")
+        raise ValueError(f"`rule` must be a rule. Pass tfmixed.scaling.like({rule!r}). Received: rule={rule!r}")
     return scaling.get(rule)
 
 
 def _torch_rule(initial_scale: Any, growth_interval: Any, **factors: float) -> ScalingRule:
     if isinstance(initial_scale, str):
         raise ValueError(
-            f"init_scale must be a number, received {initial_scale!r}: PyTorch's device is taken by name and ignored, "
-            f"device={initial_scale!r}"
+            f"`init_scale` must be a number. Pass PyTorch's device by name, device={initial_scale!r}; it is ignored. "
+            f"Received: init_scale={initial_scale!r}"
         )
     if isinstance(growth_interval, float) and growth_interval.is_integer():
         growth_interval = int(growth_interval)

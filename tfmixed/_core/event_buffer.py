@@ -1,7 +1,7 @@
-"""The log on the device: a ring of optimizer variables that the step itself writes.
+"""Ring buffer of scale changes in optimizer variables, written on the device in the step that makes the change.
 
-So the step of a change is exact whatever runs it (`steps_per_execution`, XLA, strategies), and nobody has to look at
-every step to see a change. Only draining reads the device; the entries stay until newer ones overwrite them.
+The step of a change is therefore exact in every mode (`steps_per_execution`, XLA, strategies), and no change is lost
+between two looks. Only draining reads the device. Entries stay until newer ones overwrite them.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ import keras
 import numpy
 from keras import ops
 
+from tfmixed._core.variables import Variables
 from tfmixed.records import Change, EventsLost, Reason, ScaleChange
 
 OVERFLOW, GROWTH, SET = range(3)
 _REASONS: tuple[Reason, ...] = ("overflow", "growth", "set")
 NO_VARIABLE = -1
 
-Ring = dict[str, keras.Variable]
 
+def initial_values(capacity: int) -> dict[str, Any]:
+    """Returns the initial values of the buffer's variables by name.
 
-def start(capacity: int) -> dict[str, Any]:
-    """Returns the first values of the ring's variables, by name.
-
-    `event_count` and `events_drained` are totals since the beginning: of the entries written, and of those that a
-    reader was told of.
+    `event_count` and `events_drained` are totals since the beginning: entries written, and entries that a reader has
+    drained.
     """
     return {
         "event_count": numpy.int32(0),
@@ -38,47 +37,45 @@ def start(capacity: int) -> dict[str, Any]:
     }
 
 
-def log(ring: Ring, step: Any, old: Any, new: Any, reason: Any, variable: Any) -> None:
-    """Writes one entry if `new` differs from `old`, by selecting: nothing branches.
+def write(variables: Mapping[str, keras.Variable], step: Any, old: Any, new: Any, reason: Any, variable: Any) -> None:
+    """Writes one entry if `new` differs from `old`. Selects instead of branching.
 
     Args:
-        ring: The variables that `start` describes, among others.
+        variables: Variables by name, those of `initial_values` among them.
         step: Integer scalar, the attempted step.
-        old: float32 scalar.
-        new: float32 scalar.
-        reason: Integer scalar, an index into overflow, growth, set.
-        variable: Integer scalar, index of the guilty trainable variable, or `NO_VARIABLE`.
+        old: float32 scalar, the scale before.
+        new: float32 scalar, the scale after.
+        reason: Integer scalar: `OVERFLOW`, `GROWTH` or `SET`.
+        variable: Integer scalar, the index of the trainable variable that overflowed, or `NO_VARIABLE`.
     """
     changed = ops.not_equal(new, old)
-    count = ops.copy(ring["event_count"].value)
-    capacity = ring["event_steps"].shape[0]
-    here = ops.logical_and(changed, ops.equal(ops.arange(capacity, dtype="int32"), ops.cast(count % capacity, "int32")))
+    count = ops.copy(variables["event_count"].value)
+    capacity = variables["event_steps"].shape[0]
+    place = ops.equal(ops.arange(capacity, dtype="int32"), ops.cast(count % capacity, "int32"))
+    place = ops.logical_and(changed, place)
     causes = ops.stack([ops.cast(reason, "int32"), ops.cast(variable, "int32")])
-    _write(ring["event_steps"], here, step)
-    _write(ring["event_causes"], here[:, None], causes)
-    _write(ring["event_scales"], here[:, None], ops.stack([old, new]))
-    ring["event_count"].assign(count + ops.cast(changed, count.dtype))
+    _select(variables["event_steps"], place, step)
+    _select(variables["event_causes"], place[:, None], causes)
+    _select(variables["event_scales"], place[:, None], ops.stack([old, new]))
+    variables["event_count"].assign(count + ops.cast(changed, count.dtype))
 
 
-def values(ring: Ring) -> dict[str, Any]:
-    """Returns what the variables of the ring hold. Reads the device."""
-    return {name: ring[name].numpy() for name in start(1)}
+def _select(variable: keras.Variable, mask: Any, entry: Any) -> None:
+    variable.assign(ops.where(mask, ops.cast(entry, variable.dtype), variable.value))
 
 
-def overflows(ring: Ring, paths: Sequence[str], since: int) -> list[ScaleChange]:
-    """Returns the overflows since a step that the ring still holds, told or not. Reads the device."""
-    changes = entries(values(ring), paths, since=0)
-    overflowed = [each for each in changes if isinstance(each, ScaleChange) and each.reason == "overflow"]
-    return [each for each in overflowed if each.step >= since]
+def values(state: Variables) -> dict[str, Any]:
+    """Returns the values of the buffer's variables as NumPy arrays. Reads the device."""
+    return {name: ops.convert_to_numpy(state.read(name)) for name in initial_values(1)}
 
 
 def entries(values: Mapping[str, Any], paths: Sequence[str], since: int | None = None) -> list[Change]:
-    """Returns the entries that a reader was not told of, oldest first; those that are overwritten are counted.
+    """Returns the entries of the buffer, oldest first, with an `EventsLost` for those that were overwritten.
 
     Args:
-        values: What the variables that `start` describes hold, as numpy has it.
+        values: Values of the buffer's variables as NumPy arrays.
         paths: Paths of the trainable variables.
-        since: How many changes it was told of. None: `events_drained`.
+        since: Number of changes that the reader already knows. Defaults to `events_drained`.
     """
     count = int(values["event_count"])
     since = int(values["events_drained"]) if since is None else since
@@ -95,41 +92,35 @@ def entries(values: Mapping[str, Any], paths: Sequence[str], since: int | None =
 
 
 class Readers:
-    """The places in the ring up to which its readers were told, one for each: none takes anything from another.
+    """Cursors of the buffer's readers, one for each, so that none takes an entry from another.
 
-    The place of the reader that is furthest is kept on the device too, and saved with it. There readers begin that
-    have no place yet: those of a restored run, and those that start later.
+    The cursor that is furthest is kept on the device too, and is saved with it. Readers without a cursor begin there:
+    those of a restored run, and those that start later.
     """
 
     def __init__(self) -> None:
-        self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._furthest: int | None = None  # as last seen on the device
+        self._cursors: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._furthest: int | None = None  # as last read from the device
 
-    def drain(self, ring: Ring, paths: Sequence[str], reader: Any = None, starts: bool = False) -> list[Change]:
-        """Returns the entries that a reader was not told of, oldest first. Reads the device.
+    def drain(self, state: Variables, paths: Sequence[str], reader: Any = None, starts: bool = False) -> list[Change]:
+        """Returns the entries that are new to a reader, oldest first. Reads the device.
 
         Args:
-            ring: As in `log`.
+            state: Variables with those of the buffer.
             paths: Paths of the trainable variables.
-            reader: Any object; None stands for `drain_events`.
-            starts: Whether others that start at the same time are to be told of the same entries.
+            reader: Any object. Defaults to None, the reader of `drain_events`.
+            starts: If True, readers that start at the same time get the same entries. Defaults to False.
         """
-        count, furthest = (int(ring[name].numpy()) for name in ("event_count", "events_drained"))
+        count, furthest = (int(state.variables[name].numpy()) for name in ("event_count", "events_drained"))
         if furthest != self._furthest:  # the first look, or the variables were restored
-            self._places.clear()
-            self._places[self] = self._furthest = furthest
+            self._cursors.clear()
+            self._cursors[self] = self._furthest = furthest
         key = self if reader is None else reader
-        since = self._places.get(key, furthest)
-        if since > count:  # restored too
+        since = self._cursors.get(key, furthest)
+        if since > count:  # the variables were restored too
             since = furthest
-        self._places[key] = count
+        self._cursors[key] = count
         if not starts and count != furthest:
-            ring["events_drained"].assign(count)
+            state.variables["events_drained"].assign(count)
             self._furthest = count
-        if since == count:
-            return []
-        return entries(values(ring), paths, since)
-
-
-def _write(variable: keras.Variable, mask: Any, entry: Any) -> None:
-    variable.assign(ops.where(mask, ops.cast(entry, variable.dtype), variable.value))
+        return [] if since == count else entries(values(state), paths, since)

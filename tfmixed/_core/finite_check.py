@@ -1,4 +1,4 @@
-"""Checks gradients for overflow and computes their global norm, together for all replicas. For every Keras backend."""
+"""Checks gradients for overflow and computes their global norm across replicas. For every Keras backend."""
 
 from __future__ import annotations
 
@@ -9,61 +9,78 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import ml_dtypes
 from keras import ops
 
-from tfmixed._core.control_flow import when
+from tfmixed._core.control_flow import cond
 from tfmixed._core.gradients import holds_gradient, values_of, widened
-from tfmixed._core.inner_optimizer import largest_gradient
+from tfmixed._core.inner_optimizer import parts
 from tfmixed.formats import FLOAT32
 
 # Between these scales the square of a scale is far from the limits of float32. Below the first, the square of a value
-# that is large once it is unscaled can vanish.
-_SURE_SCALES = 2.0**-40, 2.0**40
+# that is large after unscaling can vanish.
+_SAFE_SCALES = 2.0**-40, 2.0**40
 # Room for sums of squares in another order, such as those of a clip by the norm.
 _MARGIN = 1.01
 
 
-class Verdict(NamedTuple):
-    """What the gradients of one step say, on all replicas together.
+class StepResult(NamedTuple):
+    """Result of one step, which may consist of several finite checks.
 
     Args:
-        finite: Boolean scalar: is every value of every unscaled gradient finite, and so is `norm`?
-        bad: Boolean vector, one entry a variable of the optimizer: those whose gradient has a value that is not
-            finite. Where all values are and their norm is not, those of the largest norm.
-        norm: float32 scalar, the L2 norm of all unscaled gradients together. It is finite just where the step is. A
-            norm above 1.8e19 is not, since float32 cannot hold its square. Repeated rows of `tf.IndexedSlices` count
-            one by one, as they do in `tf.linalg.global_norm`. With several replicas it is sqrt(replicas * the sum of
-            their squared norms): the norm of their sum where they agree, above it where they do not. The norm itself
-            would take a second reduction of all gradients.
-        amax: float32 scalar, the largest absolute value on any replica; None where nobody asked.
+        finite: Boolean scalar, True if all gradients are finite.
+        first_overflow: Integer scalar, the index of the first variable whose gradient is not finite, or -1.
+        norm: float32 scalar, the L2 norm of all gradients together.
+        amax: float32 scalar, the largest absolute value of all gradients.
     """
 
     finite: Any
-    bad: Any
+    first_overflow: Any
+    norm: Any
+    amax: Any
+
+
+class CheckResult(NamedTuple):
+    """Result of a finite check, the same on all replicas.
+
+    Args:
+        finite: Boolean scalar, True if all values of the unscaled gradients, and `norm`, are finite.
+        overflowed: Boolean vector with one entry for each variable of the optimizer, True if its gradient has a value
+            that is not finite. If all values are finite and their norm is not, the gradients of the largest norm.
+        norm: float32 scalar, the L2 norm of all unscaled gradients together, finite if and only if the step is. A norm
+            above 1.8e19 is not finite, since float32 cannot hold its square. Repeated rows of `tf.IndexedSlices` count
+            one by one, as in `tf.linalg.global_norm`. With several replicas it is sqrt(replicas * the sum of their
+            squared norms), which is the norm of the summed gradients where replicas agree and above it where they
+            differ. The exact norm would take a second reduction of all gradients.
+        amax: float32 scalar, the largest absolute value on any replica, or None if it was not measured.
+    """
+
+    finite: Any
+    overflowed: Any
     norm: Any
     amax: Any
 
     @property
-    def culprit(self) -> Any:
-        """The index of the first variable whose gradient is not finite, an integer scalar; -1 where all are."""
-        return ops.where(self.finite, -1, ops.argmax(ops.cast(self.bad, "int32")))
+    def first_overflow(self) -> Any:
+        """Index of the first variable whose gradient is not finite, an integer scalar; -1 if all are finite."""
+        return ops.where(self.finite, -1, ops.argmax(ops.cast(self.overflowed, "int32")))
 
 
-class Judge(NamedTuple):
-    """Turns the scaled gradients of each replica into evidence, and the sum of the evidence into a verdict.
+class FiniteCheck(NamedTuple):
+    """Finite check of one optimizer: `measure` on each replica, a sum over replicas, then `result`.
 
-    The evidence is one float32 vector: for each variable the sum of the squares of its unscaled gradient, NaN if a
-    value is not finite. Strategies sum and know no maximum, so each replica has a place of its own for its largest
-    absolute value, where that is asked for.
+    `measure` returns one float32 vector: for each variable the sum of the squares of its unscaled gradient, NaN if a
+    value is not finite. Strategies can sum and not take a maximum, so each replica has its own entry for the largest
+    absolute value, if that is measured.
 
-    The sum of squares is one pass that stores nothing. Where it shows that all values are within their limits, nothing
-    else is looked at.
+    The sum of squares is one pass that stores nothing. If it shows that all values are within their limits, nothing
+    else is computed.
 
     Args:
-        limits: For each variable the largest value of its unscaled gradient that counts as finite.
+        limits: Largest finite value of the unscaled gradient of each variable.
         raw: Indices of variables whose gradients are not scaled.
-        replicas: How many there are.
-        needs_amax: Measure the largest absolute value.
+        replicas: Number of replicas. Defaults to 1.
+        needs_amax: If True, measures the largest absolute value. Defaults to False.
     """
 
     limits: tuple[float, ...]
@@ -72,10 +89,10 @@ class Judge(NamedTuple):
     needs_amax: bool = False
 
     @classmethod
-    def of(cls, optimizer: Any, variables: Sequence[Any], replicas: int, needs_amax: bool) -> Judge:
-        """Returns the judge of gradients of these variables that go to `optimizer`, Keras's or another."""
+    def for_variables(cls, optimizer: Any, variables: Sequence[Any], replicas: int, needs_amax: bool) -> FiniteCheck:
+        """Returns the check of gradients of these variables for `optimizer`, of Keras or another library."""
         dtypes = [_dtype_of(variable) for variable in variables]
-        limits = {dtype: largest_gradient(optimizer, dtype) / replicas for dtype in set(dtypes)}
+        limits = {dtype: _largest_gradient(optimizer, dtype) / replicas for dtype in set(dtypes)}
         return cls(
             limits=tuple(limits[dtype] for dtype in dtypes),
             raw=frozenset(index for index, variable in enumerate(variables) if holds_gradient(variable)),
@@ -84,19 +101,19 @@ class Judge(NamedTuple):
         )
 
     @classmethod
-    def of_unknown(cls, raw: Sequence[bool], replicas: int, needs_amax: bool) -> Judge:
-        """Returns the judge of gradients whose variables are not known, only which of them are `raw`."""
+    def for_gradients(cls, raw: Sequence[bool], replicas: int, needs_amax: bool) -> FiniteCheck:
+        """Returns the check of gradients whose variables are unknown, except for which of them are `raw`."""
         indices = frozenset(index for index, is_raw in enumerate(raw) if is_raw)
         return cls((FLOAT32.max,) * len(raw), indices, replicas, needs_amax)
 
-    def evidence(self, gradients: Sequence[Any], scale: Any, indices: Sequence[int], replica: Any = 0) -> Any:
-        """Returns the evidence of one replica.
+    def measure(self, gradients: Sequence[Any], scale: Any, indices: Sequence[int], replica: Any = 0) -> Any:
+        """Returns the statistics of one replica, which `result` takes summed over replicas.
 
         Args:
-            gradients: Of the scaled loss, at least one of them not None.
+            gradients: Gradients of the scaled loss, at least one of them not None.
             scale: float32 scalar.
-            indices: The index of each gradient's variable.
-            replica: The number of this replica, from 0.
+            indices: Index of each gradient's variable.
+            replica: Number of this replica. Defaults to 0.
         """
         values: dict[int, list[Any]] = {}  # a variable that is given twice has two
         for index, gradient in zip(indices, gradients, strict=True):
@@ -108,31 +125,32 @@ class Judge(NamedTuple):
         if self.raw:
             factor = ops.where(ops.convert_to_tensor([index in self.raw for index in range(count)]), 1.0, factor)
         quick, bounds = scaled / factor, [min(limit**2, FLOAT32.max / _MARGIN) for limit in self.limits]
-        safe = ops.all(quick <= ops.convert_to_tensor(bounds, "float32"))  # NaN compares False
-        for known in (scale >= _SURE_SCALES[0], scale <= _SURE_SCALES[1]):
-            safe = ops.logical_and(safe, known)
+        is_safe = ops.all(quick <= ops.convert_to_tensor(bounds, "float32"))  # NaN compares False
+        for is_known in (scale >= _SAFE_SCALES[0], scale <= _SAFE_SCALES[1]):
+            is_safe = ops.logical_and(is_safe, is_known)
 
-        def looked_at() -> Any:
+        def check_values() -> Any:
             return ops.stack(
-                [_sum(self._squares(index, each, scale) for each in values.get(index, ())) for index in range(count)]
+                [_sum(self._squares(index, found, scale) for found in values.get(index, ())) for index in range(count)]
             )
 
-        squares = ops.where(safe, quick, when(ops.logical_not(safe), looked_at, (count,)))
+        squares = ops.where(is_safe, quick, cond(ops.logical_not(is_safe), check_values, (count,)))
         if not self.needs_amax:
             return squares
-        peak = _peak([self._unscaled(index, each, scale) for index, found in values.items() for each in found])
+        peak = _peak([self._unscaled(index, tensor, scale) for index, found in values.items() for tensor in found])
         return ops.concatenate([squares, ops.where(ops.equal(replica, ops.arange(self.replicas)), peak, 0.0)])
 
-    def verdict(self, evidence: Any) -> Verdict:
-        """Returns the verdict on the sum of all evidence."""
+    def result(self, statistics: Any) -> CheckResult:
+        """Returns the result of the statistics summed over all replicas."""
         count = len(self.limits)
-        squares = evidence[:count]
+        squares = statistics[:count]
         total = self.replicas * ops.sum(squares)
         # No comparison: of a scalar, grappler makes `not x <= y` into `x > y` (TensorFlow 2.21), and NaN passes.
         finite = ops.isfinite(_MARGIN * total)
         rank = ops.where(ops.isnan(squares), math.inf, ops.minimum(squares, FLOAT32.max))
-        bad = ops.logical_and(ops.logical_not(finite), ops.equal(rank, ops.max(rank)))
-        return Verdict(finite, bad, ops.sqrt(total), ops.max(evidence[count:]) if self.needs_amax else None)
+        overflowed = ops.logical_and(ops.logical_not(finite), ops.equal(rank, ops.max(rank)))
+        amax = ops.max(statistics[count:]) if self.needs_amax else None
+        return CheckResult(finite, overflowed, ops.sqrt(total), amax)
 
     def _unscaled(self, index: int, values: Any, scale: Any) -> Any:
         wide = widened(values)
@@ -140,12 +158,12 @@ class Judge(NamedTuple):
 
     def _squares(self, index: int, values: Any, scale: Any) -> Any:
         unscaled = self._unscaled(index, values, scale)
-        good = ops.all(ops.abs(unscaled) <= self.limits[index])  # NaN compares False
-        return ops.where(good, _single(ops.sum(ops.square(unscaled))), math.nan)
+        is_finite = ops.all(ops.abs(unscaled) <= self.limits[index])  # NaN compares False
+        return ops.where(is_finite, _single(ops.sum(ops.square(unscaled))), math.nan)
 
 
 def _dtype_of(variable: Any) -> str:
-    # TensorFlow 1's variables of old have a dtype of references.
+    # Reference variables of TensorFlow 1 have a dtype of references.
     return str(keras.backend.standardize_dtype(getattr(variable.dtype, "base_dtype", variable.dtype)))
 
 
@@ -168,5 +186,43 @@ def _sum_of_squares(values: Any) -> Any:
 
 
 def _peak(values: Sequence[Any]) -> Any:
-    peaks = ops.stack([_single(ops.max(ops.abs(each), initial=0)) for each in values])
+    peaks = ops.stack([_single(ops.max(ops.abs(tensor), initial=0)) for tensor in values])
     return ops.minimum(ops.max(peaks), FLOAT32.max)
+
+
+def _largest_gradient(optimizer: Any, dtype: str) -> float:
+    """Returns the largest gradient that `optimizer` can take for variables of a floating-point dtype.
+
+    A gradient must be finite in that dtype, with all those that are accumulated. It is also squared in that dtype, for
+    second moments, unless the optimizer is known not to square it, or clips it first. If the dtype has the range of
+    float32, the limit is that of float32: a norm that float32 can hold has a square and sums that it can hold.
+    """
+    largest = float(ml_dtypes.finfo(dtype).max)
+    if largest > FLOAT32.max / 2:  # the largest bfloat16 number is a little below
+        return FLOAT32.max
+    root, limit = math.sqrt(largest), largest
+    for part in parts(optimizer)[1:] or [optimizer]:
+        limit = min(limit, largest / (getattr(part, "gradient_accumulation_steps", None) or 1))
+        if not (_is_linear(part) or _clip(part) <= root):
+            limit = min(limit, root)
+    return 0.99 * limit  # rounding to the dtype must not exceed its largest number
+
+
+def _is_linear(optimizer: Any) -> bool:
+    """Returns whether an optimizer keeps no squares of gradients in its variables' dtype.
+
+    Compares the function that takes the step, since a subclass that overrides it may do anything.
+    """
+    kinds, name = (keras.optimizers.SGD, keras.optimizers.Lion), "update_step"
+    if not isinstance(optimizer, keras.optimizers.Optimizer) and keras.backend.backend() == "tensorflow":
+        from tensorflow.compat.v1 import train
+
+        kinds, name = (train.GradientDescentOptimizer, train.MomentumOptimizer), "_resource_apply_dense"
+    step = getattr(getattr(optimizer, name, None), "__func__", None)
+    return any(step is getattr(kind, name) for kind in kinds)
+
+
+def _clip(optimizer: Any) -> float:
+    """Returns the largest value that an optimizer's own clipping lets through."""
+    bounds = (getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue"))
+    return min((float(bound) for bound in bounds if bound and bound > 0), default=math.inf)

@@ -1,8 +1,8 @@
-"""The fused update: unscaling and the inner optimizer's step, compiled by XLA into one function. TensorFlow's alone.
+"""Fused update: unscaling and the inner optimizer's step, compiled by XLA into one function. TensorFlow only.
 
-Keras's optimizers are a dozen operations a variable, each of which reads and writes memory. XLA makes three passes of
-them for Adam, and unscaling is part of the first two. Compiled is just what a step does that is applied: a condition
-within makes XLA copy all variables.
+Keras's optimizers run a dozen operations for each variable, and all of them read and write memory. For Adam, XLA makes
+three passes of them, and unscaling is part of the first two. Only the part of a step that is skipped on overflow is
+compiled, since a condition in the function would make XLA copy all variables.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from tfmixed._core.inner_optimizer import ADAMS, branches, is_known, python_stat
 from tfmixed._utils import user_warnings
 
 _LOG = logging.getLogger("tfmixed")
-# Elements of a variable from which XLA's kernels are faster than TensorFlow's and worth compiling:
-# `python benchmarks/growth.py` shows where they part.
+# Elements of a variable from which XLA's kernels are faster than TensorFlow's and worth compiling, measured by
+# `python benchmarks/growth.py`.
 _WORTH_COMPILING = 2**16
 _MOST_FUNCTIONS = 16
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """Whether the update is compiled into one function, and why. As a bool: whether it is."""
+    """Tells whether the update is compiled into one function, and why. True as a bool if it is."""
 
     active: bool
     reason: str
@@ -43,7 +43,7 @@ class Fusion:
 
 # Unscales gradients by a scale and applies them to their variables.
 Update = Callable[[Sequence[Any], Sequence[Any], Any], None]
-# The same for variables that are settled.
+# The same for variables that are fixed.
 Step = Callable[[Sequence[Any], Any], None]
 
 
@@ -51,11 +51,11 @@ class Call(NamedTuple):
     """A call of an update, before it is made.
 
     Args:
-        update: What is called.
+        update: Function to call.
         inner: The optimizer that `update` calls.
-        grads: Gradients as it will get them.
-        variables: Theirs.
-        indices: The variables' indices in the optimizer.
+        grads: Gradients for `update`.
+        variables: Variables of these gradients.
+        indices: Indices of these variables in the optimizer.
     """
 
     update: Update
@@ -65,12 +65,12 @@ class Call(NamedTuple):
     indices: Sequence[int]
 
     def at(self, places: Sequence[int]) -> Call:
-        """Returns the call with these of its gradients and variables alone."""
-        return Call(self.update, self.inner, *([each[place] for place in places] for each in self[2:]))
+        """Returns the call with only the gradients and variables at these places."""
+        return Call(self.update, self.inner, *([values[place] for place in places] for values in self[2:]))
 
 
 class Fuser:
-    """Compiles the update of one optimizer, each set of variables once.
+    """Compiles the update of one optimizer, once for each set of variables.
 
     Args:
         fuse: `"auto"`, True or False; see `LossScaleOptimizer`.
@@ -78,14 +78,14 @@ class Fuser:
 
     def __init__(self, fuse: bool | Literal["auto"]) -> None:
         if fuse != "auto" and not isinstance(fuse, bool):
-            raise ValueError(f'fuse must be "auto", True or False, received {fuse!r}')
+            raise ValueError(f'`fuse` must be "auto", True or False. Received: fuse={fuse!r}')
         self.fuse = fuse
         self.fusion = Fusion(False, "no step was taken yet")
-        # What is compiled, by what it read of Python, with the objects that it read: their ids stand in the key.
+        # Compiled functions by the Python state that they read, with its objects, whose ids are part of the key.
         self._functions: dict[Any, tuple[tuple[Any, str | None], list[Any]]] = {}
 
     def fused(self, call: Call) -> Step:
-        """Returns the update of a call's variables, compiled as far as that is possible and faster."""
+        """Returns the update of a call's variables, compiled where that is possible and faster."""
         update, inner, grads, variables, _ = call
         places = [] if self.fuse is False else self._places(inner, variables)
         large = [place for place in places if grads[place] is not None]
@@ -93,9 +93,9 @@ class Fuser:
         if obstacle:
             self._decided(obstacle)
             return _plain(call)
-        # Variables without a gradient go where others have one: an optimizer that is given none raises.
+        # Variables without a gradient go where others have one, since an optimizer raises if it gets no gradient.
         small = [place for place in range(len(variables)) if place not in places and grads[place] is not None]
-        missing = [place for place, each in enumerate(grads) if each is None]
+        missing = [place for place, gradient in enumerate(grads) if gradient is None]
         large, small = (large, small + missing) if small else (large + missing, small)
         function, refusal = self._compiled(call.at(large))
         self._decided(refusal, f"{len(large)} of {len(variables)} variables, the large ones")
@@ -109,41 +109,41 @@ class Fuser:
         return _plain(call) if refusal else fused
 
     def _compiled(self, call: Call) -> tuple[Any, str | None]:
-        # A function keeps what it reads of Python. What Keras's own optimizers hold is part of the key; what a user's
-        # own reads is not known: compiled again with each trace.
+        # A function keeps the Python values that it reads. Those of Keras's own optimizers are part of the key. Those
+        # of a user's own code are not known, so it is compiled again with each trace.
         if not is_known(call.inner, call.variables):
             return _compile(call)
-        missing = tuple(each is None for each in call.grads)
+        missing = tuple(gradient is None for gradient in call.grads)
         state, held = python_state(call.inner)
         key = tuple(zip(call.indices, missing, strict=True)), state
         known = self._functions.pop(key, None)
         self._functions[key] = known or (_compile(call), held)
         if len(self._functions) > _MOST_FUNCTIONS:
-            del self._functions[next(iter(self._functions))]  # the one that was not used for the longest time
+            del self._functions[next(iter(self._functions))]  # the least recently used
         return self._functions[key][0]
 
     def _places(self, inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> list[int]:
-        """Returns which variables are worth compiling: the large ones, or all where they depend on each other."""
+        """Returns the places of variables worth compiling: the large ones, or all if they depend on each other."""
         sizes = [math.prod(variable.shape) for variable in variables]
-        everything = list(range(len(sizes)))
+        all_places = list(range(len(sizes)))
         if self.fuse is True:
-            return everything
+            return all_places
         if reads_scalars(inner, variables) and not inner.use_ema and inner.global_clipnorm is None:
-            return [place for place in everything if sizes[place] >= _WORTH_COMPILING]
-        return everything if sum(sizes) >= _WORTH_COMPILING * len(sizes) else []
+            return [place for place in all_places if sizes[place] >= _WORTH_COMPILING]
+        return all_places if sum(sizes) >= _WORTH_COMPILING * len(sizes) else []
 
     def _why_none(self, variables: Sequence[Any]) -> str:
         if self.fuse is False:
             return "fuse=False"
         largest = max(math.prod(variable.shape) for variable in variables)
-        return f"XLA gains nothing on variables this small, the largest of {largest:,} elements"
+        return f"XLA is not faster on variables this small, the largest with {largest:,} elements"
 
     def _decided(self, obstacle: str | None, gain: str = "") -> None:
         fusion = Fusion(obstacle is None, obstacle or gain)
         if fusion != self.fusion:
             _LOG.debug("update %s", fusion)
             if self.fuse is True and obstacle:
-                user_warnings.warn(f"fuse=True has no effect: {obstacle}")
+                user_warnings.warn(f"`fuse=True` has no effect: {obstacle}")
         self.fusion = fusion
 
 
@@ -156,26 +156,26 @@ def _plain(call: Call) -> Step:
 
 
 def _compile(call: Call) -> tuple[Any, str | None]:
-    """Returns a compiled function of the scale and all gradients, and why XLA cannot compile it: None if it can."""
+    """Returns a compiled function of the scale and all gradients, and the reason if XLA cannot compile it."""
     import tensorflow as tf
 
     update, inner, grads, variables, _ = call
-    places = [place for place, each in enumerate(grads) if each is not None]
-    count = len(grads)  # a function that knew the gradients would keep them alive
+    places = [place for place, gradient in enumerate(grads) if gradient is not None]
+    count = len(grads)  # a function that captured the gradients would keep them alive
 
     def dense(scale: Any, *values: Any) -> None:
         by_place = dict(zip(places, values, strict=True))
         update([by_place.get(place) for place in range(count)], variables, scale)
 
     function = tf.function(dense, jit_compile=True, autograph=False)
-    # Keras's own code can be compiled, as the tests show; a user's may hold anything, and is asked beforehand.
+    # Keras's own code can be compiled, as the tests show. A user's own code is tried first.
     if is_known(inner, variables):
         return function, None
     specs = [tf.TensorSpec(variables[place].shape, grads[place].dtype) for place in places]
     try:
         with tf.init_scope():
             function.experimental_get_compiler_ir(tf.TensorSpec((), tf.float32), *specs)(stage="hlo")
-    except Exception as error:  # whatever it may raise while it is traced
+    except Exception as error:  # a user's own code may raise anything while it is traced
         return function, f"XLA cannot compile it: {_first_line(error)}"
     return function, None
 
@@ -185,11 +185,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _obstacle(call: Call) -> str | None:
-    """Returns why XLA cannot compile an update, or should not; None if it can."""
+    """Returns the reason why XLA cannot compile an update, or should not. None if it can."""
     _, inner, grads, variables, _ = call
     backend = keras.backend.backend()
     if backend != "tensorflow":
-        return f"the update is fused on TensorFlow only, and the backend is {backend}"
+        return f"fused updates need the TensorFlow backend, and this is {backend}"
     import tensorflow as tf
 
     if not control_flow.is_single_tensorflow():
@@ -197,11 +197,11 @@ def _obstacle(call: Call) -> str | None:
     if control_flow.in_xla():
         return "the whole step is compiled already"
     if type(inner) not in ADAMS and any(map(gradients.is_sparse, grads)):
-        return "a gradient is sparse (tf.IndexedSlices), and XLA would make all of it dense"
+        return "a gradient is sparse (tf.IndexedSlices), and XLA would make it dense"
     if tf.executing_eagerly() and not is_known(inner, variables):
-        return "what a user's own code reads of Python may change between eager steps"
+        return "a user's own code may read Python values that change between eager steps"
     if branches(inner):
-        return "the inner optimizer accumulates or averages by branching, and XLA copies what a branch writes"
+        return "the inner optimizer branches to accumulate or average, and XLA copies what a branch writes"
     devices = control_flow.devices((*variables, *inner.variables))
     if len(devices) > 1:
         return f"the variables are on several devices: {', '.join(sorted(devices))}"
@@ -210,7 +210,7 @@ def _obstacle(call: Call) -> str | None:
 
 @functools.cache
 def _no_xla() -> str | None:
-    """Returns why XLA does not work here; None if it does. On GPUs it needs parts of CUDA that are often missing."""
+    """Returns the reason why XLA does not work, such as missing parts of CUDA on a GPU. None if it works."""
     import tensorflow as tf
 
     try:

@@ -1,9 +1,10 @@
-"""PyTorch's `GradScaler`, for loops that are written by hand."""
+"""PyTorch's `GradScaler`, for custom training loops."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,17 +12,19 @@ from keras import ops
 
 from tfmixed import scaling
 from tfmixed._core import arguments, gradients, optimizer_adapters, replica_sync
-from tfmixed._core.control_flow import as_it_is, in_graph, when
-from tfmixed._core.finite_check import Judge
-from tfmixed._core.lasting import Lasting
-from tfmixed._core.step_tracker import Method
-from tfmixed._core.turn import Turn
+from tfmixed._core.control_flow import cond, in_graph, in_session_graph
+from tfmixed._core.finite_check import FiniteCheck
+from tfmixed._core.scaler_state import ScalerState
+from tfmixed._core.state_dict import StateDict
+from tfmixed._core.step_tracker import Method, OptimizerSteps, StepTracker
 from tfmixed._core.variables import plain_variable
+from tfmixed._utils.autograph import do_not_convert
+from tfmixed.scaling import validation
 
 _TORCH = scaling.PEERS["torch"].defaults
 
 
-class GradScaler(Lasting):
+class GradScaler(StateDict):
     """Scales losses, unscales gradients, and steps an optimizer only if all of them are finite.
 
         scaler = GradScaler()
@@ -30,37 +33,37 @@ class GradScaler(Lasting):
                 loss = loss_function(y, model(x, training=True))
                 scaled = scaler.scale(loss)
             grads = tape.gradient(scaled, model.trainable_variables)
-            grads = scaler.unscale(optimizer, grads)  # if they are to be clipped or looked at
+            grads = scaler.unscale(optimizer, grads)  # if they are clipped or inspected
             grads, _ = tf.clip_by_global_norm(grads, 1.0)
             stepped = scaler.step(optimizer, zip(grads, model.trainable_variables))
             scaler.update()
 
-    Names, defaults and order of calls are PyTorch's, and so is the rule, to the bit. Any part may run eagerly, in a
-    `tf.function` or in the function of `strategy.run`, where all replicas decide together. Several losses and
-    optimizers share one scale: those whose gradients overflow skip, and at `update` the scale backs off once. Unlike in
-    PyTorch gradients are judged after they are unscaled (pytorch#99640), the scale never reaches 0 or inf (#98828), and
-    `step` says whether it stepped (#67590).
+    Names, defaults and order of calls are PyTorch's, and so is the rule, bit for bit. Each part can run eagerly, in a
+    `tf.function` or in the function of `strategy.run`, where all replicas take the same branch. Several losses and
+    optimizers share one scale: those whose gradients overflow skip, and `update` backs off once. Unlike in PyTorch,
+    gradients are checked after they are unscaled (pytorch#99640), the scale never reaches 0 or inf (#98828), and `step`
+    returns whether it stepped (#67590).
 
     Args:
-        init_scale: The first scale.
-        growth_factor: Factor of a growth.
-        backoff_factor: Factor of a backoff.
-        growth_interval: Good iterations in a row that let the scale grow.
-        enabled: False makes all methods pass through what they are given.
-        rule: Instead of the four numbers: whatever `scaling.get` takes.
-        device: PyTorch's, taken by name and ignored.
+        init_scale: Initial scale. Defaults to 65536.
+        growth_factor: Factor of a growth. Defaults to 2.
+        backoff_factor: Factor of a backoff. Defaults to 0.5.
+        growth_interval: Number of finite iterations in a row after which the scale grows. Defaults to 2000.
+        enabled: If False, all methods pass their arguments through. Defaults to True.
+        rule: A rule instead of the four numbers, as in `scaling.get`. Defaults to None.
+        device: PyTorch's argument, ignored.
         max_consecutive_skips: As in `LossScaleOptimizer`.
         event_capacity: As in `LossScaleOptimizer`.
 
     Raises:
-        ValueError: An argument is out of range, or numbers and a rule are given.
+        ValueError: If an argument is out of range, or numbers and a rule are given.
 
-    A wrong order of calls is a `RuntimeError`, as far as it can be known: eagerly always; while a function is compiled,
-    within that function. There an `update` that nothing preceded changes nothing, and a second `step` of an optimizer
-    is told by the next `update` that runs eagerly. Optimizers and their variables are not kept alive.
+    Calls in a wrong order raise a `RuntimeError` as far as it is known: always eagerly, and in a compiled function if
+    all calls are traced in it. A compiled `update` without a preceding call changes nothing, and a second `step` of an
+    optimizer is reported by the next eager `update`. Optimizers and their variables are not kept alive.
 
-    It can be pickled and copied between two iterations, without its events. `tf.train.Checkpoint` takes the list of
-    `variable.value` for each of its `variables`.
+    A scaler can be pickled and copied between two iterations, without its events. `tf.train.Checkpoint` takes the list
+    of `variable.value` for its `variables`.
 
     Example:
     >>> scaler, optimizer, weight = GradScaler(init_scale=8.0), keras.optimizers.SGD(1.0), keras.Variable(1.0)
@@ -92,161 +95,186 @@ class GradScaler(Lasting):
             "backoff_factor": backoff_factor,
             "growth_interval": growth_interval,
         }
-        chosen = arguments.scaler_rule(rule, numbers) if enabled else scaling.ConstantScale(1.0)
-        super().__init__(chosen, enabled, max_consecutive_skips, event_capacity)
+        self.rule = arguments.scaler_rule(rule, numbers) if enabled else scaling.ConstantScale(1.0)
+        self._enabled = enabled
+        self.max_consecutive_skips = arguments.skip_limit(max_consecutive_skips)
+        self.event_capacity = validation.count("event_capacity", event_capacity, 1)
+        self._reset()
 
-    def _admit(self, optimizer: Any, grads: Sequence[Any], method: Method) -> Turn:
-        """Lets an optimizer do what is its turn, and raises if it is not."""
-        optimizer_adapters.check(optimizer)
-        self._state()
-        if optimizer not in self._turns:
-            self._turns[optimizer] = Turn(plain_variable)
-        turn = self._turns[optimizer]
-        self._iteration.check(turn, grads, method)
-        return turn
+    def _reset(self) -> None:
+        self._scaling: ScalerState | None = None
+        self._is_compiled = False
+        self.distribute_strategy: Any = None
+        self._steps: weakref.WeakKeyDictionary[Any, OptimizerSteps] = weakref.WeakKeyDictionary()
+        self._paths: list[str] = []
 
-    def get_scale(self) -> Any:
-        """Returns the scale as a float; where it is not known, because a graph is being made, as a tensor."""
-        return self.loss_scale if in_graph() else float(self.loss_scale)
+    def _state(self) -> ScalerState:
+        # Created on first use, since PyTorch's scaler may be created before anything else.
+        if in_session_graph():
+            raise NotImplementedError(
+                "`GradScaler` works eagerly and in a `tf.function`. A graph for a `Session` runs only what is fetched. "
+                "Use `tfmixed.compat.v1` there."
+            )
+        if self._scaling is None:
+            self.distribute_strategy = replica_sync.current_strategy()
+            self._step_tracker = StepTracker(plain_variable)
+            self._scaling = ScalerState(self.rule, self.event_capacity, plain_variable)
+        self._is_compiled |= in_graph()
+        return self._scaling
 
-    @as_it_is
+    @do_not_convert
     def scale(self, outputs: Any) -> Any:
-        """Returns losses times the scale, in float32 at least: most scales are too large for float16.
+        """Returns losses times the scale, in float32 at least, since most scales are too large for float16.
 
         Args:
-            outputs: A tensor, a nested structure of them, or an iterator over these, for which one is returned.
+            outputs: A tensor, a nested structure of tensors, or an iterator over these, for which one is returned.
         """
         if not self._enabled:
             return outputs
         if isinstance(outputs, Iterator):
             return map(self.scale, outputs)
         scale = self._state().read("dynamic_scale")
-        self._iteration.note_scale()
+        self._step_tracker.note_scale()
         return keras.tree.map_structure(lambda output: ops.multiply(output, scale), outputs)
 
-    @as_it_is
+    @do_not_convert
     def unscale(self, optimizer: Any, grads: Iterable[Any]) -> list[Any]:
-        """Returns gradients divided by the scale, to clip or look at them before `step`.
+        """Returns gradients divided by the scale, to clip or inspect them before `step`.
 
-        Whether they are finite is remembered: no clip can hide an overflow, and `update` counts it without a `step`.
+        Overflows are remembered, so that no clip hides one, and `update` counts them without a `step`.
 
         Args:
-            optimizer: The one that they will be given to. Where variables hold their gradients, as float8 layers' do,
+            optimizer: Optimizer of these gradients. If variables hold their gradients, as those of float8 layers do,
                 it must be built with the variables of these gradients, in their order.
             grads: Tensors, `tf.IndexedSlices` and None.
 
         Raises:
-            RuntimeError: In this iteration the optimizer's gradients were unscaled already, it has stepped already, or
-                there is no gradient, or one that is unscaled already.
-            ValueError: The optimizer scales the loss itself.
-            TypeError: It is none, or one of `grads` is no gradient.
-            NotImplementedError: It is called in a graph for a `Session`.
+            RuntimeError: If the optimizer's gradients were unscaled already in this iteration, it has stepped already,
+                there is no gradient, or one of them is unscaled already.
+            ValueError: If the optimizer scales the loss itself.
+            TypeError: If it is not an optimizer, or one of `grads` is not a gradient.
+            NotImplementedError: If it is called in a graph for a `Session`.
         """
         grads = optimizer_adapters.check_gradients(grads)
         if not self._enabled:
             return grads
-        turn, iteration, scale = self._admit(optimizer, grads, "unscale"), self._iteration, self.loss_scale
-        known, variables = iteration.known(), optimizer_adapters.known(optimizer, len(grads))
-        turn.is_blind = variables is None
+        steps, scale = self._steps_of(optimizer, grads, "unscale"), self.loss_scale
+        variables = optimizer_adapters.variables_of(optimizer, len(grads))
+        steps.has_unknown_variables = variables is None
         raw = [False] * len(grads) if variables is None else gradients.raw(variables)
-        given, of_given = zip(*(pair for pair in zip(grads, raw, strict=True) if pair[0] is not None), strict=True)
-        judge = Judge.of_unknown(of_given, replica_sync.replicas(), self.rule.needs_amax)
+        given, raw_given = zip(*(pair for pair in zip(grads, raw, strict=True) if pair[0] is not None), strict=True)
+        check = FiniteCheck.for_gradients(raw_given, replica_sync.replica_count(), self.rule.needs_amax)
+        statistics = check.measure(given, scale, range(len(given)), replica_sync.replica_id())
 
-        def decide(total: Any, _: Any) -> None:
-            iteration.unscale(turn, judge.verdict(total), known)
+        def record(replicas: replica_sync.Replicas, statistics: Any) -> None:
+            self._step_tracker.unscale(steps, check.result(replicas.sum(statistics)))
 
-        evidence = judge.evidence(given, scale, range(len(given)), replica_sync.replica())
-        replica_sync.decide_together(decide, evidence, grads)
+        replica_sync.run(record, statistics)
         unscaled = gradients.unscale_all(grads, raw, scale, self.rule.bounds[1])
-        turn.hand_out(grads, unscaled)
+        steps.remember(grads, unscaled)
         return unscaled
 
-    @as_it_is
+    @do_not_convert
     def step(self, optimizer: Any, grads_and_vars: Iterable[tuple[Any, Any]], **options: Any) -> Any:
         """Steps the optimizer if all gradients are finite on all replicas, and returns whether it did.
 
         Args:
             optimizer: One of Keras, or one with `apply_gradients`, such as those of `tf.compat.v1.train`.
-            grads_and_vars: Pairs. The gradients of the scaled losses, or what `unscale` returned, clipped or not.
-            **options: For `apply_gradients`, such as `global_step`.
+            grads_and_vars: Pairs of a gradient and its variable. The gradients are those of the scaled losses, or what
+                `unscale` returned, clipped or not.
+            **options: Arguments for `apply_gradients`, such as `global_step`.
 
         Returns:
             A boolean scalar tensor.
 
         Raises:
-            RuntimeError: It has stepped already in this iteration; there is no gradient; gradients that were given to
-                `unscale` come back as they were; or they were unscaled for another optimizer, or before an `update`.
-            ValueError: The optimizer scales the loss itself.
-            TypeError: It is none, or `grads_and_vars` holds other things.
-            NotImplementedError: It is called in a graph for a `Session`; or see `LossScaleOptimizer.apply`.
+            RuntimeError: If it has stepped already in this iteration, there is no gradient, or the gradients are still
+                scaled, or unscaled for another optimizer or before an `update`.
+            ValueError: If the optimizer scales the loss itself.
+            TypeError: If it is not an optimizer, or `grads_and_vars` holds other things.
+            NotImplementedError: If it is called in a graph for a `Session`; or see `LossScaleOptimizer.apply`.
         """
         grads, variables = optimizer_adapters.split(grads_and_vars)
         if not self._enabled:
             optimizer_adapters.apply(optimizer, grads, variables, options)
             return ops.convert_to_tensor(True)
-        turn, iteration = self._admit(optimizer, grads, "step"), self._iteration
-        known = iteration.known()
-        turn.check_raw(variables)
+        steps = self._steps_of(optimizer, grads, "step")
+        steps.check_raw(variables)
         optimizer_adapters.build(optimizer, variables)
-        replica_sync.check_supported(optimizer)  # of a `MultiOptimizer` the parts may not be known before
-        indices = turn.watch(variables, self._paths)
-        present = [index for index, each in zip(indices, grads, strict=True) if each is not None]
-        was_unscaled, is_row = turn.is_unscaled(iteration.mark()), self.consecutive_skips > 0
+        replica_sync.check_supported(optimizer)  # the parts of a `MultiOptimizer` may not be known before
+        indices = steps.add(variables, self._paths)
+        present = [index for index, gradient in zip(indices, grads, strict=True) if gradient is not None]
+        was_unscaled, is_row = steps.is_unscaled(self._step_tracker.mark()), self.consecutive_skips > 0
         scale = ops.where(was_unscaled, 1.0, self.loss_scale)
-        judge = Judge.of(optimizer, turn.trained, replica_sync.replicas(), self.rule.needs_amax)
+        count = replica_sync.replica_count()
+        check = FiniteCheck.for_variables(optimizer, steps.trained, count, self.rule.needs_amax)
+        update = functools.partial(self._unscale_and_apply, optimizer, variables, scale, options)
+        statistics = check.measure(grads, scale, indices, replica_sync.replica_id())
 
-        def decide(total: Any, on_each: Any) -> Any:
-            verdict = turn.complete(judge.verdict(total), was_unscaled, present)
-            finite = verdict.finite if self.rule.skip_nonfinite else ops.ones_like(verdict.finite)
-            apply = self._application(optimizer, variables, scale, options)
-            when(finite, lambda: on_each(apply), variables=optimizer_adapters.written(optimizer, variables))
-            iteration.step(turn, verdict, is_row, known)
+        # As in `LossScaleOptimizer.apply`: captures from replica 0 are scalars that are the same on all replicas.
+        def joint_step(replicas: replica_sync.Replicas, statistics: Any, grads: Sequence[Any]) -> Any:
+            result = steps.complete(check.result(replicas.sum(statistics)), was_unscaled, present)
+            finite = result.finite if self.rule.skip_nonfinite else ops.ones_like(result.finite)
+            written = optimizer_adapters.written(optimizer, variables)
+            cond(finite, functools.partial(replicas.call, update, grads), variables=written)
+            self._step_tracker.step(steps, result, is_row)
             return finite
 
-        return replica_sync.decide_together(
-            decide, judge.evidence(grads, scale, indices, replica_sync.replica()), grads
-        )
+        return replica_sync.run(joint_step, statistics, grads)
 
-    def _application(
-        self, optimizer: Any, variables: Sequence[Any], scale: Any, options: Mapping[str, Any]
-    ) -> Callable[[Sequence[Any]], None]:
-        """Returns what divides gradients and gives them to an optimizer."""
-        raw, largest = gradients.raw(variables), self.rule.bounds[1]
+    def _steps_of(self, optimizer: Any, grads: Sequence[Any], method: Method) -> OptimizerSteps:
+        """Returns the progress of an optimizer, and checks that it may do this now."""
+        optimizer_adapters.check(optimizer)
+        self._state()
+        if optimizer not in self._steps:
+            self._steps[optimizer] = OptimizerSteps(plain_variable)
+        self._step_tracker.check(self._steps[optimizer], grads, method)
+        return self._steps[optimizer]
 
-        def apply(grads: Sequence[Any]) -> None:
-            optimizer_adapters.apply(optimizer, gradients.unscale_all(grads, raw, scale, largest), variables, options)
+    def _unscale_and_apply(
+        self, optimizer: Any, variables: Sequence[Any], scale: Any, options: Mapping[str, Any], grads: Sequence[Any]
+    ) -> None:
+        unscaled = gradients.unscale_all(grads, gradients.raw(variables), scale, self.rule.bounds[1])
+        optimizer_adapters.apply(optimizer, unscaled, variables, options)
 
-        return apply
-
-    @as_it_is
+    @do_not_convert
     def update(self, new_scale: Any = None) -> None:
-        """Ends the iteration: moves the scale as the rule says, once for all optimizers that unscaled or stepped.
+        """Ends the iteration: moves the scale by the rule, once for all optimizers that unscaled or stepped.
 
         Args:
-            new_scale: Instead of what the rule says: a number or a scalar tensor. It is logged as `"set"`.
+            new_scale: A number or a scalar tensor that replaces the scale, logged as `"set"`. Defaults to None, which
+                follows the rule.
 
         Raises:
-            RuntimeError: No optimizer has unscaled or stepped, or one has stepped twice, and no `new_scale` is given.
-            ValueError: The rule's bounds do not hold `new_scale`.
+            RuntimeError: If no optimizer has unscaled or stepped, or one has stepped twice, and `new_scale` is None.
+            ValueError: If `new_scale` is outside of the rule's bounds.
         """
         if not self._enabled:
             return
         self._state()
         if new_scale is None:
-            self._iteration.check_update()
-        replica_sync.once(lambda: self._close(new_scale), self.distribute_strategy)
+            self._step_tracker.check_update()
+        replica_sync.run_once(functools.partial(self._close, new_scale), self.distribute_strategy)
 
     def _close(self, new_scale: Any) -> None:
-        state, iteration = self._state(), self._iteration
-        known = iteration.known()
+        state, tracker = self._state(), self._step_tracker
         if new_scale is not None:
             state.set_scale(new_scale, "new_scale")
-        when(iteration.read("begun") > 0, lambda: state.advance(iteration.outcome(), moves=new_scale is None))
-        iteration.close(known)
+        cond(tracker.read("begun") > 0, lambda: state.advance(tracker.result(), moves=new_scale is None))
+        tracker.close()
 
-    def _overflows(self) -> dict[str, int]:
-        since = int(self._iteration.mark()) - int(self.consecutive_skips)
-        return {path: count for turn in list(self._turns.values()) for path, count in turn.overflows(since).items()}
+    def _overflow_counts(self) -> dict[str, int]:
+        since = int(self._step_tracker.mark()) - int(self.consecutive_skips)
+        counts = [steps.overflow_counts(since) for steps in list(self._steps.values())]
+        return {path: count for by_path in counts for path, count in by_path.items()}
+
+    def is_enabled(self) -> bool:
+        """Returns whether this scaler does anything."""
+        return self._enabled
+
+    def get_scale(self) -> Any:
+        """Returns the scale as a float, or as a tensor while a graph is built."""
+        return self.loss_scale if in_graph() else float(self.loss_scale)
 
     def __reduce__(self) -> tuple[Any, ...]:
         limits = {name: getattr(self, name) for name in ("max_consecutive_skips", "event_capacity")}

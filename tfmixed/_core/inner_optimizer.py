@@ -1,20 +1,17 @@
-"""Properties of an inner optimizer, asked of each part of a `MultiOptimizer`: its code, its numbers, its limits."""
+"""Inner optimizers and the parts of a `MultiOptimizer`: their own code, Python state, branches and scalars."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
-import ml_dtypes
 import numpy
 
 from tfmixed._core import control_flow
-from tfmixed.formats import FLOAT32
 
-# They derive several scalars of the step number for each variable, and make sparse gradients dense by themselves.
+# They compute several scalars from the step number for each variable, and make sparse gradients dense.
 ADAMS = (keras.optimizers.Adam, keras.optimizers.AdamW, keras.optimizers.Adamax, keras.optimizers.Lamb)
 _NUMBERS = (bool, int, float, str, numpy.generic, type(None))
 
@@ -23,118 +20,77 @@ _NUMBERS = (bool, int, float, str, numpy.generic, type(None))
 def scalars_read_once(
     inner: keras.optimizers.Optimizer, variables: Sequence[Any], counts: bool = True
 ) -> Iterator[None]:
-    """Makes `inner.apply` read step and learning rate once, instead of once a variable.
+    """Makes `inner.apply` read step and learning rate once, instead of once for each variable.
 
-    What these kinds derive of them, Adam's powers for instance, TensorFlow then computes once too: a read it may not
-    share, what comes after it may. With small variables that is a seventh of an update. Others are left alone.
+    TensorFlow then also shares what optimizers such as Adam compute from them, which it cannot do across several reads.
+    With small variables this saves a seventh of an update. Does nothing for other optimizers.
 
     Args:
         inner: The optimizer.
-        variables: All that it may write.
-        counts: Whether this is the step's last call of `apply`, the one that counts it.
+        variables: Trainable variables that it may write.
+        counts: If False, the step is not counted, since another call of `apply` follows. Defaults to True.
     """
     if not reads_scalars(inner, variables):
         yield
         return
-    frozen = [each for each in (inner.iterations, inner._learning_rate) if isinstance(each, keras.Variable)]
+    scalars = inner.iterations, inner._learning_rate
+    frozen = [scalar for scalar in scalars if isinstance(scalar, keras.Variable)]
     mapping = [(variable, variable.value.value()) for variable in frozen]
     with keras.StatelessScope(state_mapping=mapping) as scope:
         yield
-    # What was written by tf.Variable's own methods is written; what went through Keras's, the scope has held back.
+    # Writes by tf.Variable's own methods are done. Writes through Keras's variables are still in the scope.
     held = [inner._learning_rate] if counts else [inner._learning_rate, inner.iterations]
     for variable in (*inner.variables, *variables):
         value = scope.get_current_value(variable)
-        if value is not None and not any(variable is each for each in held):
+        if value is not None and not any(variable is scalar for scalar in held):
             variable.assign(value)
 
 
 def reads_scalars(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> bool:
-    """Returns whether `scalars_read_once` is of use, and nothing that `inner.apply` calls may write by Keras's ways."""
-    plain = not any(variable.constraint is not None for variable in variables) and _is_of_keras([inner._learning_rate])
-    return type(inner) in ADAMS and plain and not branches(inner) and control_flow.is_single_tensorflow()
+    """Returns whether `scalars_read_once` saves reads, and no other code writes through Keras's variables."""
+    is_plain = _is_of_keras([inner._learning_rate]) and all(variable.constraint is None for variable in variables)
+    return type(inner) in ADAMS and is_plain and not branches(inner) and control_flow.is_single_tensorflow()
 
 
 def is_known(inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> bool:
-    """Returns whether all that an update runs is Keras's own code."""
+    """Returns whether an update runs only Keras's own code."""
     rates = [part._learning_rate for part in parts(inner)]
-    return _is_of_keras([*parts(inner), *rates, *(each.constraint for each in variables)])
+    return _is_of_keras([*parts(inner), *rates, *(variable.constraint for variable in variables)])
 
 
 def python_state(inner: keras.optimizers.Optimizer) -> tuple[tuple[Any, ...], list[Any]]:
-    """Returns what an update may read of Python, as a key, and the objects that the key holds by identity.
+    """Returns the Python values that an update may read, as a key, and the objects that the key holds by identity.
 
-    Two keys are equal only while the objects of one of them are alive: whoever keeps a key keeps these too.
+    Keep these objects as long as the key, since an id is unique only while its object is alive.
     """
     found: list[tuple[str, Any]] = []
     for part in parts(inner):
         rate = part._learning_rate
         schedule = vars(rate) if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule) else {}
-        # What is private besides is Keras's own: variables, and caches that an update fills.
-        public = (item for each in (vars(part), schedule) for item in each.items() if not item[0].startswith("_"))
+        # Other private attributes are Keras's variables, and caches that an update fills.
+        public = [(name, value) for name, value in (*vars(part).items(), *schedule.items()) if name[0] != "_"]
         found += [("", part), ("", rate), *public]
     return tuple((name, _frozen(value)) for name, value in found), [value for _, value in found]
 
 
 def _frozen(value: Any) -> Any:
-    if isinstance(value, list | tuple) and all(isinstance(each, _NUMBERS) for each in value):
+    if isinstance(value, list | tuple) and all(isinstance(number, _NUMBERS) for number in value):
         return tuple(value)
     return value if isinstance(value, _NUMBERS) else id(value)
 
 
 def branches(inner: Any) -> list[str]:
-    """Returns the arguments that make an update accumulate gradients or average weights in a branch of its own."""
+    """Returns the arguments with which an update branches to accumulate gradients or average weights."""
     names = ("gradient_accumulation_steps", "ema_overwrite_frequency")
     found = [(part, name, getattr(part, name, None)) for part in parts(inner) for name in names]
     return [f"{type(part).__name__}({name}={value})" for part, name, value in found if value]
 
 
-def largest_gradient(optimizer: Any, dtype: str) -> float:
-    """Returns the largest gradient that an optimizer can be given for variables of a dtype.
-
-    A gradient must be finite in that dtype, with all those that are accumulated. It is squared in it too, into second
-    moments, unless the optimizer is known not to, or clips it before. Where the dtype has the range of float32 nothing
-    is left to ask: a norm that float32 can hold has a square and sums that it can hold.
-
-    Args:
-        optimizer: Keras's or another.
-        dtype: Of floating-point numbers.
-    """
-    largest = float(ml_dtypes.finfo(dtype).max)
-    if largest > FLOAT32.max / 2:  # bfloat16's is a little below
-        return FLOAT32.max
-    root, limit = math.sqrt(largest), largest
-    for part in parts(optimizer)[1:] or [optimizer]:
-        limit = min(limit, largest / (getattr(part, "gradient_accumulation_steps", None) or 1))
-        if not (_is_linear(part) or _clip(part) <= root):
-            limit = min(limit, root)
-    return 0.99 * limit  # rounding to the dtype must not lead beyond its edge
-
-
 def parts(inner: Any) -> list[Any]:
-    """Returns an optimizer and, if it is a `MultiOptimizer`, those that it hands variables to."""
+    """Returns an optimizer and, if it is a `MultiOptimizer`, those that it consists of."""
     members = getattr(inner, "optimizers", None)
     return [inner, *(members if isinstance(members, list | tuple) else ())]
 
 
-def _is_linear(optimizer: Any) -> bool:
-    """Returns whether the state that an optimizer keeps in its variables' dtype has no squares of gradients.
-
-    By the very function that takes the step: a subclass that overrides it may do anything.
-    """
-    kinds, name = (keras.optimizers.SGD, keras.optimizers.Lion), "update_step"
-    if not isinstance(optimizer, keras.optimizers.Optimizer) and keras.backend.backend() == "tensorflow":
-        from tensorflow.compat.v1 import train
-
-        kinds, name = (train.GradientDescentOptimizer, train.MomentumOptimizer), "_resource_apply_dense"
-    step = getattr(getattr(optimizer, name, None), "__func__", None)
-    return any(step is getattr(kind, name) for kind in kinds)
-
-
-def _clip(optimizer: Any) -> float:
-    """Returns the largest value that an optimizer's own clipping lets through."""
-    bounds = (getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue"))
-    return min((float(bound) for bound in bounds if bound and bound > 0), default=math.inf)
-
-
 def _is_of_keras(members: Sequence[Any]) -> bool:
-    return all(each is None or type(each).__module__.startswith("keras.") for each in members)
+    return all(member is None or type(member).__module__.startswith("keras.") for member in members)

@@ -1,24 +1,25 @@
-"""Keras 2-compatible `get_scaled_loss` and `get_unscaled_gradients`."""
+"""Keras 2-compatible names of a `LossScaleOptimizer`, among them `get_scaled_loss` and `get_unscaled_gradients`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import keras
 from keras import ops
 
 from tfmixed._core import gradients
-from tfmixed._core.control_flow import as_it_is
-from tfmixed._core.scaler_state import Observable
-from tfmixed._core.scaling_calls import Calls
+from tfmixed._core.scaler_base import ScalerBase
+from tfmixed._core.scaling_calls import ScalingCalls
+from tfmixed._utils.autograph import do_not_convert
 from tfmixed.scaling import ConstantScale
 
 
-class ByHand(Observable):
-    """What Keras 2's `LossScaleOptimizer` had and Keras 3's has not. `Calls` tells `apply` what was called."""
+class Keras2Methods(ScalerBase):
+    """Mixin with what Keras 2's `LossScaleOptimizer` had and Keras 3's does not."""
 
-    _calls: Calls
+    _calls: ScalingCalls
     iterations: Any
     learning_rate: Any
     step_counter: Any
@@ -26,30 +27,30 @@ class ByHand(Observable):
     scale_loss: Callable[[Any], Any]
 
     @property
-    def dynamic(self) -> bool:
-        """Whether the scale can move: Keras 2's name."""
-        return not isinstance(self.rule, ConstantScale)
-
-    @property
     def dynamic_counter(self) -> keras.Variable | None:
-        """The same as `step_counter`: Keras 2's name."""
+        """The same as `step_counter`, by its Keras 2 name."""
         return self.step_counter
 
     @property
+    def dynamic(self) -> bool:
+        """True if the scale can change. Keras 2's name."""
+        return not isinstance(self.rule, ConstantScale)
+
+    @property
     def lr(self) -> Any:
-        """The learning rate: Keras 2's name."""
+        """The learning rate, by its Keras 2 name."""
         return self.learning_rate
 
     @lr.setter
     def lr(self, value: Any) -> None:
         self.learning_rate = value
 
-    @as_it_is
+    @do_not_convert
     def get_scaled_loss(self, loss: Any) -> Any:
-        """Returns `loss` times the scale, in float32 at least: the first half of a loop in the style of Keras 2.
+        """Returns `loss` times the scale, in float32 at least, for a loop in the style of Keras 2.
 
         Args:
-            loss: A number, a tensor, or a callable that returns one, for which a callable is returned; or a nested
+            loss: A number, a tensor, or a callable that returns one, for which a callable is returned. Or a nested
                 structure of these.
 
         Example:
@@ -57,24 +58,22 @@ class ByHand(Observable):
         >>> float(optimizer.get_scaled_loss(2.0)), float(optimizer.get_scaled_loss(lambda: 2.0)())
         (2048.0, 2048.0)
         """
-        self._calls.scale("loss scaled", keras.tree.flatten(loss))
         scaled = keras.tree.map_structure(self._scaled, loss)
-        self._calls.scaled(keras.tree.flatten(scaled))
+        self._calls.scale("loss scaled", keras.tree.flatten(loss), keras.tree.flatten(scaled))
         return scaled
 
     def _scaled(self, loss: Any) -> Any:
-        return (lambda: self._scaled(loss())) if callable(loss) else ops.multiply(loss, self._scale())
+        return (lambda: self._scaled(loss())) if callable(loss) else ops.multiply(loss, self.loss_scale)
 
-    @as_it_is
+    @do_not_convert
     def get_unscaled_gradients(self, grads: Any) -> Any:
-        """Returns `grads` divided by the scale, in float32 at least: the second half of a loop in the style of Keras 2.
+        """Returns `grads` divided by the scale, in float32 at least, for a loop in the style of Keras 2.
 
-        `apply` then takes its gradients for unscaled, clipped or not, unless they are the very ones that were given
-        here. What it skips and reports is what it is given: clip by a norm in between, not by value, which would hide
-        an overflow.
+        `apply` then takes its gradients as unscaled, clipped or not, unless they are the very tensors given here. It
+        checks what it is given: clip by a norm in between and not by value, which would hide an overflow.
 
         Args:
-            grads: A list, or another nested structure, of tensors, `tf.IndexedSlices` and None; or an iterator.
+            grads: A list, or another nested structure, of tensors, `tf.IndexedSlices` and None. Or an iterator.
 
         Example:
         >>> optimizer = tfmixed.LossScaleOptimizer("sgd", 1024)
@@ -84,19 +83,18 @@ class ByHand(Observable):
         (0.5, None)
         """
         grads = list(grads) if isinstance(grads, Iterator) else grads
-        self._calls.unscale(keras.tree.flatten(grads))
-        scale, largest = self._scale(), self.rule.bounds[1]
-        unscaled = keras.tree.map_structure(lambda gradient: gradients.unscale(gradient, scale, largest), grads)
-        self._calls.unscaled(keras.tree.flatten(unscaled))
+        unscale = partial(gradients.unscale, scale=self.loss_scale, largest=self.rule.bounds[1])
+        unscaled = keras.tree.map_structure(unscale, grads)
+        self._calls.unscale(keras.tree.flatten(grads), keras.tree.flatten(unscaled))
         return unscaled
 
     def minimize(self, loss: Any, var_list: Any, tape: Any = None) -> Any:
-        """Differentiates a loss and applies the gradients, and returns `iterations`. TensorFlow only.
+        """Differentiates a loss, applies the gradients, and returns `iterations`. TensorFlow only.
 
         Args:
             loss: A callable that returns the loss, or a tensor that `tape` has recorded.
             var_list: The variables, or a callable that returns them.
-            tape: The `tf.GradientTape` of a tensor, which is no longer recording. Defaults to None.
+            tape: The `tf.GradientTape` of a tensor, which no longer records. Defaults to None.
 
         Raises:
             ValueError: If `loss` is a tensor and `tape` is None.
@@ -120,6 +118,6 @@ class ByHand(Observable):
         with tape:
             scaled = self.scale_loss(loss() if callable(loss) else loss)
         variables = keras.tree.flatten(var_list() if callable(var_list) else var_list)
-        own = [each.value if isinstance(each, keras.Variable) else each for each in variables]
-        self.apply(tape.gradient(scaled, own), variables)
+        sources = [variable.value if isinstance(variable, keras.Variable) else variable for variable in variables]
+        self.apply(tape.gradient(scaled, sources), variables)
         return self.iterations

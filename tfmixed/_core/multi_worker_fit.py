@@ -1,4 +1,4 @@
-"""What Keras's trainer lacks on several workers, and is given; see `distribute.enable_multi_worker_fit`."""
+"""Support for `Model.fit` on several workers, which Keras's trainer lacks."""
 
 from __future__ import annotations
 
@@ -8,23 +8,60 @@ from typing import Any
 
 import keras
 
+from tfmixed._utils import user_warnings
+from tfmixed._utils.autograph import do_not_convert
+
+# Versions of Keras whose `Model.fit` on several workers lacks just what `enable_multi_worker_fit` adds.
+_TESTED = ("3.14", "3.15")
+
+
+def enable_multi_worker_fit() -> Callable[[], None]:
+    """Makes `Model.fit` and `evaluate` work under `tf.distribute.MultiWorkerMirroredStrategy`, for the whole process.
+
+    Keras 3 fails there in three places (keras#20585), which this function replaces. Keras reduces two things over the
+    workers in a way that does not work: the first batch, from which it builds the model, and the results of each step.
+    With `steps_per_execution` it calls the step in a way that loses its collectives. Other strategies are unchanged.
+
+    With an unknown version of Keras it warns and changes nothing.
+
+    Returns:
+        A function that restores Keras.
+
+    Raises:
+        RuntimeError: If the Keras backend is not TensorFlow.
+
+    Example:
+    >>> undo = enable_multi_worker_fit()
+    >>> undo()
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            "`enable_multi_worker_fit` needs the TensorFlow backend, which has `tf.distribute`. "
+            f"Received: backend={keras.backend.backend()}"
+        )
+    if keras.__version__.rpartition(".")[0] not in _TESTED:
+        user_warnings.warn(
+            f"`enable_multi_worker_fit` changes nothing, since it supports Keras {', '.join(_TESTED)} only. Try `fit` "
+            f"as it is, or train in a loop with `strategy.run`. Received: keras {keras.__version__}"
+        )
+        return lambda: None
+    return _patch()
+
 
 @functools.cache
-def patch() -> Callable[[], None]:
-    """Replaces three functions of Keras's trainer, if they are not replaced yet, and returns what takes it back."""
+def _patch() -> Callable[[], None]:
+    """Replaces three functions of Keras's trainer once, and returns a function that restores them."""
     from keras.src.backend.tensorflow import trainer
 
-    def put(build: Any, make: Any, reduce: Any) -> None:
-        trainer.TensorFlowTrainer._maybe_symbolic_build, trainer.TensorFlowTrainer._make_function = build, make
-        trainer.reduce_per_replica = reduce
+    kind = trainer.TensorFlowTrainer
+    build, make, reduce = kind._maybe_symbolic_build, kind._make_function, trainer.reduce_per_replica
 
     def undo() -> None:
-        put(build, make, reduce)
-        patch.cache_clear()
+        kind._maybe_symbolic_build, kind._make_function, trainer.reduce_per_replica = build, make, reduce
+        _patch.cache_clear()
 
-    build, make = trainer.TensorFlowTrainer._maybe_symbolic_build, trainer.TensorFlowTrainer._make_function
-    reduce = trainer.reduce_per_replica
-    put(_from_local_batch(build), _in_one_loop(make), _over_workers(reduce))
+    kind._maybe_symbolic_build, kind._make_function = _from_local_batch(build), _in_one_loop(make)
+    trainer.reduce_per_replica = _over_workers(reduce)
     return undo
 
 
@@ -35,7 +72,7 @@ def _has_workers(strategy: Any) -> bool:
 
 
 def _from_local_batch(build: Any) -> Any:
-    """Returns what builds a model from a batch of this worker."""
+    """Returns a `_maybe_symbolic_build` that builds a model from a batch of this worker."""
 
     @functools.wraps(build)
     def build_from_local_batch(self: Any, iterator: Any = None, data_batch: Any = None) -> None:
@@ -49,20 +86,23 @@ def _from_local_batch(build: Any) -> Any:
 
 
 def _in_one_loop(make: Any) -> Any:
-    """Returns what makes a trainer's function, with the steps of an execution in a loop that keeps its collectives."""
+    """Returns a `_make_function` that runs the steps of an execution in a loop that keeps its collectives."""
 
     @functools.wraps(make)
     def make_loop(self: Any, step_function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         steps, strategy = self.steps_per_execution, self.distribute_strategy
         if steps == 1 or self.run_eagerly or not _has_workers(strategy):
             return make(self, step_function)
-        return _loop(steps, lambda batch: _mean(strategy.run(step_function, (batch,)), strategy))
+        import tensorflow as tf
+
+        one_step = functools.partial(_one_step, strategy, step_function)
+        return tf.function(functools.partial(_run_steps, steps=steps, one_step=one_step), reduce_retracing=True)
 
     return make_loop
 
 
 def _over_workers(reduce: Any) -> Any:
-    """Returns what reduces the results of a step, over the workers too."""
+    """Returns a `reduce_per_replica` that reduces the results of a step over the workers too."""
 
     @functools.wraps(reduce)
     def reduce_over_workers(values: Any, strategy: Any, reduction: str) -> Any:
@@ -78,19 +118,20 @@ def _mean(values: Any, strategy: Any) -> Any:
 
 
 def _check_metrics(metrics: Sequence[Any]) -> None:
-    """Refuses metrics that each worker would keep for itself: callbacks that look at them would part the workers.
+    """Checks that metrics are shared by all workers. Callbacks that read their own values would make workers diverge.
 
     Raises:
-        ValueError: A metric was made, or the model compiled, outside of the strategy's scope.
+        ValueError: If a metric was created, or the model compiled, outside of the strategy's scope.
     """
-    import tensorflow
+    import tensorflow as tf
 
-    kind = tensorflow.distribute.DistributedValues
-    alone = {each.path for metric in metrics for each in metric.variables if not isinstance(each.value, kind)}
-    if alone:
+    variables = [variable for metric in metrics for variable in metric.variables]
+    kind = tf.distribute.DistributedValues
+    own = {variable.path for variable in variables if not isinstance(variable.value, kind)}
+    if own:
         raise ValueError(
-            "metrics must be made, and `compile` be called, within `strategy.scope()`, for their values to be those of "
-            f"all workers; received the variables {', '.join(sorted(alone))}, made outside of it"
+            "Metrics must be created, and `compile` called, within `strategy.scope()`, so that all workers share their "
+            f"values. Received variables created outside of it: {', '.join(sorted(own))}"
         )
 
 
@@ -100,27 +141,27 @@ def _first_local_batch(iterator: Any, strategy: Any) -> Any:
     return keras.tree.map_structure(lambda value: strategy.experimental_local_results(value)[0], next(batches))
 
 
-def _loop(steps: int, one_step: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns a function that takes up to `steps` steps, one a batch of an iterator, and returns the last results.
+def _one_step(strategy: Any, step_function: Callable[[Any], Any], batch: Any) -> Any:
+    return _mean(strategy.run(step_function, (batch,)), strategy)
 
-    Keras calls a `tf.function` from within the loop, and TensorFlow loses the keys of the collectives in it on the way
-    in ("You must feed a value for placeholder"). Here the loop holds the step itself.
+
+@do_not_convert
+def _run_steps(iterator: Any, steps: int, one_step: Callable[[Any], Any]) -> Any:
+    """Takes up to `steps` steps, one for each batch of an iterator, and returns the results of the last.
+
+    Keras calls a `tf.function` in the loop, where TensorFlow loses the keys of its collectives ("You must feed a value
+    for placeholder"). Here the loop holds the step itself.
     """
-    import tensorflow
+    import tensorflow as tf
 
-    @tensorflow.autograph.experimental.do_not_convert
-    def loop(iterator: Any) -> Any:
-        def go_on(done: Any, batch: Any, _: Any) -> Any:
-            return tensorflow.logical_and(done < steps, batch.has_value())
+    def has_next(done: Any, batch: Any, _: Any) -> Any:
+        return tf.logical_and(done < steps, batch.has_value())
 
-        def step(done: Any, batch: Any, _: Any) -> tuple[Any, Any, Any]:
-            results = one_step(batch.get_value())
-            # What is taken from the iterator must be used: no batch beyond the last step.
-            batch = tensorflow.cond(done + 1 < steps, iterator.get_next_as_optional, lambda: batch)
-            return done + 1, batch, results
+    def step(done: Any, batch: Any, _: Any) -> tuple[Any, Any, Any]:
+        results = one_step(batch.get_value())
+        # A batch taken from the iterator must be used, so none is taken after the last step.
+        batch = tf.cond(done + 1 < steps, iterator.get_next_as_optional, lambda: batch)
+        return done + 1, batch, results
 
-        first = one_step(iterator.get_next())
-        _, _, results = tensorflow.while_loop(go_on, step, (1, iterator.get_next_as_optional(), first))
-        return results
-
-    return tensorflow.function(loop, reduce_retracing=True)
+    first = one_step(iterator.get_next())
+    return tf.while_loop(has_next, step, (1, iterator.get_next_as_optional(), first))[-1]

@@ -1,4 +1,4 @@
-"""Optimizers from outside, to which a loop gives gradients: Keras's own, and those with `apply_gradients`."""
+"""Optimizers that a `GradScaler` steps: Keras's own, and those with `apply_gradients`."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ from tfmixed._core.inner_optimizer import parts
 
 
 def check(optimizer: Any) -> None:
-    """Refuses what is no optimizer, and optimizers that scale or unscale by themselves.
-
-    Raises:
-        TypeError: It has no `apply_gradients`.
-        ValueError: It scales by itself.
-    """
+    """Checks that `optimizer` is an optimizer, and does not scale or unscale by itself."""
     if isinstance(optimizer, type) or not callable(getattr(optimizer, "apply_gradients", None)):
-        raise TypeError(f"optimizer must be an optimizer, one with apply_gradients, received {optimizer!r}")
+        raise TypeError(f"`optimizer` must be an optimizer, with `apply_gradients`. Received: {optimizer!r}")
     if _scales(optimizer):
         raise ValueError(
-            f"optimizer must not scale the loss itself, received a {type(optimizer).__name__}: pass the one that it "
-            "wraps. Under mixed_float16 `compile(..., auto_scale_loss=False)` keeps Keras from wrapping it"
+            "`optimizer` must not scale the loss itself. Pass the optimizer that it wraps. Under mixed_float16 "
+            "`compile(..., auto_scale_loss=False)` keeps Keras from wrapping it. "
+            f"Received: a {type(optimizer).__name__}"
         )
     for part in parts(optimizer):
         factor = getattr(part, "loss_scale_factor", None)
         if factor is not None:
-            raise ValueError(f"optimizer.loss_scale_factor must be None, received {factor} of a {type(part).__name__}")
+            raise ValueError(
+                f"`optimizer.loss_scale_factor` must be None. Received: {factor} of a {type(part).__name__}"
+            )
 
 
 def _scales(optimizer: Any) -> bool:
-    # Keras 3's; what Keras 2's and ours can do; TensorFlow 1's, which has no method for it, by its name there.
+    # Keras 3's class, the method of Keras 2's and ours, and TensorFlow 1's class, which has no method of its own.
     return (
         isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         or hasattr(optimizer, "get_unscaled_gradients")
@@ -41,56 +39,48 @@ def _scales(optimizer: Any) -> bool:
 
 
 def check_gradients(grads: Any) -> list[Any]:
-    """Returns gradients as a list.
-
-    Raises:
-        TypeError: One is neither a tensor nor `tf.IndexedSlices` nor None.
-    """
+    """Returns gradients as a list, after a check of their types."""
     found = list(grads)
-    for each in found:
-        if not (each is None or gradients.is_sparse(each) or keras.ops.is_tensor(each)):
-            raise TypeError(f"grads must hold tensors, tf.IndexedSlices and None, received {each!r}")
+    for gradient in found:
+        if not (gradient is None or gradients.is_sparse(gradient) or keras.ops.is_tensor(gradient)):
+            raise TypeError(f"`grads` must be tensors, tf.IndexedSlices and None. Received: {gradient!r}")
     return found
 
 
 def split(grads_and_vars: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
-    """Returns the gradients and the variables of pairs.
-
-    Raises:
-        TypeError: They are no such pairs.
-    """
+    """Returns the gradients and the variables of pairs, after a check of their types."""
     pairs = list(grads_and_vars)
-    for each in pairs:
-        if not isinstance(each, tuple | list) or len(each) != 2 or not hasattr(each[1], "assign"):
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not hasattr(pair[1], "assign"):
             raise TypeError(
-                f"grads_and_vars must hold pairs of a gradient and its variable, received {each!r}: pass "
-                "zip(grads, variables)"
+                "`grads_and_vars` must be pairs of a gradient and its variable. Pass `zip(grads, variables)`. "
+                f"Received: {pair!r}"
             )
-    return check_gradients(each for each, _ in pairs), [each for _, each in pairs]
+    return check_gradients(gradient for gradient, _ in pairs), [variable for _, variable in pairs]
 
 
 def build(optimizer: Any, variables: Sequence[Any]) -> None:
-    """Makes Keras's variables, which no branch can. TensorFlow 1 leaves the graph for its slots by itself."""
+    """Builds a Keras optimizer, which no branch can do. TensorFlow 1 leaves the graph for its slots by itself."""
     if _is_keras(optimizer) and not optimizer.built:
         optimizer.build(variables)
 
 
-def apply(optimizer: Any, grads: Sequence[Any], variables: Sequence[Any], arguments: Mapping[str, Any]) -> None:
-    """Gives unscaled gradients to an optimizer."""
+def apply(optimizer: Any, grads: Sequence[Any], variables: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Applies unscaled gradients with an optimizer."""
     if _is_keras(optimizer):
         optimizer.apply(grads, variables)
         return
-    own = [each.value if isinstance(each, keras.Variable) else each for each in variables]
-    optimizer.apply_gradients(zip(grads, own, strict=True), **arguments)
+    own = [variable.value if isinstance(variable, keras.Variable) else variable for variable in variables]
+    optimizer.apply_gradients(zip(grads, own, strict=True), **options)
 
 
 def written(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
-    """Returns the variables that `apply` writes; slots of TensorFlow 1 are where their variables are."""
+    """Returns the variables that `apply` writes. Slots of TensorFlow 1 are on the devices of their variables."""
     return [*variables, *(optimizer.variables if _is_keras(optimizer) else ())]
 
 
-def known(optimizer: Any, count: int) -> list[Any] | None:
-    """Returns the variables of so many gradients, None where the optimizer was not built with as many."""
+def variables_of(optimizer: Any, count: int) -> list[Any] | None:
+    """Returns the variables that an optimizer was built with, or None if they are not `count`."""
     variables = getattr(optimizer, "_trainable_variables", ())
     return list(variables) if len(variables) == count else None
 

@@ -1,4 +1,4 @@
-"""How a `LossScaleOptimizer` goes into files and comes back: its configuration, and its variables by name."""
+"""Serialization of a `LossScaleOptimizer`: its configuration, and its variables by name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy
 
 from tfmixed._core import arguments
 from tfmixed._core.fused_update import Fuser
-from tfmixed._core.scaler_state import Observable
+from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._utils import user_warnings
 
-# Those of the constructor, left out of a configuration so that Keras's own class can read the rest of it.
+# Defaults of the constructor, left out of a configuration so that Keras's own class can read the rest.
 _DEFAULTS = {"max_consecutive_skips": 100, "fuse": "auto", "event_capacity": 256}
 
 
 class _Config(dict[str, Any]):
-    """Configuration with the inner optimizer's hyperparameters, which are in it once: Keras's own class reads it."""
+    """Configuration that looks up the inner optimizer's hyperparameters without storing them twice."""
 
     def __missing__(self, key: str) -> Any:
         return self["inner_optimizer"]["config"][key]
@@ -27,23 +27,23 @@ class _Config(dict[str, Any]):
         return super().__contains__(key) or key in self["inner_optimizer"]["config"]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns the entry, or the inner optimizer's, or `default`."""
+        """Returns the entry, or that of the inner optimizer, or `default`."""
         try:
             return self[key]
         except KeyError:
             return default
 
 
-class Saved(Observable, keras.optimizers.LossScaleOptimizer):
-    """What Keras calls of a `LossScaleOptimizer` that it saves or loads. Files of Keras's own class are read too."""
+class Serialization(ScalerBase, keras.optimizers.LossScaleOptimizer):
+    """Mixin with the methods that Keras calls to save and load an optimizer. Reads files of Keras's own class too."""
 
     event_capacity: int
     _fuser: Fuser
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the configuration: Keras's own four entries where they say it all.
+        """Returns the configuration, with Keras's own four entries only where these suffice.
 
-        What it does not have is looked up in the inner optimizer's: `get_config()["learning_rate"]`.
+        Other entries are looked up in the inner optimizer's configuration: `get_config()["learning_rate"]`.
         """
         config = {"name": self.name, "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer)}
         if self.rule == arguments.dynamic_rule(self.initial_scale, self.dynamic_growth_steps):
@@ -56,17 +56,17 @@ class Saved(Observable, keras.optimizers.LossScaleOptimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
-        """Returns the optimizer of a configuration, one of Keras's own class included."""
+        """Returns an optimizer from its configuration, or from one of Keras's own class."""
         inner = keras.saving.deserialize_keras_object(config["inner_optimizer"], custom_objects=custom_objects)
         return cls(inner, **{key: value for key, value in config.items() if key != "inner_optimizer"})
 
     @classmethod
     def from_keras(cls, optimizer: keras.optimizers.LossScaleOptimizer) -> Self:
-        """Returns an optimizer that goes on where one of Keras's own class stands, with the same inner optimizer.
+        """Returns an optimizer that continues from the state of one of Keras's own class, with its inner optimizer.
 
         Args:
-            optimizer: For instance `model.optimizer` after `keras.models.load_model` of an older file. It must not
-                be used any more afterwards.
+            optimizer: Optimizer such as `model.optimizer` after `keras.models.load_model` of an older file. It must
+                not be used afterwards.
         """
         new = cls(
             optimizer.inner_optimizer,
@@ -79,22 +79,22 @@ class Saved(Observable, keras.optimizers.LossScaleOptimizer):
         return new
 
     def save_own_variables(self, store: Any) -> None:
-        """Writes own variables under their names and the inner optimizer's under their numbers."""
+        """Writes own variables by name and the inner optimizer's by number."""
         for name, variable in {**self._state().variables, **self._inner_by_name()}.items():
             store[name] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads what `save_own_variables` wrote, or what Keras's own class wrote.
+        """Reads the variables that `save_own_variables` or Keras's own class wrote.
 
-        What the file does not hold, because another rule wrote it, starts afresh.
+        Variables that the file lacks, because another rule wrote it, keep their initial values.
         """
         inner = self._inner_by_name()
         saved = _by_name(store, inner)
         if inner.keys() != {name for name in saved if name.startswith("inner_")}:
             user_warnings.warn(
-                f"Skipping variable loading for optimizer {self.name!r}: the inner optimizer of the file has other "
-                f"variables than {type(self.inner_optimizer).__name__} here, or the optimizer is not built yet: build "
-                "it first with `optimizer.build(model.trainable_variables)`."
+                f"Skipping variable loading for optimizer {self.name!r}. The inner optimizer of the file has other "
+                f"variables than {type(self.inner_optimizer).__name__}, or the optimizer is not built yet. Build it "
+                "first with `optimizer.build(model.trainable_variables)`."
             )
             return
         values = {name: saved[name] for name in inner}
@@ -105,7 +105,7 @@ class Saved(Observable, keras.optimizers.LossScaleOptimizer):
         self._begin_run()
 
     def set_weights(self, weights: Iterable[Any]) -> None:
-        """Sets all variables, own ones and the inner optimizer's, to values in the order of `variables`.
+        """Sets all variables, own and the inner optimizer's, to values in the order of `variables`.
 
         Raises:
             ValueError: If the optimizer is not built, or `weights` does not have one value of the right shape for each
@@ -118,7 +118,7 @@ class Saved(Observable, keras.optimizers.LossScaleOptimizer):
             )
         if len(values) != len(variables):
             raise ValueError(
-                f"`weights` must have {len(variables)} values, one for each of `optimizer.variables`: those of the "
+                f"`weights` must have {len(variables)} values, one for each of `optimizer.variables`. Values of the "
                 f"inner optimizer alone belong to `optimizer.inner_optimizer.set_weights`. Received: {len(values)}"
             )
         _check_shapes(variables, values)
@@ -141,7 +141,7 @@ def _check_shapes(variables: Sequence[keras.Variable], values: Sequence[Any]) ->
 
 
 def _by_name(store: Any, inner: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a file's values by our names; Keras numbers its four own variables and then the inner optimizer's."""
+    """Returns a file's values by our names. Keras numbers its own four variables, then the inner optimizer's."""
     numbered = ["iteration", "learning_rate", "step_counter", "dynamic_scale", *inner]
     if set(store.keys()) == {str(number) for number in range(len(numbered))}:
         return {name: store[str(number)] for number, name in enumerate(numbered)}

@@ -1,4 +1,4 @@
-"""Keras variables by name, that can be made and read in any graph."""
+"""Keras variables by name that can be created and read in any graph."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from typing import Any
 import keras
 from keras import ops
 
-# Makes a variable, with the arguments of `keras.optimizers.Optimizer.add_variable`.
+# Creates a variable, with the arguments of `keras.optimizers.Optimizer.add_variable`.
 AddVariable = Callable[..., keras.Variable]
 
 
 class Variables:
-    """Keras variables by name, made outside of any graph.
+    """Keras variables by name, created outside of any graph.
 
     Args:
-        start: Their first values, of numpy.
-        add_variable: Makes a variable.
+        initial_values: Initial values by name, of NumPy.
+        add_variable: Function that creates a variable.
     """
 
-    def __init__(self, start: Mapping[str, Any], add_variable: AddVariable) -> None:
+    def __init__(self, initial_values: Mapping[str, Any], add_variable: AddVariable) -> None:
         self.variables: dict[str, keras.Variable] = {}
-        self.make(start, add_variable)
+        self.create(initial_values, add_variable)
 
-    def make(self, start: Mapping[str, Any], add_variable: AddVariable) -> None:
-        """Makes variables; another one of the same name is given up."""
+    def create(self, initial_values: Mapping[str, Any], add_variable: AddVariable) -> None:
+        """Creates variables. They replace others of the same names."""
         with _outside_of_graphs():
-            self.variables |= {name: _variable(add_variable, name, value) for name, value in start.items()}
+            self.variables |= {name: _variable(add_variable, name, value) for name, value in initial_values.items()}
 
     def read(self, name: str) -> Any:
-        """Returns the present value of a variable, as a tensor of its own."""
+        """Returns the present value of a variable as a tensor that later writes leave alone."""
         value = self.variables[name].value
         return tensor(value) if hasattr(value, "assign") else ops.copy(value)
 
     def assign(self, values: Mapping[str, Any]) -> None:
-        """Writes variables."""
+        """Writes variables by name."""
         for name, value in values.items():
             self.variables[name].assign(value)
 
 
 def plain_variable(shape: Any, initializer: Any, dtype: str, name: str) -> keras.Variable:
-    """Makes a variable that belongs to no optimizer: an `AddVariable`."""
+    """Creates a variable that belongs to no optimizer: an `AddVariable`."""
     return keras.Variable(initializer, shape=shape, dtype=dtype, trainable=False, name=name)
 
 
@@ -55,19 +55,19 @@ def _variable(add_variable: AddVariable, name: str, value: Any) -> keras.Variabl
 
 
 def _outside_of_graphs() -> contextlib.AbstractContextManager[Any]:
-    # A variable made while a tf.function is traced would belong to that trace alone.
+    # A variable created while a tf.function is traced would belong to that trace alone.
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
-    import tensorflow
+    import tensorflow as tf
 
-    return tensorflow.init_scope()
+    return tf.init_scope()
 
 
 def tensor(variable: Any) -> Any:
-    """Returns the value of a `tf.Variable`: no copy, and yet a later write leaves it alone."""
-    import tensorflow
+    """Returns the value of a `tf.Variable` without a copy, as a tensor that later writes leave alone."""
+    import tensorflow as tf
 
-    if hasattr(variable, "values") or not tensorflow.executing_eagerly():
+    if hasattr(variable, "values") or not tf.executing_eagerly():
         return variable.value()
-    # What the variable's own method ends in, without three quarters of the time: the logger reads in each step.
-    return tensorflow.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
+    # The variable's own method ends in this call after three times its time. The logger reads in every step.
+    return tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)

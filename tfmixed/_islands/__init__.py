@@ -1,1 +1,1 @@
-"""Float32 islands: which layers compute in float32, and how a built model is rewritten."""
+"""Float32 islands: plans, rewrites of built layers, and promotion of outputs."""

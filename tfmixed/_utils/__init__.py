@@ -1,1 +1,1 @@
-"""Helpers that know nothing of mixed precision."""
+"""Helpers without mixed-precision logic."""

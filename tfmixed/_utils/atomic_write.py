@@ -1,4 +1,4 @@
-"""Atomic file writes: a file is written beside its target, flushed to disk, and moved there."""
+"""Atomic file writes: a file is written beside its target, flushed to disk, and moved into place."""
 
 from __future__ import annotations
 
@@ -14,38 +14,33 @@ from pathlib import Path
 from typing import BinaryIO
 
 _PathLike = str | os.PathLike[str]
-_MOST_LINKS = 40  # the kernel's own limit
 
 
 def write_bytes(path: _PathLike, content: bytes) -> None:
-    """Writes a file and the folders that it needs; a reader sees the old content or the new, never a part.
+    """Writes a file and creates its folders; readers see either the old content or the new.
 
-    A symbolic link stays, and its target is written. Mode and, where permitted, owner of an existing file stay. Of a
-    file with several hard links only this name gets the new content. Devices, pipes and `/dev/stdout` are written as
-    streams.
+    A symbolic link is kept, and its target is written. An existing file keeps its mode and, where permitted, its owner.
+    Of a file with several hard links, only this name gets the new content. Devices, pipes and standard output are
+    written as streams.
 
     Raises:
-        OSError: If it cannot be written; then nothing new is left behind but folders.
+        OSError: If the file cannot be written. Nothing new is left behind except folders.
     """
     special = stream(path)
-    if special is None:
-        with replacement(path) as file:
-            file.write(content)
-        return
-    with open_stream(special, "wb") as file:
+    with replacement(path) if special is None else open_stream(special, "wb") as file:
         file.write(content)
 
 
 def write_text(path: _PathLike, text: str) -> None:
-    """Writes a file in UTF-8, as `write_bytes` does, with line feeds as they are."""
+    """Writes UTF-8 text like `write_bytes`, without converting line endings."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def prepare(path: _PathLike) -> None:
-    """Makes the folders that a file needs, and tests that it can be written, before expensive work starts.
+    """Creates the folders of a file and checks that it can be written, before expensive work starts.
 
     Raises:
-        OSError: If it cannot.
+        OSError: If the file cannot be written.
     """
     if stream(path) is not None:
         _check_writable(Path(path))
@@ -58,7 +53,7 @@ def prepare(path: _PathLike) -> None:
 
 @contextlib.contextmanager
 def replacement(path: _PathLike) -> Iterator[BinaryIO]:
-    """Yields a new file that takes the place of a regular one when the block ends, and is removed if it raises."""
+    """Yields a new file that replaces a regular one on exit, and is removed if the block raises."""
     target, old = _target(path)
     file, partial = _partial(target)
     try:
@@ -78,22 +73,23 @@ def replacement(path: _PathLike) -> Iterator[BinaryIO]:
 
 
 def stream(path: _PathLike) -> Path | int | None:
-    """Returns what to open of a device, a pipe or an open file of this process; None for a regular or new file."""
-    descriptor = _descriptor(Path(path))
-    if descriptor is not None:
-        return descriptor
+    """Returns what to open for standard output, a device or a pipe, and None for a regular or new file."""
     try:
-        mode = os.stat(path).st_mode
+        status = os.stat(path)
     except FileNotFoundError:
         return None
-    return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else Path(path)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(status, os.fstat(descriptor)):
+                return descriptor
+    return None if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) else Path(path)
 
 
 def open_stream(special: Path | int, mode: str) -> BinaryIO:
-    """Opens what `stream` returned. An open file of this process stays open, and goes on where it stands."""
+    """Opens what `stream` returned. Standard output stays open, and is written at its current position."""
     if special == 1 and sys.stdout is not None:
-        sys.stdout.flush()  # printed earlier, written earlier
-    return open(special, mode, closefd=not isinstance(special, int))  # type: ignore[return-value]
+        sys.stdout.flush()  # keeps the order
+    return open(special, mode, closefd=not isinstance(special, int))  # type: ignore[return-value]  # of a binary mode
 
 
 def numbered(path: Path) -> Iterator[Path]:
@@ -104,7 +100,7 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def _target(path: _PathLike) -> tuple[Path, os.stat_result | None]:
-    """Returns the file behind symbolic links, with its folder made, and its present status."""
+    """Returns the file behind symbolic links, whose folder it creates, and the status of an existing file."""
     try:
         old = os.stat(path)
     except FileNotFoundError:  # a loop of links is another error
@@ -124,22 +120,9 @@ def _check_writable(path: Path) -> None:
 
 
 def _partial(target: Path) -> tuple[BinaryIO, Path]:
-    """Opens a file under a new name: hidden, and on the target's disk, where a move is one step."""
+    """Opens a hidden file in the folder of the target, where a move is atomic."""
     partial = target.with_name(f".partial-{secrets.token_hex(8)}")
     return partial.open("xb"), partial  # with the mode that the umask gives
-
-
-def _descriptor(path: Path) -> int | None:
-    """Returns the open file of this process that a path such as `/dev/stdout` means."""
-    own = f"/proc/{os.getpid()}/fd"
-    for _ in range(_MOST_LINKS):
-        path = Path(os.path.realpath(path.parent), path.name)
-        if str(path.parent) == own and path.name.isdigit():
-            return int(path.name)
-        if not path.is_symlink():
-            break
-        path = path.parent / path.readlink()
-    return None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is inside a layer: layers and operations, their order and their paths."""
+"""The layers and operations inside a layer, their order and their paths."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 import keras
 
 
-def class_of(layer: Any) -> Any:
-    """Returns the class that a layer or operation had when it was made, whatever was changed in place since."""
-    return getattr(type(layer), "_made_as", type(layer))
+def original_class(layer: Any) -> Any:
+    """Returns the class with which a layer or operation was made, before any rewrite in place."""
+    return getattr(type(layer), "_original_class", type(layer))
 
 
 def is_keras(layer: Any) -> bool:
-    """Returns whether the `call` of a layer or operation is Keras's."""
-    return bool(class_of(layer).call.__module__.startswith("keras."))
+    """Returns whether Keras defines the `call` of a layer or operation."""
+    return bool(original_class(layer).call.__module__.startswith("keras."))
 
 
 def graph_of(layer: Any) -> keras.Function | None:
-    """Returns the functional graph that a layer runs, if that is all that its `call` does."""
+    """Returns the functional graph that a layer runs, or None if its `call` does anything else."""
     if not is_keras(layer):
         return None
     if isinstance(layer, keras.Sequential):
@@ -27,36 +27,36 @@ def graph_of(layer: Any) -> keras.Function | None:
 
 
 def children(layer: Any) -> list[Any]:
-    """Returns the layers and operations right inside a layer. The same code makes them in the same order."""
+    """Returns the layers and operations directly inside a layer, in an order that the code of the layer determines."""
     graph = graph_of(layer)
     inside = [] if graph is None else graph.operations
     sublayers = layer._layers if isinstance(layer, keras.layers.Layer) else ()
-    inside += [other for other in sublayers if not any(other is one for one in inside)]
-    return [one for one in inside if not isinstance(one, keras.layers.InputLayer)]
+    inside += [sublayer for sublayer in sublayers if not any(sublayer is operation for operation in inside)]
+    return [child for child in inside if not isinstance(child, keras.layers.InputLayer)]
 
 
 def descendants(layer: Any) -> list[Any]:
-    """Returns all layers and operations inside a layer, from the outside in, each once."""
+    """Returns all layers and operations inside a layer, parents first, without duplicates."""
     found: dict[int, Any] = {}
     for child in children(layer):
-        for one in [child, *descendants(child)]:
-            found.setdefault(id(one), one)
+        for descendant in [child, *descendants(child)]:
+            found.setdefault(id(descendant), descendant)
     return list(found.values())
 
 
 def paths(model: Any) -> dict[Any, str]:
-    """Returns a model and all inside it, each with the names from the model's own on; the model has its own name."""
+    """Returns the path of a model, its own name, and of all layers inside: names below the model, joined by `/`."""
     found = {model: str(model.name)}
     for parent in [model, *descendants(model)]:
-        above = "" if parent is model else f"{found[parent]}/"
+        prefix = "" if parent is model else f"{found[parent]}/"
         for child in children(parent):
-            found.setdefault(child, f"{above}{child.name}")
+            found.setdefault(child, f"{prefix}{child.name}")
     return found
 
 
 def activations_of(layer: Any) -> list[str]:
-    """Returns the names of the attributes that hold activations, where they can be replaced."""
-    # Recurrent layers have properties that show their cell's; a layer as activation is a sublayer.
+    """Returns the names of the attributes that hold replaceable activations."""
+    # Recurrent layers forward the properties of their cell; an activation that is a layer is a sublayer.
     found = {name: vars(layer).get(name) for name in ("activation", "recurrent_activation")}
     return [name for name, value in found.items() if callable(value) and not isinstance(value, keras.layers.Layer)]
 
@@ -67,7 +67,7 @@ def call_of(layer: Any) -> str:
 
 
 def policy_for(layer: keras.layers.Layer, policy: str) -> keras.DTypePolicy:
-    """Returns a dtype policy for a layer that is quantized as the layer is."""
+    """Returns a dtype policy with the quantization mode of a layer."""
     before, wanted = layer.dtype_policy, keras.dtype_policies.get(policy)
     if isinstance(before, keras.dtype_policies.DTypePolicyMap):
         before = before[layer.path]

@@ -1,4 +1,4 @@
-"""Functions put around the methods and properties of a framework's classes."""
+"""Patches of methods and properties of framework classes."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from tfmixed._core import control_flow
+from tfmixed._utils.autograph import do_not_convert
 
 
-def around(kind: Any, name: str, function: Callable[..., Any], traced: bool = False) -> None:
-    """Has `function(plain, self, *arguments, **named)` called instead of a method or property, for subclasses too.
+def around(cls: Any, name: str, function: Callable[..., Any], traced: bool = False) -> None:
+    """Replaces a method or property by one that calls `function(original, self, *args, **kwargs)`.
 
-    The method is replaced where it is defined: Keras compares it with its base's to see whether a user overrode it.
+    The class that defines the method is patched, so subclasses are affected too. Keras compares methods with those of
+    the base class to detect overrides.
 
     Args:
-        kind: The class.
+        cls: The class.
         name: The name of the method or property.
-        function: What is called instead.
-        traced: Whether scripts call it within a `tf.function`, where AutoGraph is to leave it alone.
+        function: The function to call instead.
+        traced: Whether scripts call the method within a `tf.function`, where AutoGraph must not convert it. Defaults
+            to False.
     """
-    home = next(each for each in kind.__mro__ if name in vars(each))
-    plain = vars(home)[name]
-    if isinstance(plain, property):
-        setattr(home, name, property(functools.partial(function, plain.fget), plain.fset, plain.fdel, plain.__doc__))
+    owner = next(base for base in cls.__mro__ if name in vars(base))
+    original = vars(owner)[name]
+    if isinstance(original, property):
+        getter = functools.partial(function, original.fget)
+        setattr(owner, name, property(getter, original.fset, original.fdel, original.__doc__))
         return
 
-    @functools.wraps(plain)
-    def method(self: Any, *arguments: Any, **named: Any) -> Any:
-        return function(plain, self, *arguments, **named)
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(original, self, *args, **kwargs)
 
-    # Keras asks constructors for their arguments, and does not look behind a decorator.
-    method.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
-    setattr(home, name, control_flow.as_it_is(method) if traced else method)
+    # Keras inspects the arguments of constructors, and does not look behind a decorator.
+    method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # functions take attributes
+    setattr(owner, name, do_not_convert(method) if traced else method)

@@ -1,4 +1,4 @@
-"""What prints as a table, as text."""
+"""Plain text of rich tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rich.console import Console, RenderableType
 
 
 def text(renderable: RenderableType, width: int = 100) -> str:
-    """Returns what rich prints of something in so many columns: what `print` shows of our tables."""
+    """Returns the text that rich prints of a renderable in a number of columns."""
     console = Console(width=width)
     with console.capture() as capture:
         console.print(renderable)

@@ -1,4 +1,4 @@
-"""Changes that last as long as a `with` block: of attributes, dtype policies, variables and random states."""
+"""Context managers that restore attributes, dtype policies, variables and random states on exit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tfmixed.formats import HALF
 
 
 def put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Gives an object an attribute of its own until the stack is left; Keras and PyTorch do not notice."""
+    """Sets an instance attribute until the stack is closed, bypassing the attribute tracking of Keras and PyTorch."""
     before = {name: vars(owner)[name]} if name in vars(owner) else {}
     stack.callback(vars(owner).update, before)
     stack.callback(vars(owner).pop, name)
@@ -26,7 +26,7 @@ def put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def global_policy(policy: Any) -> Iterator[None]:
-    """Sets the global dtype policy, None leaves it; at the end it is what it was, whoever set it meanwhile."""
+    """Sets the global dtype policy unless it is None, and restores the previous one on exit in any case."""
     before = keras.config.dtype_policy()
     if policy is not None:
         keras.config.set_dtype_policy(keras.dtype_policies.get(policy))
@@ -38,31 +38,36 @@ def global_policy(policy: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def with_policy(layers: Iterable[keras.Operation], policy: str) -> Iterator[None]:
-    """Gives layers, operations left out, another dtype policy; what is quantized stays so."""
+    """Gives layers another dtype policy with the same quantization mode; operations are ignored."""
     with contextlib.ExitStack() as stack:
-        for each in layers:
-            if isinstance(each, keras.layers.Layer):  # not `dtype_policy`, which would write into a DTypePolicyMap
-                put(stack, each, "_dtype_policy", layer_tree.policy_for(each, policy))
+        for layer in layers:
+            if isinstance(layer, keras.layers.Layer):  # not `dtype_policy`, which would write into a DTypePolicyMap
+                put(stack, layer, "_dtype_policy", layer_tree.policy_for(layer, policy))
         yield
 
 
 @contextlib.contextmanager
 def in_float32(layers: Iterable[keras.Operation]) -> Iterator[None]:
-    """Makes all layers of a model compute in float32 and give it, and those that they make meanwhile.
+    """Makes layers, and sublayers that they create, compute in float32 and return it.
 
-    GPUs multiply with all bits of it, too.
+    GPUs multiply with full float32 precision.
     """
     layers = list(layers)
-    with with_policy(layers, "float32"), global_policy("float32"), _all_bits(), contextlib.ExitStack() as stack:
-        for each in layers:
-            for name in ("output_dtype", "_gives"):  # what our own layers cast to
-                if vars(each).get(name) is not None:
-                    put(stack, each, name, "float32")
+    with (
+        with_policy(layers, "float32"),
+        global_policy("float32"),
+        _full_precision(),
+        contextlib.ExitStack() as stack,
+    ):
+        for layer in layers:
+            for name in ("output_dtype", "_gives"):  # output dtypes of our own layers and of rewritten ones
+                if vars(layer).get(name) is not None:
+                    put(stack, layer, name, "float32")
         yield
 
 
 @contextlib.contextmanager
-def _all_bits() -> Iterator[None]:
+def _full_precision() -> Iterator[None]:
     backend = keras.backend.backend()
     with contextlib.ExitStack() as stack:
         if backend == "tensorflow":
@@ -80,11 +85,12 @@ def _all_bits() -> Iterator[None]:
 
 @contextlib.contextmanager
 def states(model: keras.Model, seeds: keras.random.SeedGenerator | None = None) -> Iterator[None]:
-    """Restores what the code of layers changes even where it is only traced: random states and added losses.
+    """Restores what tracing layers may change: random states and added losses.
 
     Args:
         model: The model whose layers are called.
-        seeds: Keras's global generator of seeds meanwhile, which a traced function must outlive. Defaults to a new one.
+        seeds: The global seed generator of Keras within the context. It has to outlive functions traced there.
+            Defaults to a new one.
     """
     before = global_state.get_global_attribute("global_seed_generator")
     with random_states(), added_losses(model):
@@ -97,31 +103,31 @@ def states(model: keras.Model, seeds: keras.random.SeedGenerator | None = None) 
 
 @contextlib.contextmanager
 def added_losses(model: keras.Model) -> Iterator[None]:
-    """Restores the losses that a model's layers added in their last call."""
+    """Restores the losses that the layers of a model added in their last call."""
     losses = [(layer._losses, list(layer._losses)) for layer in model._flatten_layers()]
     try:
         yield
     finally:
-        for held, old in losses:
-            held[:] = old
+        for current, before in losses:
+            current[:] = before
 
 
 @contextlib.contextmanager
 def losses_in_float32(layers: Iterable[keras.Operation]) -> Iterator[None]:
-    """Makes layers give the losses that they add in float32.
+    """Casts the losses that layers add to float32.
 
-    Keras leaves them in half precision, which TensorFlow refuses to sum with the loss of `compile`.
+    Keras leaves them in half precision, and TensorFlow refuses to add them to the loss of `compile`.
     """
     with contextlib.ExitStack() as stack:
-        for each in layers:
-            if isinstance(each, keras.layers.Layer):
-                regularization = functools.partial(_in_float32, each._get_regularization_losses)
-                put(stack, each, "_get_own_losses", functools.partial(_in_float32, each._get_own_losses))
-                put(stack, each, "_get_regularization_losses", regularization)
+        for layer in layers:
+            if isinstance(layer, keras.layers.Layer):
+                regularization = functools.partial(_float32_losses, layer._get_regularization_losses)
+                put(stack, layer, "_get_own_losses", functools.partial(_float32_losses, layer._get_own_losses))
+                put(stack, layer, "_get_regularization_losses", regularization)
         yield
 
 
-def _in_float32(losses: Callable[[], list[Any]]) -> list[Any]:
+def _float32_losses(losses: Callable[[], list[Any]]) -> list[Any]:
     return [
         keras.ops.cast(loss, "float32") if keras.backend.standardize_dtype(loss.dtype) in HALF else loss
         for loss in losses()
@@ -129,18 +135,20 @@ def _in_float32(losses: Callable[[], list[Any]]) -> list[Any]:
 
 
 def seed_generator() -> keras.random.SeedGenerator:
-    """Returns a generator of seeds that draws its own from nothing, and takes no name from others."""
+    """Returns a seed generator with a fixed seed, whose name does not affect the names of later objects."""
     return keras.random.SeedGenerator(0, name="looking")
 
 
 @contextlib.contextmanager
 def variables(model: keras.Model, traced: Any = None) -> Iterator[None]:
-    """Restores what a step assigns even where no optimizer acts: statistics, metrics, states of layers and generators.
+    """Restores variables that a training step assigns: weights, statistics, metrics, states of layers and generators.
+
+    On JAX nothing is restored, since a step is a pure function of its variables.
 
     Args:
-        model: The model that is run. On JAX a step is a function of its variables, and nothing is to be restored.
-        traced: On TensorFlow the `tf.ConcreteFunction` that runs, whose captures are restored. None for a step that
-            runs eagerly: then all variables that the attributes of the model lead to are.
+        model: The model that runs.
+        traced: On TensorFlow, the `tf.ConcreteFunction` that runs; its captured variables are restored. Defaults to
+            None, for a step that runs eagerly: then all variables reachable from the model are restored.
     """
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -157,25 +165,25 @@ def variables(model: keras.Model, traced: Any = None) -> Iterator[None]:
 def _handles(model: keras.Model) -> Iterator[Any]:
     import tensorflow
 
-    held = [*tensorflow.train.TrackableView(model).descendants(), *model.variables, *model.metrics_variables]
-    found = [each.value if isinstance(each, keras.Variable) else each for each in held]
-    found = [each for each in found if isinstance(each, tensorflow.Variable)]
-    for variable in {id(each): each for each in found}.values():
+    tracked = [*tensorflow.train.TrackableView(model).descendants(), *model.variables, *model.metrics_variables]
+    found = [held.value if isinstance(held, keras.Variable) else held for held in tracked]
+    found = [variable for variable in found if isinstance(variable, tensorflow.Variable)]
+    for variable in {id(variable): variable for variable in found}.values():
         yield from (part.handle for part in model.distribute_strategy.experimental_local_results(variable))
 
 
 @contextlib.contextmanager
 def _resources(handles: Iterable[Any]) -> Iterator[None]:
-    """Restores the variables among the tensors that a function captures."""
+    """Restores the variables among the tensors that a function captured."""
     import tensorflow
     from tensorflow.python.ops.handle_data_util import get_handle_data
 
     values = []
     for handle in handles:
         data = get_handle_data(handle) if handle.dtype == tensorflow.resource else None
-        if data is not None and data.is_set:  # else a table or an iterator
+        if data is not None and data.is_set:  # otherwise a table or an iterator
             dtype = tensorflow.as_dtype(data.shape_and_type[0].dtype)
-            # Shares the memory of the variable until that is written to.
+            # Shares the memory of the variable until the next assignment.
             values.append((handle, tensorflow.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)))
     try:
         yield
@@ -186,15 +194,15 @@ def _resources(handles: Iterable[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _modules(model: keras.Model) -> Iterator[None]:
-    """Restores parameters, buffers, modes and gradients of a model and of all PyTorch modules inside it."""
-    tensors = [each.value for each in (*model.variables, *model.metrics_variables)]
+    """Restores parameters, buffers, training modes and gradients of a model and all PyTorch modules inside."""
+    tensors = [variable.value for variable in (*model.variables, *model.metrics_variables)]
     modules = [module for layer in model._flatten_layers() for module in layer.modules()]
     with contextlib.ExitStack() as stack:
         for module in modules:
             stack.callback(setattr, module, "training", module.training)
             stack.callback(module._buffers.update, dict(module._buffers))
             tensors += [*module.parameters(), *module.buffers()]
-        for tensor in {id(each): each for each in tensors}.values():
+        for tensor in {id(tensor): tensor for tensor in tensors}.values():
             stack.callback(tensor.data.copy_, tensor.detach().clone())
             stack.callback(setattr, tensor, "grad", tensor.grad)
             tensor.grad = None
@@ -203,7 +211,7 @@ def _modules(model: keras.Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_states() -> Iterator[None]:
-    """Restores the states that a user's layers and datasets may draw from: of Python, numpy, TensorFlow and PyTorch."""
+    """Restores the random states of Python, NumPy, TensorFlow and PyTorch, which layers and datasets may use."""
     backend = keras.backend.backend()
     with contextlib.ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
@@ -211,7 +219,7 @@ def random_states() -> Iterator[None]:
         if backend == "tensorflow":
             from tensorflow.python.eager import context
 
-            # Seeds of its own: a kernel that has drawn from one of the script's would go on from there.
+            # Separate seeds: a kernel that has drawn from a seed of the script would continue its sequence.
             put(stack, context.context(), "_rng", random.Random("tfmixed"))
         elif backend == "torch":
             import torch

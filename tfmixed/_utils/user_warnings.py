@@ -1,4 +1,4 @@
-"""The code outside that called into this package and the frameworks: warnings and messages name its line."""
+"""Warnings and messages that name the line of the user's code that called into this package and the frameworks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LIBRARIES = (
 
 
 def caller(libraries: tuple[str, ...] = LIBRARIES, but_for: tuple[str, ...] = ()) -> FrameType | None:
-    """Returns the innermost frame that is of none of these libraries; None where there is none.
+    """Returns the innermost frame outside the given libraries, or None.
 
-    A thread of a framework's, such as a replica, works for what the main thread waits in.
+    In a thread of a framework, such as a replica, the main thread is searched: it waits for the result.
 
     Args:
         libraries: Names of packages.
-        but_for: What the names of further modules begin with.
+        but_for: Prefixes of the names of further modules to exclude. Defaults to none.
     """
     main = sys._current_frames().get(threading.main_thread().ident or 0)
     return _innermost(sys._getframe(1), libraries, but_for) or _innermost(main, libraries, but_for)
@@ -34,18 +34,18 @@ def _innermost(frame: FrameType | None, libraries: tuple[str, ...], but_for: tup
 
 
 def is_outside(frame: FrameType, libraries: tuple[str, ...] = LIBRARIES, but_for: tuple[str, ...] = ()) -> bool:
-    """Returns whether a frame is of none of these libraries."""
+    """Returns whether a frame belongs to none of the libraries."""
     name, file = frame.f_globals.get("__name__", ""), os.path.basename(frame.f_code.co_filename)
-    known = name.partition(".")[0] in libraries or name.startswith(but_for)
-    return not known and not file.startswith("__autograph_generated_file")  # its lines are nobody's
+    is_library = name.partition(".")[0] in libraries or name.startswith(but_for)
+    return not is_library and not file.startswith("__autograph_generated_file")  # its lines are not in any source
 
 
 def warn(message: str) -> None:
-    """Warns at the line of the script, however deep in the frameworks and here the reason was found."""
+    """Issues a `UserWarning` at the line of the user's code, however deep in the frameworks its cause was found."""
     frame = caller()
-    if frame is None:  # a command of ours
+    if frame is None:  # a command of this package
         warnings.warn(message, stacklevel=2)
         return
-    seen = frame.f_globals.setdefault("__warningregistry__", {})
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
     module = frame.f_globals.get("__name__")
-    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, module, seen)
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, module, registry)

@@ -1,11 +1,12 @@
-"""What in a model's training step is unsafe in half precision, read from the graphs that TensorFlow traces.
+"""Audit of a model's training step in half precision, based on the graphs that TensorFlow traces.
 
-    model -> tracing (each operation, with its layer) -> hazards, inspection (what is unsafe about it) -> findings
+    model -> trace -> graph queries, value bounds -> rules -> findings
 
-Given a batch, `comparison` runs the step in half precision and in float32 besides, and says where the two part.
+`float32_run` also runs a batch in half precision and in float32, and reports where the two first differ.
 """
 
 from tfmixed.auditing.findings import Audit, Finding
-from tfmixed.auditing.reading import audit, is_traceable, specs, unsafe
+from tfmixed.auditing.input_specs import specs
+from tfmixed.auditing.model_audit import audit, is_traceable, unsafe
 
 __all__ = ["Audit", "Finding", "audit", "is_traceable", "specs", "unsafe"]

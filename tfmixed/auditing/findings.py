@@ -1,20 +1,27 @@
-"""What an audit found, as values and as a table."""
+"""Results of an audit: findings, their order, and the table that they print as."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
+import itertools
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import keras
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tfmixed._utils import rich_text
-from tfmixed.auditing.hazards import SEVERITIES, Severity
+from tfmixed.auditing.rules import SEVERITIES, Found, Severity
+from tfmixed.auditing.trace import Node
 from tfmixed.formats import HALF
 
 _COLORS = {"severe": "bold red", "warning": "yellow", "note": "dim"}
@@ -23,23 +30,25 @@ _MEANINGS = {
     "warning": "goes wrong on large or small values",
     "note": "less precise, or slower",
 }
-_NOT_MENDED = ("variables", "cast")  # by float32 computations
+_NOT_REPAIRED = ("variables", "cast")  # by `force_float32`
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is unsafe in half precision.
+    """One part of a model that is unsafe in half precision.
 
     Args:
-        layer: Path of the layer in whose own code it stands; `"loss"` for what stands in none.
-        op: What it does: `"sum"`, `"softmax"`, `"constant"`, ...
-        dtype: The format that it runs in.
-        risk: What goes wrong, and from which number on.
-        advice: What to do.
-        severity: `"severe"`, `"warning"` or `"note"`.
-        length: Terms of a reduction, as far as they are known.
-        source: File and line of a user's own code, if it stands there.
-        count: How often it occurs in that layer.
+        layer: Path of the layer whose own code contains it; `"loss"` outside of all layers.
+        op: The kind of operation: `"sum"`, `"softmax"`, `"constant"`, ...
+        dtype: The dtype that it runs in.
+        risk: The error that can occur, and the values for which it occurs.
+        advice: A way to avoid it.
+        severity: `"severe"` if it goes wrong on ordinary values, `"warning"` on large or small values, `"note"` if it
+            is less precise or slower.
+        length: Number of terms of a reduction, as far as it is known. Defaults to None.
+        source: File and line of the user's own code. Defaults to None for code of libraries.
+        count: Number of occurrences in that layer. Defaults to 1.
     """
 
     layer: str
@@ -55,14 +64,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """The findings of `audit`, the gravest first. Prints as a table.
+    """The findings of `audit`, in the order of severity. Prints as a table.
 
     Args:
         model: The model's name.
-        dtypes: The formats that its layers compute in, and how many layers do.
-        findings: What was found.
-        ran: Did inputs run through it, against float32?
-        loss: Was the loss read too? Not where it takes targets that must be given, or where there is none.
+        dtypes: Number of layers for each compute dtype.
+        findings: The findings.
+        ran: Whether a batch was run in half precision and in float32. Defaults to False.
+        loss: Whether the loss was read. It is not if there is none, or if it needs targets that were not given.
+            Defaults to True.
 
     Example:
     >>> import tfmixed
@@ -88,8 +98,8 @@ class Audit:
         return [finding for finding in self.findings if finding.severity == severity]
 
     def fails(self, on: Severity | Literal["never"] = "severe") -> bool:
-        """Tells whether there are findings as grave as `on`, or graver."""
-        return on != "never" and any(self.of(each) for each in SEVERITIES[: SEVERITIES.index(on) + 1])
+        """Returns whether there are findings of the severity `on`, or of a higher one."""
+        return on != "never" and any(self.of(severity) for severity in SEVERITIES[: SEVERITIES.index(on) + 1])
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything as plain values."""
@@ -106,10 +116,8 @@ class Audit:
         layers = ", ".join(f"{count} in {dtype}" for dtype, count in self.dtypes.items())
         title = Text(f"{self.model}: {sum(self.dtypes.values())} layers, {layers}")
         if not any(dtype in HALF for dtype in self.dtypes):
-            nothing = (
-                "Nothing computes in half precision: there is nothing to audit. Make the model under a mixed policy."
-            )
-            return Group(title, Text(nothing))
+            advice = "Nothing computes in half precision. Create the model under a mixed policy to audit it."
+            return Group(title, Text(advice))
         return Group(title, *self._parts())
 
     def _parts(self) -> Iterator[RenderableType]:
@@ -121,8 +129,8 @@ class Audit:
         counts = f"{severe} severe, {warnings} warning{'s'[: warnings != 1]}, {notes} note{'s'[: notes != 1]}"
         yield Text(f"\n{counts}" if self.findings else "\nNothing found that is unsafe in half precision.")
         if not self.loss:
-            yield Text("The loss was not read: pass inputs and targets, or read a custom train_step yourself.")
-        if any(finding.op not in _NOT_MENDED for finding in self.of("severe")):
+            yield Text("The loss was not read. Pass inputs and targets; a custom train_step cannot be read.")
+        if any(finding.op not in _NOT_REPAIRED for finding in self.of("severe")):
             yield Text("tfmixed.force_float32(model) makes the sensitive parts compute in float32.")
 
 
@@ -133,8 +141,50 @@ def _table(findings: list[Finding]) -> Table:
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.op, finding.dtype, finding.risk, finding.advice), []).append(finding)
-    for (op, dtype, risk, advice), group in groups.items():
-        first, others = group[0], len(group) - 1
-        layer = first.layer + (f" ({first.source})" if first.source else "") + (f" and {others} more" if others else "")
-        table.add_row(*map(Text, (layer, f"{op}, {dtype}", risk, advice)))
+    for (op, dtype, risk, advice), (first, *rest) in groups.items():
+        source, more = f" ({first.source})" if first.source else "", f" and {len(rest)} more" if rest else ""
+        table.add_row(*map(Text, (f"{first.layer}{source}{more}", f"{op}, {dtype}", risk, advice)))
     return table
+
+
+def findings_of(found: Sequence[Found], paths: dict[Any, str]) -> tuple[Finding, ...]:
+    """Merges hazards that occur repeatedly in a layer into one finding, and sorts the findings by severity.
+
+    Args:
+        found: The hazards, with their layers and operations.
+        paths: The paths of the layers.
+    """
+    groups: dict[tuple[Any, ...], list[Found]] = {}
+    for node, layer, hazard in found:
+        groups.setdefault((layer, hazard.op, hazard.dtype, hazard.advice), []).append((node, layer, hazard))
+    findings = []
+    for group in groups.values():
+        node, layer, hazard = min(group, key=_rank)
+        path = "loss" if layer is None else paths.get(layer, layer.name)
+        findings.append(Finding(path, source=_source(node, layer), count=len(group), **dataclasses.asdict(hazard)))
+    # A softmax that is reported explains the half-precision output of its layer.
+    softmaxes = {finding.layer for finding in findings if finding.op == "softmax" and finding.severity != "note"}
+    kept = [finding for finding in findings if finding.op != "output" or finding.layer not in softmaxes]
+    return tuple(sorted(kept, key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def _rank(found: Found) -> tuple[int, int]:
+    *_, hazard = found
+    return SEVERITIES.index(hazard.severity), -(hazard.length or 0)
+
+
+def _source(node: Node | None, layer: keras.Operation | None) -> str | None:
+    """Returns the file and line of the user's code that created an operation; None for layers of Keras."""
+    if node is None or node.backward or type(layer).__module__.startswith(("keras.", "tfmixed.")):
+        return None
+    # The frames after the last one of this package belong to the layer's call.
+    frames = itertools.takewhile(lambda frame: not frame.filename.startswith(_PACKAGE), reversed(node.op.traceback))
+    own = [frame for frame in frames if not frame.filename.startswith(_library_folders())]
+    return f"{Path(own[0].filename).name}:{own[0].lineno}" if own else None
+
+
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
+    specs = map(importlib.util.find_spec, ("keras", "tensorflow", "numpy"))
+    folders = [folder for spec in specs if spec for folder in spec.submodule_search_locations or ()]
+    return (*(f"{folder}{os.sep}" for folder in folders), "<")

@@ -1,39 +1,80 @@
-"""Which rule judges which type of operation."""
+"""Types that all audit rules share: a rule takes an operation and its context, and returns a hazard or None."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from tfmixed.auditing import functions, origins, sums
-from tfmixed.auditing.hazards import Context, Hazard, Rule
-from tfmixed.auditing.tracing import Node
-from tfmixed.formats import HALF
+import keras
 
-_UNBOUNDED = ("Exp", "Expm1", "Sinh", "Cosh", "Square", "SquaredDifference", "Pow", "Sum", "Prod", "Cumprod")
+from tfmixed.auditing.graph import DATA_MOVEMENT
+from tfmixed.auditing.trace import Node, Trace
+from tfmixed.auditing.value_bounds import ValueBounds
+from tfmixed.formats import FORMATS
 
-
-def find(node: Node, context: Context) -> Hazard | None:
-    """Returns what is unsafe about an operation in float16 or bfloat16; None if nothing is."""
-    rule = (sums.BACKWARD if node.backward else _FORWARD).get(node.op.type)
-    if rule is None:
-        return None
-    tensors = node.op.outputs if node.op.type == "Cast" else node.op.inputs
-    dtype = next((each.dtype.name for each in tensors if each.dtype.is_floating), "")
-    return rule(node.op, dtype, context) if dtype in HALF or rule is functions.log else None
+Severity = Literal["severe", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")
 
 
-def _narrowed(op: Any, dtype: str, context: Context) -> Hazard | None:
-    """Tells of what was computed in float32, and does not fit where it is cast to."""
-    made = origins.source(op.inputs[0])
-    if made.type in functions.LOSSES:  # `tf.nn` computes them in float32 and casts them back
-        return functions.cross_entropy(op, dtype, context)
-    if made.type not in _UNBOUNDED or made.outputs[0].dtype.name != "float32":
-        return None
-    found = _FORWARD[made.type](made, dtype, context)
-    if found is None or found.severity != "severe":
-        return None
-    return replace(found, op="cast", risk=f"{found.risk}, and is cast to {dtype}", advice="take it in float32")
+@dataclass(frozen=True)
+class Hazard:
+    """Risk of one operation, variable or layer in half precision. The fields are those of `Finding`."""
+
+    op: str
+    dtype: str
+    severity: Severity
+    risk: str
+    advice: str = "compute it in float32"
+    length: int | None = None
 
 
-_FORWARD: dict[str, Rule] = {**sums.RULES, **functions.RULES, "Cast": _narrowed}
+class Context:
+    """Graph queries that rules need: bounds of values, consumers of operations and the outputs of the model.
+
+    Args:
+        trace: The trace that contains the operation.
+        on_cpu: Whether TensorFlow's CPU kernels compute it. Defaults to True.
+    """
+
+    def __init__(self, trace: Trace, on_cpu: bool = True) -> None:
+        self.bounds = ValueBounds()
+        self.on_cpu = on_cpu
+        self.outputs = {id(tensor.op) for tensor in trace.outputs}
+        self._consumers: dict[int, list[Any]] = defaultdict(list)
+        for node in trace.nodes:
+            for tensor in node.op.inputs:
+                if not node.backward:
+                    self._consumers[id(tensor.op)].append(node.op)
+
+    def consumers(self, op: Any, through: frozenset[str] = frozenset()) -> Iterator[Any]:
+        """Yields the forward operations that use the values of `op`, after data movement or operations `through`."""
+        visited, pending = set(), list(self._consumers[id(op)])
+        while pending:
+            consumer = pending.pop()
+            if id(consumer) not in visited:
+                visited.add(id(consumer))
+                yield consumer
+                if consumer.type in DATA_MOVEMENT or consumer.type in through:
+                    pending += self._consumers[id(consumer)]
+
+    def is_output(self, op: Any) -> bool:
+        """Returns whether the model returns the values of `op`, after data movement at most."""
+        outputs = (user.type in DATA_MOVEMENT and id(user) in self.outputs for user in self.consumers(op))
+        return id(op) in self.outputs or any(outputs)
+
+
+def significant_bits(dtype: str) -> int:
+    """Returns the number of significant binary digits of a format."""
+    return 1 - round(math.log2(FORMATS[dtype].epsilon))
+
+
+def short_number(value: float) -> str:
+    """Returns a number rounded for a sentence."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+Rule = Callable[[Any, str, Context], Hazard | None]  # (operation, its half-precision dtype, context)
+Found = tuple[Node | None, keras.Operation | None, Hazard]  # (operation, layer that contains it, hazard)

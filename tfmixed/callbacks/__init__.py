@@ -1,4 +1,4 @@
-"""Callbacks that watch a training run."""
+"""Callbacks that log a training run."""
 
 from tfmixed.callbacks.gradient_ranges import GradientRanges
 from tfmixed.callbacks.loss_scale_logger import LossScaleLogger

@@ -1,4 +1,4 @@
-"""The callback that measures gradients while a model trains."""
+"""Callback that measures gradients during training."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ import keras
 
 from tfmixed import ranges
 from tfmixed._core import replica_sync
-from tfmixed._core.scaler_state import Observable
+from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._probe.train_step_probe import Precision, Probe, checked_precision
-from tfmixed.records import GradientRange, RangesRecord, run_log
+from tfmixed.callbacks import run_log
+from tfmixed.records import GradientRange, RangesRecord
 from tfmixed.scaling import validation
 
 
 class GradientRanges(keras.callbacks.Callback):
-    """Measures, each `every` steps, the gradients of the batch that comes next, as `tfmixed.measure_gradients` does.
+    """Measures the gradients of the next batch every `every` steps, like `tfmixed.measure_gradients`.
 
-    The step that is measured is trained on afterwards as if nothing had happened. It takes the time of about three
-    steps more, five with a half `precision`; all others take what they take.
+    The measured batch is trained on afterwards as usual. Measuring takes the time of about three steps, five with a
+    half `precision`; other steps are not slowed down. The attribute `last` is the last snapshot, a
+    `tfmixed.ranges.GradientRanges`, or None before the first one.
 
     Args:
-        path: File of JSON lines, one a snapshot: best that of `LossScaleLogger`, so that `tfmixed report` finds all in
-            one log. Snapshots of a run that is repeated are replaced. While another running training writes that
-            file, or if nothing shows that it is the run's own, it is a new one, as in `LossScaleLogger`. None writes
-            no file.
-        every: Attempted steps from one snapshot to the next; the first is that of the first step.
-        precision: As in `measure_gradients`.
-        tensorboard: Log directory for TensorBoard, where a run `gradients` appears beside the others: of each gradient
-            a histogram of log2 of its magnitudes, and over all of them scalars: the largest, the smallest, the share
-            that float16 flushes to 0 without a scale, and the largest scale without an overflow. Needs TensorFlow and
-            the package tensorboard.
-        verbose: 1 prints what each snapshot says. 0 prints nothing.
-
-    `last` is the last snapshot, a `tfmixed.ranges.GradientRanges`; None before the first.
+        path: A file of JSON lines, one for each snapshot: preferably that of `LossScaleLogger`, so that `tfmixed
+            report` finds everything in one log. Snapshots that a restored run repeats are replaced. If the file belongs
+            to another training, a new one with a number is used, as by `LossScaleLogger`. Defaults to None, which
+            writes no file.
+        every: The number of attempted steps from one snapshot to the next; the first is that of the first step.
+            Defaults to 1000.
+        precision: The same as in `measure_gradients`. Defaults to `"float32"`.
+        tensorboard: A TensorBoard log directory, in which the run `gradients` appears. It has a histogram of the log2
+            magnitudes of each gradient, and these scalars over all gradients: the largest and smallest magnitude, the
+            share that float16 flushes to 0 without a scale, and the largest scale without an overflow. Requires
+            TensorFlow and the tensorboard package. Defaults to None.
+        verbose: 1 prints a summary of each snapshot, and 0 prints nothing. Defaults to 0.
 
     Raises:
-        ValueError: An argument is out of range.
-        ImportError: `tensorboard` is asked for and not installed.
-        NotImplementedError: `fit` runs on several workers. One that stops to measure alone would stop the others.
+        ValueError: If an argument is out of range.
+        ImportError: If `tensorboard` is set and the package is not installed.
+        NotImplementedError: If `fit` runs on several workers, since all of them would have to stop.
 
     Example:
     >>> watch = GradientRanges("runs/mine/loss_scale.jsonl", every=500)
@@ -65,7 +66,7 @@ class GradientRanges(keras.callbacks.Callback):
         self.tensorboard = checked_tensorboard(tensorboard)
         self.verbose = validation.count("verbose", verbose, 0)
         self.last: ranges.GradientRanges | None = None
-        self._execution: _Execution | None = None
+        self._train_function: _ObservedTrainFunction | None = None
         self._writer: Any = None
         self._probe: Probe | None = None
         self._epoch = 0
@@ -75,46 +76,43 @@ class GradientRanges(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         model = self.model
-        if replica_sync.works_with_others(model):
+        if replica_sync.is_multi_worker(model):
             raise NotImplementedError(
-                "GradientRanges measures in one process, received a model on several workers: measure_gradients(model, "
-                "data) on one of them before or after `fit` tells the same"
+                "GradientRanges measures in one process, not on several workers. Call `measure_gradients` on one "
+                "worker before or after `fit`."
             )
         self._probe = Probe(model, self.precision)
         self._begun = False
-        self._execution = _Execution.of(model)
-        self._execution.watchers.append(self)
+        self._train_function = _ObservedTrainFunction.of(model)
+        self._train_function.callbacks.append(self)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._epoch = epoch
         optimizer = self.model.optimizer
-        if isinstance(optimizer, Observable):
+        if isinstance(optimizer, ScalerBase):
             self._step = int(optimizer.attempted_steps)
-        else:  # which also counts where a dataset of unknown size has ended
+        else:  # `iterations` also counts the execution in which a dataset of unknown size ended
             steps = int(optimizer.iterations)
             self._step = min(self._step, steps) if self._begun else steps
-        if not self._begun:  # a callback that restores the optimizer may have come after this one
+        if not self._begun:  # not in `on_train_begin`, where a later callback may still restore the optimizer
             self._due = self._step
             self._begun = True
             if self.path is not None:
-                scaler = optimizer if isinstance(optimizer, Observable) else None
+                scaler = optimizer if isinstance(optimizer, ScalerBase) else None
                 self.path, _ = run_log.begin(self.path, self._step, (RangesRecord,), scaler=scaler)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        if self._execution is not None:
-            self._execution.forget(self)
+        if self._train_function is not None:
+            self._train_function.remove(self)
         run_log.release(self.path)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    @property
-    def due(self) -> bool:
-        """Whether the batch that comes next is to be measured."""
+    def _is_due(self) -> bool:
         return self._step >= self._due
 
-    def watch(self, batch: Any, state: Any) -> None:
-        """Measures a batch that is about to be trained on."""
+    def _measure(self, batch: Any, state: Any) -> None:
         assert self._probe is not None
         self._probe.measure(batch, state)
         self._due = self._step + self.every
@@ -122,76 +120,74 @@ class GradientRanges(keras.callbacks.Callback):
         self.last = ranges.GradientRanges(record)
         run_log.append(self.path, [record])
         if self.tensorboard is not None:
-            self._write(self.last)
+            self._write(self.last, self.tensorboard)
         if self.verbose:
             print(f"step {self._step}: {self.last.verdict()}")
 
-    def advance(self, steps: int) -> None:
-        """Counts the steps of an execution."""
-        self._step += steps
-
-    def _write(self, snapshot: ranges.GradientRanges) -> None:
+    def _write(self, snapshot: ranges.GradientRanges, folder: str | os.PathLike[str]) -> None:
         import tensorflow
-        from tensorboard.plugins.histogram import metadata  # type: ignore[import-untyped]
+        from tensorboard.plugins.histogram import metadata  # type: ignore[import-untyped]  # ships no types
 
         if self._writer is None:
-            # A folder of its own: TensorBoard reads but the newest file of a folder while it grows.
-            folder = Path(os.fspath(self.tensorboard)) / "gradients"  # type: ignore[arg-type]
-            self._writer = tensorflow.summary.create_file_writer(str(folder))
-        kind = metadata.create_summary_metadata(display_name=None, description="log2 of the magnitudes other than 0")
+            # A separate folder, since TensorBoard follows only the newest file of a folder.
+            self._writer = tensorflow.summary.create_file_writer(str(Path(folder) / "gradients"))
+        kind = metadata.create_summary_metadata(display_name=None, description="log2 of nonzero magnitudes")
         with self._writer.as_default(snapshot.record.step):
-            for each in snapshot:
-                tensorflow.summary.write(f"gradients/{each.kind}/{each.name}", _buckets(each), metadata=kind)
+            for gradient in snapshot:
+                tensorflow.summary.write(
+                    f"gradients/{gradient.kind}/{gradient.name}", _buckets(gradient), metadata=kind
+                )
             for name, value in _scalars(snapshot).items():
                 tensorflow.summary.scalar(f"gradients/{name}", value)
         self._writer.flush()
 
 
-class _Execution:
-    """Keras's function of one execution, of a step or several, with those who watch the batches that go in.
+class _ObservedTrainFunction:
+    """Stands in for `train_function` of a model, and passes the batches that are due to callbacks first.
 
     Args:
-        model: What is trained. Not asked of a callback later on: on JAX that takes the variables away from the step
-            that is about to use them.
+        model: The model. A callback cannot be asked for it during a step: on JAX, reading `callback.model` takes the
+            variables away from the step.
     """
 
     def __init__(self, model: keras.Model) -> None:
-        self.model, self.function = model, model.train_function
-        self.watchers: list[GradientRanges] = []
-        # Each `fit` calls this first: then a watcher of an earlier one that was interrupted is gone.
-        vars(model)["make_train_function"] = self._made_anew
+        self.model, self.original = model, model.train_function
+        self.callbacks: list[GradientRanges] = []
+        # Every `fit` calls this first, so callbacks of an interrupted `fit` are dropped.
+        vars(model)["make_train_function"] = self._make_train_function
         model.train_function = self
 
     @classmethod
-    def of(cls, model: keras.Model) -> _Execution:
-        """Returns the one that stands in for the model's function now; others may be watching already."""
+    def of(cls, model: keras.Model) -> _ObservedTrainFunction:
+        """Returns the current one of a model, or a new one."""
         return model.train_function if isinstance(model.train_function, cls) else cls(model)
 
-    def forget(self, watcher: GradientRanges) -> None:
-        """Ends the watching of one; the last one gives the model its own function back."""
-        if watcher in self.watchers:
-            self.watchers.remove(watcher)
-        if not self.watchers and self.model.train_function is self:
-            vars(self.model).pop("make_train_function", None)
-            self.model.train_function = self.function
+    def remove(self, callback: GradientRanges) -> None:
+        if callback in self.callbacks:
+            self.callbacks.remove(callback)
+        if not self.callbacks and self.model.train_function is self:
+            self._restore()
 
-    def _made_anew(self, force: bool = False) -> Any:
-        self.watchers.clear()
-        vars(self.model).pop("make_train_function", None)
-        self.model.train_function = self.function
+    def _make_train_function(self, force: bool = False) -> Any:
+        self.callbacks.clear()
+        self._restore()
         return self.model.make_train_function(force)
 
-    def __call__(self, *arguments: Any) -> Any:
-        *state, batches = arguments  # JAX hands the variables over too
-        each = self.model.steps_per_execution
-        steps = each if isinstance(each, int) else 1  # "auto": as many as Keras likes
-        due = [watcher for watcher in self.watchers if watcher.due]
+    def _restore(self) -> None:
+        vars(self.model).pop("make_train_function", None)
+        self.model.train_function = self.original
+
+    def __call__(self, *args: Any) -> Any:
+        *state, batches = args  # JAX passes the variables, too
+        steps = self.model.steps_per_execution
+        steps = steps if isinstance(steps, int) else 1  # "auto": Keras decides
+        due = [callback for callback in self.callbacks if callback._is_due()]
         taken = list(itertools.islice(batches, steps)) if due else []
-        for watcher in due if taken else ():
-            watcher.watch(self._local(taken[0]), state[0] if state else None)
-        result = self.function(*state, _as_before(taken, batches) if taken else batches)
-        for watcher in self.watchers:
-            watcher.advance(len(taken) if due else steps)
+        for callback in due if taken else ():
+            callback._measure(self._local(taken[0]), state[0] if state else None)
+        result = self.original(*state, _as_iterator(taken, batches) if taken else batches)
+        for callback in self.callbacks:
+            callback._step += len(taken) if due else steps
         return result
 
     def _local(self, batch: Any) -> Any:
@@ -200,8 +196,8 @@ class _Execution:
         return self.model.distribute_strategy.experimental_local_results(batch)[0]
 
 
-def _as_before(taken: list[Any], batches: Any) -> Any:
-    """Returns the batches that were taken as the trainer takes them, so that it traces nothing anew."""
+def _as_iterator(taken: list[Any], batches: Any) -> Any:
+    """Returns batches in the type that the trainer was given, so that it does not retrace."""
     if keras.backend.backend() == "jax":
         return iter(taken)
     if keras.backend.backend() == "torch":
@@ -210,39 +206,39 @@ def _as_before(taken: list[Any], batches: Any) -> Any:
 
     if not isinstance(batches, tensorflow.data.Iterator):
         return taken  # of several replicas
-    # Shapes that are not known stay unknown: with others TensorFlow takes other kernels, and rounds otherwise.
+    # Unknown shapes stay unknown: with known ones TensorFlow selects other kernels, which round differently.
     return iter(tensorflow.data.Dataset.from_generator(lambda: taken, output_signature=batches.element_spec))
 
 
 def checked_tensorboard(tensorboard: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
-    """Returns the argument, if TensorBoard is there.
+    """Returns the argument, after a check that TensorBoard is installed.
 
     Raises:
-        ImportError: It is asked for and not installed.
+        ImportError: If the argument is not None and TensorBoard is not installed.
     """
     if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
         raise ImportError(
-            "tensorboard needs the package of that name: pip install 'tfmixed[tensorboard]'. "
+            "`tensorboard` requires the package of that name: pip install 'tfmixed[tensorboard]'. "
             f"Received: tensorboard={os.fspath(tensorboard)!r}"
         )
     return tensorboard
 
 
-def _buckets(range_: GradientRange) -> Any:
-    """Returns left edge, right edge and count of each octave, as TensorBoard's histograms have them."""
+def _buckets(gradient: GradientRange) -> Any:
+    """Returns left edge, right edge and count of each octave, the format of TensorBoard histograms."""
     import numpy
 
-    rows = [(octave, octave + 1, sum(parts)) for octave, parts in sorted(range_.octaves.items())]
+    rows = [(octave, octave + 1, sum(parts)) for octave, parts in sorted(gradient.octaves.items())]
     return numpy.array(rows, "float64").reshape(-1, 3)
 
 
 def _scalars(snapshot: ranges.GradientRanges) -> dict[str, float]:
-    found = [each for each in snapshot.half if each.nonzeros]
-    if not found:
+    gradients = [gradient for gradient in snapshot.half if gradient.nonzeros]
+    if not gradients:
         return {}
     return {
-        "largest": max(each.largest for each in found),
-        "smallest": min(each.smallest for each in found),
+        "largest": max(gradient.largest for gradient in gradients),
+        "smallest": min(gradient.smallest for gradient in gradients),
         "underflow_at_scale_1": snapshot.underflow(),
         "log2_of_largest_scale": math.log2(snapshot.best_scales()[1]),
     }

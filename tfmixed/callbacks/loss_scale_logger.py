@@ -1,4 +1,4 @@
-"""The callback that logs the loss scale."""
+"""Callback that logs the loss scale."""
 
 from __future__ import annotations
 
@@ -10,45 +10,50 @@ from typing import Any, get_args
 import keras
 
 from tfmixed._core import replica_sync
-from tfmixed._core.scaler_state import Observable
+from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._utils import user_warnings
+from tfmixed.callbacks import run_log
 from tfmixed.callbacks.gradient_ranges import checked_tensorboard
 from tfmixed.errors import LossScaleExhausted
-from tfmixed.records import Change, Record, ScaleChange, run_log
+from tfmixed.records import Change, Record, ScaleChange
 from tfmixed.scaling import validation
 
 
 class LossScaleLogger(keras.callbacks.Callback):
-    """Logs every change of the loss scale with its exact step, and puts the scale beside the metrics.
+    """Logs every change of the loss scale with its exact step, and adds the scale to the metrics.
 
-    `logs` gains `loss_scale`, `skipped_steps` and `gradient_norm`, so that the progress bar, `History`, `CSVLogger` and
-    `TensorBoard` show them: list this callback before those. The changes are written on the device in the step that
-    makes them; this callback collects them at the end of each epoch, so that watching costs no synchronization. In the
-    `logs` of a batch TensorFlow has tensors; where Keras runs callbacks beside the training, they may be those of a
-    later step. JAX has them there at the steps of `every` alone: a look at the optimizer makes Keras move all variables
-    between trainer and model. A skipped step that leaves the scale as it is (a constant one, one with hysteresis left
-    or at its floor) counts in `skipped_steps` and is no line of the log. Each of several loggers of one optimizer logs
-    every change, from the `fit` on in which it starts.
+    `logs` gains `loss_scale`, `skipped_steps` and `gradient_norm`, so the progress bar, `History`, `CSVLogger` and
+    `TensorBoard` show them: list this callback before those. Changes are recorded on the device by the step that makes
+    them, and collected at the end of each epoch, so logging needs no synchronization.
+
+    On TensorFlow, the `logs` of a batch contain tensors. They may be those of a later step if Keras runs callbacks in
+    parallel to the training. On JAX they contain the scale only at the steps of `every`, since reading the optimizer
+    there makes Keras copy all variables between trainer and model.
+
+    A skipped step that does not change the scale counts in `skipped_steps`, and has no line in the log. Several loggers
+    of one optimizer each log every change since the `fit` in which they start. With several workers, only the chief
+    writes and prints.
+
+    If the optimizer is not a `tfmixed.LossScaleOptimizer`, the callback warns once and does nothing. To log a
+    `GradScaler` instead, see `watch`.
 
     Args:
-        path: File of JSON lines: one a change, one at the begin of a run that says what runs where, one at the end of
-            each epoch (`records.read_log` reads them). Lines from a run that is repeated, because the optimizer stands
-            before them, are replaced; others are kept. While another running training or loop writes that file, or if
-            nothing shows that a restored run wrote the lines that it would replace, it is a new one with a number
-            (`loss_scale-2.jsonl`), with a warning, and `path` is set to it. None writes no file.
-        tensorboard: Log directory for TensorBoard: `loss_scale` at the exact step of each change, and all three
-            scalars at the end of each epoch. Needs TensorFlow and the package tensorboard. None writes none.
-        every: Collect within the epoch too, each `every` steps. Reads the device. A process that is killed loses what
-            it had not collected yet.
-        verbose: 1 prints one line a change, between the progress bars of the epochs. 0 prints nothing.
+        path: A file of JSON lines: a description at the start of a run, one for each change, and one at the end of each
+            epoch. `records.read_log` reads them. Lines of steps that a restored run repeats are replaced, others are
+            kept. If another training is writing the file, or may have written the lines to replace, a new file with a
+            number is used (`loss_scale-2.jsonl`), with a warning, and `path` is set to it. Defaults to None, which
+            writes no file.
+        tensorboard: A TensorBoard log directory for `loss_scale` at the exact step of each change, and all three
+            scalars at the end of each epoch. Requires TensorFlow and the tensorboard package. Defaults to None.
+        every: Collect changes every `every` steps within an epoch, too. This reads from the device. If the process is
+            killed, changes not yet collected are lost. Defaults to None.
+        verbose: 1 prints one line for each change, between the progress bars of the epochs, and 0 prints nothing.
+            Defaults to 1.
 
     Raises:
-        ValueError: `every` or `verbose` is out of range.
-        ImportError: `tensorboard` is asked for and not installed.
-        LossScaleExhausted: While training, where it collects; see `LossScaleOptimizer.raise_if_exhausted`.
-
-    Of several workers the chief alone writes and prints. With an optimizer that is no `tfmixed.LossScaleOptimizer` it
-    warns once and does nothing. It can `watch` a `GradScaler` instead, in `fit` or in a loop that calls its hooks.
+        ValueError: If `every` or `verbose` is out of range.
+        ImportError: If `tensorboard` is set and the package is not installed.
+        LossScaleExhausted: During training, if every step is skipped; see `LossScaleOptimizer.raise_if_exhausted`.
 
     Example:
     >>> logger = LossScaleLogger("runs/mine/loss_scale.jsonl")
@@ -67,8 +72,8 @@ class LossScaleLogger(keras.callbacks.Callback):
         self.tensorboard = checked_tensorboard(tensorboard)
         self.every = None if every is None else validation.count("every", every, 1)
         self.verbose = validation.count("verbose", verbose, 0)
-        # Keras then dispatches batch ends from another thread, without waiting for the device in this one. Not where
-        # this callback itself writes optimizer variables, nor where it reads them after each batch.
+        # Lets Keras call this callback from another thread, without waiting for the device. Not if the callback
+        # itself writes optimizer variables, or reads them after each batch.
         self._backend = keras.backend.backend()
         self.async_safe = every is None and self._backend != "torch"
         self._writer: Any = None
@@ -76,16 +81,19 @@ class LossScaleLogger(keras.callbacks.Callback):
         self._pending: list[Change] = []
         self._epoch = 0
         self._collected_at = 0
-        self._watched: Observable | None = None
+        self._watched: ScalerBase | None = None
 
-    def watch(self, scaler: Observable) -> LossScaleLogger:
-        """Makes it log a `GradScaler` instead of the model's optimizer, and returns it.
+    def watch(self, scaler: ScalerBase) -> LossScaleLogger:
+        """Logs a `GradScaler` instead of the optimizer of the model, and returns the callback.
 
-        A loop without `fit` calls `on_train_begin`, `on_epoch_begin(epoch)`, `on_train_batch_end(batch, logs)`,
-        `on_epoch_end(epoch, logs)` and `on_train_end`, or has a `keras.callbacks.CallbackList` call them.
+        A custom training loop calls `on_train_begin`, `on_epoch_begin(epoch)`, `on_train_batch_end(batch, logs)`,
+        `on_epoch_end(epoch, logs)` and `on_train_end`, itself or by a `keras.callbacks.CallbackList`.
+
+        Args:
+            scaler: The `tfmixed.GradScaler`.
 
         Raises:
-            TypeError: It is nothing that can be watched.
+            TypeError: If `scaler` does not scale losses.
 
         Example:
         >>> logger = LossScaleLogger(verbose=0).watch(tfmixed.GradScaler())
@@ -95,8 +103,8 @@ class LossScaleLogger(keras.callbacks.Callback):
         >>> logs["loss_scale"]
         65536.0
         """
-        if not isinstance(scaler, Observable):
-            raise TypeError(f"scaler must be a tfmixed.GradScaler, received {scaler!r}")
+        if not isinstance(scaler, ScalerBase):
+            raise TypeError(f"`scaler` must be a tfmixed.GradScaler. Received: scaler={scaler!r}")
         self._watched = scaler
         return self
 
@@ -112,12 +120,12 @@ class LossScaleLogger(keras.callbacks.Callback):
             self._writer = tensorflow.summary.create_file_writer(os.fspath(self.tensorboard))
 
     @property
-    def _optimizer(self) -> Observable | None:
+    def _optimizer(self) -> ScalerBase | None:
         if self._watched is not None:
             return self._watched
-        # Asked for each time: on JAX, `self.model` gives the optimizer the values that the step left in the trainer.
+        # Read every time: on JAX, `self.model` updates the optimizer with the values of the trainer.
         optimizer = self.model.optimizer
-        return optimizer if isinstance(optimizer, Observable) else None
+        return optimizer if isinstance(optimizer, ScalerBase) else None
 
     @property
     def _is_chief(self) -> bool:
@@ -126,7 +134,7 @@ class LossScaleLogger(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._epoch, self._collected_at = epoch, 0
         if not self._running and self._optimizer is not None:
-            # Not in on_train_begin: a callback that restores the optimizer there may come after this one.
+            # Not in `on_train_begin`, where a later callback may still restore the optimizer.
             self._collect()
             self._running = True
             self._optimizer._begin_run()
@@ -137,8 +145,8 @@ class LossScaleLogger(keras.callbacks.Callback):
         if (self._backend == "jax" and not is_due) or self._optimizer is None:
             return
         if logs is not None:
-            # Tensors: nobody waits for the device but the progress bar, which does so anyway. Elsewhere Keras has
-            # waited already, and its progress bar takes numbers only.
+            # Tensors on TensorFlow, so that only the progress bar waits for the device. On other backends Keras has
+            # already waited, and its progress bar accepts numbers only.
             is_tensorflow = self._backend == "tensorflow"
             logs.update(self._optimizer.measured() if is_tensorflow else run_log.numbers(self._optimizer))
         if is_due:
@@ -163,7 +171,7 @@ class LossScaleLogger(keras.callbacks.Callback):
             return
         self._collect(logs)
         self._close()
-        if self._watched is not None:  # an optimizer does so itself
+        if self._watched is not None:  # an optimizer ends its run itself
             self._watched._end_run()
 
     def _close(self) -> None:
@@ -176,7 +184,7 @@ class LossScaleLogger(keras.callbacks.Callback):
     def _collect(self, logs: dict[str, Any] | None = None) -> None:
         optimizer = self._optimizer
         assert optimizer is not None
-        # What is found before the first epoch happened in an earlier run.
+        # Changes found before the first epoch belong to an earlier run.
         epoch = self._epoch if self._running else None
         drained = optimizer._drain(self, starts=not self._running)
         changes = [dataclasses.replace(change, epoch=epoch) for change in drained]
@@ -186,10 +194,10 @@ class LossScaleLogger(keras.callbacks.Callback):
             try:
                 optimizer.raise_if_exhausted((logs or {}).get("loss"))
             except LossScaleExhausted:
-                self._close()  # nobody else does: `fit` ends here
+                self._close()  # `fit` ends here, without `on_train_end`
                 raise
 
-    def _write(self, changes: list[Change], optimizer: Observable) -> None:
+    def _write(self, changes: list[Change], optimizer: ScalerBase) -> None:
         if self.path is not None and not self._running:
             step = int(optimizer.attempted_steps)
             kinds = get_args(Record)
@@ -213,19 +221,19 @@ class LossScaleLogger(keras.callbacks.Callback):
 
     def _print_pending(self) -> None:
         if self.verbose:
-            for event in self._pending:
-                print(event)
+            for change in self._pending:
+                print(change)
         self._pending = []
 
 
 def _why_not(optimizer: Any) -> str:
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return (
-            "the optimizer is Keras's own LossScaleOptimizer, with which Keras wraps any other under mixed_float16. "
-            "Compile with `tfmixed.LossScaleOptimizer(inner_optimizer)`, or go on from this one with "
+            "the optimizer is the LossScaleOptimizer of Keras, with which Keras wraps optimizers under mixed_float16. "
+            "Compile with `tfmixed.LossScaleOptimizer(inner_optimizer)`, or convert this one with "
             "`tfmixed.LossScaleOptimizer.from_keras(model.optimizer)`."
         )
     return (
-        f"the optimizer is a {type(optimizer).__name__}, which does not scale the loss. Wrap it: "
+        f"the optimizer, {type(optimizer).__name__}, does not scale the loss. Wrap it: "
         "`tfmixed.LossScaleOptimizer(optimizer)`."
     )

@@ -1,7 +1,7 @@
-"""The names of older versions, so that old code runs with another import.
+"""Names of earlier Keras and TensorFlow versions, so that old code runs with one changed import.
 
-`from tfmixed.compat import keras2 as mixed_precision` stands for `tf.keras.mixed_precision`, and
-`import tfmixed.compat.v1 as tf` for TensorFlow 1.
+`from tfmixed.compat import keras2 as mixed_precision` replaces `tf.keras.mixed_precision`, and
+`import tfmixed.compat.v1 as tf` replaces TensorFlow 1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ __all__ = ["keras2", "v1"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "v1":  # TensorFlow's alone, so not before it is asked for
+    if name == "v1":  # needs TensorFlow
         return importlib.import_module("tfmixed.compat.v1")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What `tf.keras.mixed_precision.experimental` held in TensorFlow 2.1 to 2.3: there a policy had a loss scale."""
+"""Names of `tf.keras.mixed_precision.experimental` in TensorFlow 2.1 to 2.3, where a policy has a loss scale."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["DynamicLossScale", "FixedLossScale", "LossScaleOptimizer", "Policy",
 global_policy = keras.config.dtype_policy
 
 
-# Saved by the name of the plain class, which reads the file where this module was not imported.
+# Saved under the name of the plain class, so that the file loads without this module.
 @keras.saving.register_keras_serializable("tfmixed", "LossScaleOptimizer")
 class LossScaleOptimizer(current.LossScaleOptimizer):
-    """`tfmixed.LossScaleOptimizer` with the arguments of that time. A saved one is loaded as a plain one.
+    """`tfmixed.LossScaleOptimizer` with the arguments of TensorFlow 2.1 to 2.3. It is saved as the plain class.
 
     Args:
         optimizer: A `keras.optimizers.Optimizer`, or the name of one.
         loss_scale: `"dynamic"`, a number, a rule of `tfmixed.scaling`, None, or a loss scale of
-            `tf.compat.v1.mixed_precision`.
+            `tf.compat.v1.mixed_precision`. Defaults to `"dynamic"`.
 
     Raises:
-        ValueError: `loss_scale` is none of these.
-        TypeError: `optimizer` is no optimizer.
+        ValueError: If `loss_scale` is not one of these.
+        TypeError: If `optimizer` is not an optimizer.
 
     Example:
     >>> LossScaleOptimizer(keras.optimizers.SGD(), 128).dynamic
@@ -42,19 +42,19 @@ class LossScaleOptimizer(current.LossScaleOptimizer):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> current.LossScaleOptimizer:
-        """Returns the plain optimizer of a configuration."""
+        """Returns the plain `tfmixed.LossScaleOptimizer` of a configuration."""
         return current.LossScaleOptimizer.from_config(config, custom_objects)
 
 
-# And the name goes on meaning the plain class.
+# The registration above replaced this one.
 keras.saving.register_keras_serializable("tfmixed")(current.LossScaleOptimizer)
 
 
 def FixedLossScale(loss_scale_value: float) -> scaling.ScalingRule:  # noqa: N802  # it was a class
-    """Returns the rule of a loss scale that never moves.
+    """Returns the rule of a constant loss scale.
 
     Raises:
-        ValueError: It is no scale.
+        ValueError: If `loss_scale_value` is not a valid scale.
 
     Example:
     >>> FixedLossScale(128).value
@@ -69,12 +69,12 @@ def DynamicLossScale(  # noqa: N802  # it was a class
     """Returns the rule of TensorFlow's dynamic loss scale.
 
     Args:
-        initial_loss_scale: The first scale.
-        increment_period: Finite steps in a row that let it grow.
-        multiplier: Factor of a growth; an overflow divides by it.
+        initial_loss_scale: The initial scale. Defaults to 2**15.
+        increment_period: The number of consecutive finite steps before the scale grows. Defaults to 2000.
+        multiplier: The growth factor. An overflow divides by it. Defaults to 2.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
     >>> DynamicLossScale(increment_period=100).growth_interval
@@ -84,17 +84,18 @@ def DynamicLossScale(  # noqa: N802  # it was a class
 
 
 def Policy(name: str, loss_scale: Any = "auto") -> keras.DTypePolicy:  # noqa: N802  # it was a class
-    """Returns a Keras policy that remembers a loss scale.
+    """Returns a Keras policy with an attribute `loss_scale`.
 
-    `compile` of Keras 3 knows of none: it scales by Keras's own dynamic rule under `"mixed_float16"`, and not at all
-    elsewhere. A loss scale that differs from that is said to need an optimizer of its own.
+    `compile` of Keras 3 ignores it: it uses Keras's own dynamic rule under `"mixed_float16"`, and no scaling otherwise.
+    A loss scale that differs from that is reported with a warning.
 
     Args:
-        name: As for `keras.DTypePolicy`.
-        loss_scale: As for `LossScaleOptimizer`; `"auto"` is dynamic for `"mixed_float16"` and None elsewhere.
+        name: The name of the policy, as for `keras.DTypePolicy`.
+        loss_scale: The loss scale, as for `LossScaleOptimizer`. `"auto"` is dynamic for `"mixed_float16"` and None
+            otherwise. Defaults to `"auto"`.
 
     Raises:
-        ValueError: Keras knows no such policy, or `loss_scale` is no loss scale.
+        ValueError: If Keras has no such policy, or `loss_scale` is invalid.
 
     Example:
     >>> Policy("mixed_float16").loss_scale
@@ -105,17 +106,17 @@ def Policy(name: str, loss_scale: Any = "auto") -> keras.DTypePolicy:  # noqa: N
     policy.loss_scale = compiled if loss_scale == "auto" else loss_scale
     if rule_of(policy.loss_scale) != rule_of(compiled):
         user_warnings.warn(
-            f"Policy({name!r}, loss_scale={loss_scale!r}): compile() does not take the loss scale from a policy any "
-            "more. Pass it an optimizer that has it: experimental.LossScaleOptimizer(optimizer, policy.loss_scale)."
+            "compile() does not use the loss scale of a policy. Pass an optimizer that has it: "
+            f"experimental.LossScaleOptimizer(optimizer, policy.loss_scale). Received: loss_scale={loss_scale!r}."
         )
     return policy
 
 
 def set_policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
-    """Sets the global policy as `tfmixed.set_policy` does; one by name has the loss scale that `Policy` gives it.
+    """Sets the global policy, as `tfmixed.set_policy` does. A policy given by name gets a loss scale, as in `Policy`.
 
     Raises:
-        ValueError: Keras knows no such policy.
+        ValueError: If Keras has no such policy.
 
     Example:
     >>> set_policy("float32").loss_scale is None
@@ -125,7 +126,7 @@ def set_policy(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:
 
 
 def rule_of(loss_scale: Any) -> scaling.ScalingRule:
-    """Returns the rule of a loss scale; those of TensorFlow are known by their configurations."""
+    """Returns the rule of a loss scale, which may be an object of TensorFlow with a `get_config`."""
     config: dict[str, Any] = getattr(loss_scale, "get_config", dict)()
     if "loss_scale_value" in config:
         return scaling.get(config["loss_scale_value"])

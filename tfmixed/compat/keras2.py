@@ -1,4 +1,4 @@
-"""What `tf.keras.mixed_precision` held in TensorFlow 2.4 to 2.15; `experimental` has the names of 2.1 to 2.3.
+"""Names of `tf.keras.mixed_precision` in TensorFlow 2.4 to 2.15. `experimental` has the names of 2.1 to 2.3.
 
 Example:
 >>> from tfmixed.compat import keras2 as mixed_precision

@@ -1,4 +1,4 @@
-"""Diagnosis of this machine: which policy fits it, how fast it is, and what makes mixed precision useless on it."""
+"""Diagnosis of the machine: the recommended policy, backend settings, measured speed, and warnings."""
 
 from tfmixed.doctor.diagnosis import Diagnosis, examine
 

@@ -1,4 +1,4 @@
-"""How the active Keras backend is set up: versions, oneDNN, XLA, TF32, and the variables that steer them."""
+"""Settings of the active Keras backend: versions, oneDNN, XLA, TF32, and the environment variables behind them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-# What changes the speed of half precision, or hides a device.
+# Environment variables that affect the speed of half precision or hide devices.
 VARIABLES = (
     "TF_ENABLE_ONEDNN_OPTS",
     "ONEDNN_MAX_CPU_ISA",
@@ -22,19 +22,19 @@ VARIABLES = (
 
 
 @dataclass(frozen=True)
-class Switches:
-    """The state of the backend; None stands for a switch that it does not have.
+class BackendSettings:
+    """Settings of the backend. `None` stands for a setting that the backend does not have.
 
     Args:
         backend: `"tensorflow"`, `"jax"` or `"torch"`.
-        backend_version: Its version.
-        keras_version: That of Keras.
-        policy: The global dtype policy as it is, whatever `"auto"` would pick.
-        onednn: Do CPU kernels of oneDNN run? On TensorFlow `TF_ENABLE_ONEDNN_OPTS` decides.
-        xla: Does XLA compile here? On TensorFlow a function with `jit_compile=True` was tried.
-        tf32: May float32 products be rounded to TensorFloat-32, on GPUs of compute capability 8.0 and above?
-        cores: CPU cores that this process may use.
-        variables: Those of `VARIABLES` that are set.
+        backend_version: The version of the backend.
+        keras_version: The version of Keras.
+        policy: The current global dtype policy.
+        onednn: Whether oneDNN's CPU kernels are enabled. TensorFlow reads `TF_ENABLE_ONEDNN_OPTS`.
+        xla: Whether XLA can compile a function.
+        tf32: Whether float32 products may use TensorFloat-32, on GPUs of compute capability 8.0 and above.
+        cores: The number of CPU cores available to this process.
+        variables: The environment variables of `VARIABLES` that are set.
     """
 
     backend: str
@@ -48,8 +48,8 @@ class Switches:
     variables: dict[str, str]
 
 
-def read() -> Switches:
-    """Returns the switches as they stand."""
+def read() -> BackendSettings:
+    """Returns the current settings."""
     backend = keras.backend.backend()
     module = importlib.import_module(backend)
     variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
@@ -58,28 +58,23 @@ def read() -> Switches:
     if variables.get("NVIDIA_TF32_OVERRIDE") == "0":
         tf32 = False
     policy = keras.config.dtype_policy().name
-    return Switches(backend, module.__version__, keras.__version__, policy, onednn, xla, tf32, _cores(), variables)
+    versions = module.__version__, keras.__version__
+    return BackendSettings(backend, *versions, policy, onednn, xla, tf32, _cores(), variables)
 
 
 def _tensorflow(tf: Any) -> tuple[bool | None, bool | None, bool | None]:
-    return _onednn(), _compiles(tf), tf.config.experimental.tensor_float_32_execution_enabled()
-
-
-def _onednn() -> bool | None:
-    """Asks TensorFlow, whose default depends on the platform; None where a version has no such question."""
-    try:
+    try:  # its default depends on the platform
         from tensorflow.python.framework.test_util import IsMklEnabled
+
+        onednn = bool(IsMklEnabled())
     except ImportError:
-        return None
-    return bool(IsMklEnabled())
-
-
-def _compiles(tf: Any) -> bool:
+        onednn = None
     try:
         tf.function(tf.identity, jit_compile=True, autograph=False)(1.0)
+        xla = True
     except tf.errors.OpError:
-        return False
-    return True
+        xla = False
+    return onednn, xla, tf.config.experimental.tensor_float_32_execution_enabled()
 
 
 def _jax(jax: Any) -> tuple[bool | None, bool | None, bool | None]:

@@ -1,4 +1,4 @@
-"""Layer widths that half-precision matrix units pad: each matrix product is cut into blocks of a fixed size."""
+"""Layer widths that half-precision matrix units pad to a multiple of their tile size."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MULTIPLES: dict[Kind, int] = {"cpu": 16, "gpu": 8, "tpu": 128}
 
 @dataclass(frozen=True)
 class Width:
-    """One width of one layer that is not a multiple.
+    """A layer width that is not a multiple of the tile size.
 
     Args:
-        layer: The layer's path.
-        kind: Its class.
-        name: Which width: `"inputs"`, `"units"`, `"filters"`, `"key_dim"`, ...
-        width: How wide it is.
-        better: The next multiple.
+        layer: The path of the layer.
+        kind: The class name of the layer.
+        name: The name of the width: `"inputs"`, `"units"`, `"filters"`, `"key_dim"`, ...
+        width: The width.
+        better: The next multiple of the tile size.
     """
 
     layer: str
@@ -36,9 +36,9 @@ class Width:
 
 
 def odd_widths(model: keras.Model, multiple: int) -> tuple[Width, ...]:
-    """Returns the widths of all matrix products and convolutions in a built model that are not multiples of `multiple`.
+    """Returns the widths of matrix products and convolutions in a built model that are not multiples of `multiple`.
 
-    Layers that compute in float32 inside a half-precision model do not count.
+    Float32 layers in a half-precision model are ignored.
 
     Example:
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(30, name="hidden")])
@@ -57,7 +57,7 @@ def odd_widths(model: keras.Model, multiple: int) -> tuple[Width, ...]:
 
 
 def _widths(layer: keras.layers.Layer) -> dict[str, int]:
-    """Returns the inner and outer dimensions of a layer's own products, by name."""
+    """Returns the inner and outer dimensions of a layer's own matrix products, by name."""
     match layer:
         case keras.layers.Embedding():
             return {"output_dim": layer.output_dim}
@@ -72,7 +72,7 @@ def _widths(layer: keras.layers.Layer) -> dict[str, int]:
         case keras.layers.Conv1DTranspose() | keras.layers.Conv2DTranspose() | keras.layers.Conv3DTranspose():
             return {"inputs": layer.kernel.shape[-1], "filters": layer.kernel.shape[-2]}
         case keras.layers.DepthwiseConv1D() | keras.layers.DepthwiseConv2D():
-            return {}  # one channel at a time: no matrix product
+            return {}  # not a matrix product
         case keras.layers.SeparableConv1D() | keras.layers.SeparableConv2D():
             return _kernel_widths(layer.pointwise_kernel, "filters")
     return _kernel_widths(getattr(layer, "kernel", None), "filters" if hasattr(layer, "filters") else "units")
@@ -84,7 +84,7 @@ def _kernel_widths(kernel: Any, outer: str) -> dict[str, int]:
 
 
 def _einsum_widths(equation: str, shape: tuple[int, ...]) -> dict[str, int]:
-    """Splits a kernel's axes into those that are summed over and those that reach the output: a matrix product."""
+    """Returns the product of the axes that are summed over, and of those that reach the output."""
     operands, _, output = equation.replace(" ", "").partition("->")
     axes = dict(zip(operands.partition(",")[2].replace("...", ""), shape, strict=True))
     inner, outer = ({axis: size for axis, size in axes.items() if (axis in output) is kept} for kept in (False, True))

@@ -1,4 +1,4 @@
-"""Averages over windows and over whole images."""
+"""Average pooling, over windows and global."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from tfmixed.layers.float32 import PACKAGE, InFloat32
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class AveragePooling1D(InFloat32, keras.layers.AveragePooling1D):
-    """Average over windows of a sequence, in float32.
+    """Average pooling of sequences, in float32.
 
-    Keras's layer adds up each window in float16: 1,024 values of 100 give inf, 90,000 values of 3 give 4.
-
-    Args:
-        *args: Those of `keras.layers.AveragePooling1D`.
-        output_dtype: See `tfmixed.layers`.
-        **kwargs: Those of `keras.layers.AveragePooling1D`.
+    The Keras layer sums each window in float16: 1,024 values of 100 give inf, and 90,000 values of 3 give 4.
 
     Example:
     >>> float(AveragePooling1D(1024)(keras.ops.full((1, 1024, 1), 100, "float16"))[0, 0, 0])
@@ -26,15 +21,10 @@ class AveragePooling1D(InFloat32, keras.layers.AveragePooling1D):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class AveragePooling2D(InFloat32, keras.layers.AveragePooling2D):
-    """Average over windows of an image, in float32.
+    """Average pooling of images, in float32.
 
-    Keras's layer adds up each window in float16: a window of 32x32 values of 100 gives inf, one of 300x300 values of 3
-    gives 4, and one of 16x16 values around 100 is off by 1.4.
-
-    Args:
-        *args: Those of `keras.layers.AveragePooling2D`.
-        output_dtype: See `tfmixed.layers`.
-        **kwargs: Those of `keras.layers.AveragePooling2D`.
+    The Keras layer sums each window in float16: 32x32 values of 100 give inf, 300x300 values of 3 give 4, and an
+    average of 16x16 values around 100 is off by 1.4.
 
     Example:
     >>> float(AveragePooling2D(32)(keras.ops.full((1, 32, 32, 1), 100, "float16"))[0, 0, 0, 0])
@@ -44,14 +34,9 @@ class AveragePooling2D(InFloat32, keras.layers.AveragePooling2D):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class AveragePooling3D(InFloat32, keras.layers.AveragePooling3D):
-    """Average over windows of a volume, in float32.
+    """Average pooling of volumes, in float32.
 
-    Keras's layer raises in float16: TensorFlow has no such kernel for CPUs.
-
-    Args:
-        *args: Those of `keras.layers.AveragePooling3D`.
-        output_dtype: See `tfmixed.layers`.
-        **kwargs: Those of `keras.layers.AveragePooling3D`.
+    The Keras layer raises an error in float16 on CPUs, for which TensorFlow has no kernel.
 
     Example:
     >>> float(AveragePooling3D(8)(keras.ops.full((1, 8, 8, 8, 1), 200, "float16"))[0, 0, 0, 0, 0])
@@ -61,15 +46,10 @@ class AveragePooling3D(InFloat32, keras.layers.AveragePooling3D):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class GlobalAveragePooling1D(InFloat32, keras.layers.GlobalAveragePooling1D):
-    """Average over the steps of a sequence, in float32; masked steps do not count.
+    """Average over the steps of a sequence, in float32. Masked steps do not count.
 
-    With a mask Keras's layer divides one float16 sum by another: 70,000 steps of 1 give nan, inf by inf. Without one it
-    averages in float32 by itself and rounds the result to float16.
-
-    Args:
-        *args: Those of `keras.layers.GlobalAveragePooling1D`.
-        output_dtype: See `tfmixed.layers`.
-        **kwargs: Those of `keras.layers.GlobalAveragePooling1D`.
+    With a mask, the Keras layer divides one float16 sum by another: 70,000 steps of 1 give nan, inf divided by inf.
+    Without a mask it averages in float32, and rounds the result to float16.
 
     Example:
     >>> x, mask = keras.ops.ones((1, 70_000, 1), "float16"), keras.ops.ones((1, 70_000), "bool")
@@ -82,17 +62,8 @@ class GlobalAveragePooling1D(InFloat32, keras.layers.GlobalAveragePooling1D):
 class GlobalAveragePooling2D(InFloat32, keras.layers.GlobalAveragePooling2D):
     """Average over an image, in float32.
 
-    Keras's layer averages float16 in float32 by itself but rounds the result to float16, one part in 2,000; averages
+    The Keras layer averages float16 values in float32, but rounds the result to float16, one part in 2,000; averages
     below 6e-8 become 0.
-
-    Args:
-        *args: Those of `keras.layers.GlobalAveragePooling2D`.
-        output_dtype: See `tfmixed.layers`.
-        **kwargs: Those of `keras.layers.GlobalAveragePooling2D`.
-
-    Example:
-    >>> GlobalAveragePooling2D()(keras.ops.ones((1, 4, 4, 2), "float16")).dtype.name
-    'float32'
     """
 
 
@@ -100,14 +71,5 @@ class GlobalAveragePooling2D(InFloat32, keras.layers.GlobalAveragePooling2D):
 class GlobalAveragePooling3D(InFloat32, keras.layers.GlobalAveragePooling3D):
     """Average over a volume, in float32.
 
-    As with `GlobalAveragePooling2D`, Keras's layer rounds the result to float16.
-
-    Args:
-        *args: Those of `keras.layers.GlobalAveragePooling3D`.
-        output_dtype: See `tfmixed.layers`.
-        **kwargs: Those of `keras.layers.GlobalAveragePooling3D`.
-
-    Example:
-    >>> GlobalAveragePooling3D()(keras.ops.ones((1, 4, 4, 4, 2), "float16")).dtype.name
-    'float32'
+    The Keras layer rounds the result to float16, like `GlobalAveragePooling2D`.
     """

@@ -1,4 +1,4 @@
-"""Sums, means and sums of exponentials over axes."""
+"""Sum, mean and log-sum-exp over axes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from tfmixed.layers.float32 import PACKAGE, InFloat32
 
 
 class _Reduction(InFloat32):
-    """A reduction over axes. Args as in the subclasses."""
-
     reduce: ClassVar[Callable[..., Any]]
 
     def __init__(self, axis: int | tuple[int, ...] | None = -1, keepdims: bool = False, **kwargs: Any) -> None:
@@ -33,13 +31,13 @@ class _Reduction(InFloat32):
 class Sum(_Reduction):
     """Sum over axes, in float32.
 
-    In float16 a sum overflows at 65504, and stops growing where a term is below half the spacing of the sum.
+    In float16, a sum overflows at 65504, and stops growing when terms are smaller than half its spacing.
 
     Args:
-        axis: Axis or axes to sum over; None for all, the batch included.
-        keepdims: Keep them with length 1.
-        output_dtype: See `tfmixed.layers`.
-        **kwargs: Keras's arguments of any layer.
+        axis: The axis or axes to sum over, or None for all, including the batch. Defaults to -1.
+        keepdims: Whether to keep the reduced axes with length 1. Defaults to False.
+        output_dtype: The dtype of the output, see `tfmixed.layers`. Defaults to None.
+        **kwargs: Base layer keyword arguments.
 
     Example:
     >>> float(Sum()(ops.ones((1, 70_000), "float16"))[0])
@@ -53,14 +51,8 @@ class Sum(_Reduction):
 class Mean(_Reduction):
     """Mean over axes, in float32.
 
-    `keras.ops.mean` computes a float16 mean in float32 by itself but rounds the result to float16: means below 6e-8
-    become 0.
-
-    Args:
-        axis: Axis or axes to average over; None for all, the batch included.
-        keepdims: Keep them with length 1.
-        output_dtype: See `tfmixed.layers`.
-        **kwargs: Keras's arguments of any layer.
+    `keras.ops.mean` computes the mean of float16 values in float32, but rounds the result to float16: means below 6e-8
+    become 0. The arguments are those of `Sum`.
 
     Example:
     >>> float(Mean()(ops.ones((1, 70_000), "float16"))[0])
@@ -74,14 +66,8 @@ class Mean(_Reduction):
 class LogSumExp(_Reduction):
     """Logarithm of the sum of exponentials over axes, in float32.
 
-    `keras.ops.logsumexp` subtracts the largest term first, so no exponential overflows, but in float16 their sum does:
-    70,000 zeros give inf instead of 11.156.
-
-    Args:
-        axis: Axis or axes to reduce; None for all, the batch included.
-        keepdims: Keep them with length 1.
-        output_dtype: See `tfmixed.layers`.
-        **kwargs: Keras's arguments of any layer.
+    `keras.ops.logsumexp` subtracts the largest term first, so no exponential overflows. Their float16 sum does: 70,000
+    zeros give inf instead of 11.156. The arguments are those of `Sum`.
 
     Example:
     >>> float(LogSumExp()(ops.zeros((1, 70_000), "float16"))[0])  # doctest: +ELLIPSIS

@@ -1,4 +1,4 @@
-"""Probabilities and their logarithms."""
+"""Softmax and its logarithm."""
 
 from __future__ import annotations
 
@@ -14,14 +14,9 @@ from tfmixed.layers.float32 import PACKAGE, InFloat32
 class Softmax(InFloat32, keras.layers.Softmax):
     """Softmax in float32.
 
-    In float16, probabilities below 6e-8 become 0 and their logarithm -inf: of 10,000 classes, one in a thousand. All
-    are 0 once the sum of the exponentials passes 65504, as for 70,000 equal logits, and where a mask meets logits below
-    -30,000, which is what Keras puts in place of the masked ones.
-
-    Args:
-        axis: The axis, or axes, that sum to 1.
-        output_dtype: See `tfmixed.layers`.
-        **kwargs: Keras's arguments of any layer.
+    In float16, probabilities below 6e-8 become 0 and their logarithm -inf: with 10,000 classes, one in a thousand. All
+    of them become 0 if the sum of the exponentials exceeds 65504, as for 70,000 equal logits, or if a mask meets logits
+    below -30,000, the value that Keras assigns to masked ones.
 
     Example:
     >>> Softmax()(ops.cast([[0.0, -20.0]], "float16")).dtype.name
@@ -33,13 +28,13 @@ class Softmax(InFloat32, keras.layers.Softmax):
 class LogSoftmax(InFloat32):
     """Logarithm of the softmax, in float32.
 
-    In float16 the sum of the exponentials overflows at 65504: 70,000 equal logits give -inf instead of -11.156. Below
+    In float16, the sum of the exponentials overflows at 65504: 70,000 equal logits give -inf instead of -11.156. Below
     that, results around -11 are rounded to multiples of 0.0078.
 
     Args:
-        axis: The axis whose exponentials sum to 1.
-        output_dtype: See `tfmixed.layers`.
-        **kwargs: Keras's arguments of any layer.
+        axis: The axis whose exponentials sum to 1. Defaults to -1.
+        output_dtype: The dtype of the output, see `tfmixed.layers`. Defaults to None.
+        **kwargs: Base layer keyword arguments.
 
     Example:
     >>> float(LogSoftmax()(ops.zeros((1, 70_000), "float16"))[0, 0])  # doctest: +ELLIPSIS

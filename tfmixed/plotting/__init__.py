@@ -1,6 +1,6 @@
-"""Pictures of records. Needs matplotlib, and no window: a figure is returned, or saved whole.
+"""Figures of records, drawn with matplotlib. No window is opened: a figure is returned, or saved.
 
-Each picture comes in a light and a dark theme, and wide enough for a page or for a phone.
+Each figure has a light and a dark theme, and a layout for a page and for a phone.
 """
 
 from tfmixed.plotting.heatmap import plot_layers

@@ -1,11 +1,10 @@
-"""The loss scale over the steps of runs, or of what rules would have done."""
+"""The loss scale over the steps of runs, and the scales that other rules would have used."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy
@@ -17,10 +16,10 @@ from tfmixed.records import ScaleChange
 from tfmixed.scaling import ScaleHistory
 
 _MARKERS = "Xsov*"
-_CROWD = 100
-_MOST = 1000  # changes that are drawn one by one
-_BINS = 80  # stretches of steps in which more than those are drawn: far enough apart for a mark each
-_NAMED = 4  # guilty variables with a colour of their own
+_CROWD = 100  # marks above which they are drawn smaller
+_MOST_CHANGES = 1000  # changes above which they are drawn in bins
+_BINS = 80
+_MOST_NAMED = 4  # variables with a colour of their own
 
 
 def plot_scale(
@@ -30,40 +29,52 @@ def plot_scale(
     theme: Theme = "light",
     width: float = WIDE,
 ) -> Figure:
-    """Draws the loss scale over the steps, each growth and overflow marked at its step and the scale of that step.
+    """Draws the loss scale over the steps, with a mark at each growth and each overflow.
 
-    The overflows of a single run are coloured by the first variable whose gradient was not finite: the most frequent
-    ones, and the others in grey.
+    Overflows of a single run are coloured by the first variable whose gradient was not finite: the most frequent
+    variables have a colour each, and all others are grey.
 
-    More than 1,000 changes are drawn as the lowest and the highest scale of stretches of steps, with one mark of each
-    kind in a stretch; the title says so.
+    More than 1,000 changes are drawn in bins: the lowest and the highest scale, and one mark of each kind. The title
+    says so.
 
     Args:
-        histories: One line each, by its label.
-        title: Above the picture.
-        theme: `"light"` or `"dark"`.
-        width: Inches; below 6 it is laid out for a phone.
+        histories: Histories by label, one line each.
+        title: The title. Defaults to `"Loss scale"`.
+        theme: `"light"` or `"dark"`. Defaults to `"light"`.
+        width: The width in inches. Below 6, the layout is for a phone. Defaults to 8.
 
     Returns:
-        A matplotlib figure; save it with `save`.
+        A matplotlib figure. `save` writes it to a file.
 
     Example:
     >>> figure = plot_scale({"run": ScaleHistory(8.0, 10, (ScaleChange(2, 8.0, 4.0, "overflow", "d/kernel"),))})
     >>> [line.get_label() for line in figure.axes[0].get_lines()]
     ['run', 'overflow: d/kernel (1)']
     """
+    bins = [_bin_width(history) for history in histories.values()]
+    if max(bins) > 1:
+        title += f"\nof each kind one mark in {max(bins):,} steps"
     with sheet(theme, width, 4.6 if is_narrow(width) else 4.2) as (figure, style):
         axes = figure.subplots()
         colors = style.lines(len(histories)) if len(histories) > 1 else [style.faint]
-        for color, (label, history) in zip(colors, histories.items(), strict=True):
-            span = _span(history)
-            _line(axes, history, span, color, label)
-            _mark_growths(axes, _thinned(history.because("growth"), span), style, color)
-            _mark_gaps(axes, history, style)
-            guilty = _by_variable(history.overflows()) if len(histories) == 1 else {"": history.overflows()}
-            _mark_overflows(axes, guilty, span, style, color, 22 if is_narrow(width) else 34)
-        spans = [*map(_span, histories.values())]
-        _frame(axes, f"{title}\nof each kind one mark in {max(spans):,} steps" if max(spans) > 1 else title, width)
+        for color, bin_width, (label, history) in zip(colors, bins, histories.items(), strict=True):
+            _line(axes, history, bin_width, color, label)
+            # At the old scale: a growth that overflows at once has the mark of the overflow at the new scale.
+            growth: dict[str, Any] = {"color": color, "markeredgecolor": style.paper, "zorder": 3}
+            _mark(axes, history.because("growth"), bin_width, "^", label="growth", **growth)
+            for low, high in history.gaps():
+                axes.axvspan(low, high, color=style.faint, alpha=0.25, linewidth=0, label="changes lost")
+            if len(histories) > 1:
+                look: dict[str, Any] = {"color": style.ink, "markeredgecolor": color, "label": "overflow: step skipped"}
+                _mark(axes, history.overflows(), bin_width, "X", **look)
+            else:
+                _mark_variables(axes, history.overflows(), bin_width, style, 22 if is_narrow(width) else 34)
+        powers_of_two(axes)
+        axes.set(title=title, ylabel="loss scale (factor on the loss)")
+        count_steps(axes, is_narrow(width))
+        axes.grid(alpha=0.3)
+        axes.margins(y=0.15)
+        legend(axes, width)
     return figure
 
 
@@ -75,17 +86,17 @@ def plot_simulations(
     theme: Theme = "light",
     width: float = WIDE,
 ) -> Figure:
-    """Draws the loss scale that each rule would have used, one panel a rule, and the steps it would have skipped.
+    """Draws the loss scale that each rule would have used, one panel per rule, and the steps it would have skipped.
 
     Args:
-        scales: For each rule by its label, the scale of each step.
-        skipped: For each of them, which steps it skips.
-        title: Above the picture.
-        theme: `"light"` or `"dark"`.
-        width: Inches; below 6 it is laid out for a phone.
+        scales: The scale of each step, by the label of the rule.
+        skipped: The skipped steps, by the label of the rule.
+        title: The title. Defaults to `"What each rule would have done"`.
+        theme: `"light"` or `"dark"`. Defaults to `"light"`.
+        width: The width in inches. Below 6, the layout is for a phone. Defaults to 8.
 
     Returns:
-        A matplotlib figure; save it with `save`.
+        A matplotlib figure. `save` writes it to a file.
 
     Example:
     >>> figure = plot_simulations({"constant": [8.0, 8.0]}, {"constant": [1]})
@@ -110,89 +121,45 @@ def plot_simulations(
     return figure
 
 
-def _frame(axes: Axes, title: str, width: float) -> None:
-    powers_of_two(axes)
-    axes.set(title=title, ylabel="loss scale (factor on the loss)")
-    count_steps(axes, is_narrow(width))
-    axes.grid(alpha=0.3)
-    axes.margins(y=0.15)
-    legend(axes, width)
-
-
 def _size(drawn: Sequence[object], usual: float) -> float:
-    """Returns a size of marks and lines at which many do not become one block."""
     return usual if len(drawn) <= _CROWD else usual / 2
 
 
-def _span(history: ScaleHistory) -> int:
-    """Returns the number of steps that are drawn as one: 1, or what makes many changes few enough to tell apart."""
-    if len(history.changes) <= _MOST:
-        return 1
-    return math.ceil((history.steps - history.first) / _BINS)
+def _bin_width(history: ScaleHistory) -> int:
+    """Returns the number of steps that are drawn as one."""
+    return 1 if len(history.changes) <= _MOST_CHANGES else math.ceil((history.steps - history.first) / _BINS)
 
 
-def _line(axes: Axes, history: ScaleHistory, span: int, color: str, label: str) -> None:
+def _line(axes: Axes, history: ScaleHistory, bin_width: int, color: str, label: str) -> None:
     steps, scales = history.points()
-    if span == 1:
+    if bin_width == 1:
         axes.step(steps, scales, where="post", color=color, label=label, linewidth=_size(history.changes, 2.0))
         return
-    edges = numpy.arange(steps[0], steps[-1], span)
-    # Each bin begins with the scale that holds at its first step.
-    begins = numpy.searchsorted(steps, edges, side="right") - 1
-    low, high = (extreme.reduceat(numpy.asarray(scales), begins) for extreme in (numpy.minimum, numpy.maximum))
+    edges = numpy.arange(steps[0], steps[-1], bin_width)
+    # The first scale of a bin is the one that holds at its first step.
+    starts = numpy.searchsorted(steps, edges, side="right") - 1
+    low, high = (extreme.reduceat(numpy.asarray(scales), starts) for extreme in (numpy.minimum, numpy.maximum))
     reach = numpy.append(low, low[-1]), numpy.append(high, high[-1])
     look: dict[str, Any] = {"step": "post", "color": color, "alpha": 0.35}
     axes.fill_between([*edges, steps[-1]], *reach, label=f"{label}, lowest to highest", **look)
 
 
-def _thinned(changes: Sequence[ScaleChange], span: int) -> list[ScaleChange]:
-    """Returns the last change in each stretch of so many steps."""
-    return list(changes) if span == 1 else list({change.step // span: change for change in changes}.values())
-
-
-def _by_variable(overflows: Sequence[ScaleChange]) -> dict[str, list[ScaleChange]]:
-    """Returns the overflows of the most frequent variables, in the order of their count, and of all others as one."""
+def _mark_variables(axes: Axes, overflows: list[ScaleChange], bin_width: int, style: Style, longest: int) -> None:
+    """Marks overflows by the first variable that was not finite: the most frequent in colour, all others in grey."""
     counts = Counter(change.variable or "unknown" for change in overflows)
-    named = [name for name, _ in counts.most_common(_NAMED if len(counts) > _NAMED + 1 else _NAMED + 1)]
-    groups: dict[str, list[ScaleChange]] = {name: [] for name in named}
-    for change in overflows:
-        name = change.variable or "unknown"
-        groups.setdefault(name if name in named else f"{len(counts) - len(named)} others", []).append(change)
-    return groups
+    named = [name for name, _ in counts.most_common(_MOST_NAMED if len(counts) > _MOST_NAMED + 1 else _MOST_NAMED + 1)]
+    for name, color, marker in zip(named, style.colors, _MARKERS, strict=False):
+        changes = [change for change in overflows if (change.variable or "unknown") == name]
+        label = f"overflow: {shorten(name, longest)} ({len(changes):,})"
+        _mark(axes, changes, bin_width, marker, color=color, markeredgecolor=style.paper, label=label)
+    rest = [change for change in overflows if (change.variable or "unknown") not in named]
+    label = f"overflow: {len(counts) - len(named)} others ({len(rest):,})"
+    _mark(axes, rest, bin_width, ".", color=style.faint, markeredgecolor=style.paper, label=label)
 
 
-def _mark_overflows(
-    axes: Axes, guilty: Mapping[str, list[ScaleChange]], span: int, style: Style, edge: str, longest: int
-) -> None:
-    colors, size = [*style.colors, style.faint], _size([*chain.from_iterable(guilty.values())], 8)
-    for index, (name, changes) in enumerate(guilty.items()):
-        if not changes:
-            continue
-        drawn = _thinned(changes, span)
-        others = name not in {change.variable or "unknown" for change in changes}
-        color = style.ink if not name else style.faint if others else colors[index]
-        axes.plot(
-            [change.step for change in drawn],
-            [change.old_scale for change in drawn],
-            linestyle="none",
-            marker="." if others and name else _MARKERS[index],
-            markersize=size,
-            markerfacecolor=color,
-            markeredgecolor=edge if not name else style.paper,
-            markeredgewidth=0.6,
-            label=f"overflow: {shorten(name, longest)} ({len(changes):,})" if name else "overflow: step skipped",
-            zorder=4,
-        )
-
-
-def _mark_growths(axes: Axes, growths: Sequence[ScaleChange], style: Style, color: str) -> None:
-    if growths:
-        # At the scale that it left: a growth that overflows at once has the mark of the overflow at the new one.
-        steps, scales = [change.step for change in growths], [change.old_scale for change in growths]
-        edge: dict[str, Any] = {"markeredgecolor": style.paper, "markeredgewidth": 0.6}
-        axes.plot(steps, scales, "^", markersize=_size(growths, 8), color=color, label="growth", zorder=3, **edge)
-
-
-def _mark_gaps(axes: Axes, history: ScaleHistory, style: Style) -> None:
-    for low, high in history.gaps():
-        axes.axvspan(low, high, color=style.faint, alpha=0.25, linewidth=0, label="changes lost")
+def _mark(axes: Axes, changes: Sequence[ScaleChange], bin_width: int, marker: str, **look: Any) -> None:
+    """Marks changes at their step and their old scale. In a bin, only the last one is marked."""
+    if changes:
+        drawn = {change.step // bin_width: change for change in changes}.values() if bin_width > 1 else changes
+        steps, scales = [change.step for change in drawn], [change.old_scale for change in drawn]
+        axes.plot(steps, scales, marker, markersize=_size(changes, 8), markeredgewidth=0.6, **{"zorder": 4, **look})

@@ -1,36 +1,37 @@
-"""Colours and frames that all pictures share."""
+"""Colours, frames and axes that all figures share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-Theme = Literal["light", "dark"]
+Theme = Literal["light", "dark", "page"]
 
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-WIDE, NARROW = 8.0, 4.2  # inches: a page, and a phone, on which the same letters stay legible
+WIDE, NARROW = 8.0, 4.2  # inches: a page, and a phone or a column, with letters of the same size
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
 class Style:
-    """The colours of one theme. Those of lines are Okabe and Ito's, safe for colour-blind readers.
+    """The colours of one theme. Those of lines are Okabe and Ito's, which colour-blind readers can distinguish.
 
     Args:
-        paper: Behind everything.
-        ink: Letters, and what matters most.
-        faint: Lines of help, and what matters least.
-        colors: For lines and marks, in the order of use.
-        zones: Behind what float16 makes 0, subnormal, normal and infinite.
-        shades: matplotlib's name of a map from few to many, whose few comes near `paper`.
+        paper: The background.
+        ink: Text and the most important marks.
+        faint: Axes, grids and the least important marks.
+        colors: Lines and marks, in the order of use.
+        zones: Backgrounds of the zones of float16.
+        shades: Colour map from few to many values. Few is close to `paper`.
     """
 
     paper: str
@@ -38,48 +39,55 @@ class Style:
     faint: str
     colors: tuple[str, ...]
     zones: dict[str, str]
-    shades: str
+    shades: str | Colormap
 
     def lines(self, count: int) -> list[str]:
-        """Returns that many colours; they repeat from the sixth on."""
+        """Returns that many colours. They repeat from the sixth on."""
         return list(islice(cycle(self.colors), count))
 
+    def variables(self) -> dict[str, str]:
+        """Returns all colours by the names that they have as CSS variables."""
+        lines = {f"line-{index}": color for index, color in enumerate(self.colors)}
+        zones = {f"zone-{name}": color for name, color in self.zones.items() if color != self.paper}
+        return {"ink": self.ink, "paper": self.paper, "faint": self.faint, **lines, **zones}
 
-STYLES: dict[Theme, Style] = {
-    "light": Style(
-        paper="#ffffff",
-        ink="#1a1a1a",
-        faint="#767676",
-        colors=("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"),
-        zones={"zero": "#F2C2A0", "subnormal": "#FAEAC8", "normal": "#FFFFFF", "overflow": "#E3C4D8"},
-        shades="cividis_r",
-    ),
-    "dark": Style(
-        paper="#16181c",
-        ink="#ececec",
-        faint="#9a9a9a",
-        colors=("#56B4E9", "#E69F00", "#2BC49A", "#E39CC4", "#F0E442"),
-        zones={"zero": "#66330f", "subnormal": "#453813", "normal": "#16181c", "overflow": "#56304a"},
-        shades="cividis",
-    ),
-}
+
+_LIGHT = Style(
+    paper="#ffffff",
+    ink="#1a1a1a",
+    faint="#767676",
+    colors=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"),
+    zones={"zero": "#f2c2a0", "subnormal": "#faeac8", "normal": "#ffffff", "overflow": "#e3c4d8"},
+    shades="cividis_r",
+)
+_DARK = Style(
+    paper="#16181c",
+    ink="#ececec",
+    faint="#9a9a9a",
+    colors=("#56b4e9", "#e69f00", "#2bc49a", "#e39cc4", "#f0e442"),
+    zones={"zero": "#66330f", "subnormal": "#453813", "normal": "#16181c", "overflow": "#56304a"},
+    shades="cividis",
+)
+# Pixels cannot have CSS variables: a blue that contrasts with both papers, more opaque for more values.
+_TRANSLUCENT = LinearSegmentedColormap.from_list("translucent", [(0.18, 0.56, 0.82, 0.06), (0.18, 0.56, 0.82, 1.0)])
+STYLES: dict[Theme, Style] = {"light": _LIGHT, "dark": _DARK, "page": replace(_LIGHT, shades=_TRANSLUCENT)}
 
 
 @contextmanager
 def sheet(theme: Theme, width: float, height: float) -> Iterator[tuple[Figure, Style]]:
-    """Yields an empty figure, with what is drawn into it meanwhile in the colours of the theme.
+    """Yields an empty figure and its style. Artists that are added within the block have the colours of the theme.
 
     Raises:
-        ValueError: There is no such theme.
+        ValueError: If the theme does not exist.
     """
     if theme not in STYLES:
-        raise ValueError(f'theme must be "light" or "dark", received {theme!r}')
+        raise ValueError(f"theme must be one of {', '.join(STYLES)}. Received: theme={theme!r}")
     style = STYLES[theme]
     with matplotlib.rc_context(_settings(style)):
         figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
         yield figure, style
         for axes in figure.axes:
-            # Ticks are made when the figure is drawn, when the colours above are no longer set.
+            # matplotlib creates ticks when it draws the figure, when these settings no longer hold.
             axes.tick_params(which="both", labelcolor=style.ink, color=style.faint)
 
 
@@ -89,14 +97,13 @@ def _settings(style: Style) -> dict[Any, Any]:
     faint = ("axes.edgecolor", "grid.color", "legend.edgecolor")
     sizes = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8}
     colors = {style.ink: inks, style.paper: papers, style.faint: faint}
-    # A `$` in a name begins no formula.
+    # A `$` in a name does not begin a formula.
     return sizes | {"text.parse_math": False} | {name: color for color, names in colors.items() for name in names}
 
 
 def legend(axes: Axes, width: float) -> None:
-    """Puts the legend below the axes, where it covers nothing, in as many columns as fit into a width in inches."""
+    """Adds one legend entry per label below the axes, in as many columns as fit into the width in inches."""
     handles, labels = axes.get_legend_handles_labels()
-    # What has one label stands there once.
     unique, figure = dict(zip(labels, handles, strict=True)), axes.figure
     if unique:
         figure.legend(
@@ -105,24 +112,24 @@ def legend(axes: Axes, width: float) -> None:
 
 
 def count_steps(axes: Axes, narrow: bool) -> None:
-    """Makes the x axis one of attempted steps: whole numbers, few enough to be read."""
+    """Labels the x axis as attempted steps, with a few integer ticks."""
     axes.set_xlabel("attempted step")
     axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def powers_of_two(axes: Axes) -> None:
-    """Makes the y axis logarithmic, with labels such as 2¹⁵: letters, since formulas are off."""
+    """Makes the y axis logarithmic, with labels such as 2¹⁵. They are characters, since formulas are off."""
     axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(lambda value, _: f"2{str(round(math.log2(value))).translate(_RAISED)}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"2{str(round(math.log2(value))).translate(_SUPERSCRIPTS)}")
 
 
 def is_narrow(width: float) -> bool:
-    """Whether a figure of that width, in inches, is for a phone."""
+    """Returns True if a figure of this width in inches is laid out for a phone or a column."""
     return width < 6
 
 
 def shorten(name: str, length: int) -> str:
-    """Returns a name that is no longer than that, cut in its middle: its two ends tell layers apart."""
+    """Returns a name of at most this length. The middle is cut, since both ends distinguish layers."""
     front = (length - 1) // 2
     return name if len(name) <= length else f"{name[:front]}…{name[front + 1 - length :]}"

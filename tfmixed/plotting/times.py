@@ -1,4 +1,4 @@
-"""The time of training steps, as bars."""
+"""Times of training steps as bars."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tfmixed.plotting.style import Theme, legend, sheet
 def plot_times(
     times: Mapping[str, Mapping[str, Sequence[float]]], title: str = "Training step", *, theme: Theme = "light"
 ) -> Figure:
-    """Draws the time of a step: a group of bars for each network, the median of each variant, with its spread.
+    """Draws the median time of a step with its spread: a group of bars per network, a bar per variant.
 
     Args:
-        times: Milliseconds, by network and variant. The first variant is what the numbers above the bars compare with.
-        title: Above the picture.
-        theme: `"light"` or `"dark"`.
+        times: Milliseconds by network and variant. The numbers above the bars compare with the first variant.
+        title: The title. Defaults to `"Training step"`.
+        theme: `"light"` or `"dark"`. Defaults to `"light"`.
 
     Returns:
-        A matplotlib figure; save it with `save`.
+        A matplotlib figure. `save` writes it to a file.
     """
     with sheet(theme, 2 + 2.4 * len(times), 4.2) as (figure, style):
         axes = figure.subplots()
         variants = list(next(iter(times.values())))
-        # Networks differ by orders of magnitude: each group stands in units of its own first variant.
+        # Times of networks differ by orders of magnitude: each group is relative to its own first variant.
         firsts = [statistics.median(group[variants[0]]) for group in times.values()]
         width = 0.8 / len(variants)
         for offset, (color, variant) in enumerate(zip(style.lines(len(variants)), variants, strict=True)):
@@ -46,8 +46,8 @@ def plot_times(
 
 
 def _bars(axes: Axes, places: Sequence[float], relative: Sequence[Sequence[float]], **look: Any) -> None:
-    medians = [statistics.median(each) for each in relative]
-    below = [middle - min(each) for middle, each in zip(medians, relative, strict=True)]
-    above = [max(each) - middle for middle, each in zip(medians, relative, strict=True)]
+    medians = [statistics.median(times) for times in relative]
+    below = [median - min(times) for median, times in zip(medians, relative, strict=True)]
+    above = [max(times) - median for median, times in zip(medians, relative, strict=True)]
     bars = axes.bar(places, medians, yerr=[below, above], capsize=2, **look)
-    axes.bar_label(bars, [f"{1 / middle:.2f}x" for middle in medians], fontsize=7, padding=3)
+    axes.bar_label(bars, [f"{1 / median:.2f}x" for median in medians], fontsize=7, padding=3)

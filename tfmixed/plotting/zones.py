@@ -1,12 +1,11 @@
-"""Where float16 loses what: its four zones, and how many values of a histogram fall into each."""
+"""The four zones of float16, and the shares of a histogram that fall into them."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -18,29 +17,29 @@ KINDS = {"activation": "activation gradients", "weight": "weight gradients"}
 ZONES = ("zero", "subnormal", "normal", "overflow")
 NAMES = {"zero": "becomes 0", "subnormal": "subnormal", "normal": "normal", "overflow": "overflow"}
 SHORT = {"zero": "0", "subnormal": "sub", "normal": "normal", "overflow": "inf"}
-# log2 of the largest that becomes 0, of the smallest that keeps its precision, and of the smallest that becomes inf.
+# log2 of the largest magnitude that becomes 0, the smallest that is normal, and the smallest that becomes infinite.
 LIMITS = tuple(map(math.log2, limits()))
 
 
-def pooled(ranges: Iterable[GradientRange]) -> dict[int, tuple[int, int, int, int]]:
-    """Returns the octaves of all of them together."""
-    found: defaultdict[int, list[tuple[int, int, int, int]]] = defaultdict(list)
-    for each in ranges:
-        for octave, counts in each.octaves.items():
-            found[octave].append(counts)
-    sums = {octave: [*map(sum, zip(*found[octave], strict=True))] for octave in sorted(found)}
-    return {octave: (each[0], each[1], each[2], each[3]) for octave, each in sums.items()}
+def pooled(gradients: Iterable[GradientRange]) -> dict[int, tuple[int, int, int, int]]:
+    """Returns the sums of the octaves of all gradients, in ascending order."""
+    first, second, third, fourth = parts = [Counter[int]() for _ in range(4)]
+    for gradient in gradients:
+        for octave, counts in gradient.octaves.items():
+            for part, count in zip(parts, counts, strict=True):
+                part[octave] += count
+    return {octave: (first[octave], second[octave], third[octave], fourth[octave]) for octave in sorted(first)}
 
 
 def shares(octaves: Octaves, scale: float) -> dict[str, float]:
-    """Returns which share of a histogram's values falls into each zone of float16, once multiplied by `scale`."""
+    """Returns the share of the values of a histogram in each zone of float16 after multiplication by `scale`."""
     lost = losses(octaves, scale)
     counts = lost.zero, lost.subnormal, lost.nonzeros - lost.zero - lost.subnormal - lost.overflow, lost.overflow
     return dict(zip(ZONES, map(lost.share, counts), strict=True))
 
 
 def quantile(octaves: Octaves, share: float) -> float | None:
-    """Returns log2 of the magnitude that this share of the values stays below; None where there are none."""
+    """Returns log2 of the magnitude below which this share of the values lies. None without values."""
     left = share * sum(map(sum, octaves.values()))
     for octave in sorted(octaves):
         count = sum(octaves[octave])
@@ -51,15 +50,12 @@ def quantile(octaves: Octaves, share: float) -> float | None:
 
 
 def shade(axes: Axes, style: Style, names: Mapping[str, str] = NAMES) -> None:
-    """Paints the zones of float16 behind a picture whose x axis is log2 of magnitudes, and names them above it."""
+    """Draws the zones of float16 behind a plot whose x axis is log2 of magnitudes, with their names above it."""
     low, high = axes.get_xlim()
-    edges = [low, *LIMITS, high]
-    for zone, (left, right) in zip(ZONES, pairwise(edges), strict=True):
-        left, right = max(left, low), min(right, high)
+    for zone, edges in zip(ZONES, pairwise([low, *LIMITS, high]), strict=True):
+        left, right = max(edges[0], low), min(edges[1], high)
         if left < right:
             axes.axvspan(left, right, color=style.zones[zone], zorder=0, linewidth=0)
-            axes.text((left + right) / 2, 1.01, names[zone], transform=axes.get_xaxis_transform(), **_LABEL)
+            middle, transform = (left + right) / 2, axes.get_xaxis_transform()
+            axes.text(middle, 1.01, names[zone], transform=transform, ha="center", va="bottom", fontsize=8)
     axes.set_xlim(low, high)
-
-
-_LABEL: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8}

@@ -1,4 +1,4 @@
-"""What half precision loses of a model's gradients at which loss scale, and which scale to choose.
+"""Gradient ranges: losses of gradients to half precision by loss scale, and the scale to choose.
 
 The method is that of Micikevicius et al., "Mixed Precision Training" (2017), section 3.2: measure the magnitudes, and
 choose a scale with which the largest stays below 65,504.

@@ -1,4 +1,4 @@
-"""What gradients that were measured say, in numbers."""
+"""Measured gradient ranges, and the loss scales that follow from them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 
 class Suggestion(float):
-    """A loss scale, and what it saves.
+    """A loss scale with its effect.
 
     Args:
-        before: What is lost at scale 1.
-        after: What is lost at this scale.
+        before: Losses to half precision at scale 1.
+        after: Losses to half precision at this scale.
         precision: The half-precision format.
     """
 
@@ -49,36 +49,36 @@ class Suggestion(float):
     precision: str
 
     def __new__(cls, scale: float, before: Losses, after: Losses, precision: str) -> Suggestion:
-        made = super().__new__(cls, scale)
-        made.before, made.after, made.precision = before, after, precision
-        return made
+        suggestion = super().__new__(cls, scale)
+        suggestion.before, suggestion.after, suggestion.precision = before, after, precision
+        return suggestion
 
     def __getnewargs__(self) -> Any:
         return float(self), self.before, self.after, self.precision
 
     @property
     def explanation(self) -> str:
-        """What it saves and what it cannot, as a sentence."""
+        """The losses at this scale and at scale 1, as a sentence."""
         sentence = (
-            f"At {short(self)}, {self.precision} flushes {self._share('zero')} of all values other than 0 to 0, and "
-            f"holds {self._share('subnormal')} with less than its full precision."
+            f"At {short(self)}, {self.precision} flushes {self._share('zero')} of all nonzero values to 0, and holds "
+            f"{self._share('subnormal')} with less than its full precision."
         )
         return f"{sentence} Overflow: {self._share('overflow')}." if self.before.overflow else sentence
 
     def _share(self, count: str) -> str:
-        before, after = (percent(each.share(getattr(each, count))) for each in (self.before, self.after))
+        before, after = (percent(lost.share(getattr(lost, count))) for lost in (self.before, self.after))
         return f"{after} ({before} at scale 1)"
 
 
 @dataclass(frozen=True)
 class GradientRanges:
-    """The magnitudes of a model's gradients, and what they say. Prints as a table; iterates over its `GradientRange`s.
+    """The magnitudes of a model's gradients. It prints as a table and iterates over its `GradientRange`s.
 
-    Only gradients that the model holds in half precision count for its advice, or all of them in a model that has
-    none yet. Those that are rounding noise do not. `tfmixed.measure_gradients` makes one.
+    Its advice depends on the gradients that the model holds in half precision, or on all gradients if there are none.
+    Rounding noise is ignored. `tfmixed.measure_gradients` returns an instance.
 
     Args:
-        record: What was measured.
+        record: The measured gradients.
 
     Example:
     >>> octaves = {-30: (9, 0, 0, 0), -29: (1, 0, 0, 0)}
@@ -100,42 +100,46 @@ class GradientRanges:
 
     @property
     def half(self) -> list[GradientRange]:
-        """Those that count: held in half precision when the model trains, all of them where none is; no noise."""
+        """The gradients held in half precision in training, or all gradients if there are none, without noise."""
         return held_in_half(self.record)
 
     def losses(self, scale: float = 1.0, precision: str = "float16", layer: str | None = None) -> Losses:
-        """Returns what half precision loses at a scale: counts over all gradients held in it, or over those of a layer.
+        """Returns the losses to half precision at a scale: counts over all gradients held in it, or in one layer.
 
-        Rounding noise does not count.
+        Args:
+            scale: The loss scale. Defaults to 1.
+            precision: `"float16"` or `"bfloat16"`. Defaults to `"float16"`.
+            layer: Path of a layer, whose gradients count in any dtype. Defaults to None.
 
         Raises:
-            ValueError: The scale is not above 0, there is no such format, or no such layer.
+            ValueError: If the scale is not above 0, or if the format or the layer does not exist.
         """
         scale = validation.scale("scale", scale)
-        chosen = self.half if layer is None else [each for each in self if each.layer == layer]
+        chosen = self.half if layer is None else [gradient for gradient in self if gradient.layer == layer]
         if not chosen and layer is not None:
-            raise ValueError(f"layer must be one of {sorted({each.layer for each in self})}, received {layer!r}")
-        return sum((losses(each.octaves, scale, precision) for each in chosen if not each.noise), Losses())
+            known = sorted({gradient.layer for gradient in self})
+            raise ValueError(f"layer must be one of {known}. Received: layer={layer!r}")
+        return sum((losses(gradient.octaves, scale, precision) for gradient in chosen if not gradient.noise), Losses())
 
     def underflow(self, scale: float = 1.0, precision: str = "float16") -> float:
-        """Returns the share, 0 to 1, of all values other than 0 that are flushed to 0 at a scale."""
+        """Returns the share of all nonzero values, 0 to 1, that are flushed to 0 at a scale."""
         lost = self.losses(scale, precision)
         return lost.share(lost.zero)
 
     def working_scales(self, precision: str = "float16", tolerance: float = TOLERANCE) -> tuple[float, float] | None:
-        """Returns the smallest and the largest power of two that work; None where no single one does.
+        """Returns the smallest and the largest power of two that work. None if no single scale does.
 
-        A scale works where no value overflows, and of no gradient more than `tolerance`, a share, is flushed to 0.
+        A scale works if no value overflows and at most a share of `tolerance` of each gradient is flushed to 0.
         """
         tolerance = validation.number("tolerance", tolerance, least=0.0, most=1.0)
         low, high = advice.lowest(self.half, precision, tolerance), advice.highest(self.half, precision)
         return (low, high) if low <= high else None
 
     def best_scales(self, precision: str = "float16") -> tuple[float, float]:
-        """Returns the smallest and the largest power of two at which nothing overflows and the least is lost.
+        """Returns the smallest and the largest power of two at which no value overflows and the losses are smallest.
 
-        The least: fewest values flushed to 0, then fewest subnormal ones. That is so at the largest scale without an
-        overflow; the smallest is the first at which the same is lost.
+        Losses are the number of values flushed to 0, then the number of subnormal values. They are smallest at the
+        largest scale without an overflow.
         """
         high = advice.highest(self.half, precision)
         powers = range(POWERS[0], round(math.log2(high)) + 1)
@@ -147,29 +151,29 @@ class GradientRanges:
         """Returns the largest power of two with which the largest gradient stays below the format's maximum.
 
         Args:
-            headroom: How many times larger than the largest that was measured a gradient may become later on.
-            precision: `"float16"` or `"bfloat16"`.
+            headroom: Factor by which gradients may grow above the largest measured one. Defaults to 2.
+            precision: `"float16"` or `"bfloat16"`. Defaults to `"float16"`.
 
         Returns:
-            A float that also tells what it saves: `before` and `after` (`Losses`), and an `explanation`.
+            A float with the attributes `before` and `after` (`Losses`) and `explanation`.
 
         Raises:
-            ValueError: `headroom` is below 1, all gradients are 0, or some are not finite.
+            ValueError: If `headroom` is below 1, if all gradients are 0, or if some are not finite.
         """
         headroom = validation.number("headroom", headroom, least=1.0)
-        bad = [each.name for each in self.half if each.nonfinite]
-        if bad:
-            raise ValueError(f"gradients must be finite to choose a scale from them, received inf or NaN in {bad}")
-        largest = max((each.largest for each in self.half), default=0.0)
+        nonfinite = [gradient.name for gradient in self.half if gradient.nonfinite]
+        if nonfinite:
+            raise ValueError(f"Gradients must be finite to suggest a scale. Received: inf or NaN in {nonfinite}")
+        largest = max((gradient.largest for gradient in self.half), default=0.0)
         if not largest:
-            raise ValueError("gradients must not all be 0 to choose a scale from them: measure on other batches")
+            raise ValueError("Gradients must not all be 0 to suggest a scale. Measure on other batches.")
         scale = power_below(format_of(precision).max / (headroom * largest))
         return Suggestion(scale, self.losses(1.0, precision), self.losses(scale, precision), precision)
 
     def verdict(self, precision: str = "float16", tolerance: float = TOLERANCE) -> str:
-        """Returns which scale to choose, as a sentence; `tolerance` is that of `working_scales`."""
+        """Returns the scales to choose from as a sentence. `tolerance` is that of `working_scales`."""
         tolerance = validation.number("tolerance", tolerance, least=0.0, most=1.0)
-        return advice.verdict(self.record, precision, tolerance)
+        return advice.advice(self.record, precision, tolerance)
 
     def _lost(self, scale: float, precision: str) -> tuple[int, int]:
         lost = self.losses(scale, precision)
@@ -179,7 +183,7 @@ class GradientRanges:
         """Draws the histogram of all magnitudes, before and after scaling, over the zones of float16.
 
         Args:
-            scale: The loss scale; None for the suggested one.
+            scale: The loss scale. Defaults to the suggested one.
 
         Returns:
             A matplotlib figure.
@@ -189,47 +193,52 @@ class GradientRanges:
         return plotting.plot_ranges(self.record, self.suggest_constant_scale() if scale is None else scale)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one line of JSON, as in the log of a run. The file appears whole or not at all."""
+        """Writes one line of JSON, as in the log of a run. The write is atomic."""
         atomic_write.write_text(path, records.to_line(self.record) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GradientRanges:
-        """Returns what `save` wrote; of the log of a run, the last ranges in it.
+        """Returns the ranges that `save` wrote, or the last ranges in the log of a run.
 
         Raises:
-            ValueError: It holds none.
+            ValueError: If the file holds no ranges.
         """
-        found = [each for each in records.read_log(Path(path)) if isinstance(each, RangesRecord)]
+        found = [record for record in records.read_log(Path(path)) if isinstance(record, RangesRecord)]
         if not found:
-            raise ValueError(f"path must be a file of GradientRanges.save or a log with ranges, received {str(path)!r}")
+            raise ValueError(
+                f"path must be a file of GradientRanges.save or a log with ranges. Received: {str(path)!r}"
+            )
         return cls(found[-1])
 
     def __rich__(self) -> Group:
         return self.explained()
 
     def explained(self, headroom: float = 2.0) -> Group:
-        """Returns the table and what follows from it, for rich to print.
+        """Returns the table and the advice for rich to print.
 
         Args:
             headroom: As in `suggest_constant_scale`.
         """
         record = self.record
-        told = [f"{len(self)} gradients of {record.model}, {record.batches} batches in {record.precision}"]
-        if noise := [f"`{each.name}`" for each in self if each.noise]:
-            told.append(f"Rounding noise, which decides nothing: {', '.join(noise)}")
-        told.append(f"float16: {self.verdict()}")
+        gradients = "1 gradient" if len(self) == 1 else f"{len(self)} gradients"
+        batches = "1 batch" if record.batches == 1 else f"{record.batches} batches"
+        lines = [f"{gradients} of {record.model}, {batches} in {record.precision}"]
+        if noise := [f"`{gradient.name}`" for gradient in self if gradient.noise]:
+            lines.append(f"Rounding noise, which is ignored: {', '.join(noise)}")
+        lines.append(f"float16: {self.verdict()}")
         if (scale := self.suggested(headroom)) is not None:
-            told.append(scale.explanation)
-        told.append(f"bfloat16: {self.verdict('bfloat16')}")
-        return Group(self.table(), *map(Text, told))
+            lines.append(scale.explanation)
+        lines.append(f"bfloat16: {self.verdict('bfloat16')}")
+        return Group(self.table(), *map(Text, lines))
 
     def suggested(self, headroom: float = 2.0) -> Suggestion | None:
-        """Returns what `suggest_constant_scale` does; None where gradients are not finite, or all 0."""
-        known = not any(each.nonfinite for each in self.half) and any(each.nonzeros for each in self.half)
-        return self.suggest_constant_scale(headroom) if known else None
+        """Returns the result of `suggest_constant_scale`. None if gradients are not finite, or all 0."""
+        is_finite = not any(gradient.nonfinite for gradient in self.half)
+        has_values = any(gradient.nonzeros for gradient in self.half)
+        return self.suggest_constant_scale(headroom) if is_finite and has_values else None
 
     def as_dict(self, headroom: float = 2.0) -> dict[str, Any]:
-        """Returns the answers, and the counts that they come from, for JSON.
+        """Returns all results, and the counts on which they are based, for JSON.
 
         Args:
             headroom: As in `suggest_constant_scale`.
@@ -249,17 +258,17 @@ class GradientRanges:
         return rich_text.text(self)
 
     def table(self, precision: str = "float16") -> Table:
-        """Returns a table of each gradient: its magnitudes, what is lost at scale 1, and which scales suit it alone.
+        """Returns a table with a row per gradient: magnitudes, losses at scale 1, and the scales that work for it.
 
-        "to 0", "subnormal" and "overflow" are shares of the values other than 0. Those that the model holds in float32
-        say so instead, and those that are rounding noise.
+        "to 0", "subnormal" and "overflow" are shares of the nonzero values. They are empty for rounding noise and for
+        gradients that the model holds in float32.
         """
         return tables.table(self.record, precision)
 
     def beside(self, other: GradientRanges) -> Table:
-        """Returns a table of these gradients and the same ones measured in another precision: what really was lost.
+        """Returns a table of these gradients and the same gradients measured in another precision.
 
         Raises:
-            ValueError: The other one is of another model.
+            ValueError: If the gradients are of another model.
         """
         return tables.beside(self.record, other.record)

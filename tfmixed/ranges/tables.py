@@ -1,4 +1,4 @@
-"""The magnitudes of a model's gradients as tables: of one measurement, and of two side by side."""
+"""Tables of gradient magnitudes: of one measurement, and of two side by side."""
 
 from __future__ import annotations
 
@@ -11,57 +11,54 @@ from tfmixed.records import GradientRange, RangesRecord, short
 
 
 def table(record: RangesRecord, precision: str) -> Table:
-    """Returns a table of each gradient; see `GradientRanges.table`."""
-    made = _table("magnitudes", "zeros", "to 0", "sub-\nnormal", "over-\nflow", "scales")
-    half = held_in_half(record)
-    for each in record.ranges:
-        if not any(each is one for one in half):
-            made.add_row(*_known(each), "", "", "", "noise" if each.noise else each.dtype)
+    """Returns a table with a row per gradient. See `GradientRanges.table`."""
+    grid = _grid("magnitudes", "zeros", "to 0", "sub-\nnormal", "over-\nflow", "scales")
+    half = {id(gradient) for gradient in held_in_half(record)}
+    for gradient in record.ranges:
+        known = _label(gradient), span(gradient), percent(share_of_zeros(gradient))
+        if id(gradient) not in half:
+            grid.add_row(*known, "", "", "", "noise" if gradient.noise else gradient.dtype)
             continue
-        lost = losses(each.octaves, 1.0, precision)
-        counts = (percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow))
-        low, high = needed_scale(each, precision), largest_scale(each, precision)
-        made.add_row(*_known(each), *counts, f"{short(low)} .. {short(high)}" if each.nonzeros else "any")
-    return made
+        lost = losses(gradient.octaves, 1.0, precision)
+        shares = (percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow))
+        low, high = needed_scale(gradient, precision), largest_scale(gradient, precision)
+        grid.add_row(*known, *shares, f"{short(low)} .. {short(high)}" if gradient.nonzeros else "any")
+    return grid
 
 
 def beside(record: RangesRecord, other: RangesRecord) -> Table:
-    """Returns a table of the same gradients in two precisions; see `GradientRanges.beside`."""
-    theirs = {(each.name, each.kind): each for each in other.ranges}
-    if set(theirs) != {(each.name, each.kind) for each in record.ranges}:
-        raise ValueError(f"other must hold the gradients of the same model, received ranges of {other.model!r}")
-    mine, its = record.precision, other.precision
-    made = _table(mine, its, f"zeros,\n{mine}", f"zeros,\n{its}", f"inf, NaN,\n{its}")
-    for each in record.ranges:
-        half = theirs[each.name, each.kind]
-        counts = (percent(share_of_zeros(each)), percent(share_of_zeros(half)), f"{half.nonfinite:,}")
-        made.add_row(_label(each), span(each), span(half), *counts)
-    return made
+    """Returns a table of the same gradients in two precisions. See `GradientRanges.beside`."""
+    theirs = {(gradient.name, gradient.kind): gradient for gradient in other.ranges}
+    if theirs.keys() != {(gradient.name, gradient.kind) for gradient in record.ranges}:
+        raise ValueError(f"other must hold the gradients of the same model. Received: ranges of {other.model!r}")
+    first, second = record.precision, other.precision
+    grid = _grid(first, second, f"zeros,\n{first}", f"zeros,\n{second}", f"inf, NaN,\n{second}")
+    for gradient in record.ranges:
+        half = theirs[gradient.name, gradient.kind]
+        zeros = percent(share_of_zeros(gradient)), percent(share_of_zeros(half))
+        grid.add_row(_label(gradient), span(gradient), span(half), *zeros, f"{half.nonfinite:,}")
+    return grid
 
 
-def share_of_zeros(range_: GradientRange) -> float:
+def share_of_zeros(gradient: GradientRange) -> float:
     """Returns the share of a gradient's finite values that are exactly 0."""
-    size = range_.nonzeros + range_.zeros
-    return range_.zeros / size if size else 0.0
+    size = gradient.nonzeros + gradient.zeros
+    return gradient.zeros / size if size else 0.0
 
 
-def span(range_: GradientRange) -> str:
+def span(gradient: GradientRange) -> str:
     """Returns the smallest and the largest magnitude other than 0, as powers of two below: `2^-31 .. 2^-4`."""
-    if not range_.nonzeros:
+    if not gradient.nonzeros:
         return "all 0"
-    return f"{power_of_two(range_.smallest)} .. {power_of_two(range_.largest)}"
+    return f"{power_of_two(gradient.smallest)} .. {power_of_two(gradient.largest)}"
 
 
-def _table(*headings: str) -> Table:
-    made = Table(Column("gradient", overflow="fold"), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+def _grid(*headings: str) -> Table:
+    grid = Table(Column("gradient", overflow="fold"), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for heading in headings:
-        made.add_column(heading, justify="right", no_wrap=True)
-    return made
+        grid.add_column(heading, justify="right", no_wrap=True)
+    return grid
 
 
-def _known(range_: GradientRange) -> tuple[Text, str, str]:
-    return _label(range_), span(range_), percent(share_of_zeros(range_))
-
-
-def _label(range_: GradientRange) -> Text:
-    return Text(range_.name if range_.kind == "weight" else f"{range_.name} (output)")
+def _label(gradient: GradientRange) -> Text:
+    return Text(gradient.name if gradient.kind == "weight" else f"{gradient.name} (output)")

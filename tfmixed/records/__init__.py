@@ -1,4 +1,4 @@
-"""What happened in a run, as frozen records and as JSON lines."""
+"""Records of a training run, and logs of them in JSON lines."""
 
 from tfmixed.records.json_lines import NewerFormatError, from_line, read_changes, read_log, to_line
 from tfmixed.records.record_types import (

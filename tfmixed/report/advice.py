@@ -1,4 +1,4 @@
-"""What a log says, in words: what happened, and what to change."""
+"""Sentences about a run: what happened, and what to change."""
 
 from __future__ import annotations
 
@@ -10,168 +10,163 @@ from tfmixed.ranges import GradientRanges
 from tfmixed.records import Progress, short
 from tfmixed.report.loading import Run
 
-_SETTLED = 0.02  # a growth each 50 steps: what a growth interval of 2000 never makes of a scale that found its place
-_DESCENT = 5  # skipped steps at the start that are worth a word
+_UNSETTLED = 0.02  # share of overflows; with a growth interval of 2000 a settled scale has far fewer
+_DESCENT = 5  # skipped steps from which on a start or an unsettled scale is worth advice
 
 
 def happened(run: Run) -> list[str]:
-    """Returns what happened in a run, as sentences."""
-    return [*_steps(run), *_losses(run), *_lost(run)]
+    """Returns sentences about the events of a run."""
+    return [*_steps(run), *_losses(run), *_lost_values(run)]
 
 
 def advice(run: Run) -> list[str]:
-    """Returns what to change, as sentences; none where all is well."""
-    return [*_exhausted(run), *_start(run), *_restless(run), *_constant(run), *_scale(run), *_capacity(run)]
+    """Returns sentences about what to change. There are none if the log shows no problem."""
+    return [*_exhausted(run), *_start(run), *_unsettled(run), *_constant(run), *_scale(run), *_capacity(run)]
 
 
 def precision(ranges: GradientRanges) -> str:
-    """Returns the half-precision format that a model's gradients are held in; float16 where there is none."""
-    held = {each.dtype for each in ranges.half}
+    """Returns the half-precision format of a model's gradients; float16 if there is none."""
+    held = {gradient.dtype for gradient in ranges.half}
     return "bfloat16" if "bfloat16" in held and "float16" not in held else "float16"
 
 
 def _steps(run: Run) -> Iterator[str]:
     if not run.steps:
-        yield "No step is in the log."
+        yield "The log holds no step."
         return
-    counted, _ = run.counted_until
-    least = "" if counted == run.steps else "at least "
-    share = percent(run.skipped / run.steps)
-    yield f"{run.steps:,} {_s('step', run.steps)}, {least}{run.skipped:,} skipped ({share})."
-    start = f" The log begins at step {run.history.first:,}." if run.history.first else ""
+    step, counted = run.counted_until
+    bound = "" if step == run.steps else "at least "
+    yield f"{_count(run.steps, 'step')}, {bound}{run.skipped:,} skipped ({percent(run.skipped / run.steps)})."
     first, last = run.history.initial_scale, run.final_scale
-    moved = f"went from {short(first)} to {short(last)}" if run.history.changes else f"stayed at {short(last)}"
-    yield f"The loss scale {moved}.{start}"
-    if run.guilty:
-        of = sum(run.guilty.values())
-        named = ", ".join(f"`{name}` in {count} of {of}" for name, count in run.guilty.most_common(3))
-        rest = f", and {len(run.guilty) - 3} other variables" if len(run.guilty) > 3 else ""
+    change = f"went from {short(first)} to {short(last)}" if run.history.changes else f"stayed at {short(last)}"
+    start = f" The log begins at step {run.history.first:,}." if run.history.first else ""
+    yield f"The loss scale {change}.{start}"
+    if counts := run.overflow_counts:
+        named = ", ".join(f"`{name}` in {count} of {counts.total()}" for name, count in counts.most_common(3))
+        rest = f", and {len(counts) - 3} other variables" if len(counts) > 3 else ""
         yield f"The first gradient that overflowed: {named}{rest}."
-    unseen = run.counted_until[1] - sum(change.step < counted for change in run.history.overflows()) - run.lost
-    if unseen > 0:
-        yield f"{unseen:,} skipped {_s('step', unseen)} left the scale as it was: constant, at its floor, or patient."
+    unlisted = counted - sum(change.step < step for change in run.history.overflows()) - run.lost
+    if unlisted > 0:
+        yield f"{_count(unlisted, 'skipped step')} did not change the scale."
 
 
 def _losses(run: Run) -> Iterator[str]:
-    known = [each.loss for each in run.all(Progress) if each.loss is not None]
+    progress = run.all(Progress)
+    known = [record.loss for record in progress if record.loss is not None]
     if len(known) > 1:
         yield f"The loss went from {known[0]:.4g} to {known[-1]:.4g}."
-    last = next(reversed(run.all(Progress)), None)
-    if last is not None and last.loss is None and known:
-        yield "The loss of the last epoch is not finite, or unknown."
+    if known and progress[-1].loss is None:
+        yield "The loss of the last epoch is unknown or not finite."
 
 
-def _lost(run: Run) -> Iterator[str]:
+def _lost_values(run: Run) -> Iterator[str]:
     if run.ranges is None:
         return
-    of, scale, held = run.ranges, run.measured_at, precision(run.ranges)
-    lost = of.losses(scale, held)
-    when = "" if of.record.step is None else f" (step {of.record.step:,})"
+    ranges, scale, held = run.ranges, run.measured_at, precision(run.ranges)
+    lost = ranges.losses(scale, held)
+    when = "" if ranges.record.step is None else f" (step {ranges.record.step:,})"
     yield (
-        f"In the last snapshot{when} {held} flushes {percent(lost.share(lost.zero))} of all gradient values other than "
-        f"0 to 0 at the scale used, {short(scale)}."
+        f"In the last snapshot{when}, {held} flushes {percent(lost.share(lost.zero))} of all nonzero gradient values "
+        f"to 0 at loss scale {short(scale)}."
     )
     if lost.overflow:
-        yield f"At that scale {percent(lost.share(lost.overflow))} of them overflow."
-    verdict = of.verdict(held)
-    if verdict not in "".join(_scale(run)):  # what is to be changed stands there
-        yield verdict[0].upper() + verdict[1:]
+        yield f"At that scale, {percent(lost.share(lost.overflow))} of them overflow."
+    sentence = ranges.verdict(held)
+    if sentence not in "".join(_scale(run)):  # otherwise it is part of the advice
+        yield sentence[0].upper() + sentence[1:]
 
 
 def _exhausted(run: Run) -> Iterator[str]:
-    recent = _recent(run)
+    recent = _recent_share(run)
     floor = run.begin.rule.get("min_scale") if run.begin else None
-    if recent is not None and recent > 0.5:
-        worst = ", ".join(f"`{name}`" for name, _ in run.guilty.most_common(3))
+    if recent > 0.5:
+        names = ", ".join(f"`{name}`" for name, _ in run.overflow_counts.most_common(3))
         yield (
-            f"{percent(recent)} of the last steps were skipped: the run hardly learns. Lower the learning rate, clip "
-            f"gradients, or put {worst or 'what overflows'} in float32. No scale helps where the loss is not finite."
+            f"{percent(recent)} of the last steps were skipped, so the run hardly learns. Lower the learning rate, "
+            f"clip gradients, or put {names or 'the layers that overflow'} in float32. If the loss is not finite, no "
+            "scale helps."
         )
     if isinstance(floor, (int, float)) and run.final_scale <= floor and run.skipped:
-        yield f"The scale fell to its floor, {short(floor)}: set a lower `min_scale`, or clip gradients."
+        yield f"The scale fell to its minimum, {short(floor)}. Set a lower `min_scale`, or clip gradients."
 
 
-def _recent(run: Run) -> float | None:
-    """Returns the share of skipped steps in the last epoch that took more than a few steps, or in the whole log."""
-    counts = [(run.history.first, 0), *((each.step + 1, each.skipped_steps) for each in run.all(Progress))]
+def _recent_share(run: Run) -> float:
+    """Returns the share of skipped steps in the last epoch of at least 10 steps, or in the whole log."""
+    counts = [(run.history.first, 0), *((record.step + 1, record.skipped_steps) for record in run.all(Progress))]
     counts.append((run.steps, run.skipped))
-    for (step, skipped), (later, more) in reversed([*pairwise(counts)]):
-        if later - step >= 10:
-            return (more - skipped) / (later - step)
-    return run.skipped / run.steps if run.steps else None
+    for (start, before), (end, after) in reversed([*pairwise(counts)]):
+        if end - start >= 10:
+            return (after - before) / (end - start)
+    return run.skipped / max(run.steps, 1)
 
 
 def _start(run: Run) -> Iterator[str]:
     overflows = run.history.overflows()
     row = [change for index, change in enumerate(overflows) if change.step == run.history.first + index]
-    if len(row) >= _DESCENT:
-        low, start = row[-1].new_scale, _agreed(run, row[-1].new_scale)
-        if start is not None:
-            where = "there" if start == low else "lower"
-            told = f"The first {len(row)} steps were skipped on the way down to {short(low)}"
-            yield f"{told}: start {where}, `initial_scale={short(start)}`."
+    if len(row) < _DESCENT:
+        return
+    low, start, works = row[-1].new_scale, row[-1].new_scale, _working_scales(run)
+    if run.ranges is not None:
+        if works is None or low < works[0]:  # the ranges need a higher scale
+            return
+        start = min(low, works[1])
+    where = "there" if start == low else "lower"
+    yield (
+        f"The first {len(row)} steps were skipped while the scale fell to {short(low)}. Start {where}: "
+        f"`initial_scale={short(start)}`."
+    )
 
 
-def _agreed(run: Run, scale: float) -> float | None:
-    """Returns a scale to start from, lower where the last ranges ask for that; None where they need a higher one."""
-    works = _working(run)
-    if run.ranges is None:
-        return scale
-    return None if works is None or scale < works[0] else min(scale, works[1])
-
-
-def _working(run: Run) -> tuple[float, float] | None:
-    """Returns the smallest and largest power of two that work for the last ranges; None where there are none."""
-    if run.ranges is None or any(each.nonfinite for each in run.ranges.half):
+def _working_scales(run: Run) -> tuple[float, float] | None:
+    """Returns the smallest and the largest power of two that work for the last ranges. None if there are none."""
+    if run.ranges is None or any(gradient.nonfinite for gradient in run.ranges.half):
         return None
     return run.ranges.working_scales(precision(run.ranges))
 
 
-def _restless(run: Run) -> Iterator[str]:
-    half = (run.history.first + run.steps) // 2
-    late = [change for change in run.history.overflows() if change.step >= half]
-    if len(late) >= _DESCENT and len(late) > _SETTLED * (run.steps - half):
-        worst = run.guilty.most_common(1)[0][0]
+def _unsettled(run: Run) -> Iterator[str]:
+    middle = (run.history.first + run.steps) // 2
+    late = sum(change.step >= middle for change in run.history.overflows())
+    if late >= _DESCENT and late > _UNSETTLED * (run.steps - middle):
+        variable = run.overflow_counts.most_common(1)[0][0]
         yield (
-            f"The scale never settled: {len(late)} of the last {run.steps - half:,} steps overflowed. Raise "
-            f"`growth_interval` (`tfmixed simulate` shows what that does), or put the layer of `{worst}` in float32."
+            f"The scale never settled: {late} of the last {run.steps - middle:,} steps overflowed. Raise "
+            f"`growth_interval` (`tfmixed simulate` shows the effect), or put the layer of `{variable}` in float32."
         )
 
 
 def _constant(run: Run) -> Iterator[str]:
     if run.begin and run.begin.rule.get("rule") == "ConstantScale" and run.skipped:
-        yield f"The constant scale {short(run.final_scale)} overflowed in {run.skipped:,} steps: choose a lower one."
+        yield f"The constant scale {short(run.final_scale)} overflowed in {run.skipped:,} steps. Choose a lower one."
 
 
 def _scale(run: Run) -> Iterator[str]:
-    if run.ranges is None or not any(each.nonzeros for each in run.ranges.half):
+    if run.ranges is None or not any(gradient.nonzeros for gradient in run.ranges.half):
         return
-    of, scale, held = run.ranges, run.measured_at, precision(run.ranges)
-    works = _working(run)
+    scale, held, works = run.measured_at, precision(run.ranges), _working_scales(run)
     if works is None:
-        yield f"{held}: {of.verdict(held)}"
+        yield f"{held}: {run.ranges.verdict(held)}"
     elif scale > works[1]:
-        yield f"The scale used, {short(scale)}, is too high for the last snapshot: at most {short(works[1])} works."
+        yield f"The scale {short(scale)} is too high for the last snapshot. At most {short(works[1])} works."
     elif scale < works[0]:
-        yield f"The scale used, {short(scale)}, is too low for the smallest gradients: {_higher(run, works[0], held)}."
+        yield f"The scale {short(scale)} is too low for the smallest gradients. {_higher(run, works[0], held)}."
 
 
 def _higher(run: Run, needed: float, held: str) -> str:
-    """Returns how to come to a scale that the smallest gradients need."""
+    """Returns advice on a higher scale."""
     assert run.ranges is not None
     first = min(run.history.overflows(), key=lambda change: change.old_scale, default=None)
     if first is not None and first.old_scale <= needed:
-        name, scale = first.variable or "some gradient", short(first.old_scale)
-        return f"they need {short(needed)}, and `{name}` overflowed at {scale}. Put its layer in float32, or clip it"
+        name, scale = first.variable or "another gradient", short(first.old_scale)
+        return f"They need {short(needed)}, but `{name}` overflowed at {scale}. Put its layer in float32, or clip it"
     start = run.ranges.suggest_constant_scale(precision=held)
-    return f"start from {short(start)}, or let the scale grow sooner (`growth_interval`)"
+    return f"Start from {short(start)}, or let the scale grow sooner (`growth_interval`)"
 
 
 def _capacity(run: Run) -> Iterator[str]:
     if run.lost:
-        changes = f"{run.lost:,} scale {_s('change', run.lost)}"
-        yield f"{changes} were lost before the log was written: raise `event_capacity`, or collect with `every=`."
+        yield f"{_count(run.lost, 'scale change')} were lost. Raise `event_capacity`, or collect more often (`every=`)."
 
 
-def _s(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,27 +1,24 @@
-"""A report as one HTML page: no network, no script, light and dark, wide and narrow. Needs matplotlib."""
+"""A report as one HTML page without scripts or external resources, in light or dark colours. Needs matplotlib."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from xml.etree.ElementTree import Element, tostring
 
-from tfmixed import plotting
-from tfmixed.plotting.style import NARROW, WIDE
-from tfmixed.report.figures import PICTURES
+from tfmixed.plotting.output import inline_svg
+from tfmixed.plotting.style import NARROW, STYLES, Style
+from tfmixed.report.figures import FIGURES
 from tfmixed.report.loading import Run
 from tfmixed.report.sections import Part, Table, sections
 
-_BESIDE = 6.2  # inches: half a page, on which letters are as large as on a whole one
-# Of anything that is not in the page itself, the browser loads nothing.
+# The browser loads nothing that is not part of the page.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def render(runs: Sequence[Run]) -> str:
-    """Returns the page; ElementTree escapes whatever a log holds."""
-    title = f"tfmixed: {', '.join(run.name for run in runs)}"
-    style = files("tfmixed.report").joinpath("page.css").read_text(encoding="utf-8")
+    """Returns the page. All text from a log is escaped."""
+    names = [run.name for run in runs]
     head = _node(
         "head",
         _node("meta", charset="utf-8"),
@@ -29,28 +26,38 @@ def render(runs: Sequence[Run]) -> str:
         _node("meta", name="viewport", content="width=device-width, initial-scale=1"),
         _node("meta", name="color-scheme", content="light dark"),
         _node("link", rel="icon", href="data:,"),
-        _node("title", title),
-        _node("style", style),
+        _node("title", f"tfmixed: {', '.join(names)}"),
+        _node("style", _css()),
     )
-    body = _node("body", _node("h1", "Mixed precision: ", " and ".join(run.name for run in runs)), *_sections(runs))
+    body = _node("body", _node("h1", "Mixed precision: ", " and ".join(names)), *_sections(runs))
     return "<!doctype html>\n" + tostring(_node("html", head, body, lang="en"), encoding="unicode", method="html")
 
 
+def _css() -> str:
+    page = files("tfmixed.report").joinpath("page.css").read_text(encoding="utf-8")
+    light, dark = _variables(STYLES["light"]), _variables(STYLES["dark"])
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{page}"
+
+
+def _variables(style: Style) -> str:
+    return " ".join(f"--{name}: {color};" for name, color in style.variables().items())
+
+
 def _sections(runs: Sequence[Run]) -> Iterator[Element]:
-    width = WIDE if len(runs) == 1 else _BESIDE
     for section in sections(runs):
         of = runs if len(section.parts) > 1 else runs[:1]  # facts have one part for all runs
-        parts = [_part(part, run, width, of) for run, part in zip(of, section.parts, strict=True)]
+        parts = [_part(part, run, runs, len(of) > 1) for run, part in zip(of, section.parts, strict=True)]
         yield _node("section", _node("h2", section.title), _node("div", *parts, **{"class": "parts"}))
 
 
-def _part(part: Part, run: Run, width: float, runs: Sequence[Run]) -> Element:
+def _part(part: Part, run: Run, runs: Sequence[Run], is_named: bool) -> Element:
     sentences = [_node("li", *_words(sentence)) for sentence in part.sentences]
+    figures = [_figure(run, key, runs) for key in part.figures]
     return _node(
         "div",
-        *([_node("h3", run.name)] if len(runs) > 1 else []),
+        *([_node("h3", run.name)] if is_named else []),
         *([_node("ul", *sentences)] if sentences else []),
-        *(_figure(run, key, width, runs) for key in part.pictures),
+        *([_node("div", *figures, **{"class": "figures"})] if figures else []),
         *([_table(part.table)] if part.table else []),
     )
 
@@ -60,50 +67,32 @@ def _words(sentence: str) -> Iterator[Element | str]:
         yield _node("code", words) if index % 2 else words
 
 
+def _figure(run: Run, key: str, runs: Sequence[Run]) -> Element:
+    figure = FIGURES[key]
+    drawn = inline_svg(figure.draw(run, "page", NARROW, runs), f"{figure.caption} {run.name}")
+    return _node("figure", drawn, _node("figcaption", figure.caption))
+
+
 def _table(table: Table) -> Element:
-    looks: list[dict[str, str]] = [{} if index < table.left else _NUMBER for index in range(len(table.headings))]
+    looks: list[dict[str, str]] = [{} if i < table.left else {"class": "number"} for i in range(len(table.headings))]
     head = [_node("th", heading, scope="col", **look) for heading, look in zip(table.headings, looks, strict=True)]
     rows = [
         _node("tr", *(_node("td", cell, **look) for cell, look in zip(row, looks, strict=True))) for row in table.rows
     ]
     whole = _node("table", _node("thead", _node("tr", *head)), _node("tbody", *rows))
-    # A table that is larger than its frame scrolls in it, by the keyboard too.
-    return _node(
-        "div", whole, tabindex="0", role="region", **{"class": "scroll", "aria-label": table.headings[0] or "facts"}
-    )
+    # A table that is larger than its frame scrolls in it, also by keyboard.
+    attributes = {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": table.headings[0] or "facts"}
+    return _node("div", whole, **attributes)
 
 
-def _figure(run: Run, key: str, width: float, runs: Sequence[Run]) -> Element:
-    picture, dark, narrow = PICTURES[key], "(prefers-color-scheme: dark)", "(max-width: 600px)"
-
-    def source(theme: plotting.Theme, inches: float) -> str:
-        drawn = plotting.svg(picture.draw(run, theme, inches, runs))
-        return "data:image/svg+xml;base64," + base64.b64encode(drawn.encode()).decode()
-
-    return _node(
-        "figure",
-        _node(
-            "picture",
-            _node("source", media=f"{narrow} and {dark}", srcset=source("dark", NARROW)),
-            _node("source", media=narrow, srcset=source("light", NARROW)),
-            _node("source", media=dark, srcset=source("dark", width)),
-            _node("img", src=source("light", width), alt=f"{picture.caption} {run.name}"),
-        ),
-        _node("figcaption", picture.caption),
-    )
-
-
-_NUMBER = {"class": "number"}
-
-
-def _node(tag: str, *inside: Element | str, **attributes: str) -> Element:
-    """Returns an element that holds others, and text between them."""
+def _node(tag: str, *children: Element | str, **attributes: str) -> Element:
+    """Returns an element with children and text between them. ElementTree escapes text and attributes."""
     node = Element(tag, attributes)
-    for each in inside:
-        if isinstance(each, Element):
-            node.append(each)
+    for child in children:
+        if isinstance(child, Element):
+            node.append(child)
         elif len(node):
-            node[-1].tail = (node[-1].tail or "") + each
+            node[-1].tail = (node[-1].tail or "") + child
         else:
-            node.text = (node.text or "") + each
+            node.text = (node.text or "") + child
     return node

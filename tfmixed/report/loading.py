@@ -1,4 +1,4 @@
-"""The log of a run, read as far as it can be read."""
+"""Loading of a run's log, as far as it can be read."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from typing import TypeVar
 
 from tfmixed import records
 from tfmixed.errors import UsageError
-from tfmixed.formats import FLOAT32
 from tfmixed.ranges import GradientRanges
-from tfmixed.records import EventsLost, Progress, RangesRecord, Record, RunRecord, ScaleChange
+from tfmixed.records import EventsLost, Progress, RangesRecord, Record, RunRecord, ScaleChange, json_lines
 from tfmixed.scaling import ScaleHistory
 
 _Kind = TypeVar("_Kind", RunRecord, ScaleChange, EventsLost, Progress, RangesRecord)
-_TOLD = 3  # broken lines that are named one by one
+_MOST_NAMED = 3  # invalid lines that have a sentence each
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the log of one run holds.
+    """The log of one run.
 
     Args:
-        name: What tells this run from another one.
+        name: A name that distinguishes the run from others.
         log: Its records.
-        problems: What could not be read, as sentences.
+        problems: What could not be read, as sentences. Defaults to none.
     """
 
     name: str
@@ -36,12 +35,16 @@ class Run:
 
     def all(self, kind: type[_Kind]) -> list[_Kind]:
         """Returns the records of one kind."""
-        return [each for each in self.log if isinstance(each, kind)]
+        return [record for record in self.log if isinstance(record, kind)]
 
-    @cached_property
+    def last(self, kind: type[_Kind]) -> _Kind | None:
+        """Returns the last record of one kind. None if there is none."""
+        return next(reversed(self.all(kind)), None)
+
+    @property
     def begin(self) -> RunRecord | None:
-        """The last line that says what runs where; None where there is none."""
-        return next(reversed(self.all(RunRecord)), None)
+        """The last record of a start. None if the log has none."""
+        return self.last(RunRecord)
 
     @cached_property
     def history(self) -> ScaleHistory:
@@ -50,7 +53,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """How many steps were attempted, as far as the log knows; those of an earlier log included."""
+        """Number of attempted steps, as far as the log knows, including those before the log."""
         return self.history.steps
 
     @property
@@ -60,116 +63,120 @@ class Run:
 
     @cached_property
     def skipped(self) -> int:
-        """How many steps were skipped: at least, where the log ends within an epoch or holds no progress."""
-        counted, after = self.counted_until, self.history.overflows()
-        return counted[1] + sum(change.step >= counted[0] for change in after)
+        """Number of skipped steps. A lower limit if the log ends within an epoch or holds no progress."""
+        step, skipped = self.counted_until
+        return skipped + sum(change.step >= step for change in self.history.overflows())
 
     @property
     def counted_until(self) -> tuple[int, int]:
-        """The step up to which skipped steps were counted on the device, and how many they were."""
-        last = next(reversed(self.all(Progress)), None)
+        """The step up to which the device has counted skipped steps, and their number."""
+        last = self.last(Progress)
         return (0, 0) if last is None else (last.step + 1, last.skipped_steps)
 
     @property
     def lost(self) -> int:
-        """How many scale changes the log misses."""
-        return sum(each.count for each in self.all(EventsLost))
+        """Number of scale changes that are missing in the log."""
+        return sum(lost.count for lost in self.all(EventsLost))
 
     @cached_property
-    def guilty(self) -> Counter[str]:
-        """In how many overflows each variable was the first one that was not finite."""
+    def overflow_counts(self) -> Counter[str]:
+        """Number of overflows by the first variable whose gradient was not finite."""
         return Counter(change.variable or "unknown" for change in self.history.overflows())
+
+    @property
+    def guilty(self) -> Counter[str]:
+        """The name of `overflow_counts` in version 0.1."""
+        return self.overflow_counts
 
     @cached_property
     def ranges(self) -> GradientRanges | None:
-        """The last gradient ranges: of float32, where there are some; None where there are none."""
+        """The last gradient ranges, those in float32 if there are any. None if the log has none."""
         found = self.all(RangesRecord)
-        true = [each for each in found if each.precision == "float32"] or found
-        return GradientRanges(true[-1]) if true else None
+        exact = [record for record in found if record.precision == "float32"] or found
+        return GradientRanges(exact[-1]) if exact else None
 
     @property
     def measured_at(self) -> float:
-        """The loss scale in use where the last ranges were measured; 1 where nobody says."""
+        """The loss scale at the step of the last ranges, or at the end of the log if that step is unknown."""
         if self.ranges is None or self.ranges.record.step is None:
             return self.final_scale
         return self.history.at(self.ranges.record.step)
 
 
 def read(path: str | Path, name: str | None = None) -> Run:
-    """Returns what a log holds; lines that are no records are named, and the rest is read.
+    """Returns the log of a run. Invalid lines are listed in `problems`, and all others are read.
 
     Args:
-        path: A log of `LossScaleLogger`, or a folder that holds one.
-        name: What tells this run from another one. None: the path.
+        path: A log of `LossScaleLogger`, or a folder that contains one.
+        name: The name of the run. Defaults to the path.
 
     Raises:
-        UsageError: There is no such file, it cannot be read, it is of a newer format, or a folder holds no log or
-            several.
+        UsageError: If the file does not exist, cannot be read or has a newer format, or if a folder does not contain
+            exactly one log.
     """
     file = find(Path(path))
     try:
-        lines, torn = records.json_lines.split(records.json_lines.text_of(file))
+        lines, incomplete = json_lines.split(json_lines.text_of(file))
     except OSError as error:
-        raise UsageError(f"RUN must be a log that can be read, received {str(path)!r}: {error.strerror}") from error
-    found, broken = [], []
+        raise UsageError(f"RUN must be a readable log. Received: {str(path)!r} ({error.strerror})") from error
+    found, invalid = [], []
     for number, line in enumerate(lines, start=1):
         try:
-            found += [_checked(records.from_line(line))] if line.strip() else []
+            found += [records.from_line(line)] if line.strip() else []
         except records.NewerFormatError as error:
-            raise UsageError(f"RUN must be a log that can be read, received {str(path)!r}: {error}") from error
+            raise UsageError(
+                f"RUN must be a log of this version or an earlier one. Received: {str(path)!r} ({error})"
+            ) from error
         except ValueError:
-            broken.append(number)
-    return Run(_printable(path) if name is None else name, tuple(found), tuple(_problems(found, broken, torn)))
+            invalid.append(number)
+    problems = [*_invalid(invalid), *_incomplete(incomplete), *_missing(found)]
+    # Bytes of a path that are not UTF-8 are escaped.
+    printable = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return Run(printable if name is None else name, tuple(found), tuple(problems))
 
 
 def find(path: Path) -> Path:
-    """Returns the log that a path means: itself, or the only `.jsonl` file in a folder.
+    """Returns the log at a path: the path itself, or the only `.jsonl` file in a folder.
 
     Raises:
-        UsageError: There is no such file, or a folder holds no log or several.
+        UsageError: If the file does not exist, or if a folder does not contain exactly one log.
     """
-    if not os.path.isdir(path):  # False for what no path can be, where Path.is_dir raises
+    if not os.path.isdir(path):  # unlike Path.is_dir, False for an impossible path
         if not os.path.exists(path):
             raise UsageError(
-                f"RUN must be a log of LossScaleLogger or a folder with one, and {str(path)!r} is not there"
+                f"RUN must be a log of LossScaleLogger or a folder with one. The path does not exist: {str(path)!r}"
             )
         return path
     found = sorted(path.glob("*.jsonl")) or sorted(path.rglob("*.jsonl"))
     if len(found) == 1:
         return found[0]
     if not found:
-        raise UsageError(f"RUN must be a folder with a .jsonl file, and {str(path)!r} holds none")
-    named = ", ".join(str(each) for each in found[:5]) + (", ..." if len(found) > 5 else "")
-    raise UsageError(f"RUN must name one log, and {str(path)!r} holds {len(found)}: {named}")
+        raise UsageError(f"RUN must be a folder with a .jsonl file. Received: {str(path)!r}")
+    names = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+    raise UsageError(f"RUN must be one log. The folder {str(path)!r} contains {len(found)}: {names}")
 
 
-def _printable(path: str | Path) -> str:
-    r"""Returns a path as text that is valid UTF-8: other bytes of it are spelled out, as in `caf\xe9`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def _invalid(lines: list[int]) -> list[str]:
+    problems = [
+        f"Line {number} is not a record that this version knows. It was left out." for number in lines[:_MOST_NAMED]
+    ]
+    if len(lines) > _MOST_NAMED:
+        problems.append(f"{len(lines) - _MOST_NAMED} more lines were left out, the last of them line {lines[-1]}.")
+    return problems
 
 
-def _checked(record: Record) -> Record:
-    """Returns the record, if its scales are some: a damaged line can be JSON still."""
-    for name in ("loss_scale", "old_scale", "new_scale", "scale"):
-        if not 0 < getattr(record, name, 1.0) <= FLOAT32.max:
-            raise ValueError(f"{name} must be above 0 and a float32, received {record}")
-    return record
+def _incomplete(line: str) -> list[str]:
+    return ["The last line is incomplete: the run is still writing, or was killed."] if line.strip() else []
 
 
-def _problems(found: list[Record], broken: list[int], torn: str) -> list[str]:
-    told = [f"Line {number} is no record that this version knows, and was left out." for number in broken[:_TOLD]]
-    if len(broken) > _TOLD:
-        told.append(f"So were {len(broken) - _TOLD} more lines, the last of them line {broken[-1]}.")
-    if torn.strip():
-        told.append("The last line is not whole: the run was killed while it wrote, or is still writing.")
+def _missing(found: list[Record]) -> list[str]:
     if not found:
-        return [*told, "The log holds no records: nothing was logged, or not yet."]
-    if not any(isinstance(each, RunRecord) for each in found):
-        told.append("The line that begins a run is missing: model, rule, hardware and versions are unknown.")
-    if not any(isinstance(each, Progress) for each in found):
-        told.append("No epoch came to its end: skipped steps that left the scale as it was are not counted.")
-    if not any(isinstance(each, RangesRecord) for each in found):
-        told.append(
-            "No gradient ranges: what half precision loses is unknown. The callback GradientRanges writes them."
-        )
-    return told
+        return ["The log holds no records."]
+    sentences = {
+        RunRecord: "The first line of a run is missing: model, rule, hardware and versions are unknown.",
+        Progress: "No epoch was completed: skipped steps that did not change the scale are not counted.",
+        RangesRecord: "There are no gradient ranges: losses to half precision are unknown. The callback GradientRanges "
+        "writes ranges.",
+    }
+    kinds = set(map(type, found))
+    return [sentence for kind, sentence in sentences.items() if kind not in kinds]

@@ -1,4 +1,4 @@
-"""What stands in a report, whatever it is printed on: sections of sentences, tables and names of pictures."""
+"""Content of a report, independent of its output: sections of sentences, tables and keys of figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tfmixed.report.loading import Run
 
 @dataclass(frozen=True)
 class Table:
-    """Headings, and rows of as many cells; those after the first `left` ones hold numbers."""
+    """Headings, and rows of as many cells. The columns after the first `left` ones hold numbers."""
 
     headings: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -23,46 +23,48 @@ class Table:
 
 @dataclass(frozen=True)
 class Part:
-    """What one run has to say in a section.
+    """The content of one run in a section.
 
     Args:
-        sentences: Each a point of its own.
-        table: None where there is nothing to list.
-        pictures: Their keys in `pictures.PICTURES`.
+        sentences: Sentences, a point each.
+        table: A table. None if there is nothing to list.
+        figures: Keys of `figures.FIGURES`.
     """
 
     sentences: list[str] = field(default_factory=list)
     table: Table | None = None
-    pictures: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, and a part for each run, or one for all of them."""
+    """A title, and one part per run, or one part for all runs."""
 
     title: str
     parts: list[Part]
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """Returns the whole report: words first."""
-    each: dict[str, Callable[[Run], Part]] = {
-        "What happened": lambda run: Part(advice.happened(run)),
-        "What to change": lambda run: Part(advice.advice(run) or ["Nothing that this log shows."]),
-        "What is missing": lambda run: Part(list(run.problems) or ["Nothing: the log is whole."]),
-        "Loss scale": _scale,
-        "Skipped steps": _skipped,
-        "Gradient ranges": _ranges,
+    """Returns the whole report, sentences first."""
+    found = {
+        "What happened": [Part(advice.happened(run)) for run in runs],
+        "What to change": [Part(advice.advice(run) or ["Nothing that this log shows."]) for run in runs],
+        "What is missing": [Part(list(run.problems) or ["Nothing: the log is complete."]) for run in runs],
+        "Loss scale": [_scale(run) for run in runs],
+        "Skipped steps": [_skipped(run) for run in runs],
+        "Gradient ranges": [_ranges(run) for run in runs],
+        "Hardware": [_side_by_side(runs, _hardware)],
+        "Configuration": [_side_by_side(runs, _configuration)],
+        "Versions": [_side_by_side(runs, lambda begin: begin.versions)],
     }
-    told = [Section(title, [part(run) for run in runs]) for title, part in each.items()]
     if not any(run.problems for run in runs):
-        told = [section for section in told if section.title != "What is missing"]
-    return [*told, *_facts(runs)]
+        del found["What is missing"]
+    return [Section(title, parts) for title, parts in found.items()]
 
 
-def picture_keys(run: Run) -> tuple[str, ...]:
-    """Returns the keys of all pictures of a run."""
-    return _scale(run).pictures + _ranges(run).pictures
+def figure_keys(run: Run) -> tuple[str, ...]:
+    """Returns the keys of all figures of a run."""
+    return _scale(run).figures + _ranges(run).figures
 
 
 def _scale(run: Run) -> Part:
@@ -88,11 +90,12 @@ def _skipped(run: Run) -> Part:
     if not overflows:
         return Part(["No overflow changed the scale."])
     rows = []
-    for name, count in run.guilty.most_common():
-        of = [change for change in overflows if (change.variable or "unknown") == name]
-        scales = sorted({change.old_scale for change in of})
-        reach = short(scales[0]) if len(scales) == 1 else f"{short(scales[0])} .. {short(scales[-1])}"
-        rows.append((name, f"{count:,}", percent(count / len(overflows)), f"{of[0].step:,}", f"{of[-1].step:,}", reach))
+    for name, count in run.overflow_counts.most_common():
+        changes = [change for change in overflows if (change.variable or "unknown") == name]
+        low, high = (short(extreme(change.old_scale for change in changes)) for extreme in (min, max))
+        reach = low if low == high else f"{low} .. {high}"
+        steps = f"{changes[0].step:,}", f"{changes[-1].step:,}"
+        rows.append((name, f"{count:,}", percent(count / len(overflows)), *steps, reach))
     return Part([], Table(("first to overflow", "times", "share", "first step", "last step", "at scale"), rows))
 
 
@@ -101,62 +104,59 @@ def _ranges(run: Run) -> Part:
         return Part(["No gradient ranges in this log."])
     held, scale, record = advice.precision(run.ranges), run.measured_at, run.ranges.record
     batches = f"{record.batches:,} {'batch' if record.batches == 1 else 'batches'}"
-    dtypes = {each.dtype for each in run.ranges}
-    alike = f" all of them held in {dtypes.pop()}," if len(dtypes) == 1 else ""
+    dtypes = {gradient.dtype for gradient in run.ranges}
+    common = f" all held in {dtypes.pop()}," if len(dtypes) == 1 else ""
     sentence = (
-        f"{len(run.ranges)} gradients,{alike} measured in {record.precision} over {batches}; what {held} flushes to 0, "
-        f"makes subnormal and makes infinite at loss scale {short(scale)}, the worst first."
+        f"{len(run.ranges)} gradients,{common} measured in {record.precision} over {batches}. The last columns are the "
+        f"shares that {held} flushes to 0, makes subnormal and makes infinite at loss scale {short(scale)}."
     )
     over_time = ("timeline",) if len(run.all(RangesRecord)) > 1 else ()
-    return Part([sentence], _lost(run.ranges, scale, held, bool(alike)), ("ranges", "layers", *over_time))
+    return Part([sentence], _lost(run.ranges, scale, held, bool(common)), ("ranges", "layers", *over_time))
 
 
-def _lost(ranges: GradientRanges, scale: float, held: str, alike: bool) -> Table:
-    counted, rows = ranges.half, []
-    for each in ranges:
-        counts, worst = ["", "", ""], (-1.0, 0.0)  # what is held in float32 loses nothing
-        if any(each is one for one in counted):
-            lost = losses(each.octaves, scale, held)
-            counts = [percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow)]
-            worst = lost.share(lost.zero + lost.overflow), lost.share(lost.subnormal)
-        name = each.name if each.kind == "weight" else f"{each.name} ({each.kind})"
-        name += " (rounding noise)" if each.noise else ""
-        of = (name,) if alike else (name, each.dtype)
-        rows.append((worst, (*of, span(each), percent(share_of_zeros(each)), *counts)))
+def _lost(ranges: GradientRanges, scale: float, held: str, common: bool) -> Table:
+    """Returns a table of all gradients, those with the largest losses first. Gradients in float32 lose nothing."""
+    half, rows = {id(gradient) for gradient in ranges.half}, []
+    for gradient in ranges:
+        shares, badness = ["", "", ""], (-1.0, 0.0)
+        if id(gradient) in half:
+            lost = losses(gradient.octaves, scale, held)
+            shares = [percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow)]
+            badness = lost.share(lost.zero + lost.overflow), lost.share(lost.subnormal)
+        name = gradient.name if gradient.kind == "weight" else f"{gradient.name} ({gradient.kind})"
+        name += " (rounding noise)" if gradient.noise else ""
+        names = (name,) if common else (name, gradient.dtype)
+        rows.append((badness, (*names, span(gradient), percent(share_of_zeros(gradient)), *shares)))
     rows.sort(key=lambda row: row[0], reverse=True)
-    held_in = () if alike else ("held in",)
-    headings = ("gradient of", *held_in, "magnitudes", "zeros", "to 0", "subnormal", "overflow")
-    return Table(headings, [row for _, row in rows], left=1 + len(held_in))
+    dtype = () if common else ("held in",)
+    headings = ("gradient of", *dtype, "magnitudes", "zeros", "to 0", "subnormal", "overflow")
+    return Table(headings, [row for _, row in rows], left=1 + len(dtype))
 
 
-def _facts(runs: Sequence[Run]) -> list[Section]:
-    """Returns what each run says of itself, in tables that have a column a run."""
-    of: dict[str, Callable[[RunRecord], dict[str, str]]] = {
-        "Hardware": lambda begin: {f"device {index}": name for index, name in enumerate(begin.devices)},
-        "Configuration": _configuration,
-        "Versions": lambda begin: begin.versions,
-    }
-    return [Section(title, [_side_by_side(runs, facts)]) for title, facts in of.items()]
+def _hardware(begin: RunRecord) -> dict[str, str]:
+    return {f"device {index}": name for index, name in enumerate(begin.devices)}
 
 
 def _configuration(begin: RunRecord) -> dict[str, str]:
-    rule = {name: _told(name, value) for name, value in begin.rule.items()}
-    own = {"model": begin.model or "unknown", "policy": begin.policy, "optimizer": begin.optimizer or "unknown"}
-    return {**own, **rule, "started": begin.started}
+    names = {"model": begin.model or "unknown", "policy": begin.policy, "optimizer": begin.optimizer or "unknown"}
+    return {**names, **{name: _formatted(name, value) for name, value in begin.rule.items()}, "started": begin.started}
 
 
-def _told(name: str, value: object) -> str:
+def _formatted(name: str, value: object) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return short(value) if name.endswith(("scale", "value")) else f"{value:g}"
     return str(value)
 
 
 def _side_by_side(runs: Sequence[Run], facts: Callable[[RunRecord], dict[str, str]]) -> Part:
+    """Returns a table of facts about the runs, one column per run."""
     known = [facts(run.begin) if run.begin else {} for run in runs]
-    names = list(dict.fromkeys(name for each in known for name in each))
+    names = list(dict.fromkeys(name for values in known for name in values))
     if not names:
         return Part(["Unknown: the log does not say."])
-    rows = [(name, *(each.get(name, "-") for each in known)) for name in names]
-    differs = ("",) if len(runs) > 1 else ()
-    marked = [(*row, *("differs" * (len({*row[1:]}) > 1) for _ in differs)) for row in rows]
-    return Part([], Table(("", *(run.name for run in runs), *differs), marked, left=2 + len(runs)))
+    rows = [(name, *(values.get(name, "-") for values in known)) for name in names]
+    headings: tuple[str, ...] = ("", *(run.name for run in runs))
+    if len(runs) > 1:
+        headings = (*headings, "")
+        rows = [(*row, "differs" if len({*row[1:]}) > 1 else "") for row in rows]
+    return Part([], Table(headings, rows, left=2 + len(runs)))

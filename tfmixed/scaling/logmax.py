@@ -1,4 +1,4 @@
-"""The rule `LogMaxScale`: a scale from the statistics of the largest gradient."""
+"""`LogMaxScale`: a loss scale from the statistics of the largest gradient."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy
 
 from tfmixed.formats import FLOAT32
 from tfmixed.scaling import validation
-from tfmixed.scaling.rules import ScalingRule
+from tfmixed.scaling.base import ScalingRule
 
 
 class LogMaxState(NamedTuple):
-    """State of a `LogMaxScale`, all float32 scalars. Averages are exponential and not yet debiased.
+    """State of a `LogMaxScale`, all float32 scalars. Averages are exponential, before bias correction.
 
     Args:
         scale: The loss scale.
         mean: Fast average of log2(amax).
         slow_mean: Slow average of log2(amax).
         slow_square: Slow average of log2(amax) squared.
-        fast_bias: `beta1` to the power of the steps seen; divides `mean` by 1 minus it.
-        slow_bias: `beta2` to the power of the steps seen.
+        fast_bias: `beta1` to the power of the number of steps. The bias correction divides `mean` by 1 minus it.
+        slow_bias: `beta2` to the power of the number of steps.
     """
 
     scale: Any
@@ -33,7 +33,7 @@ class LogMaxState(NamedTuple):
     slow_bias: Any
 
 
-# The magnitudes are limits of float32 arithmetic, far beyond any log2 of a float32 (-149 to 128).
+# Wide limits for float32 arithmetic: log2 of a float32 is between -149 and 128.
 _RANGES = {
     "beta1": {"least": 0.0, "below": 1.0},
     "beta2": {"least": 0.0, "below": 1.0},
@@ -48,24 +48,24 @@ class LogMaxScale(ScalingRule):
     """A loss scale that keeps the largest gradient a few standard deviations below overflow.
 
         x = log2(amax) if finite else overflow_log2
-        mean, slow_mean, slow_square = averages of x, x, x * x  (decay beta1, beta2, beta2; debiased as in Adam)
+        mean, slow_mean, slow_square = averages of x, x, x * x  (decay beta1, beta2, beta2; bias-corrected as in Adam)
         deviation = sqrt(max(slow_square - slow_mean**2, 0))
         scale = 2 ** (log_max - (mean + std_devs * deviation)), kept within [min_scale, max_scale]
 
-    A step whose gradients are all 0 says nothing about their size and leaves the state as it is.
+    A step whose gradients are all 0 does not change the state.
 
     Args:
-        initial_scale: Scale of the first step.
-        beta1: Decay of the fast average, in [0, 1).
-        beta2: Decay of the slow averages, in [0, 1).
-        std_devs: Standard deviations kept as head room; 3.09 leaves 0.1 % of normally distributed steps above.
-        log_max: log2 of the magnitude to stay below; 16 is float16's first overflow.
-        overflow_log2: The x of a step that overflowed. None: `log_max`.
-        min_scale: Floor.
-        max_scale: Ceiling.
+        initial_scale: Scale of the first step. Defaults to 1.
+        beta1: Decay of the fast average, in [0, 1). Defaults to 0.99.
+        beta2: Decay of the slow averages, in [0, 1). Defaults to 0.999.
+        std_devs: Headroom in standard deviations. Defaults to 3.09, which 0.1% of normally distributed steps exceed.
+        log_max: log2 of the magnitude to stay below. Defaults to 16, float16's first overflow.
+        overflow_log2: The x of a step that overflowed. `None` uses `log_max`. Defaults to `None`.
+        min_scale: Lower bound. Defaults to 1.
+        max_scale: Upper bound. Defaults to `2**14`.
 
     Raises:
-        ValueError: An argument is out of range; `next` without `amax`.
+        ValueError: If an argument is out of range, or `next` is called without `amax`.
 
     Source: the LogMax scaler of NVIDIA's OpenSeq2Seq, "Mixed precision training".
 
@@ -102,11 +102,12 @@ class LogMaxScale(ScalingRule):
 
     def next(self, state: LogMaxState, finite: Any, amax: Any = None, xp: Any = numpy) -> LogMaxState:
         if amax is None:
-            raise ValueError("amax must be the largest absolute gradient of the step for LogMaxScale, received None")
-        overflow = xp.logical_not(xp.logical_and(finite, amax <= FLOAT32.max))  # NaN compares False
-        # Subnormals count as 0: TensorFlow flushes them and numpy does not.
+            raise ValueError("`amax` must be the largest absolute gradient of the step. Received: amax=None")
+        overflow = xp.logical_not(xp.logical_and(finite, amax <= FLOAT32.max))  # also if NaN
+        # Subnormals count as 0, since TensorFlow flushes them and numpy does not.
         measured = xp.logical_and(xp.logical_not(overflow), amax >= FLOAT32.smallest_normal)
-        x = xp.where(overflow, self._overflow_log2, _log(xp.where(measured, amax, 1.0), xp) / math.log(2))
+        overflow_log2 = self.log_max if self.overflow_log2 is None else self.overflow_log2
+        x = xp.where(overflow, overflow_log2, _log(xp.where(measured, amax, 1.0), xp) / math.log(2))
         mean = self.beta1 * state.mean + (1 - self.beta1) * x
         slow_mean = self.beta2 * state.slow_mean + (1 - self.beta2) * x
         slow_square = self.beta2 * state.slow_square + (1 - self.beta2) * (x * x)
@@ -118,10 +119,6 @@ class LogMaxScale(ScalingRule):
         informative = xp.logical_or(overflow, measured)
         return LogMaxState(*(xp.where(informative, new, old) for new, old in zip(after, state, strict=True)))
 
-    @property
-    def _overflow_log2(self) -> float:
-        return self.log_max if self.overflow_log2 is None else self.overflow_log2
-
     def _scale_for(self, cutoff: Any, xp: Any) -> Any:
         low, high = self.bounds
         exponent = xp.minimum(xp.maximum(self.log_max - cutoff, math.log2(low)), math.log2(high))
@@ -129,4 +126,4 @@ class LogMaxScale(ScalingRule):
 
 
 def _log(x: Any, xp: Any) -> Any:
-    return (xp.log if hasattr(xp, "log") else xp.math.log)(x)  # TensorFlow has it in tf.math alone
+    return (xp.log if hasattr(xp, "log") else xp.math.log)(x)  # TensorFlow has it only in tf.math

@@ -1,60 +1,95 @@
-"""The rules of other projects, expressed in ours."""
+"""Rules by name: `get` for the rules of tfmixed, `like` for those of other projects."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy
 
 from tfmixed.formats import FLOAT32
 from tfmixed.scaling import validation
+from tfmixed.scaling.base import ScalingRule
+from tfmixed.scaling.constant import ConstantScale
+from tfmixed.scaling.dynamic import DynamicScale
 from tfmixed.scaling.logmax import LogMaxScale
-from tfmixed.scaling.rules import DynamicScale, ScalingRule
+
+# Names of the rules in configuration files and commands.
+RULES: dict[str, type[Any]] = {"dynamic": DynamicScale, "constant": ConstantScale, "logmax": LogMaxScale}
 
 
-@dataclass(frozen=True)
-class Peer:
-    """One project: how its parameters become a rule, and what they are when absent."""
+def get(scale: Any) -> ScalingRule:
+    """Returns the rule that `scale` denotes.
 
-    rule: Callable[..., ScalingRule]
-    defaults: dict[str, Any]
+    Args:
+        scale: `"dynamic"` (a `DynamicScale` with default arguments), a number (a `ConstantScale`), `None` (a constant
+            scale of 1, which still skips non-finite steps), a rule, or the result of a rule's `get_config`.
+
+    Raises:
+        ValueError: If `scale` is not one of these.
+
+    Example:
+    >>> get(128).value
+    128.0
+    """
+    if isinstance(scale, ScalingRule):
+        return scale
+    if isinstance(scale, dict):
+        return ScalingRule.from_config(scale)
+    if scale is None:
+        return ConstantScale(1.0)
+    if isinstance(scale, str) and scale == "dynamic":
+        return DynamicScale()
+    if isinstance(scale, Real) and not isinstance(scale, bool):
+        return ConstantScale(scale)  # type: ignore[arg-type]  # any real number; the rule checks its range
+    raise ValueError(
+        f'`scale` must be "dynamic", a positive number, a scaling rule or `None`. Received: scale={scale!r}'
+    )
 
 
 def like(peer: str, **params: Any) -> ScalingRule:
-    """Returns the rule of another project, step for step.
+    """Returns the scaling rule of another project, which makes the same decisions step by step.
+
+    Where that project would reach 0 or infinity, the rule stops at float32's smallest normal number or at its last
+    finite value.
 
     Args:
-        peer: One of `scaling.PEERS`.
-        **params: That project's parameters under this module's names; its own defaults fill the rest. Where one
-            `factor` serves both ways in the peer, it does here.
+        peer: A key of `scaling.PEERS`.
+        **params: Parameters of that project under the names of `DynamicScale` or `LogMaxScale`. `factor` is a growth
+            factor whose inverse is the backoff factor. Defaults are those of the project.
 
     Raises:
-        ValueError: No such peer, or a parameter that it does not have.
-
-    Where a peer would reach 0 or inf, the rule stops at float32's smallest normal or at its last finite value.
+        ValueError: If `peer` is unknown, does not have a parameter, or a parameter is out of range.
 
     Example:
     >>> like("torch").initial_scale
     65536.0
     """
     if not isinstance(peer, str) or peer not in PEERS:
-        raise ValueError(f"peer must be one of {', '.join(PEERS)}, received {peer!r}")
-    defaults = PEERS[peer].defaults
-    if not params.keys() <= defaults.keys():
-        raise ValueError(f"params of {peer} must be among {', '.join(defaults)}, received {', '.join(params)}")
-    return PEERS[peer].rule(**{**defaults, **params})
+        raise ValueError(f"`peer` must be one of {', '.join(PEERS)}. Received: peer={peer!r}")
+    if unknown := params.keys() - PEERS[peer].defaults.keys():
+        names = ", ".join(PEERS[peer].defaults)
+        raise ValueError(f"Parameters of {peer} must be among {names}. Received: {', '.join(sorted(unknown))}")
+    return PEERS[peer].rule(**{**PEERS[peer].defaults, **params})
 
 
-# Four kinds of arithmetic: torch multiplies its float32 scale by a float64 factor, DeepSpeed and fairseq compute in
-# float64 alone; Megatron and flax multiply by a float32 factor; jmp, TensorFlow 1 and OpenSeq2Seq divide by one.
+@dataclass(frozen=True)
+class Peer:
+    """The scaling rule of another project, and the project's parameters with their default values."""
+
+    rule: Callable[..., ScalingRule]
+    defaults: dict[str, Any]
 
 
-def _unbounded(**params: Any) -> DynamicScale:
-    rule = {"min_scale": None, "max_scale": None, **params}
-    no_floor = rule["min_scale"] == 0 and not isinstance(rule["min_scale"], bool)
-    return DynamicScale(**{**rule, "min_scale": None if no_floor else rule["min_scale"]})
+# The arithmetic of the projects: PyTorch multiplies a float32 scale by a float64 factor, DeepSpeed and fairseq compute
+# in float64, Megatron and flax multiply by a float32 factor, and jmp, TensorFlow 1 and OpenSeq2Seq divide by one.
+
+
+def _unbounded(min_scale: Any = None, **params: Any) -> DynamicScale:
+    floor = None if min_scale == 0 and not isinstance(min_scale, bool) else min_scale
+    return DynamicScale(**{"min_scale": floor, "max_scale": None, **params})
 
 
 def _single(name: str, factor: float) -> float:
@@ -66,113 +101,69 @@ def _unbounded_single(growth_factor: float, backoff_factor: float, **params: Any
     return _unbounded(growth_factor=growth, backoff_factor=backoff, **params)
 
 
-def _both_ways(factor: float, **params: Any) -> DynamicScale:
+def _symmetric(factor: float, **params: Any) -> DynamicScale:
     return _unbounded(growth_factor=factor, backoff_factor=1 / validation.number("factor", factor, above=1.0), **params)
 
 
-def _both_ways_single(factor: float, **params: Any) -> DynamicScale:
-    return _both_ways(_single("factor", factor), **params)
+def _symmetric_single(factor: float, **params: Any) -> DynamicScale:
+    return _symmetric(_single("factor", factor), **params)
 
 
 def _flax(growth_interval: int, **params: Any) -> DynamicScale:
-    # It grows at the first finite step after `growth_interval` others, and saturates at float32's maximum.
+    # Grows at the first finite step after `growth_interval` others, and saturates at float32's maximum.
     interval = validation.count("growth_interval", growth_interval, 1)
     return _unbounded_single(growth_interval=interval + 1, max_scale=FLOAT32.max, **params)
 
 
 def _deepspeed(consecutive_hysteresis: bool, **params: Any) -> DynamicScale:
-    # The first growth, at the start and after an overflow, comes one step later than the next ones.
-    if not isinstance(consecutive_hysteresis, bool):
-        raise ValueError(f"consecutive_hysteresis must be True or False, received {consecutive_hysteresis!r}")
-    return _both_ways(refill="finite" if consecutive_hysteresis else "growth", growth_delay=1, **params)
+    # The first growth, at the start and after an overflow, comes one step later than the following ones.
+    refill = "finite" if validation.boolean("consecutive_hysteresis", consecutive_hysteresis) else "growth"
+    return _symmetric(refill=refill, growth_delay=1, **params)
 
 
 def _fairseq(threshold: float | None, min_scale: float, **params: Any) -> DynamicScale:
-    # It raises where the scale would reach `min_scale`; a rule cannot raise, so its scale stops there.
+    # Fairseq raises an error where the scale would reach `min_scale`. A rule cannot, so its scale stops there.
     floor = validation.scale("min_scale", min_scale)
     if threshold is not None:
         floor = max(floor, validation.scale("threshold", threshold))
-    return _both_ways(min_scale=floor, **params)
+    return _symmetric(min_scale=floor, **params)
 
 
 def _apex(initial_scale: float, max_scale: float, **params: Any) -> DynamicScale:
     ceiling = validation.scale("max_scale", max_scale)
-    return _unbounded(
-        initial_scale=min(validation.scale("initial_scale", initial_scale), ceiling), max_scale=ceiling, **params
-    )
-
-
-def _tf1(**params: Any) -> DynamicScale:
-    return _both_ways_single(min_scale=1.0, **params)
+    first = min(validation.scale("initial_scale", initial_scale), ceiling)
+    return _unbounded(initial_scale=first, max_scale=ceiling, **params)
 
 
 def _openseq2seq_backoff(scale_min: float, scale_max: float, **params: Any) -> DynamicScale:
-    return _both_ways_single(initial_scale=scale_max, min_scale=scale_min, max_scale=scale_max, **params)
+    return _symmetric_single(initial_scale=scale_max, min_scale=scale_min, max_scale=scale_max, **params)
 
 
 def _openseq2seq_logmax(
     scale_min: float, scale_max: float, overflow_std_dev: float, log_max: float, **params: Any
 ) -> LogMaxScale:
-    # For an overflow it feeds 2**log_max where log_max was meant; and it aims at 2**16 whatever log_max is.
-    return LogMaxScale(
-        initial_scale=scale_min,
-        min_scale=scale_min,
-        max_scale=scale_max,
-        std_devs=overflow_std_dev,
-        overflow_log2=2.0 ** validation.number("log_max", log_max, most=32.0),
-        **params,
-    )
+    # For an overflow it uses 2**log_max in place of log_max, and it aims at 2**16 whatever log_max is.
+    overflow_log2 = 2.0 ** validation.number("log_max", log_max, most=32.0)
+    bounds = {"initial_scale": scale_min, "min_scale": scale_min, "max_scale": scale_max}
+    return LogMaxScale(std_devs=overflow_std_dev, overflow_log2=overflow_log2, **bounds, **params)
 
 
 _TORCH = {"initial_scale": 2.0**16, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+_TF1 = {"initial_scale": 2.0**15, "factor": 2.0, "growth_interval": 2000}
+_LARGE = {"initial_scale": 2.0**32, "growth_interval": 1000, "min_scale": 1.0}
+_OPENSEQ2SEQ = {"scale_min": 1.0, "scale_max": 2.0**14}
+_LOGMAX = {"beta1": 0.99, "beta2": 0.999, "overflow_std_dev": 3.09, "log_max": 16.0}
 
 PEERS: dict[str, Peer] = {
     "torch": Peer(_unbounded, _TORCH),
     "flax": Peer(_flax, {**_TORCH, "min_scale": FLOAT32.smallest_normal}),
-    "jmp": Peer(
-        _both_ways_single, {"initial_scale": 2.0**15, "factor": 2.0, "growth_interval": 2000, "min_scale": 1.0}
-    ),
-    "deepspeed": Peer(
-        _deepspeed,
-        {
-            "initial_scale": 2.0**32,
-            "factor": 2.0,
-            "growth_interval": 1000,
-            "min_scale": 1.0,
-            "hysteresis": 1,
-            "consecutive_hysteresis": False,
-        },
-    ),
-    "megatron": Peer(
-        _unbounded_single,
-        {**_TORCH, "initial_scale": 2.0**32, "growth_interval": 1000, "hysteresis": 2, "min_scale": 1.0},
-    ),
-    "fairseq": Peer(
-        _fairseq,
-        {
-            "initial_scale": 2.0**15,
-            "factor": 2.0,
-            "growth_interval": 2000,
-            "tolerance": 0.0,
-            "threshold": None,
-            "min_scale": 1e-4,
-        },
-    ),
+    "jmp": Peer(_symmetric_single, {**_TF1, "min_scale": 1.0}),
+    "deepspeed": Peer(_deepspeed, {"factor": 2.0, **_LARGE, "hysteresis": 1, "consecutive_hysteresis": False}),
+    "megatron": Peer(_unbounded_single, {**_TORCH, **_LARGE, "hysteresis": 2}),
+    "fairseq": Peer(_fairseq, {**_TF1, "tolerance": 0.0, "threshold": None, "min_scale": 1e-4}),
     "apex": Peer(_apex, {"initial_scale": 2.0**16, "growth_interval": 2000, "min_scale": None, "max_scale": 2.0**24}),
     "keras": Peer(_unbounded, {"initial_scale": 2.0**15, "growth_interval": 2000}),
-    "tf1": Peer(_tf1, {"initial_scale": 2.0**15, "factor": 2.0, "growth_interval": 2000}),
-    "openseq2seq_backoff": Peer(
-        _openseq2seq_backoff, {"factor": 2.0, "growth_interval": 2000, "scale_min": 1.0, "scale_max": 2.0**14}
-    ),
-    "openseq2seq_logmax": Peer(
-        _openseq2seq_logmax,
-        {
-            "beta1": 0.99,
-            "beta2": 0.999,
-            "overflow_std_dev": 3.09,
-            "log_max": 16.0,
-            "scale_min": 1.0,
-            "scale_max": 2.0**14,
-        },
-    ),
+    "tf1": Peer(lambda **params: _symmetric_single(min_scale=1.0, **params), _TF1),
+    "openseq2seq_backoff": Peer(_openseq2seq_backoff, {"factor": 2.0, "growth_interval": 2000, **_OPENSEQ2SEQ}),
+    "openseq2seq_logmax": Peer(_openseq2seq_logmax, {**_LOGMAX, **_OPENSEQ2SEQ}),
 }

@@ -1,125 +1,174 @@
-"""A network under one half-precision policy, trained in each variant by turns."""
+"""Benchmark cases: a network under one half-precision policy, trained in all variants with interleaved timing."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy
+import psutil
+from rich.console import Console
+from rich.progress import Progress
 
-from tfmixed._cli.bench import memory, networks
-from tfmixed._cli.bench.reports import MIB, Row
+from tfmixed import hardware
+from tfmixed._cli.bench import networks
+from tfmixed._cli.bench.tables import GIB, MIB, Report, Row
 from tfmixed._cli.load_model import load_function
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
-from tfmixed._utils import temporary_state
+from tfmixed._utils import temporary_state, timing
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import UsageError
 from tfmixed.scaling import validation
 
+NETWORKS = tuple(networks.BATCHES)
 VARIANTS = {
     "float32": "float32",
-    "unscaled": "half precision, the optimizer as it is",
+    "unscaled": "half precision, original optimizer",
     "keras": "half precision, keras.optimizers.LossScaleOptimizer",
     "tfmixed": "half precision, tfmixed.LossScaleOptimizer and LossScaleLogger",
 }
-_FEWEST_STEPS = 5
+_POLICIES = ("auto", "mixed_bfloat16", "mixed_float16", "bfloat16", "float16")
+_MIN_STEPS = 5
+
+
+def run(
+    cases: Sequence[str] = NETWORKS,
+    policy: str = "auto",
+    *,
+    batch: int | None = None,
+    rounds: int = 5,
+    seconds: float = 1.0,
+    memory: float | None = 8.0,
+) -> Report:
+    """Trains each case in all `VARIANTS`, and measures time, memory and loss.
+
+    Args:
+        cases: Names of built-in networks, or `"module:function"` of a function that returns a compiled `keras.Model`,
+            inputs and targets. Defaults to all built-in networks.
+        policy: The half-precision policy. `"auto"` selects the fastest on this hardware, or `mixed_bfloat16` if that
+            is float32. Defaults to `"auto"`.
+        batch: The batch size. `None` uses that of the network, or 32 for a function. Defaults to `None`.
+        rounds: The number of timed epochs of each variant. Defaults to 5.
+        seconds: The approximate length of an epoch. Defaults to 1.
+        memory: GiB that `Row.batch_in_memory` may use. `None` does not measure memory, which takes two processes for
+            each row. Defaults to 8.
+
+    Raises:
+        UsageError: If a case is unknown, or its function returns something else.
+        ValueError: If an argument is out of range.
+
+    Example:
+    >>> report = run(["mlp"])  # doctest: +SKIP
+    >>> print(report)  # doctest: +SKIP
+    """
+    device = hardware.describe().main
+    if policy not in _POLICIES:
+        raise UsageError(f"`policy` must be one of {', '.join(_POLICIES)}. Received: policy={policy!r}")
+    if policy == "auto":
+        policy = device.policy if device.policy != "float32" else "mixed_bfloat16"
+    validation.count("rounds", rounds, 1)
+    validation.number("seconds", seconds, above=0.0)
+    limit = 0.0 if memory is None else GIB * validation.number("memory", memory, above=0.0)
+    if len(set(cases)) < len(cases):
+        raise UsageError(f"Networks must be unique. Received: {', '.join(cases)}")
+    made = [Case(spec, policy, batch or networks.BATCHES.get(spec, 32)) for spec in cases]
+    rows = tuple(_rows(made, rounds, seconds, limit))
+    fast = policy.removeprefix("mixed_") in device.fast
+    return Report(policy, device.name, _versions(), int(limit), rows, () if fast else (f"{policy}: {device.reason}",))
 
 
 class Case:
     """A network under one half-precision policy.
 
     Args:
-        spec: A built-in network or `"module:function"`.
-        policy: Of all variants but float32.
-        batch: Samples a step.
+        spec: The name of a built-in network, or `"module:function"`.
+        policy: The policy of all variants but float32.
+        batch: The batch size.
     """
 
     def __init__(self, spec: str, policy: str, batch: int) -> None:
         self.spec, self.policy, self.batch = spec, policy, validation.count("batch", batch, 1)
-        if spec not in networks.BATCHES and ":" not in spec:
+        if spec not in NETWORKS and ":" not in spec:
+            names = ", ".join(NETWORKS)
             raise UsageError(
-                f"networks must be among {', '.join(networks.BATCHES)}, or model=module:function, received {spec!r}"
+                f"Networks must be among {names}, or given by `--model module:function`. Received: {spec!r}"
             )
-        self._function = getattr(networks, spec) if spec in networks.BATCHES else load_function(spec)
+        self._function = getattr(networks, spec) if spec in NETWORKS else load_function(spec)
 
-    def made(self, variant: str) -> networks.Problem:
-        """Returns the model, compiled as the variant says, inputs and targets."""
+    def make(self, variant: str) -> networks.Problem:
+        """Returns the model compiled for a variant, inputs and targets."""
         keras.utils.set_random_seed(0)
         with temporary_state.global_policy("float32" if variant == "float32" else self.policy):
             made = self._function()
         if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], keras.Model) and made[0].compiled):
             raise UsageError(
-                f"{self.spec} must return a compiled keras.Model, inputs and targets, received {type(made).__name__}: "
-                "end it with `return model, x, y`"
+                f"{self.spec} must return a compiled keras.Model, inputs and targets, as in `return model, x, y`. "
+                f"Received: {type(made).__name__}"
             )
         model, x, y = made
-        # Not compiled again: whatever else it was compiled with stays, and Keras wraps no optimizer by itself.
+        # Replaced without `compile`, which would lose other arguments and wrap the optimizer under mixed_float16.
         model.optimizer = _optimizer(model.optimizer, variant)
         return model, *keras.tree.map_structure(self._array, (x, y))
 
     def _array(self, values: Any) -> Any:
         if not hasattr(values, "shape") or not len(values):
-            raise UsageError(f"{self.spec} must return inputs and targets as arrays, received {type(values).__name__}")
+            name = type(values).__name__
+            raise UsageError(f"{self.spec} must return inputs and targets as arrays. Received: {name}")
         return numpy.asarray(values)
 
-    def timed(self, rounds: int, seconds: float, tick: Callable[[], None]) -> list[Row]:
-        """Returns a row for each variant, without memory. All are trained by turns, so that noise hits all of them."""
-        cases = {variant: self.made(variant) for variant in VARIANTS}
-        if len({id(model) for model, _, _ in cases.values()}) < len(cases):
-            raise UsageError(f"{self.spec} must return a new model each time, received the same one again")
-        firsts, steps = {}, _FEWEST_STEPS
-        for variant, case in cases.items():
-            firsts[variant], _ = self._fitted(case, 1, variant)
-            lasting, _ = self._fitted(case, _FEWEST_STEPS, variant)
-            steps = max(steps, math.ceil(seconds * _FEWEST_STEPS / lasting)) if variant == "float32" else steps
-            tick()
-        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        losses = {}
-        for turn in range(rounds):
-            for variant in _rotated(list(VARIANTS), turn):
-                lasting, losses[variant] = self._fitted(cases[variant], steps, variant)
-                times[variant].append(1e3 * lasting / steps)
-                tick()
-        done = 1 + _FEWEST_STEPS + rounds * steps
+    def measure(self, rounds: int, seconds: float, tick: Callable[[], None]) -> list[Row]:
+        """Returns a row for each variant, without memory. Calls `tick` after each epoch."""
+        problems = {variant: self.make(variant) for variant in VARIANTS}
+        if len({id(model) for model, _, _ in problems.values()}) < len(problems):
+            raise UsageError(f"{self.spec} must return a new model in each call. Received: the same model")
+        runs = {variant: _Training(problem, self.batch, variant, tick) for variant, problem in problems.items()}
+        firsts = {variant: training.epoch(1) for variant, training in runs.items()}
+        warm = {variant: training.epoch(_MIN_STEPS) for variant, training in runs.items()}
+        steps = max(_MIN_STEPS, math.ceil(seconds * _MIN_STEPS / warm["float32"]))
+        times = timing.interleaved(runs, rounds, lambda training: training.epoch(steps))
+        total = 1 + _MIN_STEPS + rounds * steps
+        ms = {variant: tuple(1e3 * taken / steps for taken in times[variant]) for variant in VARIANTS}
         return [
-            Row(self.spec, variant, self.batch, tuple(times[variant]), firsts[variant], done, losses[variant])
+            Row(self.spec, variant, self.batch, ms[variant], firsts[variant], total, runs[variant].loss)
             for variant in VARIANTS
         ]
 
     def with_memory(self, row: Row, limit: float, tick: Callable[[], None]) -> Row:
-        """Returns `row` with the peak of memory at its batch, and the batch whose peak is `limit` bytes.
+        """Returns `row` with its peak memory, and the batch size whose peak is `limit` bytes.
 
-        Without both, and a line on standard error, where a process fails: what was timed is not lost.
+        If a process fails, prints a line to standard error and returns the row without them.
         """
-        with ThreadPoolExecutor(2) as pool:  # of processes: they wait
-            peaks = list(pool.map(functools.partial(self._peak_elsewhere, row.variant), (self.batch, 2 * self.batch)))
+        with ThreadPoolExecutor(2) as pool:
+            peaks = list(pool.map(functools.partial(self._peak_in_process, row.variant), (self.batch, 2 * self.batch)))
         tick()
         if None in peaks:
             return row
-        a_sample = (peaks[1] - peaks[0]) / self.batch
-        # What is not much more than the noise of an allocator is no slope.
-        fits = self.batch + int((limit - peaks[0]) / a_sample) if peaks[1] - peaks[0] > 32 * MIB else None
+        per_sample = (peaks[1] - peaks[0]) / self.batch
+        # A smaller difference may be noise of the allocator.
+        fits = self.batch + int((limit - peaks[0]) / per_sample) if peaks[1] - peaks[0] > 32 * MIB else None
         return dataclasses.replace(row, peak=peaks[0], batch_in_memory=fits)
 
     def peak(self, variant: str) -> int:
-        """Returns the bytes at the peak of a few steps, above what the process holds now. Once a process."""
-        before = memory.used(at_peak=False)
-        case = self.made(variant)
-        self._fitted(case, 3, variant)
-        return memory.used(at_peak=True) - before
+        """Returns the peak memory of three training steps in bytes. Only the first call in a process is correct."""
+        before = _memory(peak=False)
+        _Training(self.make(variant), self.batch, variant).epoch(3)
+        return _memory(peak=True) - before
 
-    def _peak_elsewhere(self, variant: str, batch: int) -> Any:
-        """Returns what `peak` returns in a process of its own; None if that fails."""
-        arguments = "s, p, b, v = sys.argv[1:]"
-        code = f"import sys; from tfmixed._cli.bench import Case; {arguments}; print(Case(s, p, int(b)).peak(v))"
+    def _peak_in_process(self, variant: str, batch: int) -> Any:
+        """Returns the result of `peak` in a new process, or `None` if that fails."""
+        code = "import sys; from tfmixed._cli.bench import Case; spec, policy, batch, variant = sys.argv[1:]; "
+        code += "print(Case(spec, policy, int(batch)).peak(variant))"
         command = [sys.executable, "-c", code, self.spec, self.policy, str(batch), variant]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
@@ -127,25 +176,41 @@ class Case:
             return None
         return int(result.stdout.split()[-1])
 
-    def _fitted(self, case: networks.Problem, steps: int, variant: str) -> tuple[float, float]:
-        """Returns the seconds of an epoch of so many steps, and its mean loss."""
-        model, x, y = case
-        x, y = keras.tree.map_structure(lambda each: repeated(each, steps * self.batch), (x, y))
-        watch = _Watch()
-        callbacks = [watch, LossScaleLogger(verbose=0)] if variant == "tfmixed" else [watch]
-        history = model.fit(x, y, batch_size=self.batch, shuffle=False, verbose=0, callbacks=callbacks)
-        return watch.seconds, float(history.history["loss"][-1])
+
+class _Training:
+    """A model in training. `loss` is the mean loss of the last epoch."""
+
+    def __init__(
+        self, problem: networks.Problem, batch: int, variant: str, tick: Callable[[], None] = lambda: None
+    ) -> None:
+        self.model, *self.data = problem
+        self.batch, self.variant, self.tick, self.loss = batch, variant, tick, math.nan
+
+    def epoch(self, steps: int) -> float:
+        """Trains for an epoch of `steps` steps and returns its seconds."""
+        x, y = keras.tree.map_structure(lambda array: repeated(array, steps * self.batch), self.data)
+        watch = _Stopwatch()
+        callbacks = [watch, LossScaleLogger(verbose=0)] if self.variant == "tfmixed" else [watch]
+        history = self.model.fit(x, y, batch_size=self.batch, shuffle=False, verbose=0, callbacks=callbacks)
+        self.loss = float(history.history["loss"][-1])
+        self.tick()
+        return watch.seconds
 
 
-class _Watch(keras.callbacks.Callback):
-    """Times an epoch. What comes after the last is no part of a step: TensorFlow may take a second to end a dataset."""
+class _Stopwatch(keras.callbacks.Callback):
+    """Times an epoch, without the end of `fit`, in which TensorFlow may take a second to finish a dataset."""
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._start = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        # Keras has read the metrics by now, and so waited for the device.
+        # Keras has read the metrics by now, and so has waited for the device.
         self.seconds = time.perf_counter() - self._start
+
+
+def repeated(values: Any, count: int) -> Any:
+    """Returns `count` samples, which repeat the given ones in order."""
+    return values[numpy.arange(count) % len(values)]
 
 
 def _optimizer(inner: keras.optimizers.Optimizer, variant: str) -> keras.optimizers.Optimizer:
@@ -155,10 +220,53 @@ def _optimizer(inner: keras.optimizers.Optimizer, variant: str) -> keras.optimiz
     return wrappers[variant](fresh) if variant in wrappers else fresh
 
 
-def repeated(values: Any, count: int) -> Any:
-    """Returns so many samples: the given ones again and again."""
-    return values[numpy.arange(count) % len(values)]
+def _rows(cases: Sequence[Case], rounds: int, seconds: float, limit: float) -> Iterator[Row]:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for case in cases:
+            total = len(VARIANTS) * (2 + rounds + (1 if limit else 0))
+            tick = functools.partial(progress.advance, progress.add_task(case.spec, total=total))
+            for row in case.measure(rounds, seconds, tick):
+                yield case.with_memory(row, limit, tick) if limit else row
 
 
-def _rotated(items: list[str], by: int) -> list[str]:
-    return items[by % len(items) :] + items[: by % len(items)]
+def _memory(peak: bool) -> int:
+    """Returns the bytes in use, or their peak, on the accelerator or else in this process."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow
+
+        if tensorflow.config.list_logical_devices("GPU"):
+            return int(tensorflow.config.experimental.get_memory_info("GPU:0")["peak" if peak else "current"])
+    elif backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return int(torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())
+    elif backend == "jax":
+        import jax
+
+        if stats := jax.local_devices()[0].memory_stats():
+            return int(stats["peak_bytes_in_use" if peak else "bytes_in_use"])
+    return _process_peak() if peak else int(psutil.Process().memory_info().rss)
+
+
+def _process_peak() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux, getrusage returns the peak of the parent process if that is larger.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _versions() -> dict[str, str]:
+    versions = {"keras": keras.__version__, "tfmixed": importlib.metadata.version("tfmixed")}
+    backend = keras.backend.backend()
+    for name in (backend, "tensorflow-cpu") if backend == "tensorflow" else (backend,):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

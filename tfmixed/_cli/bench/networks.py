@@ -1,7 +1,7 @@
-"""The networks of `tfmixed bench`, each with data that it can learn.
+"""Networks of `tfmixed bench`, with data that they can learn.
 
-Each function returns a compiled model, inputs and targets, made under the dtype policy of the moment. A function
-of one's own that returns the same three can be benchmarked in the same way.
+Each function returns a model compiled under the current dtype policy, inputs and targets. `tfmixed bench --model` takes
+a user's function with the same results.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from keras import layers
 # A compiled model, inputs and targets.
 Problem = tuple[keras.Model, Any, Any]
 
-# What one name stands for: a function of this module, and the batch that keeps two CPU cores busy for a tenth of a
-# second or so.
+# Batch sizes by function, for steps of about 0.1 seconds on two CPU cores.
 BATCHES = {"mlp": 512, "cnn": 64, "transformer": 8, "depthwise": 32}
 
 
 def mlp(samples: int = 2048, width: int = 2048, depth: int = 6, classes: int = 16) -> Problem:
-    """Matrix products and nothing else: `depth` dense layers of `width`."""
+    """An MLP of `depth` dense layers of `width` units, bound by matrix products."""
     hidden = [layers.Dense(width, activation="relu") for _ in range(depth)]
     model = keras.Sequential([keras.Input((width,)), *hidden, *_classifier(classes)])
     x = _random().normal(size=(samples, width)).astype("float32")
@@ -29,7 +28,7 @@ def mlp(samples: int = 2048, width: int = 2048, depth: int = 6, classes: int = 1
 
 
 def cnn(samples: int = 256, side: int = 32, channels: int = 128, depth: int = 4, classes: int = 16) -> Problem:
-    """Convolutions of 3 x 3 with batch normalization: arithmetic bound."""
+    """A network of 3 x 3 convolutions with batch normalization, bound by arithmetic."""
     blocks: list[Any] = []
     for _ in range(depth):
         blocks += [
@@ -41,7 +40,7 @@ def cnn(samples: int = 256, side: int = 32, channels: int = 128, depth: int = 4,
 
 
 def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: int = 6, classes: int = 16) -> Problem:
-    """Depthwise convolutions and layer normalizations: bound by memory, where half precision saves traffic only."""
+    """A network of depthwise convolutions with layer normalization, bound by memory."""
     blocks: list[Any] = [layers.Conv2D(channels, 1)]
     for _ in range(depth):
         blocks += [
@@ -55,7 +54,7 @@ def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: in
 def transformer(
     samples: int = 32, tokens: int = 128, width: int = 512, depth: int = 4, heads: int = 8, vocabulary: int = 8000
 ) -> Problem:
-    """A language model: causal attention, and a softmax over the vocabulary."""
+    """A language model with causal attention and a softmax over the vocabulary."""
     inputs = keras.Input((tokens,), dtype="int32")
     x = layers.Embedding(vocabulary, width)(inputs)
     for _ in range(depth):
@@ -65,7 +64,7 @@ def transformer(
         x += layers.Dense(width)(hidden)
     logits = layers.Dense(vocabulary)(layers.LayerNormalization()(x))
     model = keras.Model(inputs, layers.Activation("linear", dtype="float32")(logits))
-    # Each token follows from the one before.
+    # Each token determines the next one.
     follower = _random().permutation(vocabulary)
     text = numpy.empty((samples, tokens + 1), "int32")
     text[:, 0] = _random().integers(vocabulary, size=samples)
@@ -83,12 +82,12 @@ def _classifier(classes: int) -> list[Any]:
 
 
 def _classes_of(x: Any, classes: int) -> Any:
-    """Returns the largest of `classes` random projections: what a linear layer could learn."""
+    """Returns the index of the largest of `classes` random projections, which a linear layer can learn."""
     return (x @ _random().normal(size=(x.shape[-1], classes))).argmax(axis=-1)
 
 
 def _image_classifier(blocks: list[Any], samples: int, side: int, classes: int) -> Problem:
-    """Returns a network of these blocks, with images that are a pattern of their class each, and noise."""
+    """Returns a classifier made of `blocks`, and images that are the pattern of their class plus noise."""
     model = keras.Sequential(
         [keras.Input((side, side, 3)), *blocks, layers.GlobalAveragePooling2D(), *_classifier(classes)]
     )

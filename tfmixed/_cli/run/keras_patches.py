@@ -55,7 +55,7 @@ class KerasPatches:
 
     def without_islands(self, model: Any) -> AbstractContextManager[None]:
         """Removes the islands from a model while it is saved: a file must not need tfmixed."""
-        return layer_rewrite.as_before(model) if model in self._with_islands else contextlib.nullcontext()
+        return layer_rewrite.without_rewrites(model) if model in self._with_islands else contextlib.nullcontext()
 
     def _compile(self, original: _Method, model: Any, *args: Any, **kwargs: Any) -> Any:
         bound = _bind(original, model, *args, **kwargs)

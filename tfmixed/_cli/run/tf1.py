@@ -76,17 +76,17 @@ class TF1Run:
             return
         self._has_begun = True
         from tfmixed.compat import v1
-        from tfmixed.compat.v1 import rewrite
+        from tfmixed.compat.v1 import graph_rewrite
 
         lines: list[str] = []
-        is_by_script, is_wanted = rewrite.is_enabled(), self._rewrite_dtype != "float32"
+        is_by_script, is_wanted = graph_rewrite.is_enabled(), self._rewrite_dtype != "float32"
         if is_wanted and not is_by_script:
             with _captured(lines):
                 # The rewrite applies to the whole process. The optimizer is not used.
                 v1.enable_mixed_precision_graph_rewrite(
                     v1.train.GradientDescentOptimizer(0.0), dtype=self._rewrite_dtype
                 )
-        half = f"graph rewrite to {rewrite.active()}" if rewrite.active() else "no graph rewrite"
+        half = f"graph rewrite to {graph_rewrite.active()}" if graph_rewrite.active() else "no graph rewrite"
         source = " as the script asks" if is_by_script else ""
         scaling = "a dynamic loss scale for optimizers that have none" if is_wanted else "no loss scale"
         messages.say("; ".join([f"TensorFlow 1 shim, {half}{source}, {scaling}", *lines]))

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import keras
 
 from tfmixed._cli.run.messages import is_called_from, place, refuse, say
-from tfmixed._core.control_flow import as_it_is
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
+from tfmixed._utils.autograph import do_not_convert
 from tfmixed._utils.patching import around
 from tfmixed.formats import HALF
 
@@ -28,12 +28,12 @@ class RunOptimizer(LossScaleOptimizer):
     _scaled_by: Literal["step", "tape"] | None = None
     _is_applied = False
 
-    @as_it_is
+    @do_not_convert
     def scale_loss(self, loss: Any) -> Any:
         self._note_scaling("step")
         return super().scale_loss(loss)
 
-    @as_it_is
+    @do_not_convert
     def get_scaled_loss(self, loss: Any) -> Any:
         self._note_scaling("step")
         return super().get_scaled_loss(loss)
@@ -46,7 +46,7 @@ class RunOptimizer(LossScaleOptimizer):
             )
         self._scaled_by, self._is_applied = source, False
 
-    @as_it_is
+    @do_not_convert
     def gradient(self, compute: Callable[[Any], Any], is_of_variables: bool) -> Any:
         """Returns unscaled gradients that are computed from a scaled start, or None if the step scales its loss.
 
@@ -62,7 +62,7 @@ class RunOptimizer(LossScaleOptimizer):
         scale = self.loss_scale
         return keras.tree.map_structure(lambda value: _divide(value, scale), compute(scale))
 
-    @as_it_is
+    @do_not_convert
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         self._check_scaled()
         super().apply(grads, trainable_variables)

@@ -1,12 +1,15 @@
-"""What the rewrite made of a graph: read from the graph that ran."""
+"""Report of the operations that the graph rewrite converted, read from the graph that ran."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
@@ -14,28 +17,35 @@ from rich.table import Table
 from tensorflow.python.eager import context
 
 from tfmixed._utils import rich_text
-from tfmixed.compat.v1 import lists, rewrite
+from tfmixed.compat.v1 import graph_rewrite
 
 V1 = tf.compat.v1
 _FLOATS = ("float32", "float16", "bfloat16")
 # They move values and compute nothing.
 _BOOKKEEPING = {"Const", "HostConst", "Placeholder", "VarHandleOp", "VariableV2", "ReadVariableOp"}
-_ADDED = re.compile(r"-CastTo(Bf16|Fp16|Fp32)-.*AutoMixedPrecision")
+_TRANSFERS = ("_Arg", "_Retval", "_Send", "_Recv", "_HostSend")
+_ADDED_CAST = re.compile(r"-CastTo(Bf16|Fp16|Fp32)-.*AutoMixedPrecision")
 _KERNEL = re.compile(r"^_(Mkl)?(Native)?(PadWith)?(Fused(?!BatchNorm))?(?=[A-Z])|WithBias$")
-# Graphs that grappler has worked on are shown once for each set of options: a number of its own makes a set new. Below
-# 0 it means that small graphs are worked on too.
-_fresh = itertools.count(-1_000, -1)
+# TensorFlow exports an optimized graph once for each set of options, and a new number makes a new set. A negative one
+# also includes small graphs.
+_new_option = itertools.count(-1_000, -1)
+
+_HEADER = "tensorflow/core/grappler/optimizers/auto_mixed_precision_lists.h"
+_CLASSES = {"float16": "AutoMixedPrecisionListsFp16", "bfloat16": "AutoMixedPrecisionListsMkl"}
+_LISTS = ("allow", "infer", "deny", "clear")
+_OLD_NAMES = {"allow": "WHITELIST", "infer": "GRAYLIST", "deny": "BLACKLIST"}
+_PREFIX = "TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_"
 
 
 @dataclass(frozen=True)
 class Count:
-    """How many nodes of an operation ran in a type.
+    """The number of nodes of one operation that ran in one dtype.
 
     Args:
-        operation: Its type; `"MatMul"` whatever kernel stands for it.
+        operation: The type of the operation, such as `"MatMul"`, whatever kernel implements it.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`.
-        nodes: How many.
-        list: The list of the rewrite that it is on: `"allow"`, `"infer"`, `"deny"`, `"clear"` or `"none"`.
+        nodes: The number of nodes.
+        list: The rewrite's list for the operation: `"allow"`, `"infer"`, `"deny"`, `"clear"` or `"none"`.
     """
 
     operation: str
@@ -46,16 +56,17 @@ class Count:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What ran in which type. Prints as a table.
+    """The dtype in which each operation ran. Prints as a table.
 
-    An operation of the list `allow` in float32 was fetched, stands where no pass comes (in a loop or a branch of a
-    `tf.function`, or compiled by XLA), or the rewrite is off. One of `infer` is converted where converted ones surround
-    it and nothing of `deny` comes before, one of `clear` where it takes from a converted one.
+    An operation of the `allow` list runs in float32 if it is fetched, if it is in a loop or branch of a `tf.function`
+    or compiled by XLA, where no pass applies, or if the rewrite is disabled. An operation of the `infer` list is
+    converted between converted ones unless an operation of the `deny` list precedes it. An operation of the `clear`
+    list is converted if its input is.
 
     Args:
-        dtype: What the rewrite converts to; None where it is off.
-        counts: One for each operation and type.
-        casts: How many casts were added: to half precision, and back.
+        dtype: The dtype that the rewrite converts to, or None if it is disabled.
+        counts: One count for each operation and dtype.
+        casts: The number of casts added, to half precision and back.
     """
 
     dtype: str | None
@@ -64,24 +75,15 @@ class ConversionReport:
 
     @property
     def converted(self) -> dict[str, int]:
-        """How many nodes of which operation ran in half precision."""
-        return self._nodes(lambda count: count.dtype != "float32")
+        """The number of nodes that ran in half precision, by operation."""
+        return _total(count for count in self.counts if count.dtype != "float32")
 
     @property
     def refused(self) -> dict[str, dict[str, int]]:
-        """For each list, how many nodes of which operation of it ran in float32."""
-        names = dict.fromkeys(count.list for count in self.counts)
-        return {
-            name: nodes
-            for name in names
-            if (nodes := self._nodes(lambda count, name=name: count.dtype == "float32" and count.list == name))
-        }
-
-    def _nodes(self, wanted: Any) -> dict[str, int]:
-        nodes: Counter[str] = Counter()
-        for count in filter(wanted, self.counts):
-            nodes[count.operation] += count.nodes
-        return dict(nodes)
+        """The number of nodes that ran in float32, by list and operation."""
+        single = [count for count in self.counts if count.dtype == "float32"]
+        lists = dict.fromkeys(count.list for count in single)
+        return {name: _total(count for count in single if count.list == name) for name in lists}
 
     def __rich__(self) -> Table:
         low, up = self.casts
@@ -96,18 +98,25 @@ class ConversionReport:
         return rich_text.text(self)
 
 
-def conversion_report(runner: Any, *arguments: Any, **named: Any) -> ConversionReport:
-    """Runs a session or a function once, and returns what the graph that ran computes in which type.
+def _total(counts: Iterable[Count]) -> dict[str, int]:
+    nodes: Counter[str] = Counter()
+    for count in counts:
+        nodes[count.operation] += count.nodes
+    return dict(nodes)
+
+
+def conversion_report(runner: Any, *args: Any, **kwargs: Any) -> ConversionReport:
+    """Runs a session or a function once, and reports the dtype of each operation in the graph that ran.
 
     Args:
-        runner: A session, also a `MonitoredSession`, or a `tf.function`, also one of its concrete functions. What it
-            does, it does: a training step trains.
-        *arguments: For a session `fetches` and `feed_dict`, as for its `run`; for a function its own.
-        **named: The same.
+        runner: A session, including a `MonitoredSession`, a `tf.function`, or a concrete function. Its side effects
+            take place: a training step trains.
+        *args: For a session, `fetches` and `feed_dict`, as in its `run`. For a function, its arguments.
+        **kwargs: Keyword arguments of the same.
 
     Raises:
-        TypeError: `runner` is neither.
-        ValueError: A function that XLA compiles, or that is called where a graph is built.
+        TypeError: If `runner` is neither a session nor a function.
+        ValueError: If `runner` is a function that XLA compiles, or one that is called while a graph is built.
 
     Example:
     >>> square = tf.function(lambda x: tf.matmul(x, x))
@@ -115,31 +124,30 @@ def conversion_report(runner: Any, *arguments: Any, **named: Any) -> ConversionR
     {'allow': {'MatMul': 1}}
     """
     if isinstance(runner, tf.types.experimental.Callable):
-        graphs = _of_function(runner, *arguments, **named)
+        graphs = _run_function(runner, *args, **kwargs)
     elif hasattr(runner, "run") and not isinstance(runner, type):
-        graphs = _of_session(runner, *arguments, **named)
+        graphs = _run_session(runner, *args, **kwargs)
     else:
-        raise TypeError(f"runner must be a session or a tf.function, received {runner!r}")
-    return _report([node for graph in graphs for node in _nodes(graph)])
+        raise TypeError(f"`runner` must be a session or a tf.function. Received: runner={runner!r}.")
+    functions = [function for graph in graphs for function in graph.library.function]
+    return _report([*(node for graph in graphs for node in graph.node), *(n for f in functions for n in f.node_def)])
 
 
-def _of_session(session: Any, fetches: Any, feed_dict: Any = None) -> Iterable[Any]:
+def _run_session(session: Any, fetches: Any, feed_dict: Any = None) -> list[Any]:
     metadata, options = V1.RunMetadata(), V1.RunOptions(output_partition_graphs=True)
     session.run(fetches, feed_dict, options=options, run_metadata=metadata)
     return list(metadata.partition_graphs)
 
 
-def _of_function(function: Any, *arguments: Any, **named: Any) -> Iterable[Any]:
+def _run_function(function: Any, *args: Any, **kwargs: Any) -> list[Any]:
     if not tf.executing_eagerly():
-        raise ValueError(
-            f"runner must be a session where a graph is built, received {function!r}: it would not run now"
-        )
+        raise ValueError(f"`runner` must be a session while a graph is built. Received: runner={function!r}.")
     before = tf.config.optimizer.get_experimental_options().get("min_graph_nodes", 0)
-    tf.config.optimizer.set_experimental_options({"min_graph_nodes": next(_fresh)})
+    tf.config.optimizer.set_experimental_options({"min_graph_nodes": next(_new_option)})
     context.enable_run_metadata()
-    context.export_run_metadata()  # what ran before, of which TensorFlow may have graphs still
+    context.export_run_metadata()  # discards graphs of earlier runs
     try:
-        function(*arguments, **named)
+        function(*args, **kwargs)
         metadata = context.export_run_metadata()
     finally:
         context.disable_run_metadata()
@@ -147,40 +155,71 @@ def _of_function(function: Any, *arguments: Any, **named: Any) -> Iterable[Any]:
     graphs = [graph for function in metadata.function_graphs for graph in function.partition_graphs]
     if not graphs:
         raise ValueError(
-            f"runner must be a function that runs as a graph, received {function!r}: XLA compiles all of it "
-            "(jit_compile=True), where the rewrite does not come"
+            "`runner` must be a function that runs as a graph. XLA compiles all of this one (jit_compile=True), and "
+            f"the rewrite does not apply. Received: runner={function!r}."
         )
     return graphs
 
 
-def _nodes(graph: Any) -> Iterable[Any]:
-    yield from graph.node
-    for function in graph.library.function:
-        yield from function.node_def
-
-
 def _report(nodes: list[Any]) -> ConversionReport:
-    added = Counter(match[1] for node in nodes if (match := _ADDED.search(node.name)))
-    low = {"Fp16": "float16", "Bf16": "bfloat16"}
-    # A session may convert by itself, whatever the switch.
-    dtype = next((low[each] for each in added if each in low), rewrite.active())
+    casts = Counter(match[1] for node in nodes if (match := _ADDED_CAST.search(node.name)))
+    half = {"Fp16": "float16", "Bf16": "bfloat16"}
+    # A session may convert through its own configuration.
+    dtype = next((half[name] for name in casts if name in half), graph_rewrite.active())
     counted: Counter[tuple[str, str]] = Counter()
     for node in nodes:
-        ran_in, operation = _dtype_of(node), _operation(node.op)
-        if ran_in in _FLOATS and not _ADDED.search(node.name) and operation not in _BOOKKEEPING:
+        ran_in, operation = _dtype_of(node), _operation_of(node.op)
+        if ran_in in _FLOATS and not _ADDED_CAST.search(node.name) and operation not in _BOOKKEEPING:
             counted[operation, ran_in] += 1
-    counts = [Count(*key, nodes, lists.list_of(key[0], dtype or "bfloat16")) for key, nodes in counted.items()]
+    counts = [Count(*key, number, list_of(key[0], dtype or "bfloat16")) for key, number in counted.items()]
     counts.sort(key=lambda count: (count.dtype == "float32", -count.nodes, count.operation))
-    return ConversionReport(dtype, tuple(counts), (added["Fp16"] + added["Bf16"], added["Fp32"]))
+    return ConversionReport(dtype, tuple(counts), (casts["Fp16"] + casts["Bf16"], casts["Fp32"]))
 
 
 def _dtype_of(node: Any) -> str | None:
     for name in ("T", "dtype"):
-        if node.attr[name].type and not node.op.startswith(("_Arg", "_Retval", "_Send", "_Recv", "_HostSend")):
+        if node.attr[name].type and not node.op.startswith(_TRANSFERS):
             return str(tf.as_dtype(node.attr[name].type).name)
     return None
 
 
-def _operation(kernel: str) -> str:
-    # Later passes put oneDNN's and fused kernels in the place of operations.
+def _operation_of(kernel: str) -> str:
+    """Returns the operation that a oneDNN kernel or a fused kernel replaces."""
     return re.sub(r"(?<=Norm|Grad)Ex$", "V3", _KERNEL.sub("", kernel))
+
+
+def list_of(operation: str, dtype: str) -> str:
+    """Returns the rewrite's list for an operation: `"allow"`, `"infer"`, `"deny"`, `"clear"`, or `"none"`.
+
+    Args:
+        operation: The type of the operation, such as `"MatMul"`.
+        dtype: The dtype that the rewrite converts to.
+
+    Example:
+    >>> list_of("MatMul", "bfloat16"), list_of("Softmax", "float16"), list_of("Exp", "float16")
+    ('allow', 'infer', 'deny')
+    """
+    for name in _LISTS:
+        if operation in (_lists(dtype)[name] | _from_environment(name, "ADD")) - _from_environment(name, "REMOVE"):
+            return name
+    return "none"
+
+
+@functools.cache
+def _lists(dtype: str) -> dict[str, frozenset[str]]:
+    """Returns the operations of each list, read from the C++ header of the installed TensorFlow."""
+    text = (Path(tf.sysconfig.get_include()) / _HEADER).read_text()
+    (body,) = re.findall(rf"^class {_CLASSES[dtype]} .*?^}};", text, flags=re.DOTALL | re.MULTILINE)
+    (shared,) = re.findall(r"tensor_list_ops\[\] = {(.*?)}", text, flags=re.DOTALL)
+    found = {}
+    for name in _LISTS:
+        (method,) = re.findall(rf"{name.title()}List\(\) override {{(.*?)\n  }}\n", body, flags=re.DOTALL)
+        # Names in capitals are environment variables.
+        found[name] = frozenset(re.findall(r'"(\w*[a-z]\w*)"', method + (shared if name == "clear" else "")))
+    return found
+
+
+def _from_environment(name: str, change: str) -> set[str]:
+    names = (name.upper() + "LIST", _OLD_NAMES.get(name, ""))
+    values = (os.environ.get(f"{_PREFIX}{variable}_{change}", "") for variable in names)
+    return {operation for value in values for operation in value.split(",") if operation}
