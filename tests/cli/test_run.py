@@ -270,6 +270,14 @@ def test_steps_of_a_file_are_not_counted(tmp_path):
     assert summary.close() == "5 steps, 2 skipped, final scale 8"
 
 
+def test_unreadable_counters_are_reported(tmp_path):
+    """An interrupted step of JAX has deleted the variables."""
+    summary, optimizer = RunSummary(RunOptions(str(tmp_path))), Counters(0)
+    summary.begin(optimizer)
+    optimizer.attempted_steps = None
+    assert summary.close() == "at least 0 steps, 0 skipped, final scale unknown"
+
+
 @pytest.mark.parametrize("count", [1, 5])
 def test_last_line_names_logs_and_report(tmp_path, count):
     """A report compares a few logs at most. Existing files are kept."""

@@ -103,15 +103,16 @@ class RunSummary:
 
     def describe(self) -> str:
         """Returns steps, skipped steps and scale of all optimizers, in words."""
-        records = [record for record in self.records if record.steps]
+        records = [record for record in self.records if record.steps or not record.is_complete]
         words = [f"{len(records)} runs"] if len(records) > 1 else []
         if records:
             at_least = "" if all(record.is_complete for record in records) else "at least "
             words.append(f"{at_least}{sum(record.steps for record in records)} steps")
             words.append(f"{sum(record.skipped for record in records)} skipped")
-            scales = sorted({record.scale for record in records if record.scale is not None})
-            words += [f"final scale{'s' if scales[1:] else ''} {' to '.join(f'{s:g}' for s in _ends(scales))}"]
-        elif self.has_trained:
+            scales = [record.scale for record in records if record.scale is not None]
+            ends = [f"{scale:g}" for scale in sorted({min(scales), max(scales)})] if scales else ["unknown"]
+            words.append(f"final scale{'s' if ends[1:] else ''} {' to '.join(ends)}")
+        elif self.has_trained and not self.records:
             words.append("trained without a loss scale")
         else:
             return "no training step was recorded"
@@ -135,10 +136,6 @@ class RunSummary:
     def has_steps(self) -> bool:
         """Training steps with a loss scale are known."""
         return any(record.steps for record in self.records)
-
-
-def _ends(scales: list[float]) -> list[float]:
-    return scales if len(scales) < 2 else [scales[0], scales[-1]]
 
 
 def _write_report(logs: list[Path]) -> str:
