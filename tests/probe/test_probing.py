@@ -559,10 +559,10 @@ def test_an_optimizer_that_the_model_does_not_hold_is_an_error():
         def train_step(self, data):
             with tf.GradientTape() as tape:
                 loss = tf.reduce_mean(self(data[0]))
-            HIDDEN.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+            hidden.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
             return {"loss": loss}
 
-    HIDDEN = keras.optimizers.SGD()  # noqa: N806
+    hidden = keras.optimizers.SGD()
     model = Hidden()
     model.compile("sgd", loss="mse", run_eagerly=True)
     with pytest.raises(ValueError, match="optimizers"):

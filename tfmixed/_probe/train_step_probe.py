@@ -133,15 +133,7 @@ class Probe:
 
 
 class _ProbedStep:
-    """A dry run of a model's training step that adds its gradients to histograms.
-
-    Args:
-        model: A compiled model.
-        layers: The model and all layers and operations inside it.
-        precision: The precision of the dry run.
-        scale: The loss scale.
-        perturbed: Whether the gradients that flow back into layers are perturbed. Defaults to False.
-    """
+    """A dry run of a model's training step that adds its gradients to histograms."""
 
     def __init__(
         self, model: keras.Model, layers: Iterable[Any], precision: Precision, scale: float, perturbed: bool = False

@@ -20,38 +20,22 @@ from tfmixed.formats import HALF
 
 
 class Statistics(NamedTuple):
-    """Statistics of the values of one tensor.
-
-    Args:
-        nonfinite: Number of infinite and NaN values.
-        zeros: Number of zeros.
-        largest: Largest finite magnitude.
-        mean: Mean finite magnitude.
-        size: Number of values.
-    """
+    """Statistics of the values of one tensor."""
 
     nonfinite: int
     zeros: int
-    largest: float
-    mean: float
+    largest: float  # finite magnitude
+    mean: float  # of the finite magnitudes
     size: int
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Statistics of one tensor in half precision and in float32.
-
-    Args:
-        layer: The layer whose call computes it.
-        op: The type of its `tf.Operation`; for the gradient of a variable, the path of the variable.
-        dtype: Its dtype in the half-precision run.
-        half: Its statistics in half precision.
-        full: Its statistics in float32.
-    """
+    """Statistics of one tensor in half precision and in float32."""
 
     layer: keras.Operation | None
-    op: str
-    dtype: str
+    op: str  # type of the operation; for the gradient of a variable, the path of the variable
+    dtype: str  # in the half-precision run
     half: Statistics
     full: Statistics
 

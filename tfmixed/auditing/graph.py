@@ -63,17 +63,11 @@ def ancestors(tensors: Any) -> set[Any]:
 
 
 class Terms(NamedTuple):
-    """Number of values that a reduction combines into one.
+    """Number of values that a reduction combines into one."""
 
-    Args:
-        number: The product of the known axis lengths.
-        exact: Whether all lengths are known.
-        inner: Whether the last axis, whose values are adjacent in memory, is reduced.
-    """
-
-    number: int
-    exact: bool
-    inner: bool
+    number: int  # the product of the known axis lengths
+    exact: bool  # whether all lengths are known
+    inner: bool  # whether the last axis, whose values are adjacent in memory, is reduced
 
     @classmethod
     def of(cls, sizes: list[int | None], inner: bool) -> Terms:

@@ -32,14 +32,9 @@ class Hazard:
 
 
 class Context:
-    """Graph queries that rules need: bounds of values, consumers of operations and the outputs of the model.
+    """Graph queries that rules need: bounds of values, consumers of operations and the outputs of the model."""
 
-    Args:
-        trace: The trace that contains the operation.
-        on_cpu: Whether TensorFlow's CPU kernels compute it. Defaults to True.
-    """
-
-    def __init__(self, trace: Trace, on_cpu: bool = True) -> None:
+    def __init__(self, trace: Trace, on_cpu: bool) -> None:
         self.bounds = ValueBounds()
         self.on_cpu = on_cpu
         self.outputs = {id(tensor.op) for tensor in trace.outputs}

@@ -27,20 +27,12 @@ _FUNCTION_ATTRIBUTES = ("f", "cond", "body", "then_branch", "else_branch", "bran
 
 @dataclass(frozen=True)
 class Node:
-    """One operation of a trace.
+    """One operation of a trace."""
 
-    Args:
-        op: The `tf.Operation`.
-        name: Its name, with the names of the operations that call the functions around it in front.
-        layer: The innermost layer, or operation of a functional model, whose call or regularizer contains it. None for
-            operations outside of all layers, such as the loss.
-        backward: Whether it belongs to the gradient computation.
-    """
-
-    op: Any
-    name: str
-    layer: keras.Operation | None
-    backward: bool
+    op: Any  # the `tf.Operation`
+    name: str  # its name, after the names of the operations that call the functions around it
+    layer: keras.Operation | None  # the innermost layer or operation that contains it; None for the loss
+    backward: bool  # whether it belongs to the gradient computation
 
     @property
     def is_regularizer(self) -> bool:
@@ -50,21 +42,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Trace:
-    """One traced step.
+    """One traced step."""
 
-    Args:
-        nodes: The operations that its results depend on, in the order of creation, those in called functions included.
-        inputs: The placeholders of the inputs.
-        outputs: The model's output tensors.
-        targets: The placeholders of the targets.
-        losses: The losses that layers add, each with its layer.
-    """
-
-    nodes: tuple[Node, ...]
-    inputs: tuple[Any, ...]
+    nodes: tuple[Node, ...]  # all that the results depend on, also in called functions, in the order of creation
+    inputs: tuple[Any, ...]  # placeholders
     outputs: tuple[Any, ...]
-    targets: tuple[Any, ...]
-    losses: tuple[tuple[keras.layers.Layer, Any], ...]
+    targets: tuple[Any, ...]  # placeholders
+    losses: tuple[tuple[keras.layers.Layer, Any], ...]  # the losses that layers add
 
 
 @dataclass(frozen=True)
