@@ -653,7 +653,7 @@ def test_events():
     assert scaler.drain_events()[0] == EventsLost(1, before_step=5)
 
 
-@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("unscales", [False, pytest.param(True, marks=slow)])
 def test_an_exhausted_scale_names_the_variables_of_all_optimizers(unscales):
     """Overflows of an earlier row of skipped steps do not count, nor those of an optimizer that no longer steps."""
     scaler = GradScaler(rule=DynamicScale(initial_scale=4.0), max_consecutive_skips=6)

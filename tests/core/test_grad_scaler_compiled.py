@@ -176,6 +176,7 @@ def test_an_update_compiled_before_an_optimizer_joined():
     assert [event.variable for event in first.scaler.drain_events()] == ["late", "late"]
 
 
+@slow
 def test_functions_compiled_before_an_optimizer_got_more_variables():
     """They still count their overflows, and an exhausted scale names the variables of all."""
     scaler, optimizer = GradScaler(rule=DynamicScale(initial_scale=1.0)), keras.optimizers.SGD()

@@ -378,6 +378,7 @@ def test_a_model_with_nothing_to_train_fits():
     assert int(model.optimizer.attempted_steps) == 0
 
 
+@slow
 def test_train_on_batch_skips_and_counts():
     """As in `fit`."""
     model = small_model(LossScaleOptimizer("adam"))
