@@ -192,7 +192,7 @@ def _rule(table: dict[str, Any]) -> ScalingRule:
     try:
         return scaling.like(name, **values) if kind == "like" else RULES[name](**values)
     except ValueError as error:
-        raise ConfigError(f"scaling.{error}") from None
+        raise ConfigError(f"[scaling] {error}") from None
 
 
 def _is_policy(name: Any) -> bool:

@@ -182,7 +182,7 @@ def set_policy():
     assert keras.config.dtype_policy().name == "float64"
     keras.config.set_dtype_policy("float32")
     shim.enable_mixed_precision_graph_rewrite(V1.train.AdamOptimizer(), dtype="bfloat16")
-    with pytest.raises(ValueError, match="called first"):
+    with pytest.raises(ValueError, match="first enable_mixed"):
         tf.keras.mixed_precision.experimental.set_policy("mixed_bfloat16")
 
 

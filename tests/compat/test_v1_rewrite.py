@@ -224,16 +224,16 @@ def test_invalid_dtype():
 def test_a_policy_and_the_rewrite_exclude_each_other(capsys):
     """The message names the first one, and nothing else is printed."""
     keras.config.set_dtype_policy("mixed_bfloat16")
-    with pytest.raises(ValueError, match=r"mixed_bfloat16.* first"):
+    with pytest.raises(ValueError, match=r"first.*mixed_bfloat16"):
         enable()
     assert "graph rewrite to" not in capsys.readouterr().err
     keras.config.set_dtype_policy("float32")
     optimizer = enable(dtype="bfloat16")
-    with pytest.raises(ValueError, match=r"mixed_bfloat16.* second"):
+    with pytest.raises(ValueError, match=r"then.*mixed_bfloat16"):
         tfmixed.set_policy("mixed_bfloat16")
     assert tfmixed.set_policy("float64").name == "float64"
     keras.config.set_dtype_policy("mixed_bfloat16")
-    with tf.Graph().as_default(), pytest.raises(ValueError, match=r"mixed_bfloat16.* second"):
+    with tf.Graph().as_default(), pytest.raises(ValueError, match=r"then.*mixed_bfloat16"):
         optimizer.minimize(V1.get_variable("w", initializer=1.0))
 
 

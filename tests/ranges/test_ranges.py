@@ -242,7 +242,7 @@ def test_scales_stay_within_float32():
 )
 def test_invalid_arguments(call, name):
     """The error names the argument."""
-    with pytest.raises(ValueError, match=f"{name} must"):
+    with pytest.raises(ValueError, match=name):
         call(planted(a=[1.0]))
 
 

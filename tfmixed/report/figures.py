@@ -45,7 +45,7 @@ def _ranges(run: Run, theme: Theme, width: float, runs: Sequence[Run]) -> figure
     return plotting.plot_ranges(record, run.measured_at, beside, span=widest, theme=theme, width=width)
 
 
-def _layers(run: Run, theme: Theme, width: float, _: Sequence[Run]) -> figure.Figure:
+def _draw_layers(run: Run, theme: Theme, width: float, _: Sequence[Run]) -> figure.Figure:
     return plotting.plot_layers(_measured(run).record, run.measured_at, theme=theme, width=width)
 
 
@@ -63,6 +63,6 @@ def _measured(run: Run) -> GradientRanges:
 FIGURES = {
     "scale": Figure("The loss scale over the steps, with growths and overflows.", _scale),
     "ranges": Figure("Magnitudes of all gradients, before and after scaling, over the zones of float16.", _ranges),
-    "layers": Figure("Magnitudes of each layer's gradients, with the limits of float16.", _layers),
+    "layers": Figure("Magnitudes of each layer's gradients, with the limits of float16.", _draw_layers),
     "timeline": Figure("Magnitudes of all gradients over the run, with the limits of float16.", _timeline),
 }
