@@ -17,7 +17,7 @@ from tfmixed._cli.run.default_policy import DefaultPolicy
 from tfmixed._cli.run.messages import place, refuse, say
 from tfmixed._cli.run.options import RunOptions
 from tfmixed._cli.run.run_summary import RunSummary
-from tfmixed._cli.run.training_steps import RunOptimizer, ScaledModels
+from tfmixed._cli.run.training_steps import RunOptimizer, ScaledModels, TrainFunction
 from tfmixed._core import replica_sync
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
 from tfmixed._islands import layer_rewrite
@@ -42,7 +42,6 @@ class KerasPatches:
 
     def __init__(self, options: RunOptions, policy: DefaultPolicy, summary: RunSummary, models: ScaledModels) -> None:
         self.options, self.policy, self.summary, self.models = options, policy, summary, models
-        self._scalers: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._unscaled: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers compiled with auto_scale_loss=False
         self._planned: weakref.WeakSet[Any] = weakref.WeakSet()  # models whose islands have been decided
         self._with_islands: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -84,16 +83,12 @@ class KerasPatches:
                 owner = "tfmixed's" if isinstance(optimizer, LossScaleOptimizer) else "Keras's, without a log,"
                 say(f"{place()} compiles with a LossScaleOptimizer: {owner} stays")
         elif rule is not None and optimizer not in self._unscaled:
-            scaler = self._scalers.get(optimizer, lambda: None)() or RunOptimizer(optimizer, rule)
-            self._scalers[optimizer] = weakref.ref(scaler)
-            self.models.add(model)
-            # Not with Keras's `__setattr__`: TensorFlow's part of it would add the optimizer to checkpoints.
-            object.__setattr__(model, "optimizer", scaler)
+            self.models.scale(model, optimizer, rule)
 
     def _rule(self, model: Any) -> Any:
         return self.options.rule_for(_compute_dtype(model))
 
-    def _make_train_function(self, original: _Method, model: Any, force: bool = False) -> Any:
+    def _make_train_function(self, original: _Method, model: Any, force: bool = False) -> None:
         self.models.current, self.summary.has_trained = weakref.ref(model), True
         self._update_scaler(model)
         if isinstance(model.optimizer, LossScaleOptimizer):
@@ -101,7 +96,9 @@ class KerasPatches:
         if self.options.islands and model.built and model not in self._planned:
             self._planned.add(model)
             self._make_islands(model)
-        return original(model, force)
+        original(model, force)
+        if keras.backend.backend() == "tensorflow" and not isinstance(model.train_function, TrainFunction):
+            model.train_function = TrainFunction(model.train_function)
 
     def _update_scaler(self, model: Any) -> None:
         """Repeats what `compile` did, which may not have known the model's layers."""
