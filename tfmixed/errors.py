@@ -11,7 +11,7 @@ _OVERFLOW = (
     "fixes them."
 )
 _BAD_LOSS = (
-    "no loss scale fixes that. Look for inputs that are not finite, a log or a division near 0, weights that diverged "
+    "no loss scale fixes that. Look for non-finite inputs, a log or a division near 0, weights that diverged "
     "under a high learning rate, or a forward pass that overflows float16: tfmixed.audit(model, inputs) names the "
     "layer."
 )
@@ -23,7 +23,7 @@ def _worst(overflows: Mapping[str, int]) -> str:
     """Returns a sentence with the three variables whose gradients were not finite most often, or `""`."""
     paths = sorted(overflows, key=lambda path: -overflows[path])[:3]
     names = ", ".join(f"{path} ({overflows[path]} times)" for path in paths if overflows[path])
-    return f" Not finite most often: {names}." if names else ""
+    return f" Most frequent overflows: {names}." if names else ""
 
 
 class ConfigError(ValueError):
@@ -35,7 +35,7 @@ class UsageError(ValueError):
 
 
 class LossScaleExhausted(FloatingPointError):  # noqa: N818  # a state of the run, like StopIteration
-    """Every step overflows, and the loss scale cannot decrease any further.
+    """Every step overflows, and the loss scale cannot decrease further.
 
     Args:
         scale: The loss scale.
@@ -51,8 +51,8 @@ class LossScaleExhausted(FloatingPointError):  # noqa: N818  # a state of the ru
         self.scale, self.since_step, self.skips = scale, since_step, skips
         self.overflows, self.loss = dict(overflows), loss
         super().__init__(
-            f"All {skips} steps since step {since_step} had gradients that are not finite and were skipped. The loss "
-            f"scale stands at {scale:g} and cannot decrease any further.{_worst(overflows)} {self._advice()}"
+            f"All {skips} steps since step {since_step} had non-finite gradients and were skipped. The loss scale "
+            f"is {scale:g} and cannot decrease further.{_worst(overflows)} {self._advice()}"
         )
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:

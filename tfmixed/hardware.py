@@ -87,8 +87,8 @@ def cpu(features: frozenset[str] | None = None, name: str | None = None) -> Devi
     """Returns a CPU with a policy that depends on its instruction sets.
 
     Args:
-        features: CPU flags in the operating system's spelling. `None` uses those of this machine. Defaults to `None`.
-        name: The name of the CPU. `None` uses that of this machine. Defaults to `None`.
+        features: CPU flags in the operating system's spelling. `None` uses those of this machine. Defaults to None.
+        name: The name of the CPU. `None` uses that of this machine. Defaults to None.
     """
     info = detect.detected_info()
     features = frozenset(info.features) if features is None else features

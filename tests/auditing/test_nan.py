@@ -156,8 +156,8 @@ FAULTS = [
     (an_optimizer_that_applies_everything, NAN, "wrap-the-optimizer"),
     (a_sum_over_12544_terms, NAN, "find-the-layer"),
     (a_scale_that_is_too_large, NAN, "lower-the-scale"),
-    (an_input_that_float16_cannot_hold, NAN, "look-at-the-moving-statistics"),
-    (a_scale_that_is_found, NAN, "go-on"),
+    (an_input_that_float16_cannot_hold, NAN, "check-the-moving-statistics"),
+    (a_scale_that_is_found, NAN, "continue-training"),
     (gradients_below_6e8, POOR, "raise-the-scale"),
     (values_that_are_wrong_and_finite, POOR, "find-the-layer"),
 ]
@@ -189,7 +189,7 @@ def test_the_tree_leads_from_a_planted_fault_to_its_fix(fault, symptom, end):
     assert np.isfinite(losses).all() or end == "wrap-the-optimizer"  # the bad batch is still among the data
     assert int(model.optimizer.skipped_steps) < int(model.optimizer.attempted_steps)
     assert all(np.isfinite(weight.numpy()).all() for weight in model.weights)
-    assert before or end not in ("go-on", "lower-the-scale", "raise-the-scale")
+    assert before or end not in ("continue-training", "lower-the-scale", "raise-the-scale")
 
 
 def test_every_end_of_the_tree_has_a_fault_and_every_anchor_a_section():

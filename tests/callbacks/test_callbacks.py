@@ -627,7 +627,7 @@ def test_two_scalers_of_one_loop_have_separate_logs(tmp_path):
     path, scalers = tmp_path / "gan.jsonl", [tfmixed.GradScaler(), tfmixed.GradScaler()]
     loggers = [LossScaleLogger(path, verbose=0).watch(scaler) for scaler in (*scalers, scalers[0])]
     loggers[0].on_epoch_begin(0)
-    with pytest.warns(UserWarning, match="another training"):
+    with pytest.warns(UserWarning, match="another run"):
         loggers[1].on_epoch_begin(0)
     loggers[2].on_epoch_begin(0)
     assert [logger.path.name for logger in loggers] == ["gan.jsonl", "gan-2.jsonl", "gan.jsonl"]

@@ -440,7 +440,7 @@ def test_closed_output_ends_with_2(tmp_path, closed):
     run = tfmixed_command("audit", "net:closing", cwd=tmp_path)
     assert run.returncode == 2
     assert "Traceback" not in run.stderr
-    assert ("tfmixed: Standard output must be open" in run.stderr) == (closed == "1")
+    assert ("tfmixed: Standard output cannot be written" in run.stderr) == (closed == "1")
 
 
 @pytest.mark.parametrize("arguments", ON_MODELS[:3], ids=" ".join)

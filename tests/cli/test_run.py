@@ -259,7 +259,7 @@ class Counters:
 
 
 def test_steps_of_a_file_are_not_counted(tmp_path):
-    """Neither those that an optimizer brings along, nor those that it loads between two trainings."""
+    """Neither those of a restored optimizer, nor those that it loads between two trainings."""
     summary, optimizer = RunSummary(RunOptions(str(tmp_path))), Counters(10, 5)
     for attempted, skipped in ((13, 6), (4, 1)):
         summary.begin(optimizer)

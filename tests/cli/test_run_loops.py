@@ -207,7 +207,7 @@ def test_last_line_names_the_right_option(tmp_path):
     assert [line.startswith("nothing was applied: the script took no step") for line in messages] == [True]
     code = "import keras\nimport tensorflow"
     done, messages = run(tmp_path, code, backend="tensorflow")
-    assert [line.startswith("nothing was applied: the script made no Keras layer") for line in messages] == [True]
+    assert [line.startswith("nothing was applied: the script created no Keras layer") for line in messages] == [True]
 
 
 def test_tf1_needs_the_tensorflow_backend(tmp_path):

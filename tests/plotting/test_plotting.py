@@ -78,15 +78,15 @@ def test_a_long_name_keeps_both_ends():
 
 
 def test_limits_are_visible_on_dark_cells():
-    """Each line is drawn on a wider line in the colour of the paper."""
+    """Each line is drawn on a wider line in the color of the paper."""
     *_, weights, _ = plotting.plot_layers(snapshot(4)).axes
     style = plotting.style.STYLES["light"]
     drawn = [(line.get_color(), line.get_linewidth()) for line in weights.get_lines()][1:]
     assert drawn == [(style.paper, 3.0), (style.ink, 1.0)] * 3
 
 
-def test_overflows_are_coloured_by_variable_and_rare_ones_are_grey():
-    """Each of the four most frequent variables has its own colour and marker."""
+def test_overflows_are_colored_by_variable_and_rare_ones_are_grey():
+    """Each of the four most frequent variables has its own color and marker."""
     names = [name for count, name in enumerate("gfedcba", start=1) for _ in range(count)]
     changes = tuple(ScaleChange(step, 8.0, 4.0, "overflow", name) for step, name in enumerate(names))
     (axes,) = plotting.plot_scale({"run": ScaleHistory(8.0, 40, changes)}).axes

@@ -22,7 +22,7 @@ POWERS = [2.0**power for power in range(-24, 56)]
 
 
 def counted(values, name="layer/kernel", dtype="float16", kind="weight"):
-    """Counts values with numpy's arithmetic, without code of the package."""
+    """Counts values with NumPy's arithmetic, without code of the package."""
     values = np.abs(np.asarray(values, "float64"))
     finite = values[np.isfinite(values)]
     nonzero = finite[finite > 0]
@@ -53,7 +53,7 @@ def planted(**gradients):
 
 
 def rounded(values, scale, dtype="float16"):
-    """Returns the losses when numpy multiplies and rounds."""
+    """Returns the losses when NumPy multiplies and rounds."""
     with np.errstate(over="ignore"):
         half = np.abs((np.asarray(values, "float64") * scale).astype("float32").astype(dtype).astype("float64"))
     normal = float(ml_dtypes.finfo(dtype).smallest_normal)
@@ -71,7 +71,7 @@ EDGES = [
 
 
 def test_losses_are_exact_at_powers_of_two():
-    """As numpy rounds, also for values at the limits."""
+    """As NumPy rounds, also for values at the limits."""
     for scale in POWERS:
         values = [float(np.float32(edge) / np.float32(scale)) for edge in EDGES]
         assert losses(counted(values).octaves, scale) == rounded(values, scale), scale
@@ -83,7 +83,7 @@ def test_losses_are_exact_at_powers_of_two():
     st.sampled_from(POWERS),
 )
 def test_losses_of_random_values_are_exact(values, scale):
-    """As numpy rounds, at random powers of two."""
+    """As NumPy rounds, at random powers of two."""
     assert losses(counted(values).octaves, scale) == rounded(values, scale)
 
 
@@ -104,7 +104,7 @@ def test_a_scale_between_powers_of_two_is_interpolated():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(2.0**-60, 2.0**30, width=32), min_size=1, max_size=50))
 def test_limits_of_working_scales(values):
-    """Beyond them, numpy flushes too many values to 0 or overflows."""
+    """Beyond them, NumPy flushes too many values to 0 or overflows."""
     range_ = counted(values)
     low, high = needed_scale(range_, tolerance=0.1), largest_scale(range_)
     assert rounded(values, low).zero <= 0.1 * len(values) < rounded(values, low / 2).zero

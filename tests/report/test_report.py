@@ -160,7 +160,7 @@ def many(layers=150):
 
 
 def test_page_is_self_contained():
-    """One SVG per figure in the reader's colours, no script, no resource but data, and text of a log is escaped."""
+    """One SVG per figure in the reader's colors, no script, no resource but data, and text of a log is escaped."""
     source = page.render([many(3)])
     assert html.escape(EVIL, quote=False) in source
     assert not re.search("<script|<img|url\\((?!#)", source)

@@ -1,4 +1,4 @@
-"""Warnings point at the line of the user's file, however deep their cause is found."""
+"""Warnings point at the line of the user's file, regardless of how deep the cause lies."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard out
 
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Log of LossScaleLogger, or a folder with one.")],
-    run_b: Annotated[Path | None, typer.Argument(metavar="[RUN_B]", help="Second log, for comparison.")] = None,
+    run_b: Annotated[Path | None, typer.Argument(metavar="RUN_B", help="Second log, for comparison.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the plots to a .png file.")] = None,
 ) -> None:
@@ -55,7 +55,9 @@ def simulate(
         list[str],
         typer.Option(help="dynamic, dynamic:growth_interval=500,hysteresis=2, 1024, torch, apex:... Can be repeated."),
     ],
-    trace: Annotated[str, typer.Option(help="Log, text file of T (finite) and F (overflow), or such letters.")],
+    trace: Annotated[
+        str, typer.Option(help="Log, text file of T (finite) and F (overflow), or the letters themselves.")
+    ],
     png: Annotated[Path | None, typer.Option(help="Write a plot to a .png file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -133,8 +135,8 @@ def _read_trace(source: str) -> Trace:
         short = source if len(source) <= 60 else f"{source[:40]}... ({len(source):,} letters)"
         wrong = next(letter for letter in source if letter not in "TF" and not letter.isspace())
         raise UsageError(
-            f"--trace must be a log, a text file of T and F, or such letters. Received: {short!r}, which contains "
-            f"{wrong!r}."
+            f"--trace must be a log, a text file of T and F, or the letters themselves. Received: {short!r}, which "
+            f"contains {wrong!r}."
         )
     if path.is_file():
         text = records.json_lines.text_of(path)

@@ -52,7 +52,7 @@ def _flushed() -> Iterator[None]:
         if error.errno not in _UNWRITTEN:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter flushes again at exit
-        raise UsageError(f"Standard output must be open and have space. Received: {error.strerror}.") from error
+        raise UsageError(f"Standard output cannot be written. Received: {error.strerror}.") from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -164,7 +164,7 @@ def bench(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SPEC", help="Own network: module:function that returns a compiled model, inputs and targets."
+            metavar="SPEC", help="Your own network: module:function that returns a compiled model, inputs and targets."
         ),
     ] = None,
     policy: Annotated[str, typer.Option(help="Half-precision policy. auto: the fastest for this hardware.")] = "auto",
@@ -271,5 +271,5 @@ def _load_keras() -> None:
     except ImportError as error:
         raise UsageError(
             f"Keras cannot import its backend ({error}). Install it, as in pip install 'tfmixed[tensorflow]', or set "
-            "KERAS_BACKEND to another."
+            "KERAS_BACKEND to an installed backend."
         ) from error

@@ -1,4 +1,4 @@
-"""Arguments of `LossScaleOptimizer` and `GradScaler`, by their names in Keras 2, Keras 3 and PyTorch."""
+"""Parses constructor arguments under their Keras 2, Keras 3 and PyTorch names."""
 
 from __future__ import annotations
 

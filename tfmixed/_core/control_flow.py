@@ -61,11 +61,11 @@ def _is_known(predicate: Any) -> bool:
 
 
 def skip_unless(predicate: Any, function: Callable[[], None]) -> None:
-    """Calls `function`, which a graph may skip unless `predicate` holds.
+    """Calls `function`. A graph may skip the call if `predicate` is false.
 
     Args:
         predicate: Boolean scalar.
-        function: Function that changes nothing where `predicate` does not hold.
+        function: Function that changes nothing if `predicate` is false.
     """
     if _is_one_cpu_graph() and not in_session_graph():
         cond(predicate, function)

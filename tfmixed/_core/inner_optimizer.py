@@ -1,4 +1,4 @@
-"""Inner optimizers and the parts of a `MultiOptimizer`: their own code, Python state, branches and scalars."""
+"""Inspects inner optimizers and the members of a `MultiOptimizer`."""
 
 from __future__ import annotations
 

@@ -137,7 +137,8 @@ class ScalerBase:
         found, first = [change.step for change in overflows], since + steps - row
         named = _worst(self._overflow_counts())
         if not row and overflows:
-            named = f" Not finite most often: {Counter(change.variable for change in overflows).most_common(1)[0][0]}."
+            most_frequent, _ = Counter(change.variable for change in overflows).most_common(1)[0]
+            named = f" Most frequent overflows: {most_frequent}."
         if not row and len(found) == skips:  # every overflow moved the scale, so the last row is known
             row = next((count for count in range(1, skips) if found[-count - 1] != found[-count] - 1), skips)
             first = found[-row]
@@ -148,8 +149,8 @@ class ScalerBase:
         else:
             advice = f"Try a constant scale below {scale:g}. {ADVICE}" if is_constant else ADVICE
         return (
-            f"{skips} of the {steps} steps since step {since} had gradients that are not finite and were skipped"
-            f"{most}. The loss scale stands at {scale:g}.{named} {advice}"
+            f"{skips} of the {steps} steps since step {since} had non-finite gradients and were skipped"
+            f"{most}. The loss scale is {scale:g}.{named} {advice}"
         )
 
     def _overflows_since(self, step: int) -> list[ScaleChange]:

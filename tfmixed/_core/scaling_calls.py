@@ -96,7 +96,7 @@ class ScalingCalls:
     def unscale(self, grads: Sequence[Any], unscaled: Iterable[Any]) -> None:
         """Records a call that unscales `grads` to `unscaled`, and checks that they are not unscaled already."""
         if self._scales and any(gradient in self._returned for gradient in grads):
-            raise RuntimeError("get_unscaled_gradients was given gradients that it had returned. Call it once.")
+            raise RuntimeError("`grads` must not be unscaled already. Call `get_unscaled_gradients` once per step.")
         if not self._has_scaled:
             self._warn(_NEVER_SCALED_KERAS2)
         self._given.add(grads)
@@ -110,7 +110,7 @@ class ScalingCalls:
     def are_unscaled(self, grads: Sequence[Any]) -> bool:
         """Returns whether the gradients given to `apply` are unscaled, and raises an error if that cannot be known.
 
-        Gradients that `get_unscaled_gradients` was given or returned are known by identity.
+        Gradients that `get_unscaled_gradients` received or returned are known by identity.
         """
         graph = current_graph()
         if graph is not None:
@@ -119,7 +119,10 @@ class ScalingCalls:
             return False
         returned, given = (any(gradient in tensors for gradient in grads) for tensors in (self._returned, self._given))
         if returned and given:
-            raise RuntimeError("apply was given gradients of which some are unscaled and some are not.")
+            raise RuntimeError(
+                "`grads` must be all scaled or all unscaled. Pass all results of `get_unscaled_gradients`, or none of "
+                "them. Received: a mixture."
+            )
         return returned if returned or given else self._last_call(graph) == "unscaled"
 
     def _last_call(self, graph: Any) -> State | None:

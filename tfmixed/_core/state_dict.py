@@ -91,8 +91,8 @@ class StateDict(ScalerBase):
         """Continues from the state of this class's or PyTorch's scaler. Does nothing if not enabled.
 
         Args:
-            state_dict: What `state_dict` returned. PyTorch's sets the factors too. Nothing is loaded if an entry is
-                wrong.
+            state_dict: State from `state_dict` of this class or of PyTorch's scaler, which also sets the factors.
+                Nothing is loaded if an entry is wrong.
 
         Raises:
             ValueError: If an entry is missing or out of range.

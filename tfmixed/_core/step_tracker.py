@@ -81,8 +81,8 @@ class OptimizerSteps(Variables):
         raw = [gradients.path(variable) for variable in variables if gradients.holds_gradient(variable)]
         if self.has_unknown_variables and raw:
             raise RuntimeError(
-                f"`unscale` must not divide what overwrites {', '.join(raw)}, but did not know the variables of its "
-                "gradients. Call `optimizer.build(variables)` first, and give `unscale` a gradient or None for each."
+                f"`unscale` cannot tell which gradients replace variables ({', '.join(raw)}). Build the optimizer "
+                "first with `optimizer.build(variables)`, and pass a gradient or None for each variable."
             )
 
     def stage(self, mark: int) -> Stage:
@@ -268,12 +268,12 @@ class StepTracker(Variables):
         if all(gradient is None for gradient in grads):
             raise _wrong_order(f"`{method}` needs at least one gradient, and received {len(grads)} times None")
         if stage == "unscaled" and steps.has_scaled(grads):
-            raise _wrong_order("`step` was given gradients that are still scaled, instead of what `unscale` returned")
+            raise _wrong_order("`step` received gradients that are still scaled, instead of what `unscale` returned")
         if method == "step" and stage == "left":
-            raise _wrong_order("`step` was given gradients of an earlier iteration, since no loss was scaled after it")
+            raise _wrong_order("`step` received gradients of an earlier iteration: no loss has been scaled since")
         if steps.has_foreign(grads, allows_own=method == "step" and stage in ("unscaled", None)):
             raise _wrong_order(
-                f"`{method}` was given gradients that were unscaled for another optimizer, by another scaler or in "
+                f"`{method}` received gradients that were unscaled for another optimizer, by another scaler or in "
                 "another iteration"
             )
 

@@ -8,7 +8,7 @@ import keras
 
 
 def original_class(layer: Any) -> Any:
-    """Returns the class with which a layer or operation was made, before any rewrite in place."""
+    """Returns the class that a layer was created from."""
     return getattr(type(layer), "_original_class", type(layer))
 
 

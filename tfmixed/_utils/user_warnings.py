@@ -41,7 +41,7 @@ def is_outside(frame: FrameType, libraries: tuple[str, ...] = LIBRARIES, but_for
 
 
 def warn(message: str) -> None:
-    """Issues a `UserWarning` at the line of the user's code, however deep in the frameworks its cause was found."""
+    """Issues a `UserWarning` at the user's line of code, regardless of how deep in the frameworks the cause lies."""
     frame = caller()
     if frame is None:  # a command of this package
         warnings.warn(message, stacklevel=2)

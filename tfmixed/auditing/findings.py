@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tfmixed._utils import rich_text
-from tfmixed.auditing.rules import SEVERITIES, Found, Severity
+from tfmixed.auditing.hazards import SEVERITIES, Found, Severity
 from tfmixed.auditing.trace import Node
 from tfmixed.formats import HALF
 

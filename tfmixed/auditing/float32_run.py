@@ -14,7 +14,7 @@ from keras import tree
 
 from tfmixed._utils import temporary_state
 from tfmixed.auditing.graph import DATA_MOVEMENT, ancestors
-from tfmixed.auditing.rules import Found, Hazard
+from tfmixed.auditing.hazards import Found, Hazard
 from tfmixed.auditing.trace import Step, layer_of, layer_scopes, loss_scale, run_functions_eagerly
 from tfmixed.formats import HALF
 

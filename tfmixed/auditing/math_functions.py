@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tfmixed.auditing.graph import DATA_MOVEMENT, constant_value, data_input, exponent, is_square, producers
-from tfmixed.auditing.rules import Context, Hazard, Rule, Severity, significant_bits
+from tfmixed.auditing.hazards import Context, Hazard, Rule, Severity, significant_bits
 from tfmixed.formats import FORMATS, HALF
 
 CROSS_ENTROPIES = ("SoftmaxCrossEntropyWithLogits", "SparseSoftmaxCrossEntropyWithLogits")

@@ -12,8 +12,8 @@ from tfmixed import hardware
 from tfmixed._utils import layer_tree, model_building, temporary_state
 from tfmixed.auditing import float32_run, math_functions, trace_rules
 from tfmixed.auditing.findings import Audit, findings_of
+from tfmixed.auditing.hazards import Context, Found
 from tfmixed.auditing.input_specs import specs, target_specs, tensors
-from tfmixed.auditing.rules import Context, Found
 from tfmixed.auditing.trace import Step, Trace, is_called_by, leaves
 from tfmixed.formats import HALF
 

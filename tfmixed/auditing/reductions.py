@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from tfmixed.auditing.graph import Terms, constant_value, is_square, terms
-from tfmixed.auditing.rules import Context, Hazard, Rule, Severity, short_number, significant_bits
+from tfmixed.auditing.hazards import Context, Hazard, Rule, Severity, short_number, significant_bits
 from tfmixed.formats import FORMATS
 
 _FEW_TERMS = 32  # fewer are not reported

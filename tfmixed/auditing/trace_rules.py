@@ -14,7 +14,7 @@ import numpy
 
 from tfmixed.auditing import math_functions, reductions
 from tfmixed.auditing.graph import constant_value, producer, producers
-from tfmixed.auditing.rules import Context, Found, Hazard, Rule, significant_bits
+from tfmixed.auditing.hazards import Context, Found, Hazard, Rule, significant_bits
 from tfmixed.auditing.trace import Node, Trace
 from tfmixed.doctor import tile_alignment
 from tfmixed.formats import FORMATS, HALF

@@ -30,7 +30,7 @@ class GradientRanges(keras.callbacks.Callback):
     Args:
         path: A file of JSON lines, one for each snapshot: preferably that of `LossScaleLogger`, so that `tfmixed
             report` finds everything in one log. Snapshots that a restored run repeats are replaced. If the file belongs
-            to another training, a new one with a number is used, as by `LossScaleLogger`. Defaults to None, which
+            to another run, a new one with a number is used, as by `LossScaleLogger`. Defaults to None, which
             writes no file.
         every: The number of attempted steps from one snapshot to the next; the first is that of the first step.
             Defaults to 1000.

@@ -40,7 +40,7 @@ class LossScaleLogger(keras.callbacks.Callback):
     Args:
         path: A file of JSON lines: a description at the start of a run, one for each change, and one at the end of each
             epoch. `records.read_log` reads them. Lines of steps that a restored run repeats are replaced, others are
-            kept. If another training is writing the file, or may have written the lines to replace, a new file with a
+            kept. If another run is writing the file, or may have written the lines to replace, a new file with a
             number is used (`loss_scale-2.jsonl`), with a warning, and `path` is set to it. Defaults to None, which
             writes no file.
         tensorboard: A TensorBoard log directory for `loss_scale` at the exact step of each change, and all three

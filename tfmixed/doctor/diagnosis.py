@@ -38,8 +38,8 @@ class Diagnosis:
         hardware: The devices and the policy that `"auto"` selects for them.
         switches: The settings of the backend.
         warnings: Conditions that make mixed precision slow, each with a remedy.
-        measured: The measured speeds. Defaults to `None`, not measured.
-        widths: The layer widths of the model that matrix units pad. Defaults to `None`, no model.
+        measured: The measured speeds. Defaults to None, not measured.
+        widths: The layer widths of the model that matrix units pad. Defaults to None, no model.
     """
 
     hardware: Hardware
@@ -88,7 +88,7 @@ def examine(model: keras.Model | None = None, measure: bool = False) -> Diagnosi
     """Examines this machine as the active Keras backend sees it.
 
     Args:
-        model: A built model whose layer widths are checked as well. Defaults to `None`.
+        model: A built model whose layer widths are checked as well. Defaults to None.
         measure: Whether to measure speeds, which takes some seconds. Defaults to `False`.
 
     Example:

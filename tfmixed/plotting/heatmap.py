@@ -17,7 +17,7 @@ from tfmixed.plotting import zones
 from tfmixed.plotting.style import WIDE, Style, Theme, is_narrow, sheet, shorten
 from tfmixed.records import GradientRange, RangesRecord, short
 
-_LEAST = 1e-4  # smaller shares have the same colour
+_LEAST = 1e-4  # smaller shares have the same color
 _GAP = 3  # octaves between the column of zeros and the smallest magnitude
 
 
@@ -56,7 +56,7 @@ def plot_layers(record: RangesRecord, scale: float = 1.0, *, theme: Theme = "lig
         _name(panels[0], record, layers, is_narrow(width))
         look: dict[str, Any] = {"location": "bottom", "shrink": 0.7, "aspect": 40, "extend": "min"}
         bar = figure.colorbar(mesh, ax=list(panels), fraction=0.5 / height, pad=0.1 / height, **look)
-        bar.solids.set_rasterized(True)  # type: ignore[union-attr]  # None without a colour map
+        bar.solids.set_rasterized(True)  # type: ignore[union-attr]  # None without a color map
         bar.set_label("share of the row's values (%)")
         words = ["Gradients by layer", f"lines: the limits of float16 at loss scale {short(scale)}"]
         figure.suptitle(("\n" if is_narrow(width) else "; ").join(words), fontsize=10)

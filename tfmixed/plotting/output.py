@@ -55,7 +55,7 @@ def svg(figure: Figure) -> str:
 def inline_svg(figure: Figure, label: str) -> ElementTree.Element:
     """Returns a figure of the theme `"page"` as an SVG element for an HTML page.
 
-    Its colours are `currentColor` and the CSS variables of `Style.variables`. The page sets its size.
+    Its colors are `currentColor` and the CSS variables of `Style.variables`. The page sets its size.
     """
     text = svg(figure)
     for name, color in STYLES["page"].variables().items():
@@ -91,7 +91,7 @@ def _pixels(figure: Figure) -> Any:
 
 
 def _joined(pictures: Sequence[Any], axis: int) -> Any:
-    """Joins pictures along an axis. Along the other one, smaller ones are padded with the colour of their corner."""
+    """Joins pictures along an axis. Along the other one, smaller ones are padded with the color of their corner."""
     size = max(picture.shape[1 - axis] for picture in pictures)
     padded = []
     for picture in pictures:

@@ -19,7 +19,7 @@ _MARKERS = "Xsov*"
 _CROWD = 100  # marks above which they are drawn smaller
 _MOST_CHANGES = 1000  # changes above which they are drawn in bins
 _BINS = 80
-_MOST_NAMED = 4  # variables with a colour of their own
+_MOST_NAMED = 4  # variables with a color of their own
 
 
 def plot_scale(
@@ -31,8 +31,8 @@ def plot_scale(
 ) -> Figure:
     """Draws the loss scale over the steps, with a mark at each growth and each overflow.
 
-    Overflows of a single run are coloured by the first variable whose gradient was not finite: the most frequent
-    variables have a colour each, and all others are grey.
+    Overflows of a single run are colored by the first variable whose gradient was not finite: the most frequent
+    variables have a color each, and all others are grey.
 
     More than 1,000 changes are drawn in bins: the lowest and the highest scale, and one mark of each kind. The title
     says so.
@@ -145,7 +145,7 @@ def _line(axes: Axes, history: ScaleHistory, bin_width: int, color: str, label: 
 
 
 def _mark_variables(axes: Axes, overflows: list[ScaleChange], bin_width: int, style: Style, longest: int) -> None:
-    """Marks overflows by the first variable that was not finite: the most frequent in colour, all others in grey."""
+    """Marks overflows by the first variable that was not finite: the most frequent in color, all others in grey."""
     counts = Counter(change.variable or "unknown" for change in overflows)
     named = [name for name, _ in counts.most_common(_MOST_NAMED if len(counts) > _MOST_NAMED + 1 else _MOST_NAMED + 1)]
     for name, color, marker in zip(named, style.colors, _MARKERS, strict=False):

@@ -1,4 +1,4 @@
-"""Colours, frames and axes that all figures share."""
+"""Colors, frames and axes that all figures share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Style:
-    """The colours of one theme. Those of lines are Okabe and Ito's, which colour-blind readers can distinguish.
+    """The colors of one theme. Those of lines are Okabe and Ito's, which color-blind readers can distinguish.
 
     Args:
         paper: The background.
@@ -31,7 +31,7 @@ class Style:
         faint: Axes, grids and the least important marks.
         colors: Lines and marks, in the order of use.
         zones: Backgrounds of the zones of float16.
-        shades: Colour map from few to many values. Few is close to `paper`.
+        shades: Color map from few to many values. Few is close to `paper`.
     """
 
     paper: str
@@ -42,11 +42,11 @@ class Style:
     shades: str | Colormap
 
     def lines(self, count: int) -> list[str]:
-        """Returns that many colours. They repeat from the sixth on."""
+        """Returns that many colors. They repeat from the sixth on."""
         return list(islice(cycle(self.colors), count))
 
     def variables(self) -> dict[str, str]:
-        """Returns all colours by the names that they have as CSS variables."""
+        """Returns all colors by the names that they have as CSS variables."""
         lines = {f"line-{index}": color for index, color in enumerate(self.colors)}
         zones = {f"zone-{name}": color for name, color in self.zones.items() if color != self.paper}
         return {"ink": self.ink, "paper": self.paper, "faint": self.faint, **lines, **zones}
@@ -75,7 +75,7 @@ STYLES: dict[Theme, Style] = {"light": _LIGHT, "dark": _DARK, "page": replace(_L
 
 @contextmanager
 def sheet(theme: Theme, width: float, height: float) -> Iterator[tuple[Figure, Style]]:
-    """Yields an empty figure and its style. Artists that are added within the block have the colours of the theme.
+    """Yields an empty figure and its style. Artists that are added within the block have the colors of the theme.
 
     Raises:
         ValueError: If the theme does not exist.

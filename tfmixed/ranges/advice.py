@@ -52,7 +52,7 @@ def _conflict(half: Sequence[GradientRange], precision: str, tolerance: float) -
     excluded = [{gradient.layer for gradient, low, high in limits if not low <= scale <= high} for scale in scales]
     fewest = min(excluded, key=len)
     sentence = (
-        f"no single scale works: `{smallest.name}` needs {short(low)} at least, `{largest.name}` overflows above "
+        f"no single scale works: `{smallest.name}` needs at least {short(low)}, `{largest.name}` overflows above "
         f"{short(high)}; put {_names(sorted(fewest))} in float32"
     )
     rest = [gradient for gradient in half if gradient.layer not in fewest]

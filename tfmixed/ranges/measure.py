@@ -25,7 +25,7 @@ def measure_gradients(
     """Measures the magnitudes of a model's gradients: of the output of each layer, and of each variable.
 
     It runs the training step of `fit`, including a custom `train_step`, without the update. A model that is not built
-    is built as in `fit`. Variables are restored, and so are the random states of Keras, TensorFlow, PyTorch, numpy and
+    is built as in `fit`. Variables are restored, and so are the random states of Keras, TensorFlow, PyTorch, NumPy and
     Python; attributes that a layer sets in Python are not. Only counts are kept in memory. The method is that of
     Micikevicius et al., "Mixed Precision Training" (2017), figure 3.
 

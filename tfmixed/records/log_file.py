@@ -59,7 +59,7 @@ def claim(path: Path, loop: Any = None, is_own: Callable[[Path], bool] = lambda 
     reason = ""
     for candidate in atomic_write.numbered(path):
         if not _hold(candidate, candidate != path, loop):
-            reason = reason or "is being written by another training"
+            reason = reason or "is being written by another run"
             continue
         try:
             if is_own(candidate):
@@ -68,11 +68,11 @@ def claim(path: Path, loop: Any = None, is_own: Callable[[Path], bool] = lambda 
             release(candidate)
             raise
         release(candidate)
-        reason = reason or "has later steps, and cannot be shown to belong to this training"
+        reason = reason or "has later steps, and cannot be shown to belong to this run"
     if candidate != path:
         user_warnings.warn(
-            f"The log {str(path)!r} {reason}. This training is logged in {str(candidate)!r}. Pass that path to "
-            "continue it later, and pass a different path to each training."
+            f"The log {str(path)!r} {reason}. This run is logged in {str(candidate)!r}. Pass that path to "
+            "continue it later, and pass a different path to each run."
         )
     return candidate
 

@@ -1,4 +1,4 @@
-"""A report as one HTML page without scripts or external resources, in light or dark colours. Needs matplotlib."""
+"""A report as one HTML page without scripts or external resources, in light or dark colors. Needs matplotlib."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Run:
     Args:
         name: A name that distinguishes the run from others.
         log: Its records.
-        problems: What could not be read, as sentences. Defaults to none.
+        problems: Sentences about lines that could not be read. Defaults to `()`.
     """
 
     name: str

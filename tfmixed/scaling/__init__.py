@@ -5,7 +5,7 @@ A rule defines how the loss scale changes from one training step to the next:
     state = rule.start()
     state = rule.next(state, finite)  # after each step; the next loss is multiplied by state.scale
 
-`next` selects with `where` and never branches on a tensor. The same code runs on numpy, TensorFlow (eager,
+`next` selects with `where` and never branches on a tensor. The same code runs on NumPy, TensorFlow (eager,
 `tf.function` and TF1 graphs) and `keras.ops`, so `simulate` predicts the scales of a training run. `DynamicScale` gives
 bit-identical scales on all of them, except on JAX with factors that float32 cannot represent. `LogMaxScale` differs by
 the rounding of each framework's logarithm and exponential.

@@ -27,7 +27,7 @@ class ScalingRule:
         raise NotImplementedError
 
     def start(self) -> Any:
-        """Returns the initial state: a NamedTuple of numpy scalars whose first field is `scale`."""
+        """Returns the initial state: a NamedTuple of NumPy scalars whose first field is `scale`."""
         raise NotImplementedError
 
     def next(self, state: Any, finite: Any, amax: Any = None, xp: Any = numpy) -> Any:
@@ -37,7 +37,7 @@ class ScalingRule:
             state: The state before the step.
             finite: A boolean scalar, true if all unscaled gradients are finite.
             amax: A float32 scalar, the largest absolute unscaled gradient. Required if `needs_amax` is true.
-                Defaults to `None`.
+                Defaults to None.
             xp: The array module: `numpy`, `tensorflow` or `keras.ops`. Defaults to `numpy`.
         """
         raise NotImplementedError

@@ -60,7 +60,7 @@ class LogMaxScale(ScalingRule):
         beta2: Decay of the slow averages, in [0, 1). Defaults to 0.999.
         std_devs: Headroom in standard deviations. Defaults to 3.09, which 0.1% of normally distributed steps exceed.
         log_max: log2 of the magnitude to stay below. Defaults to 16, float16's first overflow.
-        overflow_log2: The x of a step that overflowed. `None` uses `log_max`. Defaults to `None`.
+        overflow_log2: The x of a step that overflowed. `None` uses `log_max`. Defaults to None.
         min_scale: Lower bound. Defaults to 1.
         max_scale: Upper bound. Defaults to `2**14`.
 
@@ -104,7 +104,7 @@ class LogMaxScale(ScalingRule):
         if amax is None:
             raise ValueError("`amax` must be the largest absolute gradient of the step. Received: amax=None")
         overflow = xp.logical_not(xp.logical_and(finite, amax <= FLOAT32.max))  # also if NaN
-        # Subnormals count as 0, since TensorFlow flushes them and numpy does not.
+        # Subnormals count as 0, since TensorFlow flushes them and NumPy does not.
         measured = xp.logical_and(xp.logical_not(overflow), amax >= FLOAT32.smallest_normal)
         overflow_log2 = self.log_max if self.overflow_log2 is None else self.overflow_log2
         x = xp.where(overflow, overflow_log2, _log(xp.where(measured, amax, 1.0), xp) / math.log(2))

@@ -30,7 +30,7 @@ def simulate(rule: Any, trace: Iterable[Any] | None, amax: Sequence[float] | Non
         rule: A rule, or a value that `get` accepts.
         trace: `T` (all gradients finite) or `F` (overflow) for each step, as a string or as booleans. `None` marks a
             step finite if its `amax` is.
-        amax: The largest absolute unscaled gradient of each step, for rules that need it. Defaults to `None`.
+        amax: The largest absolute unscaled gradient of each step, for rules that need it. Defaults to None.
 
     Raises:
         ValueError: If `trace` has another letter, `amax` has another length, or both are `None`.
@@ -64,7 +64,7 @@ class Trace:
     Args:
         finite: For each step, whether all gradients were finite.
         scales: The scale of each step, or `None` for a step whose scale is not in the log. `None` for the whole
-            trace if no scale is known, in which case each step overflows or not as recorded. Defaults to `None`.
+            trace if no scale is known, in which case each step overflows or not as recorded. Defaults to None.
         unlisted: Number of skipped steps whose position is not in the log. They count as finite. Defaults to 0.
     """
 

@@ -93,6 +93,6 @@ def _float32(value: Any) -> float:
 
 def _round(value: float, towards: float) -> float:
     single = numpy.float32(value)
-    exact = float(single)  # numpy would compare `value` as a float32
+    exact = float(single)  # NumPy would compare `value` as a float32
     beyond = exact > value if towards < 0 else exact < value
     return float(numpy.nextafter(single, numpy.float32(towards)) if beyond else single)

@@ -58,7 +58,7 @@ def run(
             inputs and targets. Defaults to all built-in networks.
         policy: The half-precision policy. `"auto"` selects the fastest on this hardware, or `mixed_bfloat16` if that
             is float32. Defaults to `"auto"`.
-        batch: The batch size. `None` uses that of the network, or 32 for a function. Defaults to `None`.
+        batch: The batch size. `None` uses that of the network, or 32 for a function. Defaults to None.
         rounds: The number of timed epochs of each variant. Defaults to 5.
         seconds: The approximate length of an epoch. Defaults to 1.
         memory: GiB that `Row.batch_in_memory` may use. `None` does not measure memory, which takes two processes for

@@ -29,7 +29,7 @@ class Row:
         steps: The number of steps in all, which is the same for all variants.
         loss: The mean loss of the last round.
         peak: The peak memory of training in bytes, above that of the process before the model was made. Measured in a
-            separate process. Defaults to `None`, not measured.
+            separate process. Defaults to None, not measured.
         batch_in_memory: The batch size whose peak is `Report.memory`, extrapolated from two batch sizes. Defaults to
             `None`.
     """

@@ -21,7 +21,9 @@ def run(
     script: Annotated[
         str, typer.Argument(metavar="SCRIPT", help="Python file, or folder with a __main__.py. With -m: a module.")
     ],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments passed to the script.")] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGUMENTS", help="Arguments passed to the script.")
+    ] = None,
     module: Annotated[bool, typer.Option("-m", "--module", help="Run SCRIPT as a module, as python -m does.")] = False,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="TOML file that sets policy, scale and logging.")

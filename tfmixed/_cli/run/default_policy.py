@@ -80,7 +80,7 @@ class DefaultPolicy:
         if own and place() not in self._reported:
             self._reported.add(place())
             others = f" and {len(own) - 1} more layers" if len(own) > 1 else ""
-            say(f"{place()} compiles layer {name!r}{others} with a dtype of the script ({dtype}), which stays")
+            say(f"{place()} compiles layer {name!r}{others} with the script's dtype ({dtype}), which is kept")
 
 
 def _has_own(layer: Any, policy: Any) -> bool:

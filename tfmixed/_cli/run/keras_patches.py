@@ -80,8 +80,9 @@ class KerasPatches:
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             if not isinstance(optimizer, RunOptimizer) and optimizer not in self._unscaled:
                 self._unscaled.add(optimizer)
-                owner = "tfmixed's" if isinstance(optimizer, LossScaleOptimizer) else "Keras's, without a log,"
-                say(f"{place()} compiles with a LossScaleOptimizer: {owner} stays")
+                is_own = isinstance(optimizer, LossScaleOptimizer)
+                kept = "tfmixed, which is kept" if is_own else "Keras, which is kept without a log"
+                say(f"{place()} compiles with the LossScaleOptimizer of {kept}")
         elif rule is not None and optimizer not in self._unscaled:
             self.models.scale(model, optimizer, rule)
 

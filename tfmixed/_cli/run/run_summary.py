@@ -141,7 +141,7 @@ class RunSummary:
 def _write_report(logs: list[Path]) -> str:
     """Writes a report, and returns its path in words, or the reason why there is none."""
     if len(logs) > _MAX_REPORTED:
-        return "no report of so many logs: see tfmixed report LOG"
+        return f"no report for more than {_MAX_REPORTED} logs; run `tfmixed report LOG`"
     try:
         from tfmixed.report import Report, read
 

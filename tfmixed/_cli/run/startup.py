@@ -92,7 +92,7 @@ class KerasRun:
         if self.policy.in_force is not None:
             line = self.summary.close()
         else:
-            reason = "made no Keras layer" if "keras" in sys.modules else "did not import Keras"
+            reason = "created no Keras layer" if "keras" in sys.modules else "did not import Keras"
             line = f"nothing was applied: the script {reason} (for TensorFlow 1, use --tf1)"
         messages.say_last(line, self.summary.has_steps)
 
