@@ -24,45 +24,34 @@ _SAFE_SCALES = 2.0**-40, 2.0**40
 _MARGIN = 1.01
 
 
-class StepResult(NamedTuple):
-    """Result of one step, which may consist of several finite checks.
-
-    Args:
-        finite: Boolean scalar, True if all gradients are finite.
-        first_overflow: Integer scalar, the index of the first variable whose gradient is not finite, or -1.
-        norm: float32 scalar, the L2 norm of all gradients together.
-        amax: float32 scalar, the largest absolute value of all gradients.
-    """
-
-    finite: Any
-    first_overflow: Any
-    norm: Any
-    amax: Any
-
-
 class CheckResult(NamedTuple):
-    """Result of a finite check, the same on all replicas.
+    """Result of a finite check, or of several checks of one step together. The same on all replicas.
 
     Args:
         finite: Boolean scalar, True if all values of the unscaled gradients, and `norm`, are finite.
         overflowed: Boolean vector with one entry for each variable of the optimizer, True if its gradient has a value
-            that is not finite. If all values are finite and their norm is not, the gradients of the largest norm.
+            that is not finite. If all values are finite and their norm is not, the gradients of the largest norm. None
+            if only `first` is known.
         norm: float32 scalar, the L2 norm of all unscaled gradients together, finite if and only if the step is. A norm
             above 1.8e19 is not finite, since float32 cannot hold its square. Repeated rows of `tf.IndexedSlices` count
             one by one, as in `tf.linalg.global_norm`. With several replicas it is sqrt(replicas * the sum of their
             squared norms), which is the norm of the summed gradients where replicas agree and above it where they
             differ. The exact norm would take a second reduction of all gradients.
         amax: float32 scalar, the largest absolute value on any replica, or None if it was not measured.
+        first: Integer scalar, the `first_overflow` of several checks. Defaults to None.
     """
 
     finite: Any
     overflowed: Any
     norm: Any
     amax: Any
+    first: Any = None
 
     @property
     def first_overflow(self) -> Any:
         """Index of the first variable whose gradient is not finite, an integer scalar; -1 if all are finite."""
+        if self.overflowed is None:
+            return self.first
         return ops.where(self.finite, -1, ops.argmax(ops.cast(self.overflowed, "int32")))
 
 

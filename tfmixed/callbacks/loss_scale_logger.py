@@ -148,7 +148,7 @@ class LossScaleLogger(keras.callbacks.Callback):
             # Tensors on TensorFlow, so that only the progress bar waits for the device. On other backends Keras has
             # already waited, and its progress bar accepts numbers only.
             is_tensorflow = self._backend == "tensorflow"
-            logs.update(self._optimizer.measured() if is_tensorflow else run_log.numbers(self._optimizer))
+            logs.update(self._optimizer.measured() if is_tensorflow else run_log.measurements(self._optimizer))
         if is_due:
             self._collected_at = batch + 1
             self._collect(logs)
@@ -158,7 +158,7 @@ class LossScaleLogger(keras.callbacks.Callback):
         if optimizer is None:
             return
         self._collect(logs)
-        numbers = run_log.numbers(optimizer)
+        numbers = run_log.measurements(optimizer)
         if logs is not None:
             logs.update(numbers)
         step = int(optimizer.attempted_steps)

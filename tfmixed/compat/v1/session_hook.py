@@ -128,7 +128,7 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         """Collects the last changes, and logs the end of the run."""
         now = self._collect(session)
         last = int(now.attempted_steps) - 1
-        run_log.append(self.path, [run_log.progress(last, None, run_log.numbers(now), {})])
+        run_log.append(self.path, [run_log.progress(last, None, run_log.measurements(now), {})])
         run_log.release(self.path)
         if self._writer is not None:
             self._writer.flush()
@@ -140,7 +140,7 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         self._log(now.drain_events())
         self._drained = int(values["event_count"])
         session.run(self._mark, {self._count: self._drained})
-        self._summarize(run_log.numbers(now), int(now.attempted_steps))
+        self._summarize(run_log.measurements(now), int(now.attempted_steps))
         now.raise_if_exhausted()
         return now
 
