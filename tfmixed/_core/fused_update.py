@@ -207,11 +207,11 @@ def _obstacle(call: Call) -> str | None:
     devices = control_flow.devices((*variables, *inner.variables))
     if len(devices) > 1:
         return f"the variables are on several devices: {', '.join(sorted(devices))}"
-    return _no_xla()
+    return no_xla()
 
 
 @functools.cache
-def _no_xla() -> str | None:
+def no_xla() -> str | None:
     """Returns the reason why XLA does not work, such as missing parts of CUDA on a GPU. None if it works."""
     import tensorflow as tf
 

@@ -18,7 +18,7 @@ from tfmixed._core.scaler_state import ScalerState
 from tfmixed._core.state_dict import StateDict
 from tfmixed._core.step_tracker import Method, OptimizerSteps, StepTracker
 from tfmixed._core.variables import plain_variable
-from tfmixed._utils.autograph import do_not_convert
+from tfmixed._utils.patching import do_not_convert
 from tfmixed.scaling import validation
 
 _TORCH = scaling.PEERS["torch"].defaults

@@ -19,7 +19,7 @@ from tfmixed._core.keras2_methods import Keras2Methods
 from tfmixed._core.scaler_state import ScalerState
 from tfmixed._core.scaling_calls import ScalingCalls
 from tfmixed._core.serialization import Serialization
-from tfmixed._utils.autograph import do_not_convert
+from tfmixed._utils.patching import do_not_convert
 from tfmixed.scaling import validation
 
 

@@ -19,9 +19,7 @@ from tfmixed import hardware, records
 from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._utils import atomic_write
 from tfmixed.records import Change, EventsLost, Progress, Record, RunRecord, ScaleChange
-from tfmixed.records.log_file import append, claim, continue_at, is_repeated, read, release
-
-__all__ = ["append", "begin", "claim", "continue_at", "describe", "measurements", "progress", "release"]
+from tfmixed.records.log_file import claim, continue_at, is_repeated, read, release
 
 
 def begin(
