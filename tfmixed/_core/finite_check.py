@@ -126,7 +126,9 @@ class FiniteCheck(NamedTuple):
         squares = ops.where(is_safe, quick, cond(ops.logical_not(is_safe), check_values, (count,)))
         if not self.needs_amax:
             return squares
-        peak = _peak([self._unscaled(index, tensor, scale) for index, found in values.items() for tensor in found])
+        unscaled = (self._unscaled(index, tensor, scale) for index, found in values.items() for tensor in found)
+        peaks = ops.stack([_single(ops.max(ops.abs(tensor), initial=0)) for tensor in unscaled])
+        peak = ops.minimum(ops.max(peaks), FLOAT32.max)
         return ops.concatenate([squares, ops.where(ops.equal(replica, ops.arange(self.replicas)), peak, 0.0)])
 
     def result(self, statistics: Any) -> CheckResult:
@@ -172,11 +174,6 @@ def _sum_of_squares(values: Any) -> Any:
     import tensorflow as tf
 
     return _single(2.0 * tf.nn.l2_loss(wide))  # one kernel, and no temporary
-
-
-def _peak(values: Sequence[Any]) -> Any:
-    peaks = ops.stack([_single(ops.max(ops.abs(tensor), initial=0)) for tensor in values])
-    return ops.minimum(ops.max(peaks), FLOAT32.max)
 
 
 def _largest_gradient(optimizer: Any, dtype: str) -> float:

@@ -50,13 +50,7 @@ Step = Callable[[Sequence[Any], Any], None]
 class Call(NamedTuple):
     """A call of an update, without its gradients, which differ between replicas.
 
-    Args:
-        update: Function to call.
-        inner: The optimizer that `update` calls.
-        variables: Variables that it updates.
-        indices: Indices of these variables in the optimizer.
-        dtypes: Dtypes of their gradients, None where there is no gradient.
-        has_sparse: True if one of the gradients is a `tf.IndexedSlices`.
+    `indices` are those of the variables in the optimizer. `dtypes` are those of the gradients, None if there is none.
     """
 
     update: Update

@@ -109,9 +109,6 @@ class GradientRanges(keras.callbacks.Callback):
             self._writer.close()
             self._writer = None
 
-    def _is_due(self) -> bool:
-        return self._step >= self._due
-
     def _measure(self, batch: Any, state: Any) -> None:
         assert self._probe is not None
         self._probe.measure(batch, state)
@@ -181,7 +178,7 @@ class _ObservedTrainFunction:
         *state, batches = args  # JAX passes the variables, too
         steps = self.model.steps_per_execution
         steps = steps if isinstance(steps, int) else 1  # "auto": Keras decides
-        due = [callback for callback in self.callbacks if callback._is_due()]
+        due = [callback for callback in self.callbacks if callback._step >= callback._due]
         taken = list(itertools.islice(batches, steps)) if due else []
         for callback in due if taken else ():
             callback._measure(self._local(taken[0]), state[0] if state else None)
