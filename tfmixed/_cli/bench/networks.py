@@ -20,46 +20,46 @@ BATCHES = {"mlp": 512, "cnn": 64, "transformer": 8, "depthwise": 32}
 _CLASSES = 16
 
 
-def mlp() -> Problem:
-    """An MLP of six dense layers, bound by matrix products."""
-    width = 2048
-    hidden = [layers.Dense(width, activation="relu") for _ in range(6)]
+def mlp(samples: int = 2048, width: int = 2048, depth: int = 6) -> Problem:
+    """An MLP of `depth` dense layers of `width` units, bound by matrix products."""
+    hidden = [layers.Dense(width, activation="relu") for _ in range(depth)]
     model = keras.Sequential([keras.Input((width,)), *hidden, *_classifier()])
-    x = _random().normal(size=(2048, width)).astype("float32")
+    x = _random().normal(size=(samples, width)).astype("float32")
     # The class is the index of the largest random projection, which a linear layer can learn.
     return _compiled(model), x, (x @ _random().normal(size=(width, _CLASSES))).argmax(axis=-1)
 
 
-def cnn() -> Problem:
+def cnn(samples: int = 256, side: int = 32, channels: int = 128, depth: int = 4) -> Problem:
     """A network of 3 x 3 convolutions with batch normalization, bound by arithmetic."""
     blocks: list[Any] = []
-    for _ in range(4):
+    for _ in range(depth):
         blocks += [
-            layers.Conv2D(128, 3, padding="same", use_bias=False),
+            layers.Conv2D(channels, 3, padding="same", use_bias=False),
             layers.BatchNormalization(),
             layers.ReLU(),
         ]
-    return _image_classifier(blocks, samples=256)
+    return _image_classifier(blocks, samples, side)
 
 
-def depthwise() -> Problem:
+def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: int = 6) -> Problem:
     """A network of depthwise convolutions with layer normalization, bound by memory."""
-    blocks: list[Any] = [layers.Conv2D(128, 1)]
-    for _ in range(6):
+    blocks: list[Any] = [layers.Conv2D(channels, 1)]
+    for _ in range(depth):
         blocks += [
             layers.DepthwiseConv2D(3, padding="same", use_bias=False),
             layers.LayerNormalization(),
             layers.ReLU(),
         ]
-    return _image_classifier(blocks, samples=128)
+    return _image_classifier(blocks, samples, side)
 
 
-def transformer() -> Problem:
+def transformer(
+    samples: int = 32, tokens: int = 128, width: int = 512, depth: int = 4, heads: int = 8, vocabulary: int = 8000
+) -> Problem:
     """A language model with causal attention and a softmax over the vocabulary."""
-    samples, tokens, width, heads, vocabulary = 32, 128, 512, 8, 8000
     inputs = keras.Input((tokens,), dtype="int32")
     x = layers.Embedding(vocabulary, width)(inputs)
-    for _ in range(4):
+    for _ in range(depth):
         attended = layers.LayerNormalization()(x)
         x += layers.MultiHeadAttention(heads, width // heads)(attended, attended, use_causal_mask=True)
         hidden = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x))
@@ -83,13 +83,13 @@ def _classifier() -> list[Any]:
     return [layers.Dense(_CLASSES), layers.Activation("linear", dtype="float32")]
 
 
-def _image_classifier(blocks: list[Any], samples: int) -> Problem:
+def _image_classifier(blocks: list[Any], samples: int, side: int) -> Problem:
     """Returns a classifier made of `blocks`, and images that are the pattern of their class plus noise."""
-    shape, random = (32, 32, 3), _random()
-    model = keras.Sequential([keras.Input(shape), *blocks, layers.GlobalAveragePooling2D(), *_classifier()])
+    model = keras.Sequential([keras.Input((side, side, 3)), *blocks, layers.GlobalAveragePooling2D(), *_classifier()])
+    random = _random()
     y = random.integers(_CLASSES, size=samples)
-    patterns = random.normal(size=(_CLASSES, *shape))
-    return _compiled(model), (patterns[y] + random.normal(size=(samples, *shape))).astype("float32"), y
+    patterns = random.normal(size=(_CLASSES, side, side, 3))
+    return _compiled(model), (patterns[y] + random.normal(size=(samples, side, side, 3))).astype("float32"), y
 
 
 def _compiled(model: keras.Model) -> keras.Model:
