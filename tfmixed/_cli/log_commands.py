@@ -93,9 +93,11 @@ def check_plot(option: str, path: Path | None, suffix: str | None = None) -> Non
     if suffix is not None and path.suffix.lower() != suffix:
         raise UsageError(f"{option} must be a path that ends in {suffix}. Received: {str(path)!r}.")
     try:
-        from tfmixed import plotting
+        import matplotlib  # noqa: F401  # only to see that it is installed
 
         if suffix is None:
+            from tfmixed import plotting
+
             plotting.format_of(path)
     except ValueError as error:
         raise UsageError(f"The plot cannot be written: {error}") from error
