@@ -87,7 +87,7 @@ def force_float32(
             else:
                 for layer in _matching(plan, selector):
                     plan.force_whole(layer)
-        new = [path for path in plan.make(audited.is_traceable) if path not in changed]
+        new = [path for path in plan.apply(audited.is_traceable) if path not in changed]
         changed += new
         if not new or not audited.unsafe:  # code that is right in float32 reveals hazards in its inputs
             return changed

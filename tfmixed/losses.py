@@ -111,7 +111,7 @@ class _Float32Loss(keras.losses.Loss):
 
 @keras.saving.register_keras_serializable(_PACKAGE)
 class CategoricalCrossentropy(_Float32Loss, keras.losses.CategoricalCrossentropy):
-    """Cross-entropy of one-hot labels and logits, computed and returned in float32.
+    """`categorical_crossentropy` as a class for `compile`.
 
     Under a floatx of float16, the Keras class fails like its function, and its mean over 8,192 losses of 11 is inf.
     Takes the arguments of the Keras class except `dtype`.
@@ -127,10 +127,10 @@ class CategoricalCrossentropy(_Float32Loss, keras.losses.CategoricalCrossentropy
 
 @keras.saving.register_keras_serializable(_PACKAGE)
 class SparseCategoricalCrossentropy(_Float32Loss, keras.losses.SparseCategoricalCrossentropy):
-    """Cross-entropy of integer labels and logits, computed and returned in float32.
+    """`sparse_categorical_crossentropy` as a class for `compile`.
 
-    Under a floatx of float16, the Keras class casts labels to float16, too, which has no odd numbers above 2048: label
-    2049 becomes 2048. Its mean over 8,192 losses of 11 is inf. Takes the arguments of the Keras class except `dtype`.
+    Under a floatx of float16, the Keras class casts labels to float16, too: label 2049 becomes 2048. Its mean
+    over 8,192 losses of 11 is inf. Takes the arguments of the Keras class except `dtype`.
 
     Raises:
         ValueError: If `from_logits` is False.
@@ -143,7 +143,7 @@ class SparseCategoricalCrossentropy(_Float32Loss, keras.losses.SparseCategorical
 
 @keras.saving.register_keras_serializable(_PACKAGE)
 class BinaryCrossentropy(_Float32Loss, keras.losses.BinaryCrossentropy):
-    """Cross-entropy of binary labels and logits, computed and returned in float32.
+    """`binary_crossentropy` as a class for `compile`.
 
     Under a floatx of float16, the Keras class fails like its function, and its mean over 8,192 losses of 11 is inf.
     Takes the arguments of the Keras class except `dtype`.

@@ -18,8 +18,9 @@ from thorough import thorough
 
 import tfmixed
 from tfmixed import LossScaleOptimizer, records
-from tfmixed.callbacks import LossScaleLogger, run_log
+from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import LossScaleExhausted
+from tfmixed.records import log_file
 from tfmixed.scaling import ConstantScale, DynamicScale
 
 slow = pytest.mark.slow
@@ -610,7 +611,7 @@ def test_a_restored_run_leaves_the_log_of_another_training(tmp_path, step, bad):
     other = path.read_bytes()
     with pytest.raises(Killed):
         fit(LossScaleLogger(own, verbose=0), save, Save(20, kill=True), epochs=2)
-    run_log.release(own)  # like the end of its process
+    log_file.release(own)  # like the end of its process
     killed = own.read_bytes()
     logger = LossScaleLogger(path, verbose=0)
     with pytest.warns(UserWarning, match="later steps"):

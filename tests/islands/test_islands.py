@@ -48,7 +48,7 @@ def force_own_code(model, layer):
     """Forces a layer like `force_float32` if an audit finds a hazard in its code; on every backend."""
     plan = Plan(model)
     plan.force_own_code(layer)
-    return plan.make()
+    return plan.apply()
 
 
 def weights(model):

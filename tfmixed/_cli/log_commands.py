@@ -32,7 +32,7 @@ def report(
     from tfmixed.report import Report, read
 
     for path, suffix in ((html, ".html"), (png, ".png")):
-        _check_plot(path, suffix)
+        check_plot(f"--{suffix[1:]}", path, suffix)
     paths = [path for path in (run, run_b) if path is not None]
     result = Report([read(path) for path in paths])
     for path, loaded in zip(paths, result.runs, strict=True):
@@ -64,7 +64,7 @@ def simulate(
     """Simulate scaling rules on the recorded overflows of a run."""
     from tfmixed.scaling.replay import parse, replay
 
-    _check_plot(png, ".png")
+    check_plot("--png", png, ".png")
     with _usage_errors():
         recorded = _read_trace(trace)
         outcomes = {text: replay(parse(text), recorded) for text in rule}
@@ -88,15 +88,21 @@ def simulate(
         console.print(sentence, markup=False, highlight=False)
 
 
-def _check_plot(path: Path | None, suffix: str) -> None:
-    """Checks a file with plots before any work starts."""
+def check_plot(option: str, path: Path | None, suffix: str | None = None) -> None:
+    """Checks a file with plots before any work starts: its suffix, or that matplotlib has a format of that name."""
     if path is None:
         return
-    option = f"--{suffix[1:]}"
-    if path.suffix.lower() != suffix:
+    if suffix is not None and path.suffix.lower() != suffix:
         raise UsageError(f"{option} must be a path that ends in {suffix}. Received: {str(path)!r}.")
     try:
         import matplotlib  # noqa: F401  # only to see that it is installed
+
+        if suffix is None:
+            from tfmixed import plotting
+
+            plotting.format_of(path)
+    except ValueError as error:
+        raise UsageError(f"The plot cannot be written: {error}") from error
     except ImportError as error:
         raise UsageError(f"{option} needs matplotlib ({error}): pip install 'tfmixed[plot]'") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dis
 import errno
 import json
 import os
@@ -142,7 +141,7 @@ def ranges(
     with _on_models():
         from tfmixed._cli.load_model import load_training
 
-        _check_plot(png)
+        log_commands.check_plot("--png", png)
         for option, path in (("--save", save), ("--png", png)):
             log_commands.prepare(option, path)
         _set_policy(policy)
@@ -184,7 +183,7 @@ def bench(
     with _on_models():
         from tfmixed._cli import bench as benchmark
 
-        _check_plot(plot)
+        log_commands.check_plot("--plot", plot)
         log_commands.prepare("--plot", plot)
         cases = [*(networks or ()), *(model or ())] or benchmark.NETWORKS
         report = benchmark.run(cases, policy, batch=batch, rounds=rounds, seconds=seconds, memory=memory or None)
@@ -223,17 +222,10 @@ def _on_models() -> Iterator[None]:
 
 
 def _is_own_error(error: BaseException) -> bool:
-    """Returns whether this package raised the error itself.
-
-    Keras removes its frames from tracebacks. The innermost frame can thus be ours, but at a call and not at a `raise`.
-    """
-    innermost = error.__traceback__
-    while innermost is not None and innermost.tb_next is not None:
-        innermost = innermost.tb_next
-    if innermost is None or error.__cause__ is not None or not isinstance(error, (ValueError, NotImplementedError)):
-        return False
-    code = innermost.tb_frame.f_code
-    return code.co_filename.startswith(_PACKAGE) and code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    """Returns whether a `raise` statement of this package refuses an argument. Keras removes its own frames."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    is_raised = last.filename.startswith(_PACKAGE) and (last.line or "").startswith("raise")
+    return is_raised and error.__cause__ is None and isinstance(error, (ValueError, NotImplementedError))
 
 
 def _print(renderable: Any) -> None:
@@ -248,20 +240,6 @@ def _set_policy(policy: str | None) -> None:
             tfmixed.set_policy(policy, promote=False)  # the model as Keras alone creates it
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _check_plot(path: Path | None) -> None:
-    """Checks the file of a plot before anything is measured."""
-    if path is None:
-        return
-    try:
-        from tfmixed import plotting
-
-        plotting.format_of(path)
-    except ImportError as error:
-        raise UsageError(str(error)) from error
-    except ValueError as error:
-        raise UsageError(f"The plot cannot be written: {error}") from error
 
 
 def _load_keras() -> None:

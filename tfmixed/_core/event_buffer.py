@@ -64,7 +64,7 @@ def _select(variable: keras.Variable, mask: Any, entry: Any) -> None:
     variable.assign(ops.where(mask, ops.cast(entry, variable.dtype), variable.value))
 
 
-def values(state: Variables) -> dict[str, Any]:
+def read_buffer(state: Variables) -> dict[str, Any]:
     """Returns the values of the buffer's variables as NumPy arrays. Reads the device."""
     return {name: ops.convert_to_numpy(state.read(name)) for name in initial_values(1)}
 
@@ -123,4 +123,4 @@ class Readers:
         if not starts and count != furthest:
             state.variables["events_drained"].assign(count)
             self._furthest = count
-        return [] if since == count else entries(values(state), paths, since)
+        return [] if since == count else entries(read_buffer(state), paths, since)

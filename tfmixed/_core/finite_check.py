@@ -24,45 +24,34 @@ _SAFE_SCALES = 2.0**-40, 2.0**40
 _MARGIN = 1.01
 
 
-class StepResult(NamedTuple):
-    """Result of one step, which may consist of several finite checks.
-
-    Args:
-        finite: Boolean scalar, True if all gradients are finite.
-        first_overflow: Integer scalar, the index of the first variable whose gradient is not finite, or -1.
-        norm: float32 scalar, the L2 norm of all gradients together.
-        amax: float32 scalar, the largest absolute value of all gradients.
-    """
-
-    finite: Any
-    first_overflow: Any
-    norm: Any
-    amax: Any
-
-
 class CheckResult(NamedTuple):
-    """Result of a finite check, the same on all replicas.
+    """Result of a finite check, or of several checks of one step together. The same on all replicas.
 
     Args:
         finite: Boolean scalar, True if all values of the unscaled gradients, and `norm`, are finite.
         overflowed: Boolean vector with one entry for each variable of the optimizer, True if its gradient has a value
-            that is not finite. If all values are finite and their norm is not, the gradients of the largest norm.
+            that is not finite. If all values are finite and their norm is not, the gradients of the largest norm. None
+            if only `first` is known.
         norm: float32 scalar, the L2 norm of all unscaled gradients together, finite if and only if the step is. A norm
             above 1.8e19 is not finite, since float32 cannot hold its square. Repeated rows of `tf.IndexedSlices` count
             one by one, as in `tf.linalg.global_norm`. With several replicas it is sqrt(replicas * the sum of their
             squared norms), which is the norm of the summed gradients where replicas agree and above it where they
             differ. The exact norm would take a second reduction of all gradients.
         amax: float32 scalar, the largest absolute value on any replica, or None if it was not measured.
+        first: Integer scalar, the `first_overflow` of several checks. Defaults to None.
     """
 
     finite: Any
     overflowed: Any
     norm: Any
     amax: Any
+    first: Any = None
 
     @property
     def first_overflow(self) -> Any:
         """Index of the first variable whose gradient is not finite, an integer scalar; -1 if all are finite."""
+        if self.overflowed is None:
+            return self.first
         return ops.where(self.finite, -1, ops.argmax(ops.cast(self.overflowed, "int32")))
 
 
@@ -137,7 +126,9 @@ class FiniteCheck(NamedTuple):
         squares = ops.where(is_safe, quick, cond(ops.logical_not(is_safe), check_values, (count,)))
         if not self.needs_amax:
             return squares
-        peak = _peak([self._unscaled(index, tensor, scale) for index, found in values.items() for tensor in found])
+        unscaled = (self._unscaled(index, tensor, scale) for index, found in values.items() for tensor in found)
+        peaks = ops.stack([_single(ops.max(ops.abs(tensor), initial=0)) for tensor in unscaled])
+        peak = ops.minimum(ops.max(peaks), FLOAT32.max)
         return ops.concatenate([squares, ops.where(ops.equal(replica, ops.arange(self.replicas)), peak, 0.0)])
 
     def result(self, statistics: Any) -> CheckResult:
@@ -183,11 +174,6 @@ def _sum_of_squares(values: Any) -> Any:
     import tensorflow as tf
 
     return _single(2.0 * tf.nn.l2_loss(wide))  # one kernel, and no temporary
-
-
-def _peak(values: Sequence[Any]) -> Any:
-    peaks = ops.stack([_single(ops.max(ops.abs(tensor), initial=0)) for tensor in values])
-    return ops.minimum(ops.max(peaks), FLOAT32.max)
 
 
 def _largest_gradient(optimizer: Any, dtype: str) -> float:

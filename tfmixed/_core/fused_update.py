@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import keras
 
-from tfmixed._core import control_flow, gradients
+from tfmixed._core import control_flow
 from tfmixed._core.inner_optimizer import ADAMS, branches, is_known, python_state, reads_scalars, scalars_read_once
 from tfmixed._utils import user_warnings
 
@@ -48,25 +48,22 @@ Step = Callable[[Sequence[Any], Any], None]
 
 
 class Call(NamedTuple):
-    """A call of an update, before it is made.
+    """A call of an update, without its gradients, which differ between replicas.
 
-    Args:
-        update: Function to call.
-        inner: The optimizer that `update` calls.
-        grads: Gradients for `update`.
-        variables: Variables of these gradients.
-        indices: Indices of these variables in the optimizer.
+    `indices` are those of the variables in the optimizer. `dtypes` are those of the gradients, None if there is none.
     """
 
     update: Update
     inner: Any
-    grads: Sequence[Any]
     variables: Sequence[Any]
     indices: Sequence[int]
+    dtypes: Sequence[Any]
+    has_sparse: bool
 
     def at(self, places: Sequence[int]) -> Call:
-        """Returns the call with only the gradients and variables at these places."""
-        return Call(self.update, self.inner, *([values[place] for place in places] for values in self[2:]))
+        """Returns the call with only the variables at these places."""
+        variables, indices, dtypes = ([values[place] for place in places] for values in self[2:5])
+        return self._replace(variables=variables, indices=indices, dtypes=dtypes)
 
 
 class Fuser:
@@ -84,36 +81,36 @@ class Fuser:
         # Compiled functions by the Python state that they read, with its objects, whose ids are part of the key.
         self._functions: dict[Any, tuple[tuple[Any, str | None], list[Any]]] = {}
 
-    def fused(self, call: Call) -> Step:
+    def step_for(self, call: Call) -> Step:
         """Returns the update of a call's variables, compiled where that is possible and faster."""
-        update, inner, grads, variables, _ = call
+        update, inner, variables, dtypes = call.update, call.inner, call.variables, call.dtypes
         places = [] if self.fuse is False else self._places(inner, variables)
-        large = [place for place in places if grads[place] is not None]
+        large = [place for place in places if dtypes[place] is not None]
         obstacle = _obstacle(call) if large else self._why_none(variables)
         if obstacle:
             self._decided(obstacle)
             return _plain(call)
         # Variables without a gradient go where others have one, since an optimizer raises if it gets no gradient.
-        small = [place for place in range(len(variables)) if place not in places and grads[place] is not None]
-        missing = [place for place, gradient in enumerate(grads) if gradient is None]
+        small = [place for place in range(len(variables)) if place not in places and dtypes[place] is not None]
+        missing = [place for place, dtype in enumerate(dtypes) if dtype is None]
         large, small = (large, small + missing) if small else (large + missing, small)
         function, refusal = self._compiled(call.at(large))
         self._decided(refusal, f"{len(large)} of {len(variables)} variables, the large ones")
 
-        def fused(grads: Sequence[Any], scale: Any) -> None:
+        def step(grads: Sequence[Any], scale: Any) -> None:
             if small:
                 with scalars_read_once(inner, variables, counts=False):
                     update([grads[place] for place in small], [variables[place] for place in small], scale)
-            function(scale, *(grads[place] for place in large if grads[place] is not None))
+            function(scale, *(grads[place] for place in large if dtypes[place] is not None))
 
-        return _plain(call) if refusal else fused
+        return _plain(call) if refusal else step
 
     def _compiled(self, call: Call) -> tuple[Any, str | None]:
         # A function keeps the Python values that it reads. Those of Keras's own optimizers are part of the key. Those
         # of a user's own code are not known, so it is compiled again with each trace.
         if not is_known(call.inner, call.variables):
             return _compile(call)
-        missing = tuple(gradient is None for gradient in call.grads)
+        missing = tuple(dtype is None for dtype in call.dtypes)
         state, held = python_state(call.inner)
         key = tuple(zip(call.indices, missing, strict=True)), state
         known = self._functions.pop(key, None)
@@ -159,19 +156,18 @@ def _compile(call: Call) -> tuple[Any, str | None]:
     """Returns a compiled function of the scale and all gradients, and the reason if XLA cannot compile it."""
     import tensorflow as tf
 
-    update, inner, grads, variables, _ = call
-    places = [place for place, gradient in enumerate(grads) if gradient is not None]
-    count = len(grads)  # a function that captured the gradients would keep them alive
+    update, variables, dtypes = call.update, call.variables, call.dtypes
+    places = [place for place, dtype in enumerate(dtypes) if dtype is not None]
 
     def dense(scale: Any, *values: Any) -> None:
         by_place = dict(zip(places, values, strict=True))
-        update([by_place.get(place) for place in range(count)], variables, scale)
+        update([by_place.get(place) for place in range(len(variables))], variables, scale)
 
     function = tf.function(dense, jit_compile=True, autograph=False)
     # Keras's own code can be compiled, as the tests show. A user's own code is tried first.
-    if is_known(inner, variables):
+    if is_known(call.inner, variables):
         return function, None
-    specs = [tf.TensorSpec(variables[place].shape, grads[place].dtype) for place in places]
+    specs = [tf.TensorSpec(variables[place].shape, dtypes[place]) for place in places]
     try:
         with tf.init_scope():
             function.experimental_get_compiler_ir(tf.TensorSpec((), tf.float32), *specs)(stage="hlo")
@@ -186,7 +182,7 @@ def _first_line(error: Exception) -> str:
 
 def _obstacle(call: Call) -> str | None:
     """Returns the reason why XLA cannot compile an update, or should not. None if it can."""
-    _, inner, grads, variables, _ = call
+    inner, variables = call.inner, call.variables
     backend = keras.backend.backend()
     if backend != "tensorflow":
         return f"fused updates need the TensorFlow backend, and this is {backend}"
@@ -196,7 +192,7 @@ def _obstacle(call: Call) -> str | None:
         return f"{type(tf.distribute.get_strategy()).__name__} updates variables in ways that XLA cannot compile"
     if control_flow.in_xla():
         return "the whole step is compiled already"
-    if type(inner) not in ADAMS and any(map(gradients.is_sparse, grads)):
+    if type(inner) not in ADAMS and call.has_sparse:
         return "a gradient is sparse (tf.IndexedSlices), and XLA would make it dense"
     if tf.executing_eagerly() and not is_known(inner, variables):
         return "a user's own code may read Python values that change between eager steps"
@@ -205,11 +201,11 @@ def _obstacle(call: Call) -> str | None:
     devices = control_flow.devices((*variables, *inner.variables))
     if len(devices) > 1:
         return f"the variables are on several devices: {', '.join(sorted(devices))}"
-    return _no_xla()
+    return no_xla()
 
 
 @functools.cache
-def _no_xla() -> str | None:
+def no_xla() -> str | None:
     """Returns the reason why XLA does not work, such as missing parts of CUDA on a GPU. None if it works."""
     import tensorflow as tf
 

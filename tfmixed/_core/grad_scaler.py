@@ -18,7 +18,7 @@ from tfmixed._core.scaler_state import ScalerState
 from tfmixed._core.state_dict import StateDict
 from tfmixed._core.step_tracker import Method, OptimizerSteps, StepTracker
 from tfmixed._core.variables import plain_variable
-from tfmixed._utils.autograph import do_not_convert
+from tfmixed._utils.patching import do_not_convert
 from tfmixed.scaling import validation
 
 _TORCH = scaling.PEERS["torch"].defaults
@@ -169,7 +169,7 @@ class GradScaler(StateDict):
         def record(replicas: replica_sync.Replicas, statistics: Any) -> None:
             self._step_tracker.unscale(steps, check.result(replicas.sum(statistics)))
 
-        replica_sync.run(record, statistics)
+        replica_sync.run_jointly(record, statistics)
         unscaled = gradients.unscale_all(grads, raw, scale, self.rule.bounds[1])
         steps.remember(grads, unscaled)
         return unscaled
@@ -214,13 +214,13 @@ class GradScaler(StateDict):
         # As in `LossScaleOptimizer.apply`: captures from replica 0 are scalars that are the same on all replicas.
         def joint_step(replicas: replica_sync.Replicas, statistics: Any, grads: Sequence[Any]) -> Any:
             result = steps.complete(check.result(replicas.sum(statistics)), was_unscaled, present)
-            finite = result.finite if self.rule.skip_nonfinite else ops.ones_like(result.finite)
-            written = optimizer_adapters.written(optimizer, variables)
-            cond(finite, functools.partial(replicas.call, update, grads), variables=written)
+            is_applied = result.finite if self.rule.skip_nonfinite else True
+            written = optimizer_adapters.written_variables(optimizer, variables)
+            cond(is_applied, functools.partial(replicas.call, update, grads), variables=written)
             self._step_tracker.step(steps, result, is_row)
-            return finite
+            return ops.convert_to_tensor(is_applied)
 
-        return replica_sync.run(joint_step, statistics, grads)
+        return replica_sync.run_jointly(joint_step, statistics, grads)
 
     def _steps_of(self, optimizer: Any, grads: Sequence[Any], method: Method) -> OptimizerSteps:
         """Returns the progress of an optimizer, and checks that it may do this now."""
@@ -254,7 +254,7 @@ class GradScaler(StateDict):
         self._state()
         if new_scale is None:
             self._step_tracker.check_update()
-        replica_sync.run_once(functools.partial(self._close, new_scale), self.distribute_strategy)
+        replica_sync.run_jointly_once(functools.partial(self._close, new_scale), self.distribute_strategy)
 
     def _close(self, new_scale: Any) -> None:
         state, tracker = self._state(), self._step_tracker

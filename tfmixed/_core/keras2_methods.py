@@ -12,7 +12,7 @@ from keras import ops
 from tfmixed._core import gradients
 from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._core.scaling_calls import ScalingCalls
-from tfmixed._utils.autograph import do_not_convert
+from tfmixed._utils.patching import do_not_convert
 from tfmixed.scaling import ConstantScale
 
 

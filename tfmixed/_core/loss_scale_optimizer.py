@@ -13,13 +13,13 @@ from keras import ops
 from tfmixed._core import arguments, gradients, replica_sync
 from tfmixed._core.control_flow import cond
 from tfmixed._core.finite_check import FiniteCheck
-from tfmixed._core.fused_update import Call, Fuser, Fusion, Step
+from tfmixed._core.fused_update import Call, Fuser, Fusion
 from tfmixed._core.hyperparameters import DelegatedHyperparameters
 from tfmixed._core.keras2_methods import Keras2Methods
 from tfmixed._core.scaler_state import ScalerState
 from tfmixed._core.scaling_calls import ScalingCalls
 from tfmixed._core.serialization import Serialization
-from tfmixed._utils.autograph import do_not_convert
+from tfmixed._utils.patching import do_not_convert
 from tfmixed.scaling import validation
 
 
@@ -166,7 +166,10 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
             return
         variables = self._variables_of(grads, trainable_variables)
         indices, scale, check = self._indices(variables), self._gradient_scale(grads), self._finite_check()
-        update = self._fused_update(grads, variables, indices)  # unscales and applies
+        dtypes = [None if gradient is None else gradient.dtype for gradient in grads]
+        has_sparse = any(map(gradients.is_sparse, grads))
+        call = Call(self._unscale_and_apply, self.inner_optimizer, variables, indices, dtypes, has_sparse)
+        update, written = self._fuser.step_for(call), [*variables, *self.inner_optimizer.variables]
         statistics = check.measure(grads, scale, indices, replica_sync.replica_id())  # of this replica, in one pass
 
         # Under strategies that merge replicas, `run` calls the function of replica 0 for all of them. It captures that
@@ -174,10 +177,10 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
         def joint_step(replicas: replica_sync.Replicas, statistics: Any, grads: Sequence[Any]) -> None:
             result = check.result(replicas.sum(statistics))  # the same on every replica
             is_applied = result.finite if self.rule.skip_nonfinite else True
-            cond(is_applied, partial(replicas.call, update, grads, scale), variables=self._written(variables))
+            cond(is_applied, partial(replicas.call, update, grads, scale), variables=written)
             self._state().advance(result)
 
-        replica_sync.run(joint_step, statistics, grads)
+        replica_sync.run_jointly(joint_step, statistics, grads)
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
@@ -256,18 +259,11 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
         inner, variables, count = self.inner_optimizer, self._trainable_variables, replica_sync.replica_count()
         return FiniteCheck.for_variables(inner, variables, count, self.rule.needs_amax)
 
-    def _fused_update(self, grads: Sequence[Any], variables: Sequence[Any], indices: Sequence[int]) -> Step:
-        """Returns a function of gradients and scale that unscales and applies them, fused where that is faster."""
-        return self._fuser.fused(Call(self._unscale_and_apply, self.inner_optimizer, grads, variables, indices))
-
     def _unscale_and_apply(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> None:
         self.inner_optimizer.apply(self._unscale(grads, scale, variables), list(variables))
 
     def _unscale(self, grads: Sequence[Any], scale: Any, variables: Sequence[Any]) -> list[Any]:
         return gradients.unscale_all(grads, gradients.raw(variables), scale, self.rule.bounds[1])
-
-    def _written(self, variables: Sequence[Any]) -> list[Any]:
-        return [*variables, *self.inner_optimizer.variables]
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Does what Keras does at the end of `fit`, and warns if most of its steps were skipped.

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from tfmixed._utils import user_warnings
-from tfmixed._utils.autograph import do_not_convert
+from tfmixed._utils.patching import do_not_convert
 
 # Versions of Keras whose `Model.fit` on several workers lacks just what `enable_multi_worker_fit` adds.
 _TESTED = ("3.14", "3.15")

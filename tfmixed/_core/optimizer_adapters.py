@@ -74,7 +74,7 @@ def apply(optimizer: Any, grads: Sequence[Any], variables: Sequence[Any], option
     optimizer.apply_gradients(zip(grads, own, strict=True), **options)
 
 
-def written(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
+def written_variables(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
     """Returns the variables that `apply` writes. Slots of TensorFlow 1 are on the devices of their variables."""
     return [*variables, *(optimizer.variables if _is_keras(optimizer) else ())]
 

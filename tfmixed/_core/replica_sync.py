@@ -20,14 +20,14 @@ class Replicas(NamedTuple):
 
     Args:
         sum: Returns the sum of a vector over all replicas.
-        call: Calls a function on each replica with that replica's values of the arguments.
+        call: Calls a function on each replica with that replica's values of the arguments. Defaults to a plain call.
     """
 
     sum: Callable[[Any], Any]
-    call: Callable[..., Any]
+    call: Callable[..., Any] = lambda function, *arguments: function(*arguments)
 
 
-def run(step: Callable[..., Any], *values: Any) -> Any:
+def run_jointly(step: Callable[..., Any], *values: Any) -> Any:
     """Returns `step(replicas, *values)`, called where all replicas take the same branch.
 
     On one device this is a plain call. Under strategies whose replicas update variables independently, each replica
@@ -40,29 +40,23 @@ def run(step: Callable[..., Any], *values: Any) -> Any:
         *values: Tensors of this replica, or nested structures of them.
     """
     if current_strategy() is None:
-        return step(Replicas(lambda vector: vector, _call), *values)
+        return step(Replicas(lambda vector: vector), *values)
     import tensorflow as tf
 
     context, total = tf.distribute.get_replica_context(), tf.distribute.ReduceOp.SUM
     if not _merges():
-        return step(Replicas(functools.partial(context.all_reduce, total), _call), *values)
+        return step(Replicas(functools.partial(context.all_reduce, total)), *values)
 
     def merged(strategy: Any, *values: Any) -> Any:
-        call = functools.partial(_call_on_replicas, strategy)
+        def call(function: Callable[..., Any], *arguments: Any) -> Any:
+            return strategy.extended.call_for_each_replica(function, args=arguments)
+
         return step(Replicas(functools.partial(strategy.reduce, total, axis=None), call), *values)
 
     return context.merge_call(merged, args=values)
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
-def _call_on_replicas(strategy: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    return strategy.extended.call_for_each_replica(function, args=arguments)
-
-
-def run_once(function: Callable[[], None], home: Any) -> None:
+def run_jointly_once(function: Callable[[], None], home: Any) -> None:
     """Calls `function` once for all replicas, inside or outside of `strategy.run`.
 
     Args:

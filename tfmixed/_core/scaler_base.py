@@ -87,7 +87,7 @@ class ScalerBase:
 
     def _buffered_events(self) -> list[Change]:
         """Returns all changes that the buffer still holds, drained or not. Reads the device."""
-        return event_buffer.entries(event_buffer.values(self._state()), self._paths, since=0)
+        return event_buffer.entries(event_buffer.read_buffer(self._state()), self._paths, since=0)
 
     def raise_if_exhausted(self, loss: float | None = None) -> None:
         """Raises an error if the last `max_consecutive_skips` steps were skipped and the scale is at its minimum.

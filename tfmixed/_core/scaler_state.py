@@ -10,7 +10,7 @@ from keras import ops
 
 from tfmixed._core import event_buffer
 from tfmixed._core.control_flow import in_graph, skip_unless
-from tfmixed._core.finite_check import CheckResult, StepResult
+from tfmixed._core.finite_check import CheckResult
 from tfmixed._core.variables import AddVariable, Variables
 from tfmixed.scaling import ScalingRule, validation
 
@@ -54,7 +54,7 @@ class ScalerState(Variables):
         """Adds a counter for each of `count` variables: its overflows in the present row of skipped steps."""
         self.create({"overflow_counts": numpy.zeros(count, "int32")}, add_variable)
 
-    def advance(self, result: CheckResult | StepResult, moves: bool = True) -> None:
+    def advance(self, result: CheckResult, moves: bool = True) -> None:
         """Moves the state on by one attempted step.
 
         Args:
@@ -72,19 +72,19 @@ class ScalerState(Variables):
         self.assign(
             {
                 **dict(zip(self._names, new, strict=True)),
-                "attempted_steps": attempted + one_after(finite, attempted.dtype),
+                "attempted_steps": attempted + one_depending_on(finite, attempted.dtype),
                 "skipped_steps": self.read("skipped_steps") + skipped,
                 "consecutive_skips": (consecutive + 1) * skipped,
                 "gradient_norm": result.norm,
             }
         )
 
-    def _write_event(self, result: CheckResult | StepResult, step: Any, old: Any, new: Any) -> None:
+    def _write_event(self, result: CheckResult, step: Any, old: Any, new: Any) -> None:
         """Writes what changes only in a skipped step, in the step after it, or with a new scale."""
         finite = result.finite
         reason = ops.where(finite, ops.where(new > old, event_buffer.GROWTH, event_buffer.SET), event_buffer.OVERFLOW)
         event_buffer.write(self.variables, step, old, new, reason, result.first_overflow)
-        if isinstance(result, CheckResult):
+        if result.overflowed is not None:
             counts = self.read("overflow_counts")
             counts = ops.where(finite, 0, counts + ops.cast(result.overflowed, counts.dtype))
             self.variables["overflow_counts"].assign(counts)
@@ -116,7 +116,8 @@ class ScalerState(Variables):
 
         A value of another shape is ignored: events of a buffer of another capacity are lost.
         """
-        fitting = {name: saved[name] for name in self.variables.keys() & saved.keys() if self._fits(name, saved[name])}
+        shapes = {name: tuple(variable.shape) for name, variable in self.variables.items()}
+        fitting = {name: value for name, value in saved.items() if tuple(value.shape) == shapes.get(name)}
         buffer = event_buffer.initial_values(1).keys()
         if not buffer <= fitting.keys():
             fitting = {name: value for name, value in fitting.items() if name not in buffer}
@@ -129,11 +130,8 @@ class ScalerState(Variables):
         value = numpy.nan_to_num(scale.numpy(), nan=self.rule.start().scale)
         scale.assign(numpy.clip(value, *self.rule.bounds))
 
-    def _fits(self, name: str, value: Any) -> bool:
-        return tuple(value.shape) == tuple(self.variables[name].shape)
 
-
-def one_after(tensor: Any, dtype: Any) -> Any:
+def one_depending_on(tensor: Any, dtype: Any) -> Any:
     """Returns 1, computed from a boolean scalar.
 
     Where a dataset ends within a step, TensorFlow still runs what does not depend on its data. A counter that depends

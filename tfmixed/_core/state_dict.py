@@ -106,7 +106,7 @@ class StateDict(ScalerBase):
         if is_other:
             self._reset()
         self._state().rule = rule
-        replica_sync.run_once(functools.partial(self._restore, values), self.distribute_strategy)
+        replica_sync.run_jointly_once(functools.partial(self._restore, values), self.distribute_strategy)
 
     def _restore(self, values: Mapping[str, Any]) -> None:
         self._state().assign(values)

@@ -17,8 +17,8 @@ from keras import ops
 from tfmixed._core import gradients
 from tfmixed._core.control_flow import current_graph
 from tfmixed._core.event_buffer import NO_VARIABLE
-from tfmixed._core.finite_check import CheckResult, StepResult
-from tfmixed._core.scaler_state import one_after
+from tfmixed._core.finite_check import CheckResult
+from tfmixed._core.scaler_state import one_depending_on
 from tfmixed._core.scaling_calls import TensorSet
 from tfmixed._core.variables import AddVariable, Variables
 
@@ -204,15 +204,15 @@ class StepTracker(Variables):
             self._stages[steps], self._is_closed = stage, False
 
     def mark(self, finite: Any = True) -> Any:
-        """Returns the mark of this iteration, computed from `finite`: see `one_after`."""
+        """Returns the mark of this iteration, computed from `finite`: see `one_depending_on`."""
         updates = self.read("updates")
-        return updates + one_after(finite, updates.dtype)
+        return updates + one_depending_on(finite, updates.dtype)
 
     def unscale(self, steps: OptimizerSteps, result: CheckResult) -> None:
         """Records the finite check of an optimizer's gradients when they are unscaled, before a clip changes them."""
         place = ops.stack([ops.cast(number, "float32") for number in (result.finite, result.first_overflow)])
         steps.assign({"unscale_result": place, "unscaled": self.mark(result.finite)})
-        self._add(StepResult(result.finite, NO_VARIABLE, result.norm, _amax(result)))
+        self._add(result, NO_VARIABLE)
         self._note(steps, "unscaled")
 
     def step(self, steps: OptimizerSteps, result: CheckResult, is_row: Any) -> None:
@@ -221,27 +221,27 @@ class StepTracker(Variables):
         repeats = steps.has_stepped(mark)
         first = steps.count(result, is_row)
         steps.assign({"stepped": mark})
-        self._add(StepResult(result.finite, first, result.norm, _amax(result)), repeats)
+        self._add(result, first, repeats)
         self._note(steps, "stepped")
 
-    def _add(self, result: StepResult, repeats: Any = False) -> None:
+    def _add(self, result: CheckResult, first_overflow: Any, repeats: Any = False) -> None:
         """Adds the result of one optimizer. The norm of a second check of the same gradients is 0."""
         first, overflows = self.read("first_overflow"), self.read("overflows")
-        dtype, number = overflows.dtype, ops.cast(result.first_overflow, first.dtype)
+        dtype, number = overflows.dtype, ops.cast(first_overflow, first.dtype)
         values = {
-            "begun": one_after(result.finite, dtype),
+            "begun": one_depending_on(result.finite, dtype),
             "overflows": ops.maximum(overflows, ops.cast(ops.logical_not(result.finite), dtype)),
             "repeats": self.read("repeats") + ops.cast(repeats, dtype),
             "first_overflow": ops.where(ops.equal(first, NO_VARIABLE), number, first),
             "norm": ops.hypot(self.read("norm"), result.norm),
-            "amax": ops.maximum(self.read("amax"), result.amax),
+            "amax": ops.maximum(self.read("amax"), _amax(result)),
         }
         self.assign(values)
 
-    def result(self) -> StepResult:
+    def result(self) -> CheckResult:
         """Returns the result of all gradients of this iteration together."""
         finite = ops.equal(self.read("overflows"), 0)
-        return StepResult(finite, self.read("first_overflow"), self.read("norm"), self.read("amax"))
+        return CheckResult(finite, None, self.read("norm"), self.read("amax"), self.read("first_overflow"))
 
     def close(self) -> None:
         """Begins the next iteration."""

@@ -84,7 +84,7 @@ class Plan:
                 self._report(layer, "", members)
             self._force_regularizers(member)
 
-    def make(self, is_traceable: Callable[[], bool] | None = None) -> list[str]:
+    def apply(self, is_traceable: Callable[[], bool] | None = None) -> list[str]:
         """Makes the changes, and returns the paths of what they changed.
 
         Args:

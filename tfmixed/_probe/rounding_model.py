@@ -47,6 +47,10 @@ class Losses:
         """Returns a count relative to all nonzero values; 0 if there are none."""
         return count / self.nonzeros if self.nonzeros else 0.0
 
+    def percentages(self) -> list[str]:
+        """Returns the shares that become 0, subnormal and infinite, as in a table."""
+        return [percent(self.share(count)) for count in (self.zero, self.subnormal, self.overflow)]
+
 
 def losses(octaves: Octaves, scale: float = 1.0, precision: str = "float16") -> Losses:
     """Returns the losses of values that are multiplied by `scale` and rounded to half precision.

@@ -1,1 +1,1 @@
-"""Helpers without mixed-precision logic."""
+"""Helpers below all other folders."""

@@ -1,13 +1,24 @@
-"""Patches of methods and properties of framework classes."""
+"""Patches of methods and properties of framework classes, and protection from TensorFlow's AutoGraph."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from tfmixed._utils.autograph import do_not_convert
+import keras
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def do_not_convert(function: _F) -> _F:
+    """Keeps AutoGraph from rewriting `function` and what it calls, which would take a second for each trace."""
+    if keras.backend.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return cast("_F", tf.autograph.experimental.do_not_convert(function))
 
 
 def around(cls: Any, name: str, function: Callable[..., Any], traced: bool = False) -> None:

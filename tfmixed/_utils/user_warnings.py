@@ -14,29 +14,25 @@ LIBRARIES = (
 )
 
 
-def caller(libraries: tuple[str, ...] = LIBRARIES, but_for: tuple[str, ...] = ()) -> FrameType | None:
-    """Returns the innermost frame outside the given libraries, or None.
+def caller() -> FrameType | None:
+    """Returns the innermost frame outside the libraries, or None.
 
     In a thread of a framework, such as a replica, the main thread is searched: it waits for the result.
-
-    Args:
-        libraries: Names of packages.
-        but_for: Prefixes of the names of further modules to exclude. Defaults to none.
     """
     main = sys._current_frames().get(threading.main_thread().ident or 0)
-    return _innermost(sys._getframe(1), libraries, but_for) or _innermost(main, libraries, but_for)
+    return _innermost(sys._getframe(1)) or _innermost(main)
 
 
-def _innermost(frame: FrameType | None, libraries: tuple[str, ...], but_for: tuple[str, ...]) -> FrameType | None:
-    while frame is not None and not is_outside(frame, libraries, but_for):
+def _innermost(frame: FrameType | None) -> FrameType | None:
+    while frame is not None and not is_outside(frame):
         frame = frame.f_back
     return frame
 
 
-def is_outside(frame: FrameType, libraries: tuple[str, ...] = LIBRARIES, but_for: tuple[str, ...] = ()) -> bool:
+def is_outside(frame: FrameType) -> bool:
     """Returns whether a frame belongs to none of the libraries."""
     name, file = frame.f_globals.get("__name__", ""), os.path.basename(frame.f_code.co_filename)
-    is_library = name.partition(".")[0] in libraries or name.startswith(but_for)
+    is_library = name.partition(".")[0] in LIBRARIES
     return not is_library and not file.startswith("__autograph_generated_file")  # its lines are not in any source
 
 

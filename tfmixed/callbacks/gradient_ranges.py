@@ -16,7 +16,7 @@ from tfmixed._core import replica_sync
 from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._probe.train_step_probe import Precision, Probe, checked_precision
 from tfmixed.callbacks import run_log
-from tfmixed.records import GradientRange, RangesRecord
+from tfmixed.records import GradientRange, RangesRecord, log_file
 from tfmixed.scaling import validation
 
 
@@ -104,13 +104,10 @@ class GradientRanges(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._train_function is not None:
             self._train_function.remove(self)
-        run_log.release(self.path)
+        log_file.release(self.path)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-    def _is_due(self) -> bool:
-        return self._step >= self._due
 
     def _measure(self, batch: Any, state: Any) -> None:
         assert self._probe is not None
@@ -118,7 +115,7 @@ class GradientRanges(keras.callbacks.Callback):
         self._due = self._step + self.every
         record = self._probe.record(self._step, self._epoch)
         self.last = ranges.GradientRanges(record)
-        run_log.append(self.path, [record])
+        log_file.append(self.path, [record])
         if self.tensorboard is not None:
             self._write(self.last, self.tensorboard)
         if self.verbose:
@@ -181,7 +178,7 @@ class _ObservedTrainFunction:
         *state, batches = args  # JAX passes the variables, too
         steps = self.model.steps_per_execution
         steps = steps if isinstance(steps, int) else 1  # "auto": Keras decides
-        due = [callback for callback in self.callbacks if callback._is_due()]
+        due = [callback for callback in self.callbacks if callback._step >= callback._due]
         taken = list(itertools.islice(batches, steps)) if due else []
         for callback in due if taken else ():
             callback._measure(self._local(taken[0]), state[0] if state else None)

@@ -15,7 +15,7 @@ from tfmixed._utils import user_warnings
 from tfmixed.callbacks import run_log
 from tfmixed.callbacks.gradient_ranges import checked_tensorboard
 from tfmixed.errors import LossScaleExhausted
-from tfmixed.records import Change, Record, ScaleChange
+from tfmixed.records import Change, Record, ScaleChange, log_file
 from tfmixed.scaling import validation
 
 
@@ -148,7 +148,7 @@ class LossScaleLogger(keras.callbacks.Callback):
             # Tensors on TensorFlow, so that only the progress bar waits for the device. On other backends Keras has
             # already waited, and its progress bar accepts numbers only.
             is_tensorflow = self._backend == "tensorflow"
-            logs.update(self._optimizer.measured() if is_tensorflow else run_log.numbers(self._optimizer))
+            logs.update(self._optimizer.measured() if is_tensorflow else run_log.measurements(self._optimizer))
         if is_due:
             self._collected_at = batch + 1
             self._collect(logs)
@@ -158,13 +158,13 @@ class LossScaleLogger(keras.callbacks.Callback):
         if optimizer is None:
             return
         self._collect(logs)
-        numbers = run_log.numbers(optimizer)
+        numbers = run_log.measurements(optimizer)
         if logs is not None:
             logs.update(numbers)
         step = int(optimizer.attempted_steps)
         self._write_scalars(numbers, step)
         if self._is_chief:
-            run_log.append(self.path, [run_log.progress(step - 1, epoch, numbers, logs or {})])
+            log_file.append(self.path, [run_log.progress(step - 1, epoch, numbers, logs or {})])
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._optimizer is None:
@@ -176,7 +176,7 @@ class LossScaleLogger(keras.callbacks.Callback):
 
     def _close(self) -> None:
         self._print_pending()
-        run_log.release(self.path)
+        log_file.release(self.path)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -203,9 +203,9 @@ class LossScaleLogger(keras.callbacks.Callback):
             kinds = get_args(Record)
             self.path, changes = run_log.begin(self.path, step, kinds, changes, optimizer, loop=self._watched)
         self._pending += changes
-        run_log.append(self.path, changes)
+        log_file.append(self.path, changes)
         if not self._running:
-            run_log.append(self.path, [run_log.describe(getattr(self, "model", None), optimizer)])
+            log_file.append(self.path, [run_log.describe(getattr(self, "model", None), optimizer)])
         for change in changes:
             if isinstance(change, ScaleChange):
                 self._write_scalars({"loss_scale": change.new_scale}, change.step)

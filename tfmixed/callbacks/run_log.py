@@ -19,9 +19,7 @@ from tfmixed import hardware, records
 from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._utils import atomic_write
 from tfmixed.records import Change, EventsLost, Progress, Record, RunRecord, ScaleChange
-from tfmixed.records.log_file import append, claim, continue_at, is_repeated, read, release
-
-__all__ = ["append", "begin", "claim", "continue_at", "describe", "numbers", "progress", "release"]
+from tfmixed.records.log_file import claim, continue_at, is_repeated, read, release
 
 
 def begin(
@@ -76,7 +74,7 @@ def _agrees(log: Sequence[Record], step: int, scaler: ScalerBase | None) -> bool
         return None
     for record in reversed(log):
         if isinstance(record, Progress) and record.step == step - 1:
-            now = progress(step - 1, None, numbers(scaler), {})
+            now = progress(step - 1, None, measurements(scaler), {})
             return (record.skipped_steps, record.gradient_norm) == (now.skipped_steps, now.gradient_norm)
     known = scaler._buffered_events()
     first = known[0].step + 1 if known and isinstance(known[0], EventsLost) else 0
@@ -128,7 +126,7 @@ def describe(model: keras.Model | None, scaler: ScalerBase) -> RunRecord:
     )
 
 
-def numbers(scaler: ScalerBase) -> dict[str, float]:
+def measurements(scaler: ScalerBase) -> dict[str, float]:
     """Returns the measurements of a scaler as Python numbers. Reads the device."""
     return {name: float(value) for name, value in scaler.measured().items()}
 
@@ -139,7 +137,7 @@ def progress(step: int, epoch: int | None, numbers: Mapping[str, float], logs: M
     Args:
         step: The last attempted step, counted from 0.
         epoch: The epoch that ended. None if there are no epochs.
-        numbers: The result of the function `numbers`.
+        numbers: The result of the function `measurements`.
         logs: The logs of `fit`, which may hold the loss.
     """
     norm, loss = numbers["gradient_norm"], logs.get("loss")

@@ -9,6 +9,8 @@ from typing import Any
 
 import keras
 
+from tfmixed._core.fused_update import no_xla
+
 # Environment variables that affect the speed of half precision or hide devices.
 VARIABLES = (
     "TF_ENABLE_ONEDNN_OPTS",
@@ -69,12 +71,7 @@ def _tensorflow(tf: Any) -> tuple[bool | None, bool | None, bool | None]:
         onednn = bool(IsMklEnabled())
     except ImportError:
         onednn = None
-    try:
-        tf.function(tf.identity, jit_compile=True, autograph=False)(1.0)
-        xla = True
-    except tf.errors.OpError:
-        xla = False
-    return onednn, xla, tf.config.experimental.tensor_float_32_execution_enabled()
+    return onednn, no_xla() is None, tf.config.experimental.tensor_float_32_execution_enabled()
 
 
 def _jax(jax: Any) -> tuple[bool | None, bool | None, bool | None]:

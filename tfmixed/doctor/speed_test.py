@@ -139,11 +139,8 @@ def _conv(dtype: str, channels: int) -> Work:
     shape = (channels // 8, _IMAGE, _IMAGE, channels)
     values, kernel = _normal(shape, 1.0, dtype), _normal((3, 3, channels, channels), (9 * channels) ** -0.5, dtype)
     amount = 2.0 * shape[0] * _IMAGE**2 * 9 * channels**2
-    return Work(_compiled(_same_conv, values, kernel), values, kernel, amount)
-
-
-def _same_conv(values: Any, kernel: Any) -> Any:
-    return ops.conv(values, kernel, padding="same", data_format="channels_last")
+    same_conv = partial(ops.conv, padding="same", data_format="channels_last")
+    return Work(_compiled(same_conv, values, kernel), values, kernel, amount)
 
 
 def _normal(shape: tuple[int, ...], deviation: float, dtype: str) -> Any:

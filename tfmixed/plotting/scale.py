@@ -51,7 +51,10 @@ def plot_scale(
     >>> [line.get_label() for line in figure.axes[0].get_lines()]
     ['run', 'overflow: d/kernel (1)']
     """
-    bins = [_bin_width(history) for history in histories.values()]
+    bins = [  # the number of steps that are drawn as one
+        1 if len(history.changes) <= _MOST_CHANGES else math.ceil((history.steps - history.first) / _BINS)
+        for history in histories.values()
+    ]
     if max(bins) > 1:
         title += f"\nof each kind one mark in {max(bins):,} steps"
     with sheet(theme, width, 4.6 if is_narrow(width) else 4.2) as (figure, style):
@@ -123,11 +126,6 @@ def plot_simulations(
 
 def _size(drawn: Sequence[object], usual: float) -> float:
     return usual if len(drawn) <= _CROWD else usual / 2
-
-
-def _bin_width(history: ScaleHistory) -> int:
-    """Returns the number of steps that are drawn as one."""
-    return 1 if len(history.changes) <= _MOST_CHANGES else math.ceil((history.steps - history.first) / _BINS)
 
 
 def _line(axes: Axes, history: ScaleHistory, bin_width: int, color: str, label: str) -> None:

@@ -19,8 +19,7 @@ def table(record: RangesRecord, precision: str) -> Table:
         if id(gradient) not in half:
             grid.add_row(*known, "", "", "", "noise" if gradient.noise else gradient.dtype)
             continue
-        lost = losses(gradient.octaves, 1.0, precision)
-        shares = (percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow))
+        shares = losses(gradient.octaves, 1.0, precision).percentages()
         low, high = needed_scale(gradient, precision), largest_scale(gradient, precision)
         grid.add_row(*known, *shares, f"{short(low)} .. {short(high)}" if gradient.nonzeros else "any")
     return grid

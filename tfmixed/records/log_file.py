@@ -164,7 +164,8 @@ def _hold(path: Path, is_new: bool, loop: Any) -> bool:
     key, thread = _key(path), threading.current_thread()
     reference = (lambda: None) if loop is None else weakref.ref(loop)
     if log := _open_logs.get(key):
-        if log.thread.is_alive() and (log.thread is not thread or _is_other(log.loop(), loop)):
+        is_other_loop = loop is not None and log.loop() not in (None, loop)
+        if log.thread.is_alive() and (log.thread is not thread or is_other_loop):
             return False
         log.thread, log.loop = thread, log.loop if loop is None else reference
         return True
@@ -178,10 +179,6 @@ def _hold(path: Path, is_new: bool, loop: Any) -> bool:
         return is_free and _hold(path, is_new, loop)
     _open_logs[key] = _OpenLog(file, thread, reference)
     return True
-
-
-def _is_other(writer: Any, loop: Any) -> bool:
-    return loop is not None and writer is not None and writer is not loop
 
 
 def _opened(path: Path, mode: str = "ab") -> BinaryIO:

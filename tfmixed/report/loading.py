@@ -129,7 +129,8 @@ def read(path: str | Path, name: str | None = None) -> Run:
             ) from error
         except ValueError:
             invalid.append(number)
-    problems = [*_invalid(invalid), *_incomplete(incomplete), *_missing(found)]
+    cut = ["The last line is incomplete: the run is still writing, or was killed."] if incomplete.strip() else []
+    problems = [*_invalid(invalid), *cut, *_missing(found)]
     # Bytes of a path that are not UTF-8 are escaped.
     printable = os.fsencode(path).decode("utf-8", "backslashreplace")
     return Run(printable if name is None else name, tuple(found), tuple(problems))
@@ -163,10 +164,6 @@ def _invalid(lines: list[int]) -> list[str]:
     if len(lines) > _MOST_NAMED:
         problems.append(f"{len(lines) - _MOST_NAMED} more lines were left out, the last of them line {lines[-1]}.")
     return problems
-
-
-def _incomplete(line: str) -> list[str]:
-    return ["The last line is incomplete: the run is still writing, or was killed."] if line.strip() else []
 
 
 def _missing(found: list[Record]) -> list[str]:

@@ -53,7 +53,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         "Loss scale": [_scale(run) for run in runs],
         "Skipped steps": [_skipped(run) for run in runs],
         "Gradient ranges": [_ranges(run) for run in runs],
-        "Hardware": [_side_by_side(runs, _hardware)],
+        "Hardware": [_side_by_side(runs, lambda begin: {f"device {n}": name for n, name in enumerate(begin.devices)})],
         "Configuration": [_side_by_side(runs, _configuration)],
         "Versions": [_side_by_side(runs, lambda begin: begin.versions)],
     }
@@ -121,7 +121,7 @@ def _lost(ranges: GradientRanges, scale: float, held: str, common: bool) -> Tabl
         shares, badness = ["", "", ""], (-1.0, 0.0)
         if id(gradient) in half:
             lost = losses(gradient.octaves, scale, held)
-            shares = [percent(lost.share(count)) for count in (lost.zero, lost.subnormal, lost.overflow)]
+            shares = lost.percentages()
             badness = lost.share(lost.zero + lost.overflow), lost.share(lost.subnormal)
         name = gradient.name if gradient.kind == "weight" else f"{gradient.name} ({gradient.kind})"
         name += " (rounding noise)" if gradient.noise else ""
@@ -131,10 +131,6 @@ def _lost(ranges: GradientRanges, scale: float, held: str, common: bool) -> Tabl
     dtype = () if common else ("held in",)
     headings = ("gradient of", *dtype, "magnitudes", "zeros", "to 0", "subnormal", "overflow")
     return Table(headings, [row for _, row in rows], left=1 + len(dtype))
-
-
-def _hardware(begin: RunRecord) -> dict[str, str]:
-    return {f"device {index}": name for index, name in enumerate(begin.devices)}
 
 
 def _configuration(begin: RunRecord) -> dict[str, str]:

@@ -115,14 +115,12 @@ class LogMaxScale(ScalingRule):
         center = slow_mean / (1 - slow_bias)
         deviation = xp.sqrt(xp.maximum(slow_square / (1 - slow_bias) - center * center, 0.0))
         cutoff = mean / (1 - fast_bias) + self.std_devs * deviation
-        after = LogMaxState(self._scale_for(cutoff, xp), mean, slow_mean, slow_square, fast_bias, slow_bias)
-        informative = xp.logical_or(overflow, measured)
-        return LogMaxState(*(xp.where(informative, new, old) for new, old in zip(after, state, strict=True)))
-
-    def _scale_for(self, cutoff: Any, xp: Any) -> Any:
         low, high = self.bounds
         exponent = xp.minimum(xp.maximum(self.log_max - cutoff, math.log2(low)), math.log2(high))
-        return xp.minimum(xp.maximum(xp.exp(exponent * math.log(2)), low), high)
+        scale = xp.minimum(xp.maximum(xp.exp(exponent * math.log(2)), low), high)
+        after = LogMaxState(scale, mean, slow_mean, slow_square, fast_bias, slow_bias)
+        informative = xp.logical_or(overflow, measured)
+        return LogMaxState(*(xp.where(informative, new, old) for new, old in zip(after, state, strict=True)))
 
 
 def _log(x: Any, xp: Any) -> Any:

@@ -17,17 +17,19 @@ Problem = tuple[keras.Model, Any, Any]
 
 # Batch sizes by function, for steps of about 0.1 seconds on two CPU cores.
 BATCHES = {"mlp": 512, "cnn": 64, "transformer": 8, "depthwise": 32}
+_CLASSES = 16
 
 
-def mlp(samples: int = 2048, width: int = 2048, depth: int = 6, classes: int = 16) -> Problem:
+def mlp(samples: int = 2048, width: int = 2048, depth: int = 6) -> Problem:
     """An MLP of `depth` dense layers of `width` units, bound by matrix products."""
     hidden = [layers.Dense(width, activation="relu") for _ in range(depth)]
-    model = keras.Sequential([keras.Input((width,)), *hidden, *_classifier(classes)])
+    model = keras.Sequential([keras.Input((width,)), *hidden, *_classifier()])
     x = _random().normal(size=(samples, width)).astype("float32")
-    return _compiled(model), x, _classes_of(x, classes)
+    # The class is the index of the largest random projection, which a linear layer can learn.
+    return _compiled(model), x, (x @ _random().normal(size=(width, _CLASSES))).argmax(axis=-1)
 
 
-def cnn(samples: int = 256, side: int = 32, channels: int = 128, depth: int = 4, classes: int = 16) -> Problem:
+def cnn(samples: int = 256, side: int = 32, channels: int = 128, depth: int = 4) -> Problem:
     """A network of 3 x 3 convolutions with batch normalization, bound by arithmetic."""
     blocks: list[Any] = []
     for _ in range(depth):
@@ -36,10 +38,10 @@ def cnn(samples: int = 256, side: int = 32, channels: int = 128, depth: int = 4,
             layers.BatchNormalization(),
             layers.ReLU(),
         ]
-    return _image_classifier(blocks, samples, side, classes)
+    return _image_classifier(blocks, samples, side)
 
 
-def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: int = 6, classes: int = 16) -> Problem:
+def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: int = 6) -> Problem:
     """A network of depthwise convolutions with layer normalization, bound by memory."""
     blocks: list[Any] = [layers.Conv2D(channels, 1)]
     for _ in range(depth):
@@ -48,7 +50,7 @@ def depthwise(samples: int = 128, side: int = 32, channels: int = 128, depth: in
             layers.LayerNormalization(),
             layers.ReLU(),
         ]
-    return _image_classifier(blocks, samples, side, classes)
+    return _image_classifier(blocks, samples, side)
 
 
 def transformer(
@@ -77,23 +79,16 @@ def _random() -> numpy.random.Generator:
     return numpy.random.default_rng(0)
 
 
-def _classifier(classes: int) -> list[Any]:
-    return [layers.Dense(classes), layers.Activation("linear", dtype="float32")]
+def _classifier() -> list[Any]:
+    return [layers.Dense(_CLASSES), layers.Activation("linear", dtype="float32")]
 
 
-def _classes_of(x: Any, classes: int) -> Any:
-    """Returns the index of the largest of `classes` random projections, which a linear layer can learn."""
-    return (x @ _random().normal(size=(x.shape[-1], classes))).argmax(axis=-1)
-
-
-def _image_classifier(blocks: list[Any], samples: int, side: int, classes: int) -> Problem:
+def _image_classifier(blocks: list[Any], samples: int, side: int) -> Problem:
     """Returns a classifier made of `blocks`, and images that are the pattern of their class plus noise."""
-    model = keras.Sequential(
-        [keras.Input((side, side, 3)), *blocks, layers.GlobalAveragePooling2D(), *_classifier(classes)]
-    )
+    model = keras.Sequential([keras.Input((side, side, 3)), *blocks, layers.GlobalAveragePooling2D(), *_classifier()])
     random = _random()
-    y = random.integers(classes, size=samples)
-    patterns = random.normal(size=(classes, side, side, 3))
+    y = random.integers(_CLASSES, size=samples)
+    patterns = random.normal(size=(_CLASSES, side, side, 3))
     return _compiled(model), (patterns[y] + random.normal(size=(samples, side, side, 3))).astype("float32"), y
 
 

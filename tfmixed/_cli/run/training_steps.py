@@ -12,8 +12,7 @@ import keras
 from tfmixed._cli.run.messages import is_called_from, place, refuse, say
 from tfmixed._core import gradients
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
-from tfmixed._utils.autograph import do_not_convert
-from tfmixed._utils.patching import around
+from tfmixed._utils.patching import around, do_not_convert
 from tfmixed.formats import HALF
 
 _Method = Callable[..., Any]

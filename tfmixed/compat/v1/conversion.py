@@ -168,7 +168,8 @@ def _report(nodes: list[Any]) -> ConversionReport:
     dtype = next((half[name] for name in casts if name in half), graph_rewrite.active())
     counted: Counter[tuple[str, str]] = Counter()
     for node in nodes:
-        ran_in, operation = _dtype_of(node), _operation_of(node.op)
+        # The operation that a oneDNN kernel or a fused kernel replaces.
+        ran_in, operation = _dtype_of(node), re.sub(r"(?<=Norm|Grad)Ex$", "V3", _KERNEL.sub("", node.op))
         if ran_in in _FLOATS and not _ADDED_CAST.search(node.name) and operation not in _BOOKKEEPING:
             counted[operation, ran_in] += 1
     counts = [Count(*key, number, list_of(key[0], dtype or "bfloat16")) for key, number in counted.items()]
@@ -181,11 +182,6 @@ def _dtype_of(node: Any) -> str | None:
         if node.attr[name].type and not node.op.startswith(_TRANSFERS):
             return str(tf.as_dtype(node.attr[name].type).name)
     return None
-
-
-def _operation_of(kernel: str) -> str:
-    """Returns the operation that a oneDNN kernel or a fused kernel replaces."""
-    return re.sub(r"(?<=Norm|Grad)Ex$", "V3", _KERNEL.sub("", kernel))
 
 
 def list_of(operation: str, dtype: str) -> str:

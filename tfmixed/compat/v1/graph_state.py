@@ -11,7 +11,7 @@ from keras import ops
 
 from tfmixed._core import gradients
 from tfmixed._core.event_buffer import NO_VARIABLE
-from tfmixed._core.finite_check import CheckResult, StepResult
+from tfmixed._core.finite_check import CheckResult
 from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._core.scaler_state import ScalerState
 from tfmixed._core.variables import plain_variable
@@ -118,7 +118,7 @@ class GraphState(ScalerState):
         finite = ops.logical_and(result.finite, computed.overflow <= 0)
         variable = ops.cast(ops.where(computed.overflow > 0, computed.variable, now.variable), "int64")
         amax = computed.amax if self.rule.needs_amax else None
-        self.advance(StepResult(finite, variable, ops.sqrt(computed.squares), amax))
+        self.advance(CheckResult(finite, None, ops.sqrt(computed.squares), amax, first=variable))
         self._count_overflows(finite, variable)
         if self._mirror is not None:
             self._mirror.assign(self.read("dynamic_scale"))

@@ -14,7 +14,7 @@ from tensorflow.python.training.experimental import mixed_precision_global_state
 from tfmixed._core import arguments, gradients
 from tfmixed._core.finite_check import FiniteCheck
 from tfmixed._utils import user_warnings
-from tfmixed._utils.autograph import do_not_convert
+from tfmixed._utils.patching import do_not_convert
 from tfmixed.compat.v1 import graph_ops, patches
 from tfmixed.compat.v1.graph_state import GraphScaler, GraphState
 from tfmixed.compat.v1.loss_scale import states_of

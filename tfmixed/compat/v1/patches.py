@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfmixed._utils.autograph import do_not_convert
+from tfmixed._utils.patching import do_not_convert
 
 _is_wrapped_call = contextvars.ContextVar("is_wrapped_call", default=False)
 _lock = threading.RLock()

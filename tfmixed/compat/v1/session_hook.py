@@ -13,7 +13,7 @@ from tfmixed._core import event_buffer
 from tfmixed.callbacks import run_log
 from tfmixed.compat.v1.graph_state import GraphScaler
 from tfmixed.compat.v1.optimizer import LossScaleOptimizer
-from tfmixed.records import Change, Record, ScaleChange
+from tfmixed.records import Change, Record, ScaleChange, log_file
 from tfmixed.scaling import validation
 
 V1 = tf.compat.v1
@@ -113,7 +113,7 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
             step, kinds = int(now.attempted_steps), get_args(Record)
             self.path, changes = run_log.begin(self.path, step, kinds, changes, now, loop=self._optimizer)
         self._log(changes)
-        run_log.append(self.path, [run_log.describe(None, now)])
+        log_file.append(self.path, [run_log.describe(None, now)])
         # Not marked as drained, so that other hooks that start now log the same changes.
         self._drained = int(values["event_count"])
 
@@ -128,8 +128,8 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         """Collects the last changes, and logs the end of the run."""
         now = self._collect(session)
         last = int(now.attempted_steps) - 1
-        run_log.append(self.path, [run_log.progress(last, None, run_log.numbers(now), {})])
-        run_log.release(self.path)
+        log_file.append(self.path, [run_log.progress(last, None, run_log.measurements(now), {})])
+        log_file.release(self.path)
         if self._writer is not None:
             self._writer.flush()
 
@@ -140,12 +140,12 @@ class LossScaleHook(tf.compat.v1.train.SessionRunHook):
         self._log(now.drain_events())
         self._drained = int(values["event_count"])
         session.run(self._mark, {self._count: self._drained})
-        self._summarize(run_log.numbers(now), int(now.attempted_steps))
+        self._summarize(run_log.measurements(now), int(now.attempted_steps))
         now.raise_if_exhausted()
         return now
 
     def _log(self, changes: Sequence[Change]) -> None:
-        run_log.append(self.path, changes)
+        log_file.append(self.path, changes)
         for change in changes:
             if self.verbose:
                 print(change)
