@@ -93,8 +93,9 @@ def script(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("end", ["nothing", *ENDS, "fork", "spawn"])
+@pytest.mark.parametrize(
+    "end", ["nothing", *(pytest.param(end, marks=pytest.mark.slow) for end in [*ENDS, "fork", "spawn"])]
+)
 def test_scripts_run_and_end_as_under_python(script, end):
     """The same output, errors, tracebacks and exit code, and one line more at a regular exit."""
     arguments = ("train.py", end, "--policy", "x", "--help", "--", "-m")
