@@ -17,7 +17,7 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST) -m "slow and not thorough"
 
-# Everything, including all combinations of parameters (tests/thorough.py).
+# Everything, including all combinations of parameters (tests/helpers/thorough.py).
 test-all: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST) -m ""
 

@@ -28,7 +28,7 @@ elif BACKEND == "jax":
 
 
 def pytest_ignore_collect(collection_path):
-    """Selects the test files for JAX and PyTorch: those that use `tests/backend.py` and do not import TensorFlow."""
+    """Selects the files for JAX and PyTorch: those that import `tests/helpers/backend.py`, but not TensorFlow."""
     if BACKEND == "tensorflow" or collection_path.suffix != ".py":
         return None
     statements = ast.parse(collection_path.read_text(encoding="utf-8")).body

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from pathlib import Path
 
 import keras
 import numpy as np
+import pages
 import pytest
 import tensorflow as tf
 from keras import layers, ops
@@ -16,11 +16,8 @@ from keras import layers, ops
 import tfmixed
 from tfmixed.errors import LossScaleExhausted
 
-PAGE = (Path(__file__).parents[2] / "docs" / "nan.md").read_text(encoding="utf-8")
-SECTIONS = {
-    re.sub(r"[^\w -]", "", title).lower().replace(" ", "-"): re.findall(r"```python\n(.*?)```", body, flags=re.DOTALL)
-    for title, body in re.findall(r"^### (.*?)\n(.*?)(?=^##|\Z)", PAGE, flags=re.DOTALL | re.MULTILINE)
-}
+PATH = pages.ROOT / "docs" / "nan.md"
+PAGE, SECTIONS = PATH.read_text(encoding="utf-8"), pages.sections(PATH)
 LINE = re.compile(r"^( *)- (.*?)\[[^\]]*\]\(#([\w-]+)\)$", flags=re.MULTILINE)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:policy .* is slow here"),

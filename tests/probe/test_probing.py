@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 from backend import BACKEND, needs_tensorflow, tf
+from exact_ranges import counted
 from keras import layers, ops
-from test_ranges import counted
 from thorough import thorough
 
 import tfmixed

@@ -13,7 +13,6 @@ from pathlib import Path
 import keras
 import pages
 import pytest
-import test_nan
 
 import tfmixed
 from tfmixed._cli import main
@@ -24,7 +23,7 @@ PORTING = DOCS / "porting.md"  # test_porting.py runs its right column
 FRESH = {"README.md", "run.md", "tf1.md", "distributed.md"}
 # Pages that do not train, or train in a second. The others run in CI.
 QUICK = {"comparison.md", "how_it_works.md", "index.md", "policy.md", "speed.md"}
-ON_FAULTS = {code for codes in test_nan.SECTIONS.values() for code in codes}  # test_nan.py runs them
+ON_FAULTS = {code for codes in pages.sections(DOCS / "nan.md").values() for code in codes}  # test_nan.py runs them
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,10 @@ def test_the_version_is_that_of_the_metadata():
     ("package", "name", "extra", "backend"),
     [
         ("tensorflow", "LossScaleOptimizer", "tensorflow", "tensorflow"),
-        ("tensorflow", "compat", "tensorflow", "tensorflow"),
-        ("jax", "layers", "jax", "jax"),
-        ("torch", "audit", "torch", "torch"),
-        ("matplotlib", "plotting", "plot", "tensorflow"),
+        pytest.param("tensorflow", "compat", "tensorflow", "tensorflow", marks=pytest.mark.slow),
+        pytest.param("jax", "layers", "jax", "jax", marks=pytest.mark.slow),
+        pytest.param("torch", "audit", "torch", "torch", marks=pytest.mark.slow),
+        pytest.param("matplotlib", "plotting", "plot", "tensorflow", marks=pytest.mark.slow),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(package, name, extra, backend):

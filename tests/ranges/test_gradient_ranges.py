@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -85,7 +86,7 @@ def test_optimizers_without_loss_scaling(tmp_path, capsys):
     made = fit(GradientRanges(tmp_path / "log.jsonl", every=6, verbose=1), made=model(keras.optimizers.Adam()))
     assert [record.step for record in snapshots(tmp_path / "log.jsonl")] == [0, 6]
     assert int(made.optimizer.iterations) == 12
-    assert capsys.readouterr().out == "step 0: no scale is needed.\nstep 6: no scale is needed.\n"
+    assert re.findall(r"step (\d+): no scale", capsys.readouterr().out) == ["0", "6"]
 
 
 @pytest.mark.parametrize(

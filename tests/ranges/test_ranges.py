@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from exact_ranges import counted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,35 +16,10 @@ from tfmixed import records
 from tfmixed._probe.rounding_model import Losses, largest_scale, losses, needed_scale, percent
 from tfmixed._utils import rich_text
 from tfmixed.ranges import GradientRanges
-from tfmixed.records import GradientRange, RangesRecord
+from tfmixed.records import RangesRecord
 
 TEXT = Path(__file__).parents[1] / "data" / "ranges.txt"
 POWERS = [2.0**power for power in range(-24, 56)]
-
-
-def counted(values, name="layer/kernel", dtype="float16", kind="weight"):
-    """Counts values with NumPy's arithmetic, without code of the package."""
-    values = np.abs(np.asarray(values, "float64"))
-    finite = values[np.isfinite(values)]
-    nonzero = finite[finite > 0]
-    octaves = {}
-    for value in nonzero:
-        octave = math.floor(math.log2(value))
-        octave -= value < 2.0**octave
-        mantissa = value / 2.0**octave
-        part = 0 if mantissa == 1 else 1 if mantissa < 2 - 2.0**-10 else 2 if mantissa < 2 - 2.0**-11 else 3
-        octaves.setdefault(octave, [0, 0, 0, 0])[part] += 1
-    return GradientRange(
-        name,
-        kind,
-        name.rpartition("/")[0] or name,
-        dtype,
-        int((finite == 0).sum()),
-        int(values.size - finite.size),
-        float(nonzero.max(initial=0)),
-        float(nonzero.min()) if nonzero.size else 0.0,
-        {int(octave): tuple(parts) for octave, parts in octaves.items()},
-    )
 
 
 def planted(**gradients):

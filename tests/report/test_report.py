@@ -31,12 +31,12 @@ def write(path, log, tail=""):
 
 
 def test_text_is_the_stored_one():
-    """`python tests/report/report_logs.py` writes the file."""
+    """`python tests/helpers/report_logs.py` writes the file."""
     assert report_logs.text() == (DATA / "report.txt").read_text(encoding="utf-8")
 
 
 def test_page_is_the_stored_one():
-    """Without the content of figures. `python tests/report/report_logs.py` writes the file."""
+    """Without the content of figures. `python tests/helpers/report_logs.py` writes the file."""
     assert report_logs.page() == (DATA / "report.html").read_text(encoding="utf-8")
 
 

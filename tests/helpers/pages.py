@@ -8,7 +8,7 @@
 `print(...)  # text` must print that text, and a command that ends in `# exits with 1` must exit with 1. All expected
 lines must be printed, in order; other lines may be printed between them.
 
-    python tests/pages.py docs/tf1.md   # in this process, in the current directory
+    python tests/helpers/pages.py docs/tf1.md   # in this process, in the current directory
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text", "toml"}
 COMMANDS = {"bash", ""}
@@ -98,6 +98,15 @@ def blocks(text: str) -> list[Block]:
             found.append(Block(language, title and title[1], token.content, token.map[0] + 1, follows))
             end = token.map[1]
     return found
+
+
+def sections(page: Path) -> dict[str, list[str]]:
+    """Returns the Python blocks of each third-level section of a page, by the anchor of its title."""
+    headings = re.findall(r"^### (.*?)\n(.*?)(?=^##|\Z)", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return {
+        re.sub(r"[^\w -]", "", title).lower().replace(" ", "-"): re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+        for title, body in headings
+    }
 
 
 @contextlib.contextmanager

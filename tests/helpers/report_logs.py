@@ -1,6 +1,6 @@
 """Logs for the tests of reports, and the stored reports of them in tests/data/.
 
-python tests/report/report_logs.py   # overwrites tests/data/report.txt and report.html: review the difference
+python tests/helpers/report_logs.py   # overwrites tests/data/report.txt and report.html: review the difference
 """
 
 from __future__ import annotations

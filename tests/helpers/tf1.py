@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfmixed._core import event_buffer as log_of
 
 V1 = tf.compat.v1
-TESTS = Path(__file__).parent
+HELPERS = Path(__file__).parent
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(64, 8)).astype("float32")
 Y = np.argmax(X @ RANDOM.normal(size=(8, 3)), axis=1).astype("int32")
@@ -52,7 +52,7 @@ def some(names, values):
 def script(code, *arguments, environment=None, timeout=180):
     """Runs Python code in a process, and returns its output. A failure of the process fails the test."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    paths = os.pathsep.join(map(str, [TESTS.parent, TESTS, TESTS / "compat"]))
+    paths = os.pathsep.join(map(str, [HELPERS.parents[1], HELPERS, HELPERS.parent / "compat"]))
     environment = {**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {})}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert run.returncode == 0, run.stderr[-3000:]

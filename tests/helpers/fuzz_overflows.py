@@ -1,6 +1,6 @@
 """Random overflows against random rules: tfmixed's LossScaleOptimizer, and Keras's own on the same gradients.
 
-    python tests/fuzz_overflows.py --runs 2000 [--first-seed 0]
+    python tests/helpers/fuzz_overflows.py --runs 2000 [--first-seed 0]
 
 A case is a rule, an inner optimizer, 1, 2 or 4 replicas (MirroredStrategy on logical CPUs) and gradients of three
 variables over 20 to 220 steps. At random steps, and in a quarter of the cases in 20 or 160 steps in a row, random

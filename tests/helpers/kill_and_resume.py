@@ -1,6 +1,6 @@
 """Kills a training process with SIGKILL at random moments, starts it again, and compares with an uninterrupted run.
 
-python tests/kill_and_resume.py [--kills 20] [--how checkpoint|backup] [--seed 0]
+python tests/helpers/kill_and_resume.py [--kills 20] [--how checkpoint|backup] [--seed 0]
 """
 
 from __future__ import annotations
