@@ -143,7 +143,7 @@ def test_the_batch_in_memory_is_extrapolated(monkeypatch):
     assert len(ticks) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(
     BACKEND == "jax" and not ON_CPU, reason="on a GPU the memory that XLA keeps is too small to compare"
 )

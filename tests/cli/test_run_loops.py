@@ -180,6 +180,74 @@ def test_tapes_of_train_steps_give_the_weights_of_float32(tmp_path):
     np.testing.assert_allclose(outputs[1], outputs[0], rtol=0.01, atol=1e-3)
 
 
+OUTSIDE = (
+    BEGIN
+    + STEP
+    + """
+class Halves(keras.Model):  # one tape, two losses of scale_loss, two updates
+    def train_step(self, data):
+        x, y = data
+        first, last = self.layers[-2:]
+        if not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        with tf.GradientTape(persistent=True) as tape:
+            loss = self.optimizer.scale_loss(self.compute_loss(x, y, self(x, training=True)))
+        for layer in (first, last):
+            variables = layer.trainable_variables
+            self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+        return {"loss": loss}
+
+def norm(model):
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean((tf.cast(model(x), tf.float32) - y) ** 2)
+    return tf.linalg.global_norm(tape.gradient(loss, model.trainable_variables))
+
+class Norms(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        norms.append(float(norm(self.model)))
+
+norms = []
+model = trained(Own, "sgd")
+for eagerly in (False, True):
+    model.compile("sgd", "mse", run_eagerly=eagerly)
+    norms.append(float(norm(model)))
+    model.fit(x, y, batch_size=16, verbose=0, callbacks=[Norms()])
+inputs = tf.constant(x[:2])
+with tf.GradientTape(persistent=True) as tape:
+    tape.watch(inputs)
+    variable = tf.Variable(tf.constant(3.0, tf.float16))
+    targets = tf.reduce_sum(model(inputs) * 100), variable * variable, tf.gather(tf.ones(3), [0]), tf.complex(1.0, 2.0)
+assert np.isfinite(tape.gradient(targets[0], inputs)).all()
+assert (tape.gradient(targets[1], variable) == 6.0) and tape.gradient(targets[2], variable) is None
+print(all(np.isfinite(norms)), max(norms) < 100)
+halves = trained(Halves, keras.optimizers.SGD(1e4))
+print(*[float(abs(weight).max()) for weight in halves.get_weights()])
+"""
+)
+
+
+@slow
+def test_tapes_outside_of_training_functions_are_unchanged(tmp_path):
+    """Gradients of inputs, of other variables and in callbacks, and a tape that serves two updates."""
+    done, messages = run(tmp_path, OUTSIDE, "--policy", "mixed_float16")
+    assert done.returncode == 0, done.stderr
+    finite, *weights = done.stdout.splitlines()
+    assert finite == "True True"
+    assert all(float(weight) < 2 for weight in weights[0].split())
+    assert "0 skipped" in messages[-1]
+
+
+@slow
+@pytest.mark.parametrize("place", ["self.given", "given"])
+def test_the_compiled_optimizer_is_refused_by_itself(tmp_path, place):
+    """It does not scale the loss: in a `train_step`, and in a loop."""
+    step = STEP.replace("self.optimizer.apply_gradients", f"{place}.apply_gradients")
+    code = BEGIN + step + "given = keras.optimizers.SGD(1.0)\nOwn.given = given\ntrained(Own, given)"
+    done, messages = run(tmp_path, code, "--policy", "mixed_float16")
+    assert done.returncode == 2
+    assert "Use model.optimizer" in messages[-1]
+
+
 @slow
 def test_policy_applies_to_a_loop_in_bfloat16(tmp_path):
     """Nothing needs to be scaled. The line says what only `fit` does."""

@@ -274,7 +274,7 @@ for kind in ("float32", "theirs", "mixed"):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("switch", ["disable_v2_behavior", "disable_eager_execution"])
 def test_two_optimizers_in_one_graph(tmp_path, switch):
     """Each optimizer restores its own variables, even from TensorFlow's wrapper."""

@@ -478,7 +478,7 @@ np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-5)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("switch", ["disable_v2_behavior", "disable_eager_execution"])
 def test_optimizer_variables_with_tensors_as_initial_values(switch):
     """Two variables with the same initial tensor are equal, and have the names of a float32 run."""

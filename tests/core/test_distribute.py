@@ -68,7 +68,7 @@ def test_an_overflow_anywhere_is_skipped_everywhere(how, strategy, place, kind, 
     check_skips(how, strategy, place, kind, when)
 
 
-@slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_without_an_overflow_a_run_is_that_of_the_inner_optimizer(strategy):
     """The scale is a power of two, so only the order of multiplications may differ."""
@@ -92,7 +92,7 @@ BRANCHING = {
 BAD = bad_values([4, 9, 10, 11], [1], np.nan, 2)
 
 
-@slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", few(["global_clipnorm", "weight_decay", "ema"], INNER))
 def test_inner_optimizers_on_replicas(make):
     """A run is that of the inner optimizer alone, without the bad batches."""
@@ -127,7 +127,7 @@ def test_what_keras_cannot_compile_on_replicas_is_an_error(name):
                 tf.function(optimizer.build)([weight])
 
 
-@slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", few(["gradient_accumulation_steps"], BRANCHING))
 def test_what_keras_cannot_compile_on_replicas_works_elsewhere(make):
     """Eagerly and on one device."""

@@ -68,7 +68,7 @@ def test_underflow(run):
     np.testing.assert_allclose(shown[:, 2], table[:, 3], atol=1)
 
 
-@slow
+@pytest.mark.thorough
 def test_digits(tmp_path, run):
     """One epoch: similar accuracies, skipped steps while the scale is too high, logs and the figure."""
     text = run("digits", "--epochs", 1, "--run-dir", tmp_path)
@@ -85,7 +85,7 @@ def test_digits(tmp_path, run):
     assert written == ["float16_constant/loss_scale.jsonl", "float16_dynamic/loss_scale.jsonl", "loss_scale.png"]
 
 
-@slow
+@pytest.mark.thorough
 def test_transformer(run):
     """In float16, on held-out text, it needs fewer bits than counting pairs of characters. It prints a sample."""
     text = run("transformer", "--steps", 250)
@@ -130,7 +130,7 @@ def test_grad_scaler_loops(run):
     assert max(fit[0], penalized[-1]) < penalized[0]
 
 
-@slow
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # one of its faults
 def test_islands(run):
     """The accuracies equal those in docs/islands.md, and unsafe float16 applies no step."""
@@ -189,7 +189,7 @@ def test_workers_skip_together_in_a_custom_loop(tmp_path):
     assert len(set(weights)) == 1
 
 
-@slow
+@pytest.mark.thorough
 def test_tensorflow_1_script():
     """Prints the conversion report and the speed. In a new process, since the rewrite affects the whole process."""
     script = EXAMPLES / "tf1_graph_rewrite.py"

@@ -101,7 +101,7 @@ def test_invalid_arguments(arguments, name):
 # Each of these trains several models.
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", modes({"steps_per_execution": 4}), ids=str)
 def test_training_with_several_steps_per_execution(tmp_path, mode):
     """The weights are the same, and snapshots are taken before an execution."""
@@ -158,7 +158,7 @@ def test_an_interrupted_fit_leaves_no_patch():
     assert not {"make_train_function", "call"} & vars(made).keys()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_precisions_are_measured_side_by_side(tmp_path):
     """In float32 and in float16, at different steps, with one log."""
     path = tmp_path / "log.jsonl"
@@ -170,7 +170,7 @@ def test_two_precisions_are_measured_side_by_side(tmp_path):
     assert "make_train_function" not in vars(made)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_tensorflow
 def test_batches_of_unknown_size_are_not_traced_again():
     """The weights are the same to the bit."""
@@ -183,7 +183,7 @@ def test_batches_of_unknown_size_are_not_traced_again():
     assert_same_weights(*trained)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_all_batches_of_a_generator_are_trained(tmp_path):
     """No batch is lost at its end, and none is trained twice."""
     path = tmp_path / "log.jsonl"

@@ -23,8 +23,8 @@ def test_the_example_chooses_a_scale_and_reports_a_run(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["ranges.py", "--epochs", "32", "--run-dir", str(tmp_path)])
     ranges.main()
     output = capsys.readouterr().out
-    assert re.search(r"An epoch with the constant scale 2\^\d+: 0 of 3 steps overflow", output)
-    assert re.search(r"An epoch with the constant scale 2\^\d+: 3 of 3 steps overflow", output)
+    assert re.search(r"One epoch with the constant scale 2\^\d+: 0 of 3 steps overflow", output)
+    assert re.search(r"One epoch with the constant scale 2\^\d+: 3 of 3 steps overflow", output)
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == set(re.findall(r"\]\((\w+\.png)\)", PAGE.read_text(encoding="utf-8")))
     assert all((ROOT / "docs" / name).exists() for name in drawn)
