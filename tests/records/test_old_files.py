@@ -28,6 +28,8 @@ def expected(version):
 
 
 def load(path):
+    if tuple(map(int, keras.__version__.split(".")[:2])) < (3, 15):
+        pytest.skip("Keras 3.15 saved these models, with arguments that earlier versions do not have")
     model = keras.models.load_model(path)
     assert isinstance(model.optimizer, tfmixed.LossScaleOptimizer)
     return model
