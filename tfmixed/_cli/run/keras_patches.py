@@ -90,7 +90,7 @@ class KerasPatches:
         return self.options.rule_for(_compute_dtype(model))
 
     def _make_train_function(self, original: _Method, model: Any, force: bool = False) -> None:
-        self.models.current, self.summary.has_trained = weakref.ref(model), True
+        self.summary.has_trained = True
         self._update_scaler(model)
         if isinstance(model.optimizer, LossScaleOptimizer):
             self.summary.begin(model.optimizer)
@@ -99,7 +99,7 @@ class KerasPatches:
             self._make_islands(model)
         original(model, force)
         if keras.backend.backend() == "tensorflow" and not isinstance(model.train_function, TrainFunction):
-            model.train_function = TrainFunction(model.train_function)
+            model.train_function = TrainFunction(model)
 
     def _update_scaler(self, model: Any) -> None:
         """Repeats what `compile` did, which may not have known the model's layers."""

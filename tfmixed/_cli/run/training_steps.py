@@ -25,13 +25,13 @@ class TrainFunction:
     """Training function of a model. Tapes are scaled only while it runs or is traced.
 
     Args:
-        function: The function that Keras has made.
+        model: The model, whose training function Keras has made.
     """
 
     current: ClassVar[TrainFunction | None] = None
 
-    def __init__(self, function: _Method) -> None:
-        self._function = function
+    def __init__(self, model: keras.Model) -> None:
+        self._function, self.model = model.train_function, weakref.ref(model)
         self.scaled_by: dict[int, Literal["step", "tape"]] = {}  # by identity of the optimizer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +144,6 @@ class ScaledModels:
 
     def __init__(self) -> None:
         self.compiled: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.current: Callable[[], Any] = lambda: None  # the model that trains, by a weak reference
         self._models: weakref.WeakSet[Any] = weakref.WeakSet()
         self._scalers: weakref.WeakKeyDictionary[Any, weakref.ref[RunOptimizer]] = weakref.WeakKeyDictionary()
 
@@ -164,7 +163,7 @@ class ScaledModels:
     def find(self, sources: Iterable[Any]) -> tuple[RunOptimizer | None, bool]:
         """Returns the optimizer for gradients of these variables or values, and whether they are its variables."""
         wanted = _identities(sources)
-        current = self.current()
+        current: Any = None if TrainFunction.current is None else TrainFunction.current.model()
         models = [current] if current in self._models else []
         for model in (*models, *self._models):
             if isinstance(model.optimizer, RunOptimizer) and not wanted.isdisjoint(
@@ -204,7 +203,7 @@ class StepPatches:
         return original(optimizer, *args, **kwargs)
 
     def _check(self, optimizer: Any) -> None:
-        """Refuses an optimizer that does not scale under a float16 policy. Only its first step is checked."""
+        """Refuses an optimizer that does not scale under a float16 policy. One not compiled is checked once."""
         scaler = self.models.scaler_of(optimizer)
         if scaler is not None and not scaler.is_applying:
             refuse(
