@@ -162,8 +162,8 @@ WRITER = """
     log_file.continue_at(path, 1, (Progress,))
     log_file.append(path, [Progress(7, 0, 1.0, 0)])
     if os.fork() == 0:
+        print("ready", flush=True)  # the worker's copy of the lock is closed by now
         time.sleep(60)
-    print("ready", flush=True)
     sys.stdin.read()
 """
 
