@@ -58,7 +58,7 @@ def test_an_overflow_on_one_replica_is_skipped_on_all():
     check_skips("loop", "mirrored_2", "last", "nan", "twenty")
 
 
-PATTERNS = covering(2, ["fit", "loop"], list(STRATEGIES), ["first", "last", "all"], list(KINDS), list(STEPS))
+PATTERNS = covering(1, ["fit", "loop"], list(STRATEGIES), ["first", "last", "all"], list(KINDS), list(STEPS))
 
 
 @slow

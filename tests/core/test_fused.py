@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from backend import made_up
+from thorough import thorough
 
 from tfmixed import LossScaleOptimizer
 from tfmixed._core.control_flow import cond
@@ -70,7 +71,10 @@ def trained(inner, fuse="auto", shape=(3, 4), compiled=True, **arguments):
 
 BOTH = [
     pytest.param(
-        make, compiled, id=f"{name}-{mode}", marks=() if f"{name}-{mode}" in ("Adam-graph", "SGD-eager") else slow
+        make,
+        compiled,
+        id=f"{name}-{mode}",
+        marks=() if f"{name}-{mode}" in ("Adam-graph", "SGD-eager") else slow if compiled else thorough,
     )
     for name, make in KERAS_OPTIMIZERS.items()
     for mode, compiled in {"graph": True, "eager": False}.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from thorough import mostly_slow
 
 from tfmixed import GradScaler, records, scaling
 from tfmixed.callbacks import LossScaleLogger
@@ -19,13 +19,6 @@ from tfmixed.scaling import DynamicScale, LogMaxScale
 RULE = DynamicScale(initial_scale=8.0, growth_interval=2)
 TRACE = "TTFTFFTTT"
 slow = pytest.mark.slow
-
-
-def mostly_slow(default, *parameters):
-    """Returns all combinations of values by name. Those whose names are not in `default` are slow."""
-    combinations = itertools.product(*(parameter.items() for parameter in parameters))
-    found = [("-".join(name for name, _ in items), [value for _, value in items]) for items in combinations]
-    return [pytest.param(*values, id=name, marks=() if name in default else slow) for name, values in found]
 
 
 class Loop:

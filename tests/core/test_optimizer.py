@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from backend import BACKEND, apply, compiled, modes, needs_tensorflow, tf
 from keras import ops
+from thorough import mostly_slow
 
 import tfmixed
 from tfmixed import LossScaleOptimizer, scaling
@@ -762,14 +763,7 @@ def test_config_round_trips(arguments):
 SAVED = {"model-dynamic", "checkpoint-keras"}
 
 
-@pytest.mark.parametrize(
-    ("how", "arguments"),
-    [
-        pytest.param(how, arguments, id=f"{how}-{name}", marks=() if f"{how}-{name}" in SAVED else slow)
-        for how in HOW
-        for name, arguments in RULES.items()
-    ],
-)
+@pytest.mark.parametrize(("how", "arguments"), mostly_slow(SAVED, {how: how for how in HOW}, RULES))
 def test_saved_state_is_restored(how, arguments, tmp_path):
     """With all events, and the run continues as if it had not stopped."""
     x, y = digits_like(160)

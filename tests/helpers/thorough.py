@@ -44,6 +44,14 @@ def covering(strength: int, *parameters: Mapping[str, Any] | Iterable[Any]) -> l
     ]
 
 
+def mostly_slow(default: Iterable[str], *parameters: Mapping[str, Any]) -> list[Any]:
+    """Returns all combinations of values by name: those in `default`, slow ones with each value, and thorough ones."""
+    return [
+        pytest.param(*param.values, id=param.id, marks=() if param.id in default else [pytest.mark.slow, *param.marks])
+        for param in covering(1, *parameters)
+    ]
+
+
 def _cover(candidates: Sequence[Any], items: Callable[[Any], set[Any]]) -> list[Any]:
     """Returns few candidates that together contain all items (greedy set cover)."""
     missing, kept = set().union(*map(items, candidates)), []

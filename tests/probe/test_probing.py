@@ -317,11 +317,8 @@ def undisturbed_training(eager):
     return restless_training(run_eagerly=eager)
 
 
-RESTLESS = [
-    pytest.param(look, eager, marks=() if eager and look in ("measured", "read") else pytest.mark.slow)
-    for look in LOOKS
-    for eager in (True, False)
-]
+RESTLESS = [pytest.param(look, True, marks=() if look in ("measured", "read") else thorough) for look in LOOKS]
+RESTLESS += [pytest.param(look, False, marks=pytest.mark.slow) for look in LOOKS]
 
 
 @pytest.mark.parametrize(("look", "eager"), RESTLESS)
