@@ -9,7 +9,7 @@ import os
 import keras
 import pytest
 
-from tfmixed._islands import promotion
+from tfmixed._islands import gradient_sums, promotion
 
 BACKEND = keras.backend.backend()
 
@@ -46,6 +46,7 @@ def _same_start():
     yield
     keras.config.set_dtype_policy(policy)
     promotion.switch(False)
+    gradient_sums.switch(False)
 
 
 def pytest_collection_finish():

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import keras
 
 from tfmixed import auditing
+from tfmixed._islands import gradient_sums
 from tfmixed._islands.planner import Plan
 from tfmixed._utils import user_warnings
+from tfmixed.formats import HALF
 
 Selector = str | type | Callable[[Any], bool]
 
@@ -40,6 +42,9 @@ def force_float32(
       loss.
 
     Layers selected in any other way are forced as a whole, with their matrix products and sublayers.
+
+    The gradients of biases, other broadcast variables and embeddings are summed in float32 while the model exists, as
+    under `set_policy`. A loaded model needs another call, or `set_policy` before it is loaded.
 
     In functional and Sequential graphs, forced parts return float32. Inside the `call` of a custom class they return
     the dtype of before, since TensorFlow refuses to mix dtypes.
@@ -76,6 +81,9 @@ def force_float32(
         raise ValueError(f"`model` must be a Keras model. Received: model={model!r}")
     if not model.built:
         raise ValueError(f"`model` must be built: call it on data, or `model.build(input_shape)`. Received: {model!r}")
+    for layer in model._flatten_layers():
+        if layer.compute_dtype in HALF:
+            gradient_sums.cover(layer)
     selectors: Any = layers if isinstance(layers, (list, tuple, set)) else [layers]
     changed: list[str] = []
     while True:

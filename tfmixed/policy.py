@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import keras
 
 from tfmixed import hardware
-from tfmixed._islands import promotion
+from tfmixed._islands import gradient_sums, promotion
 from tfmixed._utils import user_warnings
 from tfmixed.formats import HALF
 
@@ -21,7 +21,9 @@ REWRITE = "enable_mixed_precision_graph_rewrite() was called"
 _warned: set[str] = set()
 
 
-def set_policy(policy: str | keras.DTypePolicy = "auto", promote: bool = True) -> keras.DTypePolicy:
+def set_policy(
+    policy: str | keras.DTypePolicy = "auto", promote: bool = True, float32_sums: bool = True
+) -> keras.DTypePolicy:
     """Sets the global Keras dtype policy and returns it.
 
     Under half precision, new layers promote their outputs to float32 where code outside Keras uses them: scripts and
@@ -32,6 +34,9 @@ def set_policy(policy: str | keras.DTypePolicy = "auto", promote: bool = True) -
             error. A name (`"mixed_float16"`, `"mixed_bfloat16"`, `"float32"`, ...) or a Keras policy is set as it is,
             with one warning if its half precision is slow on this machine. Defaults to `"auto"`.
         promote: Whether new layers promote their outputs to float32. Defaults to True.
+        float32_sums: Whether half-precision gradients are summed in float32: those of biases, of other broadcast
+            variables and of embeddings. This replaces gradient functions of the backend in this process while layers
+            exist that were created under half precision. False gives the backend's own sums. Defaults to True.
 
     Raises:
         ValueError: If Keras does not know the policy, or if it is a mixed-precision policy while the graph rewrite of
@@ -50,32 +55,38 @@ def set_policy(policy: str | keras.DTypePolicy = "auto", promote: bool = True) -
         _warn_if_slow(policy)
     _refuse_beside_rewrite(policy)
     keras.config.set_dtype_policy(policy)
-    promotion.switch(promote and policy.compute_dtype in HALF)
+    is_half = policy.compute_dtype in HALF
+    promotion.switch(promote and is_half)
+    gradient_sums.switch(float32_sums and is_half, float32_sums)
     return keras.config.dtype_policy()
 
 
 @contextlib.contextmanager
-def policy_scope(policy: str | keras.DTypePolicy = "auto", promote: bool = True) -> Iterator[keras.DTypePolicy]:
+def policy_scope(
+    policy: str | keras.DTypePolicy = "auto", promote: bool = True, float32_sums: bool = True
+) -> Iterator[keras.DTypePolicy]:
     """Sets the policy like `set_policy`, and restores the previous policy on exit.
 
-    Layers created within the scope keep their policy.
+    Layers created within the scope keep their policy, and float32 sums for as long as they exist.
 
     Args:
         policy: The same as in `set_policy`. Defaults to `"auto"`.
         promote: The same as in `set_policy`. Defaults to True.
+        float32_sums: The same as in `set_policy`. Defaults to True.
 
     Example:
     >>> with policy_scope("float64") as policy:
     ...     policy.name
     'float64'
     """
-    before, promoted = keras.config.dtype_policy(), promotion.is_on()
+    before, promoted, sums = keras.config.dtype_policy(), promotion.is_on(), gradient_sums.state()
     try:
-        yield set_policy(policy, promote)
+        yield set_policy(policy, promote, float32_sums)
     finally:
         # Not by `temporary_state`: `tfmixed run` treats policies that this module sets as the choice of the script.
         keras.config.set_dtype_policy(before)
         promotion.switch(promoted)
+        gradient_sums.switch(*sums)
 
 
 def _known(policy: str | keras.DTypePolicy) -> keras.DTypePolicy:

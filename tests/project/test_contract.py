@@ -85,6 +85,14 @@ HOOKS = [
         ["self"],
         "know the parts of a partitioned variable",
     ),
+    (
+        "tensorflow.python.ops.math_grad",
+        "_ReduceGradientArg",
+        ["grad", "shape_axes_must_reduce"],
+        "sum the gradients of broadcasts in float32",
+    ),
+    ("keras.src.backend", "AutocastScope", ["dtype"], "gather float32 rows of a variable"),
+    ("keras.src.backend", "numpy.take", ["x", "indices", "axis"], "gather float32 rows"),
     ("tensorflow", "__internal__.distribute.strategy_supports_no_merge_call", [], "decide for all replicas"),
 ]
 # Attributes of instances.
@@ -112,6 +120,7 @@ ATTRIBUTES = {
     "_nodes_by_depth": "walk a functional graph",
     "_functional": "find the graph of a Sequential",
     "_dtype": "correct what a symbolic tensor says",
+    "_registry": "replace gradient functions",
     "_use_locking": "know how a TensorFlow 1 optimizer writes",
     "_is_stateful": "know what a gradient comes from",
     "_current_loss_scale": "let TensorFlow's loss scale follow ours",
@@ -172,6 +181,7 @@ def test_private_attributes_exist():
 def test_private_attributes_of_tensorflow_1_exist():
     """For `tfmixed.compat.v1`."""
     from tensorflow.python.client.session import BaseSession
+    from tensorflow.python.framework import ops
     from tensorflow.python.training.experimental import mixed_precision
 
     v1 = tf.compat.v1
@@ -181,6 +191,7 @@ def test_private_attributes_of_tensorflow_1_exist():
     with tf.Graph().as_default():
         operations = (tf.constant(1.0).op, v1.get_variable("w", initializer=1.0).handle.op)
         assert [each._is_stateful for each in operations] == [False, True], ATTRIBUTES["_is_stateful"]
+    assert callable(ops.gradient_registry._registry["BiasAdd"]["type"]), ATTRIBUTES["_registry"]
     scale = v1.mixed_precision.DynamicLossScale(8.0)
     assert float(scale._current_loss_scale) == 8.0, ATTRIBUTES["_current_loss_scale"]
     wrappers = mixed_precision._REGISTERED_WRAPPER_OPTIMIZER_CLS

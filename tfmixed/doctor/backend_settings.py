@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from tfmixed._core.fused_update import no_xla
+from tfmixed._islands import gradient_sums
 
 # Environment variables that affect the speed of half precision or hide devices.
 VARIABLES = (
@@ -35,6 +36,8 @@ class BackendSettings:
         onednn: Whether oneDNN's CPU kernels are enabled. TensorFlow reads `TF_ENABLE_ONEDNN_OPTS`.
         xla: Whether XLA can compile a function.
         tf32: Whether float32 products may use TensorFloat-32, on GPUs of compute capability 8.0 and above.
+        float32_sums: Whether half-precision gradients are now summed in float32.
+        replaced: What tfmixed replaces in the process for that.
         cores: The number of CPU cores available to this process.
         variables: The environment variables of `VARIABLES` that are set.
     """
@@ -46,6 +49,8 @@ class BackendSettings:
     onednn: bool | None
     xla: bool | None
     tf32: bool | None
+    float32_sums: bool
+    replaced: tuple[str, ...]
     cores: int
     variables: dict[str, str]
 
@@ -61,7 +66,8 @@ def read() -> BackendSettings:
         tf32 = False
     policy = keras.config.dtype_policy().name
     versions = module.__version__, keras.__version__
-    return BackendSettings(backend, *versions, policy, onednn, xla, tf32, _cores(), variables)
+    sums = gradient_sums.is_on(), gradient_sums.replaced()
+    return BackendSettings(backend, *versions, policy, onednn, xla, tf32, *sums, _cores(), variables)
 
 
 def _tensorflow(tf: Any) -> tuple[bool | None, bool | None, bool | None]:

@@ -166,10 +166,12 @@ def _settings_table(machine: Hardware, settings: BackendSettings) -> Table:
         "XLA": (settings.xla, "compiles", "cannot compile here"),
         "TF32": (settings.tf32, f"on{gpus_only}", f"off{gpus_only}"),
     }
+    sums = "in float32, by replacing" if settings.float32_sums else "as in the backend; set_policy would replace"
     rows = {
         "policy": f"{machine.policy}: {machine.reason}",
         "backend": f"{name} {settings.backend_version}, Keras {settings.keras_version}, {settings.cores} CPU cores",
         **{label: on if value else off for label, (value, on, off) in switches.items() if value is not None},
+        "gradient sums": f"{sums} {', '.join(settings.replaced)}",
         **settings.variables,
     }
     return _filled(Table.grid(padding=(0, 2)), rows.items())

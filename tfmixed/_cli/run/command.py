@@ -41,6 +41,9 @@ def run(
     promote: Annotated[
         bool, typer.Option("--promote/--no-promote", help="Pass float32 to the script and to custom layers.")
     ] = True,
+    float32_sums: Annotated[
+        bool, typer.Option("--float32-sums/--no-float32-sums", help="Sum bias and embedding gradients in float32.")
+    ] = True,
     log_dir: Annotated[Path | None, typer.Option(help="Folder of log and report. Default: runs/SCRIPT.")] = None,
     tf1: Annotated[bool, typer.Option("--tf1", help="Run a script of TensorFlow 1.")] = False,
 ) -> None:
@@ -48,8 +51,9 @@ def run(
     if not module and not os.path.exists(script):
         raise UsageError(f"SCRIPT must be a Python file. Received: {script!r}, which does not exist.")
     folder = log_dir or Path("runs", _name(script, module))
+    config_file = None if config is None else str(config)
     options = RunOptions(
-        str(folder), log_dir is not None, None if config is None else str(config), policy, scale, islands, promote, tf1
+        str(folder), log_dir is not None, config_file, policy, scale, islands, promote, float32_sums, tf1
     )
     options.check()
     _execute([*(["-m"] if module else []), script, *(arguments or ())], options)

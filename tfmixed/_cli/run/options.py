@@ -37,6 +37,7 @@ class RunOptions:
         scale: Scaling rule as `tfmixed simulate` takes it, `"none"`, or None.
         islands: Whether models get float32 islands.
         promote: Whether scripts and custom layers get float32, as in `set_policy`.
+        float32_sums: Whether gradients are summed in float32, as in `set_policy`.
         tf1: Whether the script uses TensorFlow 1.
     """
 
@@ -47,6 +48,7 @@ class RunOptions:
     scale: str | None = None
     islands: bool = True
     promote: bool = True
+    float32_sums: bool = True
     tf1: bool = False
 
     def to_json(self) -> str:
@@ -78,6 +80,7 @@ class RunOptions:
             "--config": self.config is not None,
             "--no-islands": not self.islands,
             "--no-promote": not self.promote,
+            "--no-float32-sums": not self.float32_sums,
             "--log-dir": self.is_continued,
         }
         if wrong := [option for option, is_given in given.items() if is_given]:

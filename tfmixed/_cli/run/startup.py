@@ -70,7 +70,7 @@ class KerasRun:
     def _patch_classes(self, _keras: ModuleType) -> None:
         from tfmixed._cli.run.keras_patches import KerasPatches
         from tfmixed._cli.run.training_steps import ScaledModels, StepPatches
-        from tfmixed._islands import promotion
+        from tfmixed._islands import gradient_sums, promotion
 
         for name in self._functions:
             importlib.import_module(name)  # fails if this version of Keras does not have the module
@@ -79,6 +79,7 @@ class KerasRun:
         self.patches.install()
         StepPatches(models).install()
         promotion.switch(self.options.promote)
+        gradient_sums.switch(self.options.float32_sums, self.options.float32_sums)
         self.policy.is_enabled = True
         messages.at_exit(self.finish)  # before the exit function of JAX, which deletes its arrays
 
