@@ -27,7 +27,7 @@ TERMS = 4096
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """No layer of another test keeps the sums in float32."""
-    monkeypatch.setattr(gradient_sums, "_layers", weakref.WeakSet())
+    monkeypatch.setattr(gradient_sums, "_covered", weakref.WeakSet())
 
 
 def gradients(layer, x, compiled=True):

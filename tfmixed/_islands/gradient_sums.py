@@ -31,27 +31,27 @@ _Gradient = Callable[..., Any]
 # TensorFlow's operations whose gradient is computed in float32, and the dtypes for which it is wrong otherwise.
 _CONVOLUTIONS = ("Conv2D", "Conv3D", "Conv2DBackpropInput", "Conv3DBackpropInputV2", "DepthwiseConv2dNative")
 _CAST = {**dict.fromkeys(("BroadcastTo", "Tile", *_CONVOLUTIONS), ("float16",)), "Cumsum": HALF}
-_layers: weakref.WeakSet[Any] = weakref.WeakSet()
+_covered: weakref.WeakSet[Any] = weakref.WeakSet()
 _is_allowed = True
-_covers_new_layers = False
+_covers_new_covered = False
 
 
 def switch(on: bool, allowed: bool = True) -> None:
     """Sets whether new layers get float32 sums, and whether any layer does."""
-    global _covers_new_layers, _is_allowed
+    global _covers_new_covered, _is_allowed
     if on:
         _install()
-    _covers_new_layers, _is_allowed = on, allowed
+    _covers_new_covered, _is_allowed = on, allowed
 
 
 def state() -> tuple[bool, bool]:
     """Returns the arguments of the last `switch`."""
-    return _covers_new_layers, _is_allowed
+    return _covers_new_covered, _is_allowed
 
 
 def is_on() -> bool:
     """Returns whether gradients that are computed now have float32 sums."""
-    return _is_allowed and (_covers_new_layers or len(_layers) > 0)
+    return _is_allowed and (_covers_new_covered or len(_covered) > 0)
 
 
 def replaced() -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def replaced() -> tuple[str, ...]:
 def cover(layer: Any) -> None:
     """Gives a layer float32 sums for as long as it exists."""
     _install()
-    _layers.add(layer)
+    _covered.add(layer)
 
 
 @functools.cache
@@ -86,8 +86,8 @@ def _install() -> None:
 
 def _init(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
     original(layer, *args, **kwargs)
-    if _covers_new_layers:
-        _layers.add(layer)
+    if _covers_new_covered:
+        _covered.add(layer)
 
 
 def _take(original: Callable[..., Any]) -> Callable[..., Any]:
