@@ -33,25 +33,25 @@ _CONVOLUTIONS = ("Conv2D", "Conv3D", "Conv2DBackpropInput", "Conv3DBackpropInput
 _CAST = {**dict.fromkeys(("BroadcastTo", "Tile", *_CONVOLUTIONS), ("float16",)), "Cumsum": HALF}
 _covered: weakref.WeakSet[Any] = weakref.WeakSet()
 _is_allowed = True
-_covers_new_covered = False
+_covers_new_layers = False
 
 
 def switch(on: bool, allowed: bool = True) -> None:
     """Sets whether new layers get float32 sums, and whether any layer does."""
-    global _covers_new_covered, _is_allowed
+    global _covers_new_layers, _is_allowed
     if on:
         _install()
-    _covers_new_covered, _is_allowed = on, allowed
+    _covers_new_layers, _is_allowed = on, allowed
 
 
 def state() -> tuple[bool, bool]:
     """Returns the arguments of the last `switch`."""
-    return _covers_new_covered, _is_allowed
+    return _covers_new_layers, _is_allowed
 
 
 def is_on() -> bool:
     """Returns whether gradients that are computed now have float32 sums."""
-    return _is_allowed and (_covers_new_covered or len(_covered) > 0)
+    return _is_allowed and (_covers_new_layers or len(_covered) > 0)
 
 
 def replaced() -> tuple[str, ...]:
@@ -86,7 +86,7 @@ def _install() -> None:
 
 def _init(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
     original(layer, *args, **kwargs)
-    if _covers_new_covered:
+    if _covers_new_layers:
         _covered.add(layer)
 
 
