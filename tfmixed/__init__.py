@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         distribute,
         doctor,
         errors,
+        fidelity,
         formats,
         grad_scaler,
         hardware,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from tfmixed.auditing import audit
     from tfmixed.config import Config, load_config
     from tfmixed.errors import ConfigError
+    from tfmixed.fidelity.measure import gradient_fidelity
     from tfmixed.grad_scaler import GradScaler
     from tfmixed.islands import force_float32
     from tfmixed.optimizer import LossScaleOptimizer
@@ -54,6 +56,7 @@ _HOMES = {
     "LossScaleOptimizer": "optimizer",
     "audit": "auditing",
     "force_float32": "islands",
+    "gradient_fidelity": "fidelity.measure",
     "load_config": "config",
     "measure_gradients": "ranges.measure",
     "policy_scope": "policy",
@@ -77,9 +80,11 @@ __all__ = [
     "distribute",
     "doctor",
     "errors",
+    "fidelity",
     "force_float32",
     "formats",
     "grad_scaler",
+    "gradient_fidelity",
     "hardware",
     "islands",
     "layers",

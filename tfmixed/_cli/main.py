@@ -156,6 +156,38 @@ def ranges(
 
 
 @app.command()
+def fidelity(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="module:function that returns a compiled model with inputs and targets, or with a dataset."
+        ),
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="Number of batches.")] = 1,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size of arrays. Default: 32.")] = None,
+    policy: _Policy = None,
+    float32_sums: Annotated[
+        bool, typer.Option("--float32-sums/--no-float32-sums", help="Keep the float32 sums of set_policy.")
+    ] = True,
+    scale: Annotated[float | None, typer.Option(help="Loss scale. Default: that of the optimizer.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Number of rows, the worst first. Default: all.")] = None,
+    as_json: log_commands.AsJson = False,
+) -> None:
+    """Compare the gradients of a model with float32. Exit code 1 if rounding does not explain an error."""
+    with _on_models():
+        from tfmixed._cli.load_model import load_training
+        from tfmixed._islands import gradient_sums
+
+        _set_policy(policy, promote=True)
+        training = load_training(model)
+        if not float32_sums:
+            gradient_sums.switch(False, allowed=False)  # after the code of the model, which may set a policy
+        result = tfmixed.gradient_fidelity(*training, steps, scale=scale, batch_size=batch)
+    print(result.to_json()) if as_json else _print(result.explained(top))
+    raise typer.Exit(bool(result.wrong))
+
+
+@app.command()
 def bench(
     networks: Annotated[
         list[str] | None, typer.Argument(help="mlp, cnn, transformer, depthwise. Default: all.")
@@ -234,10 +266,11 @@ def _print(renderable: Any) -> None:
     Console().print(renderable)
 
 
-def _set_policy(policy: str | None) -> None:
+def _set_policy(policy: str | None, promote: bool = False) -> None:
+    """Sets a policy. Without promotion, layers are as Keras alone creates them."""
     try:
         if policy is not None:
-            tfmixed.set_policy(policy, promote=False)  # the model as Keras alone creates it
+            tfmixed.set_policy(policy, promote=promote)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

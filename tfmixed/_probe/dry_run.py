@@ -100,6 +100,14 @@ def _dry_run_methods(
     }
 
 
+def loss_scale(model: keras.Model) -> Any:
+    """Returns the current scale of the model's optimizer; 1 without a loss-scale optimizer."""
+    optimizer = getattr(model, "optimizer", None)
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return 1.0
+    return optimizer.dynamic_scale.value if optimizer.built else float(optimizer.initial_scale)
+
+
 def holds_grad_scaler(model: keras.Model) -> bool:
     """Returns whether an attribute of the model holds a `GradScaler`, which its `train_step` would update."""
     attributes = _leaves(vars(model).values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import keras
@@ -11,7 +11,8 @@ from keras import tree
 
 from tfmixed._core import gradients
 from tfmixed._probe.dry_run import compiled_step, dry_run, holds_grad_scaler
-from tfmixed._probe.gradient_histogram import Histogram, add_gradient, hooked
+from tfmixed._probe.gradient_histogram import Histogram, add_gradient, perturb
+from tfmixed._probe.tensor_hooks import hooked
 from tfmixed._utils import layer_tree, temporary_state
 from tfmixed.formats import HALF
 from tfmixed.records import GradientRange, RangesRecord
@@ -28,20 +29,19 @@ def checked_precision(precision: Precision) -> Precision:
     return precision
 
 
-class Probe:
-    """Collects gradient histograms of a model's training step, batch by batch.
+class StepProbe:
+    """Base class of probes that run a model's training step on a batch without the update.
 
     Args:
         model: A compiled model.
-        precision: The precision of the dry runs. Defaults to `"float32"`.
-        scale: The loss scale. Gradients are divided by it before they are counted. Defaults to 1.
+        scale: The loss scale. Gradients are divided by it.
 
     Raises:
-        ValueError: If the model is not compiled, or an argument is out of range.
+        ValueError: If the model is not compiled, or the scale is out of range.
         NotImplementedError: If the model holds a `GradScaler`.
     """
 
-    def __init__(self, model: keras.Model, precision: Precision = "float32", scale: float = 1.0) -> None:
+    def __init__(self, model: keras.Model, scale: float) -> None:
         if not isinstance(model, keras.Model) or not model.compiled or model.optimizer is None:
             raise ValueError(
                 "`model` must be a keras.Model that is compiled with an optimizer and a loss. Call model.compile "
@@ -52,10 +52,9 @@ class Probe:
                 "`model` must not hold a GradScaler, because its train_step would update the scaler. Measure a model "
                 f"of the same layers that is compiled with a LossScaleOptimizer. Received: {model!r:.100}"
             )
-        self.model, self.precision, self.scale = model, checked_precision(precision), validation.scale("scale", scale)
+        self.model, self.scale = model, validation.scale("scale", scale)
         self.batches = 0
         self._paths: dict[Any, str] = {}
-        self._noise: set[int] = set()
         self._seeds = temporary_state.seed_generator()
 
     def build(self, batch: Any) -> None:
@@ -69,10 +68,6 @@ class Probe:
         with dry_run(self.model, lambda *_: None, self.scale), kept, losses_in_float32:
             self.model._symbolic_build(data_batch=batch)
         self._paths = layer_tree.paths(self.model)
-        self._step = _ProbedStep(self.model, self._paths, self.precision, self.scale)
-        is_float32 = self.precision == "float32"
-        self._exact = self._step if is_float32 else _ProbedStep(self.model, self._paths, "float32", self.scale)
-        self._perturbed = _ProbedStep(self.model, self._paths, "float32", self.scale, perturbed=True)
 
     def measure(self, batch: Any, state: Any = None) -> None:
         """Adds the gradients of one batch.
@@ -83,17 +78,49 @@ class Probe:
         """
         if not self._paths:
             self.build(batch)
-        batch = _without_optionals(batch)
-        self._run(self._step, batch, state)
-        if not self._step.variables and self.model.trainable_variables:
+        self._measure(_without_optionals(batch), state)
+        self.batches += 1
+
+    def _measure(self, batch: Any, state: Any) -> None:
+        raise NotImplementedError
+
+    def _run(self, step: Any, batch: Any, state: Any) -> None:
+        """Runs a step, which has an attribute `variables` of those that received a gradient."""
+        with temporary_state.states(self.model, self._seeds):
+            step.run(batch, state)
+        if not step.variables and self.model.trainable_variables:
             raise ValueError(
                 "`model` must hold the optimizers that its train_step uses: no optimizer that it holds received a "
                 "gradient, so that another one may have taken a step. Make the optimizer an attribute of the model. "
                 f"Received: {self.model!r:.100}"
             )
+
+
+class Probe(StepProbe):
+    """Collects gradient histograms of a model's training step, batch by batch.
+
+    Args:
+        model: The same as in `StepProbe`.
+        precision: The precision of the dry runs. Defaults to `"float32"`.
+        scale: The same as in `StepProbe`. Defaults to 1.
+    """
+
+    def __init__(self, model: keras.Model, precision: Precision = "float32", scale: float = 1.0) -> None:
+        super().__init__(model, scale)
+        self.precision = checked_precision(precision)
+        self._noise: set[int] = set()
+
+    def build(self, batch: Any) -> None:
+        super().build(batch)
+        self._step = _ProbedStep(self.model, self._paths, self.precision, self.scale)
+        is_float32 = self.precision == "float32"
+        self._exact = self._step if is_float32 else _ProbedStep(self.model, self._paths, "float32", self.scale)
+        self._perturbed = _ProbedStep(self.model, self._paths, "float32", self.scale, perturbed=True)
+
+    def _measure(self, batch: Any, state: Any) -> None:
+        self._run(self._step, batch, state)
         if not self.batches:
             self._find_noise(batch, state)
-        self.batches += 1
 
     def _find_noise(self, batch: Any, state: Any) -> None:
         """Finds gradients that are rounding noise: they change disproportionately when the step is perturbed."""
@@ -103,10 +130,6 @@ class Probe:
                 self._run(step, batch, state)
         exact, perturbed = self._exact.histograms, self._perturbed.histograms
         self._noise = {key for key in exact.keys() & perturbed.keys() if exact[key].cancels(perturbed[key])}
-
-    def _run(self, step: _ProbedStep, batch: Any, state: Any) -> None:
-        with temporary_state.states(self.model, self._seeds):
-            step.run(batch, state)
 
     def record(self, step: int | None = None, epoch: int | None = None) -> RangesRecord:
         """Returns the gradients since the last record, in the order of the layers, and clears the histograms.
@@ -166,10 +189,16 @@ class _ProbedStep:
         with contextlib.ExitStack() as stack:
             for layer in self.layers:
                 if isinstance(layer, keras.layers.Layer) and not layer_tree.graph_of(layer):
-                    name, histogram = layer_tree.call_of(layer), self._histogram(layer)
-                    call = hooked(getattr(layer, name), histogram, self.scale, self.perturbed)
-                    temporary_state.put(stack, layer, name, call)
+                    name, backward = layer_tree.call_of(layer), self._backward(self._histogram(layer))
+                    temporary_state.put(stack, layer, name, hooked(getattr(layer, name), backward))
             yield
+
+    def _backward(self, histogram: Histogram) -> Callable[[Any], Any]:
+        def backward(gradient: Any) -> Any:
+            add_gradient(histogram, gradient, self.scale)
+            return perturb(gradient) if self.perturbed else gradient
+
+        return backward
 
     def _add(self, grads: Iterable[Any], variables: Iterable[Any]) -> None:
         for gradient, variable in zip(grads, variables, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -132,6 +133,20 @@ def _float32_losses(losses: Callable[[], list[Any]]) -> list[Any]:
         keras.ops.cast(loss, "float32") if keras.backend.standardize_dtype(loss.dtype) in HALF else loss
         for loss in losses()
     ]
+
+
+@contextlib.contextmanager
+def random_layers_in_inference(layers: Iterable[keras.Operation]) -> Iterator[None]:
+    """Calls layers that draw random numbers with `training=False`: half precision would draw other numbers."""
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            if hasattr(layer, "seed_generator") and "training" in inspect.signature(layer.call).parameters:
+                put(stack, layer, "call", functools.partial(_in_inference, layer.call))
+        yield
+
+
+def _in_inference(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **{**kwargs, "training": False})
 
 
 def seed_generator() -> keras.random.SeedGenerator:

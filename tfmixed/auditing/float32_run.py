@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
 from keras import tree
 
+from tfmixed._probe.dry_run import loss_scale
 from tfmixed._utils import temporary_state
 from tfmixed.auditing.graph import DATA_MOVEMENT, ancestors
 from tfmixed.auditing.hazards import Found, Hazard
-from tfmixed.auditing.trace import Step, layer_of, layer_scopes, loss_scale, run_functions_eagerly
+from tfmixed.auditing.trace import Step, layer_of, layer_scopes, run_functions_eagerly
 from tfmixed.formats import HALF
 
 
@@ -68,7 +66,7 @@ def compare(step: Step) -> Iterator[Found]:
     restored. Tensors are matched by the names of their operations. Tensors that depend on others that differ already,
     or on random numbers, are not reported.
     """
-    with layer_scopes(step.model) as layers, _random_layers_in_inference(layers):
+    with layer_scopes(step.model) as layers, temporary_state.random_layers_in_inference(layers):
         half, half_gradients = _run(step, layers)
         with temporary_state.in_float32(layers):
             full, full_gradients = _run(step, layers)
@@ -186,16 +184,3 @@ def _gradient_hazards(gradients: list[Difference], model: keras.Model) -> Iterat
         worst = max(underflowed, key=lambda gradient: gradient.underflowed)
         risk = f"more than half of the gradients of {len(underflowed)} of {total} variables become 0 {scale}, "
         yield Hazard("gradient underflow", worst.dtype, "warning", f"{risk}most in {worst.op}", "a larger loss scale")
-
-
-@contextlib.contextmanager
-def _random_layers_in_inference(layers: Sequence[keras.Operation]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            if hasattr(layer, "seed_generator") and "training" in inspect.signature(layer.call).parameters:
-                temporary_state.put(stack, layer, "call", functools.partial(_in_inference, layer.call))
-        yield
-
-
-def _in_inference(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return call(*args, **{**kwargs, "training": False})

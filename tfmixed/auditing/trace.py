@@ -15,6 +15,7 @@ import numpy
 from keras import tree
 
 from tfmixed._core import gradients
+from tfmixed._probe.dry_run import loss_scale
 from tfmixed._utils import layer_tree, temporary_state
 from tfmixed.auditing.graph import ancestors
 
@@ -116,14 +117,6 @@ class Step:
             losses = [self.model._compute_loss(inputs, targets, outputs)]
         total = tf.add_n([tf.reduce_sum(tf.cast(loss, "float32")) for loss in losses])
         return outputs, total * loss_scale(self.model)
-
-
-def loss_scale(model: keras.Model) -> Any:
-    """Returns the current scale of the model's optimizer; 1 without a loss-scale optimizer."""
-    optimizer = getattr(model, "optimizer", None)
-    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return 1.0
-    return optimizer.dynamic_scale.value if optimizer.built else float(optimizer.initial_scale)
 
 
 @contextlib.contextmanager

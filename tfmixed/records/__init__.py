@@ -4,6 +4,8 @@ from tfmixed.records.json_lines import NewerFormatError, from_line, read_changes
 from tfmixed.records.record_types import (
     Change,
     EventsLost,
+    FidelityRecord,
+    GradientError,
     GradientRange,
     Kind,
     Progress,
@@ -18,6 +20,8 @@ from tfmixed.records.record_types import (
 __all__ = [
     "Change",
     "EventsLost",
+    "FidelityRecord",
+    "GradientError",
     "GradientRange",
     "Kind",
     "NewerFormatError",

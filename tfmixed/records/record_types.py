@@ -20,6 +20,7 @@ _LARGEST_INT = 2**53  # the largest integer up to which float64 is exact
 Count = Annotated[int, Meta(ge=0, le=_LARGEST_INT)]
 Scale = Annotated[float, Meta(gt=0, le=FLOAT32.max)]
 Magnitude = Annotated[float, Meta(ge=0, le=FLOAT32.max)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 Norm = Annotated[float, Meta(ge=0)]
 Exponent = Annotated[int, Meta(ge=-127, le=127)]  # of a float32
 _Int = Annotated[int, Meta(ge=-_LARGEST_INT, le=_LARGEST_INT)]
@@ -202,8 +203,67 @@ class RangesRecord:
         return f"step {self.step}: ranges of {len(self.ranges)} gradients of {self.model} in {self.precision}"
 
 
+@dataclass(frozen=True)
+class GradientError:
+    """The gradient of one variable in half precision, compared with that in float32. All vectors are flattened.
+
+    Args:
+        name: Path of the variable.
+        layer: Path of the layer that holds it.
+        dtype: Dtype in which the layer computes.
+        size: Number of elements.
+        terms: Number of rows that the layer returns: the terms of the sum that the gradient of a bias is.
+        error: Norm of the difference, divided by the norm in float32.
+        rounding: The same for float32 arithmetic with weights, outputs and gradients rounded: the error that rounding
+            alone explains.
+        cosine: Cosine of the angle between both.
+        flushed: Share of the nonzero values that half precision flushes to 0.
+        nonfinite: Number of values that are infinite or NaN in half precision. They count as 0 in the error.
+    """
+
+    name: str
+    layer: str
+    dtype: str
+    size: Count
+    terms: Count
+    error: Magnitude
+    rounding: Magnitude
+    cosine: float
+    flushed: Share
+    nonfinite: Count
+
+
+@dataclass(frozen=True)
+class FidelityRecord:
+    """The gradients of a model in half precision, compared with those in float32.
+
+    Args:
+        step: The attempted step before which they were measured, counted from 0. None outside of a run.
+        epoch: The epoch of that step. None if it is unknown.
+        scale: The loss scale.
+        batches: Number of batches measured.
+        model: The model's name.
+        float32_sums: Whether gradients were summed in float32, as under `set_policy`.
+        gradients: One entry for each trainable variable that receives a gradient.
+        format: Version of the log format, as in `RunRecord`: a file may consist of this line alone.
+    """
+
+    event: ClassVar[str] = "gradient_fidelity"
+    step: Count | None
+    epoch: Count | None
+    scale: Scale
+    batches: Count
+    model: str
+    float32_sums: bool
+    gradients: list[GradientError]
+    format: Count = FORMAT
+
+    def __str__(self) -> str:
+        return f"step {self.step}: fidelity of {len(self.gradients)} gradients of {self.model}"
+
+
 Change = ScaleChange | EventsLost
-Record = RunRecord | ScaleChange | EventsLost | Progress | RangesRecord
+Record = RunRecord | ScaleChange | EventsLost | Progress | RangesRecord | FidelityRecord
 
 
 def short(scale: float) -> str:

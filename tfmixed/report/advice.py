@@ -21,7 +21,15 @@ def happened(run: Run) -> list[str]:
 
 def advice(run: Run) -> list[str]:
     """Returns sentences about what to change. There are none if the log shows no problem."""
-    return [*_exhausted(run), *_start(run), *_unsettled(run), *_constant(run), *_scale(run), *_capacity(run)]
+    scale = [*_exhausted(run), *_start(run), *_unsettled(run), *_constant(run), *_scale(run), *_capacity(run)]
+    return [*scale, *_sums(run)]
+
+
+def _sums(run: Run) -> Iterator[str]:
+    if run.fidelity is not None and run.fidelity.wrong:
+        names = ", ".join(f"`{gradient.name}`" for gradient in run.fidelity.wrong[:3])
+        rest = f" and {len(run.fidelity.wrong) - 3} more" if len(run.fidelity.wrong) > 3 else ""
+        yield f"Rounding does not explain the errors of {names}{rest}. {run.fidelity.advice()}".strip()
 
 
 def precision(ranges: GradientRanges) -> str:

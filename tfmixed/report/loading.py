@@ -11,11 +11,21 @@ from typing import TypeVar
 
 from tfmixed import records
 from tfmixed.errors import UsageError
+from tfmixed.fidelity import GradientFidelity
 from tfmixed.ranges import GradientRanges
-from tfmixed.records import EventsLost, Progress, RangesRecord, Record, RunRecord, ScaleChange, json_lines
+from tfmixed.records import (
+    EventsLost,
+    FidelityRecord,
+    Progress,
+    RangesRecord,
+    Record,
+    RunRecord,
+    ScaleChange,
+    json_lines,
+)
 from tfmixed.scaling import ScaleHistory
 
-_Kind = TypeVar("_Kind", RunRecord, ScaleChange, EventsLost, Progress, RangesRecord)
+_Kind = TypeVar("_Kind", RunRecord, ScaleChange, EventsLost, Progress, RangesRecord, FidelityRecord)
 _MOST_NAMED = 3  # invalid lines that have a sentence each
 
 
@@ -94,6 +104,12 @@ class Run:
         found = self.all(RangesRecord)
         exact = [record for record in found if record.precision == "float32"] or found
         return GradientRanges(exact[-1]) if exact else None
+
+    @property
+    def fidelity(self) -> GradientFidelity | None:
+        """The last comparison of gradients with float32. None if the log has none."""
+        record = self.last(FidelityRecord)
+        return None if record is None else GradientFidelity(record)
 
     @property
     def measured_at(self) -> float:

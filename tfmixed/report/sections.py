@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tfmixed._probe.rounding_model import losses, percent
+from tfmixed.fidelity.gradient_fidelity import HEADINGS
 from tfmixed.ranges import GradientRanges, share_of_zeros, span
 from tfmixed.records import RangesRecord, RunRecord, short
 from tfmixed.report import advice
@@ -53,12 +54,15 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         "Loss scale": [_scale(run) for run in runs],
         "Skipped steps": [_skipped(run) for run in runs],
         "Gradient ranges": [_ranges(run) for run in runs],
+        "Gradient fidelity": [_fidelity(run) for run in runs],
         "Hardware": [_side_by_side(runs, lambda begin: {f"device {n}": name for n, name in enumerate(begin.devices)})],
         "Configuration": [_side_by_side(runs, _configuration)],
         "Versions": [_side_by_side(runs, lambda begin: begin.versions)],
     }
     if not any(run.problems for run in runs):
         del found["What is missing"]
+    if not any(run.fidelity for run in runs):
+        del found["Gradient fidelity"]
     return [Section(title, parts) for title, parts in found.items()]
 
 
@@ -112,6 +116,14 @@ def _ranges(run: Run) -> Part:
     )
     over_time = ("timeline",) if len(run.all(RangesRecord)) > 1 else ()
     return Part([sentence], _lost(run.ranges, scale, held, bool(common)), ("ranges", "layers", *over_time))
+
+
+def _fidelity(run: Run) -> Part:
+    if run.fidelity is None:
+        return Part(["No comparison with float32 in this log. The callback GradientFidelity writes one."])
+    step = run.fidelity.record.step
+    when = "" if step is None else f"Measured before step {step:,}. "
+    return Part([f"{when}{run.fidelity.summary()}"], Table(HEADINGS, run.fidelity.rows()))
 
 
 def _lost(ranges: GradientRanges, scale: float, held: str, common: bool) -> Table:
