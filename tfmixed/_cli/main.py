@@ -24,7 +24,7 @@ _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
-_Policy = Annotated[str | None, typer.Option(help="Dtype policy for the model, such as mixed_float16.")]
+_Policy = Annotated[str | None, typer.Option(help="Dtype policy such as mixed_float16, set as Keras alone sets it.")]
 
 
 def main() -> None:
@@ -235,9 +235,12 @@ def _print(renderable: Any) -> None:
 
 
 def _set_policy(policy: str | None) -> None:
+    from tfmixed._islands import gradient_sums
+
     try:
         if policy is not None:
-            tfmixed.set_policy(policy, promote=False)  # the model as Keras alone creates it
+            tfmixed.set_policy(policy, promote=False)
+            gradient_sums.switch(False)  # the model as Keras alone creates it; its own code may still call tfmixed
     except ValueError as error:
         raise UsageError(str(error)) from error
 
