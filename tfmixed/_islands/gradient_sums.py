@@ -3,7 +3,8 @@
 The gradient of a broadcast is a sum: a bias is added to each row of a batch. In bfloat16 such a sum stops growing at
 256 times a term. Matrix products accumulate in float32; these sums are replaced:
 
-- TensorFlow on CPUs: `BiasAddGrad` in bfloat16; in float16 other broadcasts, and the gradients of convolution kernels.
+- TensorFlow on CPUs: `BiasAddGrad` in bfloat16; in float16 other broadcasts, and the gradients of convolution kernels;
+  in both those of gathers, segment means, sparse products, running sums and resized images.
 - JAX: the transposes of broadcasts and gathers.
 - PyTorch on CPUs: convolutions in float16, whose kernels it adds up over the batch. They compute in float32.
 - All backends: `keras.ops.take`, as in `Embedding`, gathers float32 rows and casts those, not the whole table.
