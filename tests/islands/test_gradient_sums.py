@@ -151,6 +151,42 @@ def test_gradients_of_custom_layers_are_those_of_float32(kind, policy, promote):
     assert max(errors(lambda: Own(shape, function), ROWS / 2, policy, promote=promote)) < 0.02
 
 
+FIRST = np.zeros(TERMS, "int32")
+IN_TENSORFLOW = {
+    "gather": ((3, 8), lambda _, w: tf.gather(w * 2, FIRST)),
+    "gather on axis 1": ((8, 3), lambda _, w: tf.gather(w * 2, FIRST, axis=1)),
+    "gather_nd": ((3, 8), lambda _, w: tf.gather_nd(w * 2, FIRST[:, None])),
+    "embedding_lookup_sparse": (
+        (3, 8),
+        lambda _, w: tf.nn.embedding_lookup_sparse(w * 2, tf.sparse.from_dense(np.ones((1, TERMS), "int64")), None),
+    ),
+    "segment_mean": ((8,), lambda x, w: tf.math.segment_mean(x * w, FIRST)),
+    "sparse product": (
+        (1, 8),
+        lambda x, w: tf.sparse.sparse_dense_matmul(tf.sparse.from_dense(tf.ones((TERMS, 1), x.dtype)), w * 2),
+    ),
+    "product of batches": ((8, 4), lambda x, w: tf.matmul(1.5 * x[:, None], w)),
+    "cumsum": ((8,), lambda x, w: tf.cumsum(x * w) / TERMS),
+    "cumprod": ((8,), lambda x, w: tf.math.cumprod(x * 2 * w) / TERMS),
+    "xlogy": ((8,), lambda x, w: tf.math.xlogy(1.5 * x, w * 2)),
+    "resize": ((1, 1, 1, 8), lambda _, w: tf.image.resize(w * 2, (64, 64), "nearest")),
+    "dilation2d": (
+        (1, 1, 8),
+        lambda x, w: tf.nn.dilation2d(tf.reshape(x, (1, 64, 64, 8)), w * 2, [1] * 4, "SAME", "NHWC", [1] * 4),
+    ),
+}
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("compiled", [True, pytest.param(False, marks=thorough)])
+@pytest.mark.parametrize("policy", HALVES)
+@pytest.mark.parametrize("kind", IN_TENSORFLOW)
+def test_gradients_of_tensorflow_operations_are_those_of_float32(kind, policy, compiled):
+    """In half precision, in custom layers."""
+    shape, function = IN_TENSORFLOW[kind]
+    assert max(errors(lambda: Own(shape, function), ROWS / 2, policy, compiled, promote=False)) < 0.02
+
+
 @pytest.mark.parametrize("compiled", [False, True, "xla"])
 def test_compiled_and_eager_gradients_are_right(compiled):
     """In the modes that the backend has."""

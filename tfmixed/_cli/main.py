@@ -24,7 +24,7 @@ _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
-_Policy = Annotated[str | None, typer.Option(help="Dtype policy for the model, such as mixed_float16.")]
+_Policy = Annotated[str | None, typer.Option(help="Dtype policy such as mixed_float16, set as Keras alone sets it.")]
 
 
 def main() -> None:
@@ -178,7 +178,7 @@ def fidelity(
         from tfmixed._cli.load_model import load_training
         from tfmixed._islands import gradient_sums
 
-        _set_policy(policy, promote=True)
+        _set_policy(policy, as_keras=False)
         training = load_training(model)
         if not float32_sums:
             gradient_sums.switch(False, allowed=False)  # after the code of the model, which may set a policy
@@ -266,11 +266,14 @@ def _print(renderable: Any) -> None:
     Console().print(renderable)
 
 
-def _set_policy(policy: str | None, promote: bool = False) -> None:
-    """Sets a policy. Without promotion, layers are as Keras alone creates them."""
+def _set_policy(policy: str | None, as_keras: bool = True) -> None:
+    """Sets a policy: as Keras alone creates a model, or as `set_policy` does. The code of the model may set another."""
+    from tfmixed._islands import gradient_sums
+
     try:
         if policy is not None:
-            tfmixed.set_policy(policy, promote=promote)
+            tfmixed.set_policy(policy, promote=not as_keras)
+            gradient_sums.switch(not as_keras)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -3,7 +3,8 @@
 The gradient of a broadcast is a sum: a bias is added to each row of a batch. In bfloat16 such a sum stops growing at
 256 times a term. Matrix products accumulate in float32; these sums are replaced:
 
-- TensorFlow on CPUs: `BiasAddGrad` in bfloat16; in float16 other broadcasts, and the gradients of convolution kernels.
+- TensorFlow on CPUs: `BiasAddGrad` in bfloat16; in float16 other broadcasts, and the gradients of convolution kernels;
+  in both those of gathers, segment means, sparse products, running sums and resized images.
 - JAX: the transposes of broadcasts and gathers.
 - PyTorch on CPUs: convolutions in float16, whose kernels it adds up over the batch. They compute in float32.
 - All backends: `keras.ops.take`, as in `Embedding`, gathers float32 rows and casts those, not the whole table.
@@ -30,7 +31,12 @@ from tfmixed.formats import HALF
 _Gradient = Callable[..., Any]
 # TensorFlow's operations whose gradient is computed in float32, and the dtypes for which it is wrong otherwise.
 _CONVOLUTIONS = ("Conv2D", "Conv3D", "Conv2DBackpropInput", "Conv3DBackpropInputV2", "DepthwiseConv2dNative")
-_CAST = {**dict.fromkeys(("BroadcastTo", "Tile", *_CONVOLUTIONS), ("float16",)), "Cumsum": HALF}
+_BROADCASTS = ("BroadcastTo", "Tile", "BatchMatMulV2", "Xdivy", "Xlogy", "Xlog1py")
+_SCATTERED = ("GatherV2", "GatherNd", "SegmentMean", "SparseTensorDenseMatMul", "ResizeNearestNeighbor", "Dilation2D")
+_CAST = {
+    **dict.fromkeys((*_BROADCASTS, *_CONVOLUTIONS), ("float16",)),
+    **dict.fromkeys((*_SCATTERED, "Cumsum", "Cumprod"), HALF),
+}
 _covered: weakref.WeakSet[Any] = weakref.WeakSet()
 _is_allowed = True
 _covers_new_layers = False
@@ -192,6 +198,9 @@ def _float32_gradient(original: _Gradient, dtypes: Collection[str]) -> _Gradient
         # An input that the gradient does not need is None.
         inputs = [x if x is None or x.dtype != half else tf.cast(x, tf.float32) for x in op.inputs]
         grads = original(types.SimpleNamespace(inputs=inputs, get_attr=op.get_attr), tf.cast(received, tf.float32))
+        if getattr(getattr(op.inputs[0], "op", None), "type", "") != "Cast":
+            # TensorFlow adds up sparse gradients later, in half precision unless they are those of a cast variable.
+            grads = [None if grad is None else tf.convert_to_tensor(grad) for grad in grads]
         return [None if grad is None else tf.cast(grad, half) for grad in grads]
 
     return gradient

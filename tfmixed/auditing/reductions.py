@@ -1,8 +1,8 @@
-"""Rules for operations that combine many values: sums, means, products, norms, pooling and gradients of biases.
+"""Rules for operations that combine many values: sums, means, products, norms and pooling.
 
 The thresholds describe the CPU kernels of TensorFlow 2.21, as measured. They accumulate in float16: sums and means of
-float16 over axes other than the last, pooling windows and running sums. They accumulate in bfloat16: running sums and
-gradients of biases. Matrix products and convolutions accumulate in float32.
+float16 over axes other than the last, pooling windows and running sums. They accumulate in bfloat16: running sums.
+Matrix products and convolutions accumulate in float32.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from tfmixed.auditing.hazards import Context, Hazard, Rule, Severity, short_numb
 from tfmixed.formats import FORMATS
 
 _FEW_TERMS = 32  # fewer are not reported
-_SCATTERED_SUMS = (
-    *("SegmentSum", "SegmentSumV2", "UnsortedSegmentSum", "SparseSegmentSum", "SparseSegmentMean"),
-    *("ScatterNd", "TensorScatterAdd"),
-)
+_SEGMENTS = ("SegmentSum", "SegmentSumV2", "SegmentMean", "UnsortedSegmentSum")
 
 
 def _sum(op: Any, dtype: str, context: Context) -> Hazard | None:
@@ -26,7 +23,7 @@ def _sum(op: Any, dtype: str, context: Context) -> Hazard | None:
     if summed is None:
         return Hazard("sum", dtype, "warning", "sum over axes that are not constant: may overflow above 65,504")
     if not _may_overflow(summed, op, dtype, context):
-        return _stagnation("sum", op, summed, dtype, context)
+        return stagnation("sum", op, summed, dtype, context)
     if is_square(op.inputs[0]):
         return _norm(summed, dtype)
     if summed.exact and summed.number < _FEW_TERMS:
@@ -61,14 +58,14 @@ def _mean(op: Any, dtype: str, context: Context) -> Hazard | None:
     if dtype == "float16" and overflows and is_square(op.inputs[0]):
         risk = f"mean of {averaged} squares: squares of numbers above 256 overflow, of those below 2e-4 vanish"
         return Hazard("variance", dtype, "severe", risk, "square and average in float32", averaged.number)
-    found = _stagnation("mean", op, averaged, dtype, context)
+    found = stagnation("mean", op, averaged, dtype, context)
     if found is not None or averaged.number < _FEW_TERMS:
         return found
     risk = f"mean over {averaged} terms, rounded to {significant_bits(dtype)} bits"
     return Hazard("mean", dtype, "note", risk, length=averaged.number)
 
 
-def _stagnation(name: str, op: Any, summed: Terms, dtype: str, context: Context) -> Hazard | None:
+def stagnation(name: str, op: Any, summed: Terms, dtype: str, context: Context) -> Hazard | None:
     """Returns the hazard of a float16 sum that stops growing once a term is below half the spacing of the sum.
 
     TensorFlow's CPU kernel accumulates in float16 over axes other than the last. It keeps four partial sums if the last
@@ -79,23 +76,28 @@ def _stagnation(name: str, op: Any, summed: Terms, dtype: str, context: Context)
     most = 2048 if (op.inputs[0].shape[-1] or 8) < 8 else 8192
     if summed.number <= most:
         return None
-    risk = f"{name} over {summed} terms, added up in float16 on CPUs: stops growing at {most:,} times a term"
+    risk = stagnant(f"{name} over {summed} terms", summed, dtype, most)
     return Hazard(name, dtype, "severe" if summed.number > 2 * most else "warning", risk, length=summed.number)
 
 
 def _cumulative(op: Any, dtype: str, context: Context) -> Hazard | None:
-    axis, shape = constant_value(op.inputs[1]), op.inputs[0].shape
-    summed = Terms.of([shape[int(axis)] if axis is not None and shape.rank else None], False)
+    summed = running_terms(op)
     if summed.exact and summed.number < _FEW_TERMS:
         return None
     if op.type == "Cumprod":
         return _product_of("cumulative product", summed, dtype, "compute it in float32")
-    most, risk = 2 / FORMATS[dtype].epsilon, ""
+    most, risk = accumulator_limit(dtype), ""
     if dtype == "float16" and _may_overflow(summed, op, dtype, context):
         risk = f" and overflows above a mean of {short_number(FORMATS[dtype].max / summed.number)}"
     severity: Severity = "severe" if summed.number > most or not summed.exact else "warning" if risk else "note"
-    risk = f"running sum of {summed} terms: stops growing at {most:,.0f} times a term{risk}"
+    risk = f"{stagnant(f'running sum of {summed} terms', summed, dtype, most)}{risk}"
     return Hazard("cumulative sum", dtype, severity, risk, length=summed.number)
+
+
+def running_terms(op: Any) -> Terms:
+    """Returns the terms of the last value of a running sum or product."""
+    axis, shape = constant_value(op.inputs[1]), op.inputs[0].shape
+    return Terms.of([shape[int(axis)] if axis is not None and shape.rank else None], False)
 
 
 def _product(op: Any, dtype: str, _: Context) -> Hazard | None:
@@ -130,38 +132,48 @@ def _average_pooling(op: Any, dtype: str, context: Context) -> Hazard | None:
     return Hazard("average pooling", dtype, "severe" if window > 2048 else "warning", risk, length=window)
 
 
-def _scattered_sum(_op: Any, dtype: str, _: Context) -> Hazard | None:
-    risk = f"sum of all terms with the same index: stops growing at {2 / FORMATS[dtype].epsilon:,.0f} times a term"
-    return Hazard("scattered sum", dtype, "warning", risk)
-
-
-def _sum_of_gradients(op: Any, dtype: str, context: Context) -> Hazard | None:
-    summed = terms(op)
-    if summed is None or (found := _stagnation("gradient", op, summed, dtype, context)) is None:
+def _scattered_sum(op: Any, dtype: str, _: Context) -> Hazard | None:
+    summed, most = scattered_terms(op), accumulator_limit(dtype)
+    if summed.exact and summed.number <= most:
         return None
-    return Hazard("sum of gradients", dtype, "warning", found.risk, length=summed.number)
+    risk = stagnant(f"sum of all terms with the same index, out of {summed}", summed, dtype, most)
+    return Hazard("scattered sum", dtype, "warning", risk, "cast the terms to float32 before the sum", summed.number)
 
 
-def _bias_gradient(op: Any, dtype: str, context: Context) -> Hazard | None:
-    shape = op.inputs[0].shape
-    if dtype != "bfloat16" or not context.on_cpu or shape.rank is None:
-        return None
-    summed = Terms.of(list(shape)[:-1], False)
-    if summed.number <= 256:
-        return None
-    risk = f"bias gradient over {summed} terms, added up in bfloat16 on CPUs: stops growing at 256 times a term"
-    advice = "leave the bias out before a normalization, or add it in a layer with dtype float32"
-    return Hazard("bias gradient", dtype, "warning", risk, advice, summed.number)
+def scattered_terms(op: Any) -> Terms:
+    """Returns the terms of a sum over equal indices, if all are equal."""
+    indices = op.inputs[0 if op.type in ("ScatterNd", "SparseTensorDenseMatMul") else 1].shape
+    if indices.rank is None:
+        return Terms(1, False, False)
+    return Terms.of(list(indices if op.type in _SEGMENTS else indices[:-1]), False)
+
+
+def accumulator_limit(dtype: str) -> int:
+    """Returns the number of equal terms after which a sum in this dtype stops growing."""
+    return round(2 / FORMATS[dtype].epsilon)
+
+
+def stagnant(name: str, summed: Terms, dtype: str, most: int) -> str:
+    """Returns the risk of a sum that ignores terms below half the spacing of its accumulator, with the largest error.
+
+    Args:
+        name: Name of the sum.
+        summed: The terms.
+        dtype: Dtype of the accumulator.
+        most: Number of equal terms after which it stops growing.
+    """
+    lost = 1 - most / summed.number
+    error = f": up to {100 * lost:.3g}%{'' if summed.exact else ' or more'} too small" if lost > 0 else ""
+    return f"{name}, added up in {dtype}, stops growing at {most:,} times a term{error}"
 
 
 FORWARD: dict[str, Rule] = {
-    **dict.fromkeys(("Cumsum", "Cumprod"), _cumulative),
+    **dict.fromkeys(("Cumsum", "Cumprod", "CumulativeLogsumexp"), _cumulative),
     **dict.fromkeys(("AvgPool", "AvgPool3D"), _average_pooling),
-    **dict.fromkeys(_SCATTERED_SUMS, _scattered_sum),
+    **dict.fromkeys((*_SEGMENTS, "ScatterNd", "TensorScatterAdd", "SparseTensorDenseMatMul"), _scattered_sum),
     "Sum": _sum,
     "Mean": _mean,
     "Prod": _product,
     "L2Loss": _l2_loss,
     "EuclideanNorm": _euclidean_norm,
 }
-BACKWARD: dict[str, Rule] = {"Sum": _sum_of_gradients, "BiasAddGrad": _bias_gradient}

@@ -12,7 +12,7 @@ import keras
 import ml_dtypes
 import numpy
 
-from tfmixed.auditing import math_functions, reductions
+from tfmixed.auditing import gradient_reductions, math_functions, reductions
 from tfmixed.auditing.graph import constant_value, producer, producers
 from tfmixed.auditing.hazards import Context, Found, Hazard, Rule, significant_bits
 from tfmixed.auditing.trace import Node, Trace
@@ -43,7 +43,7 @@ def operations(trace: Trace, context: Context) -> Iterator[Found]:
 
 
 def _of_operation(node: Node, context: Context) -> Hazard | None:
-    rule = (reductions.BACKWARD if node.backward else _FORWARD).get(node.op.type)
+    rule = (gradient_reductions.BACKWARD if node.backward else _FORWARD).get(node.op.type)
     if rule is None:
         return None
     tensors = node.op.outputs if node.op.type == "Cast" else node.op.inputs
