@@ -12,7 +12,7 @@ import keras
 
 from tfmixed import auditing
 from tfmixed._islands import gradient_sums
-from tfmixed._islands.planner import Plan
+from tfmixed._islands.planner import Plan, reset_compiled_functions
 from tfmixed._utils import user_warnings
 from tfmixed.formats import HALF
 
@@ -81,9 +81,12 @@ def force_float32(
         raise ValueError(f"`model` must be a Keras model. Received: model={model!r}")
     if not model.built:
         raise ValueError(f"`model` must be built: call it on data, or `model.build(input_shape)`. Received: {model!r}")
+    was_on = gradient_sums.is_on()
     for layer in model._flatten_layers():
         if layer.compute_dtype in HALF:
             gradient_sums.cover(layer)
+    if gradient_sums.is_on() and not was_on:
+        reset_compiled_functions([model])
     selectors: Any = layers if isinstance(layers, (list, tuple, set)) else [layers]
     changed: list[str] = []
     while True:

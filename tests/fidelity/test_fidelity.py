@@ -233,7 +233,7 @@ def test_order_and_explanations():
     found = fidelity_of(
         error("a/ok"),
         error("b/sum", error=0.9),
-        error("c/noise", error=5.0, rounding=3.0),
+        error("c/noise", error=5.0, rounding=3.0, flushed=0.1),
         error("d/inf", nonfinite=2),
         error("e/zero", flushed=0.5),
         error("f/float32", dtype="float32", error=0.1, terms=0),

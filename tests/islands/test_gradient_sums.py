@@ -292,3 +292,20 @@ def test_replicas_sum_in_float32():
     before = model.layers[0].bias.numpy()
     model.fit(np.ones((TERMS, 64, 2)), np.zeros(TERMS), batch_size=TERMS, verbose=0)
     np.testing.assert_allclose(before - model.layers[0].bias.numpy(), 64, rtol=0.02)
+
+
+@needs_tensorflow
+@pytest.mark.slow
+def test_force_float32_after_fit_traces_again():
+    """A compiled step would keep the sums that it was traced with."""
+    with tfmixed.policy_scope(HALVES[0], float32_sums=False):
+        model = keras.Sequential([keras.Input((8,)), layers.Dense(4)])
+    model.compile(keras.optimizers.SGD(1.0), lambda _, predicted: ops.mean(predicted), jit_compile=False)
+    moved = []
+    for force in (lambda _: None, tfmixed.force_float32):
+        force(model)
+        before = model.layers[0].bias.numpy()
+        model.fit(ROWS, np.zeros(TERMS), batch_size=TERMS, verbose=0)
+        moved.append((before - model.layers[0].bias.numpy()).sum())
+    assert moved[0] < 0.5
+    assert moved[1] == pytest.approx(1, rel=0.01)

@@ -104,7 +104,7 @@ class Plan:
             self._try_float32_outputs(half, is_traceable)
         if changed:
             layer_rewrite.update_dtypes(self.model)
-            _reset_compiled_functions([self.model, *self.inside])
+            reset_compiled_functions([self.model, *self.inside])
         return list(self._changed_paths(changed))
 
     def _changed_paths(self, changed: set[Any]) -> Iterator[str]:
@@ -217,7 +217,7 @@ class Plan:
         return savers
 
 
-def _reset_compiled_functions(layers: list[Any]) -> None:
+def reset_compiled_functions(layers: list[Any]) -> None:
     """Has Keras, and a `tf.function` that is the `call` of a layer, trace again."""
     for layer in layers:
         if isinstance(layer, keras.Model):

@@ -20,8 +20,8 @@ from tfmixed.records import FidelityRecord, GradientError, short
 
 _FACTOR = 1.4  # between errors of the same cause, for many elements
 _SPREAD = 4.0  # of that factor for a single element
-_NOISE = 0.5  # error from rounding alone, from which on the float32 gradient is itself no reference
-_NOISE_FACTOR = 4.0
+_LEAST = 0.002  # the largest error that is never wrong
+_NOISE = 0.5  # error from rounding alone, from which on the float32 gradient is not a reference
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class GradientFidelity:
     """The error of each gradient in half precision. It prints as a table and iterates over `GradientError`s.
 
     An error is wrong if it exceeds that from rounding alone, plus one rounding of the result, by more than chance: by
-    1.4 times, and by more for few elements. A gradient is also wrong if more than 1 % of its values are flushed to 0,
-    or if values are not finite. `tfmixed.gradient_fidelity` returns an instance. The gradients with the largest errors,
-    in units of that limit, come first.
+    1.4 times, and by more for few elements. An error below 0.2 % is never wrong. A gradient is also wrong if more than
+    1 % of its values are flushed to 0, or if values are not finite. It is noise if rounding alone changes it by half or
+    more. `tfmixed.gradient_fidelity` returns an instance. The gradients with the largest errors, in units of the limit,
+    come first.
 
     Args:
         record: The measured errors.
@@ -61,14 +62,14 @@ class GradientFidelity:
         scale = short(self.record.scale)
         if gradient.nonfinite:
             return f"wrong: {gradient.nonfinite:,} values overflow at loss scale {scale}; use a smaller one"
+        if gradient.rounding >= _NOISE:
+            return "noise: rounding alone changes it as much, as where the true gradient is 0"
         if gradient.flushed > TOLERANCE:
             return f"wrong: {percent(gradient.flushed)} flushed to 0 at loss scale {scale}; use a larger one"
         if _excess(gradient) > 1 and _sums(gradient):
             return f"wrong: the sum over {gradient.terms:,} terms stands in {gradient.dtype}"
         if _excess(gradient) > 1:
             return "wrong: rounding explains less"
-        if gradient.rounding >= _NOISE:
-            return "noise: rounding alone changes it as much, as where the true gradient is 0"
         return "expected"
 
     def table(self, top: int | None = None) -> Table:
@@ -149,8 +150,10 @@ def _excess(gradient: GradientError) -> float:
     """Returns an error in units of the largest one that rounding explains: above 1 it is wrong."""
     if gradient.nonfinite:
         return float("inf")
-    last = FORMATS[gradient.dtype].epsilon / 2 if gradient.dtype in FORMATS else 1e-3
-    factor = _NOISE_FACTOR if gradient.rounding >= _NOISE else _FACTOR + _SPREAD / max(gradient.size, 1) ** 0.5
+    if gradient.rounding >= _NOISE:
+        return 0.0
+    last = max(FORMATS[gradient.dtype].epsilon / 2 if gradient.dtype in FORMATS else 0.0, _LEAST)
+    factor = _FACTOR + _SPREAD / max(gradient.size, 1) ** 0.5
     return max(gradient.error / (factor * gradient.rounding + last), gradient.flushed / TOLERANCE)
 
 
