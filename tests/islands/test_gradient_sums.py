@@ -88,8 +88,14 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("policy", HALVES)
-@pytest.mark.parametrize("kind", LAYERS)
+def in_both(kinds, in_float16):
+    """Returns all kinds in bfloat16, and some in float16. The rest is thorough."""
+    bfloat16 = [pytest.param(kind, HALVES[0], id=f"{kind}-bfloat16") for kind in kinds]
+    marks = {kind: () if kind in in_float16 else thorough for kind in kinds}
+    return bfloat16 + [pytest.param(kind, HALVES[1], id=f"{kind}-float16", marks=marks[kind]) for kind in kinds]
+
+
+@pytest.mark.parametrize(("kind", "policy"), in_both(LAYERS, {"Conv1D", "Embedding", "GRU", "SeparableConv2D"}))
 def test_gradients_of_keras_layers_are_those_of_float32(kind, policy):
     """Kernels and biases alike."""
     assert max(errors(*LAYERS[kind], policy)) < 0.02
@@ -143,8 +149,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("promote", [False, pytest.param(True, marks=thorough)])
-@pytest.mark.parametrize("policy", HALVES)
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize(("kind", "policy"), in_both(OWN, {"bias", "tile", "take"}))
 def test_gradients_of_custom_layers_are_those_of_float32(kind, policy, promote):
     """Also if their code runs in half precision."""
     shape, function = OWN[kind]
