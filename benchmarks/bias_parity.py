@@ -105,14 +105,39 @@ def errors() -> list[list[str]]:
     return rows
 
 
+def distances(results: dict[str, dict[str, parity.Outcome]]) -> list[str]:
+    """Returns a sentence on the effect of float32 sums, and the distances of each precision from float32."""
+    full, on, off = PRECISIONS
+    effects = {name: parity.difference(outcomes[off], outcomes[on]) for name, outcomes in results.items()}
+    beyond = sum(abs(mean) > half for mean, half in effects.values())
+    text = f"{beyond or 'None'} of the {len(effects)} means changes by more than the noise of seeds with "
+    text += "`float32_sums=False`.\nMean distance from the float32 run of the same seed:\n"
+    rows = [["precision", *(TASKS[name].title for name in results)]]
+    for precision in (on, off):
+        pairs = ((outcomes[precision].numbers, outcomes[full].numbers) for outcomes in results.values())
+        rows.append([precision, *(f"{abs(numpy.subtract(*pair)).mean():.4f}" for pair in pairs)])
+    spreads = (f"{mean:+.4f} ± {half:.4f}" for mean, half in effects.values())
+    rows.append(["mean change with float32_sums=False", *spreads])
+    return [text, *parity.lines(rows)]
+
+
 def section(seeds: int) -> str:
     results = {name: parity.measured(task, seeds, PRECISIONS) for name, task in TASKS.items()}
     about = f"""\
-`python benchmarks/bias_parity.py` with {seeds} seeds; {parity.machine()}. {STEPS} steps on one batch, the 1,437
-training images of the digits, without normalization. Numbers are cross-entropies of the validation images in nats;
-less is better. `mixed_bfloat16` adds up gradients in float32, `float32_sums=False` as TensorFlow does.
+`python benchmarks/bias_parity.py` with {seeds} seeds,
+{parity.machine()}.
+
+{STEPS} steps on one batch, the 1,437 training images of the digits, without normalization. Numbers are cross-entropies
+of the validation images in nats; less is better. `mixed_bfloat16` adds up gradients in float32, `float32_sums=False` as
+TensorFlow does.
 """
-    parts = [parity.SUMS, about, *parity.summary(results, TASKS), parity.conclusion(results, TASKS)]
+    parts = [
+        parity.SUMS,
+        about,
+        *parity.summary(results, TASKS),
+        parity.conclusion(results, TASKS),
+        *distances(results),
+    ]
     parts += ["Relative error of the gradients of the first step, seed 0, against float32:\n", *parity.lines(errors())]
     for name, outcomes in results.items():
         parts += ["#" + line if line.startswith("## ") else line for line in parity.details(TASKS[name], outcomes)]

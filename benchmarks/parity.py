@@ -161,7 +161,7 @@ def machine() -> str:
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (tf, keras, tfmixed))
     today = datetime.datetime.now(datetime.UTC).date()
     cores = f"{hardware.describe().main.name}, {os.cpu_count()} cores"
-    return f"on {cores}; {versions}, Python {platform.python_version()}; {today}"
+    return f"on {cores};\n{versions}, Python {platform.python_version()}; {today}"
 
 
 def page(results: dict[str, dict[str, Outcome]]) -> str:
