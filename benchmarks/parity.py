@@ -4,7 +4,8 @@
     python benchmarks/parity.py --seeds 2 --only digits --output -
 
 Trains `examples/digits.py` and `examples/transformer.py` under the precisions of `configs/`. A seed fixes the initial
-weights and the order of the data, so that runs of the same seed are compared with each other.
+weights and the order of the data, so that runs of the same seed are compared with each other. The last section of the
+results is that of `benchmarks/bias_parity.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy
@@ -43,23 +44,32 @@ PRECISIONS = {
     "mixed_float16, constant": "float16_constant",
     "mixed_bfloat16": "bfloat16",
 }
+SUMS = "## Float32 sums of gradients\n"
 EPOCHS, STEPS = 6, 400  # epochs of the digits, steps of the Transformer
 
 
 class Task(NamedTuple):
-    """A task: its title, the format of its numbers, and a function that returns a trained model and its number."""
+    """A task: its title, the format of its numbers, and a function of a precision that trains a model.
+
+    The function returns the model and its number.
+    """
 
     title: str
     form: str
-    train: Callable[[tfmixed.Config, int], tuple[keras.Model, float]]
+    train: Callable[[Any, int], tuple[keras.Model, float]]
 
 
-def train_digits(config: tfmixed.Config, seed: int) -> tuple[keras.Model, float]:
-    model, accuracy = digits.train(config, EPOCHS, seed, verbose=0)
+def load(name: str) -> tfmixed.Config:
+    return tfmixed.load_config(ROOT / "configs" / f"{name}.toml")
+
+
+def train_digits(name: str, seed: int) -> tuple[keras.Model, float]:
+    model, accuracy = digits.train(load(name), EPOCHS, seed, verbose=0)
     return model, 100 * accuracy
 
 
-def train_transformer(config: tfmixed.Config, seed: int) -> tuple[keras.Model, float]:
+def train_transformer(name: str, seed: int) -> tuple[keras.Model, float]:
+    config = load(name)
     return transformer.train(config.policy, config.scaling, STEPS, seed)
 
 
@@ -79,17 +89,17 @@ class Outcome(NamedTuple):
         return f"{statistics.mean(self.numbers):{form}} ± {statistics.stdev(self.numbers):{form}}"
 
 
-def measured(task: Task, seeds: int) -> dict[str, Outcome]:
+def measured(task: Task, seeds: int, precisions: dict[str, Any]) -> dict[str, Outcome]:
     """Returns the outcome of a task under each precision. Every seed trains all precisions."""
-    numbers: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
-    skipped = dict.fromkeys(PRECISIONS, 0)
-    for seed, (precision, name) in itertools.product(range(seeds), PRECISIONS.items()):
+    numbers: dict[str, list[float]] = {precision: [] for precision in precisions}
+    skipped = dict.fromkeys(precisions, 0)
+    for seed, (precision, setting) in itertools.product(range(seeds), precisions.items()):
         keras.utils.clear_session()
-        model, number = task.train(tfmixed.load_config(ROOT / "configs" / f"{name}.toml"), seed)
+        model, number = task.train(setting, seed)
         numbers[precision].append(float(number))
         skipped[precision] += int(getattr(model.optimizer, "skipped_steps", 0))
         print(f"{task.title}, seed {seed}, {precision}: {number:{task.form}}", file=sys.stderr, flush=True)
-    return {precision: Outcome(numbers[precision], skipped[precision]) for precision in PRECISIONS}
+    return {precision: Outcome(numbers[precision], skipped[precision]) for precision in precisions}
 
 
 def difference(outcome: Outcome, reference: Outcome) -> tuple[float, float]:
@@ -104,11 +114,11 @@ def lines(rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] + ["---:"] * (len(head) - 1), *body)] + [""]
 
 
-def summary(results: dict[str, dict[str, Outcome]]) -> list[str]:
+def summary(results: dict[str, dict[str, Outcome]], tasks: dict[str, Task]) -> list[str]:
     """Returns the table of means and standard deviations."""
-    rows = [["precision", *(TASKS[name].title for name in results)]]
-    for precision in PRECISIONS:
-        spreads = (outcomes[precision].spread(TASKS[name].form) for name, outcomes in results.items())
+    rows = [["precision", *(tasks[name].title for name in results)]]
+    for precision in next(iter(results.values())):
+        spreads = (outcomes[precision].spread(tasks[name].form) for name, outcomes in results.items())
         rows.append([precision, *spreads])
     return lines(rows)
 
@@ -127,12 +137,12 @@ def details(task: Task, outcomes: dict[str, Outcome]) -> list[str]:
     return [f"## {task.title[0].upper()}{task.title[1:]}", "", *lines(differences), *lines(seeds)]
 
 
-def conclusion(results: dict[str, dict[str, Outcome]]) -> str:
+def conclusion(results: dict[str, dict[str, Outcome]], tasks: dict[str, Task]) -> str:
     """Returns a paragraph on the differences from float32 that exceed the noise of seeds."""
     beyond = []
-    pairs = list(itertools.product(results, list(PRECISIONS)[1:]))
+    pairs = list(itertools.product(results, list(next(iter(results.values())))[1:]))
     for name, precision in pairs:
-        form, reference = TASKS[name].form, results[name]["float32"]
+        form, reference = tasks[name].form, results[name]["float32"]
         mean, half = difference(results[name][precision], reference)
         if abs(mean) > half:
             share = abs(mean) / statistics.stdev(reference.numbers)
@@ -146,15 +156,21 @@ def conclusion(results: dict[str, dict[str, Outcome]]) -> str:
     return f"{head}in {chance:.0%} of such tables):\n\n" + "".join(beyond)
 
 
+def machine() -> str:
+    """Returns the machine, the versions and today's date."""
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (tf, keras, tfmixed))
+    today = datetime.datetime.now(datetime.UTC).date()
+    cores = f"{hardware.describe().main.name}, {os.cpu_count()} cores"
+    return f"on {cores};\n{versions}, Python {platform.python_version()}; {today}"
+
+
 def page(results: dict[str, dict[str, Outcome]]) -> str:
     seeds = len(next(iter(results.values()))["float32"].numbers)
-    today = datetime.datetime.now(datetime.UTC).date()
-    versions = [f"{module.__name__} {module.__version__}" for module in (tf, keras, tfmixed)]
     about = f"""\
 # Accuracy in half precision
 
-`python benchmarks/parity.py` with {seeds} seeds, {EPOCHS} epochs, {STEPS} steps, on {hardware.describe().main.name},
-{os.cpu_count()} cores; {", ".join(versions)}, Python {platform.python_version()}; {today}.
+`python benchmarks/parity.py` with {seeds} seeds, {EPOCHS} epochs, {STEPS} steps,
+{machine()}.
 """
     notes = """\
 Mean ± standard deviation over seeds. A difference is the mean over pairs of runs of one seed, with its 95% interval by
@@ -163,7 +179,7 @@ Student's t; it exceeds the noise where that does not hold 0. Of the digits, 1,4
 counting pairs {:.3f}.
 """.format(*transformer.counted())
     tables = (line for name, outcomes in results.items() for line in details(TASKS[name], outcomes))
-    return "\n".join([about, *summary(results), conclusion(results), notes, *tables])
+    return "\n".join([about, *summary(results, TASKS), conclusion(results, TASKS), notes, *tables])
 
 
 def main() -> None:
@@ -173,10 +189,12 @@ def main() -> None:
     parser.add_argument("--output", default=str(RESULTS), help="file to write, or - (default: %(default)s)")
     arguments = parser.parse_args()
     tasks = [arguments.only] if arguments.only else list(TASKS)
-    text = page({name: measured(TASKS[name], arguments.seeds) for name in tasks})
+    text = page({name: measured(TASKS[name], arguments.seeds, PRECISIONS) for name in tasks})
     Console().print(Markdown(text))
     if arguments.output != "-":
-        atomic_write.write_text(arguments.output, text)
+        path = Path(arguments.output)
+        kept = path.read_text(encoding="utf-8").partition(SUMS)[1:] if path.exists() else ()
+        atomic_write.write_text(path, "\n".join((text, "".join(kept))) if kept else text)
 
 
 if __name__ == "__main__":
