@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import textwrap
@@ -11,7 +12,7 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
-from backend import BACKEND, breaks_on_cpus, needs_tensorflow
+from backend import BACKEND, breaks_on_cpus, needs_tensorflow, tf
 from keras import layers, ops
 from typer.testing import CliRunner
 
@@ -172,6 +173,52 @@ def test_sums_of_custom_code_are_found():
     assert [gradient.layer for gradient in fidelity.wrong] == ["own"]
 
 
+class Penalized(keras.Model):
+    """A model whose loss contains the gradient of its output with respect to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.top = layers.Dense(8, "tanh"), layers.Dense(1, dtype="float32")
+
+    def call(self, x):
+        return self.top(self.hidden(x))
+
+    def train_step(self, data):
+        x = ops.convert_to_tensor(keras.utils.unpack_x_y_sample_weight(data)[0])
+        with tf.GradientTape() as tape:
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                output = self(x)
+            loss = ops.mean(ops.square(ops.cast(inner.gradient(output, x), "float32")))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+@needs_tensorflow
+def test_second_derivatives_are_rounded_too():
+    """Simulated rounding has the derivative 1."""
+    tfmixed.set_policy("mixed_bfloat16")
+    model = Penalized()
+    model.compile("sgd")
+    model(np.ones((1, 8), "float32"))
+    fidelity = gradient_fidelity(model, rows()[0][:64], batch_size=64)
+    assert len(fidelity) == 3
+    assert all(0 < gradient.rounding < 0.1 for gradient in fidelity)
+    assert not fidelity.wrong
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_values_that_are_not_finite_in_float32():
+    """A NaN in the data is not an overflow, and its JSON is valid."""
+    tfmixed.set_policy("mixed_bfloat16")
+    x, y = rows()
+    x[0, 0] = np.nan
+    fidelity = gradient_fidelity(compiled(keras.Input((8,)), layers.Dense(4)), (x, y), batch_size=64)
+    assert "not finite in float32" in fidelity.explain(fidelity.wrong[0])
+    assert "NaN" not in fidelity.to_json()
+
+
 def test_models_without_half_precision_are_refused():
     with pytest.raises(ValueError, match="half precision"):
         gradient_fidelity(compiled(keras.Input((8,)), layers.Dense(4)), rows())
@@ -235,15 +282,16 @@ def test_order_and_explanations():
         error("b/sum", error=0.9),
         error("c/noise", error=5.0, rounding=3.0, flushed=0.1),
         error("d/inf", nonfinite=2),
-        error("e/zero", flushed=0.5),
+        dataclasses.replace(error("g/nan"), unknown=3),
+        error("e/zero", dtype="float16", flushed=0.5),
         error("f/float32", dtype="float32", error=0.1, terms=0),
     )
     kinds = {gradient.name[2:]: found.explain(gradient).partition(":")[0] for gradient in found}
-    assert next(iter(kinds)) == "inf"
-    assert {name for name, kind in kinds.items() if kind == "wrong"} == {"inf", "sum", "zero", "float32"}
-    assert len(found.wrong) == 4
+    assert set(list(kinds)[:2]) == {"inf", "nan"}
+    assert {name for name, kind in kinds.items() if kind == "wrong"} == {"inf", "nan", "sum", "zero", "float32"}
+    assert len(found.wrong) == 5
     assert kinds["noise"] == "noise"
-    assert "4 of 6" in found.summary()
+    assert "5 of 7" in found.summary()
     assert "dtype float32" in fidelity_of(error(error=1.0), float32_sums=True).advice()
     assert fidelity_of(error()).advice() == ""
 

@@ -256,6 +256,49 @@ def test_force_float32_gives_a_model_float32_sums():
     assert bias_error(model) < 0.02
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's convolutions are replaced")
+def test_convolutions_take_keyword_arguments():
+    """As `keras.ops.image.extract_patches` passes them, in any precision."""
+    tfmixed.set_policy(HALVES[1])
+    for dtype in ("float32", "float16"):
+        assert ops.image.extract_patches(ops.ones((1, 4, 4, 3), dtype), (2, 2)).shape == (1, 2, 2, 12)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX caches transposed functions")
+def test_functions_that_jax_has_cached_are_transposed_again():
+    """A gradient that was computed before `set_policy`."""
+    tokens = np.zeros(TERMS, "int32")
+
+    def total(table):
+        return jax.numpy.sum(jax.numpy.take(table.astype("bfloat16"), tokens, axis=0).astype("float32"))
+
+    table = np.ones((2, 1), "float32")
+    before = float(jax.grad(total)(table)[0, 0])
+    tfmixed.set_policy(HALVES[0])
+    assert before < 1000 or not ON_CPU
+    assert float(jax.grad(total)(table)[0, 0]) == TERMS
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "float16"])
+def test_embeddings_of_pure_policies(policy):
+    """A half-precision table: only the sum is rounded."""
+    assert max(errors(lambda: layers.Embedding(3, 4), TOKENS, policy)) < 0.02
+
+
+@needs_tensorflow
+def test_take_accepts_what_keras_accepts():
+    """Tensors of unknown rank and ragged tensors."""
+    tfmixed.set_policy(HALVES[0])
+
+    @tf.function(input_signature=[tf.TensorSpec(None, "bfloat16")])
+    def first_rows(x):
+        return ops.take(x, [0, 0], axis=0)
+
+    assert first_rows(tf.ones((3, 2), "bfloat16")).shape == (2, 2)
+    ragged = tf.RaggedTensor.from_row_lengths(tf.ones(3, "bfloat16"), [1, 2])
+    assert ops.take(ragged, [1], axis=0).shape[0] == 1
+
+
 def test_files_do_not_change():
     """Keras alone loads them."""
     configs = []

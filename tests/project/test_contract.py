@@ -119,7 +119,7 @@ ATTRIBUTES = {
     "_keras_history": "find what made an output",
     "_nodes_by_depth": "walk a functional graph",
     "_functional": "find the graph of a Sequential",
-    "_dtype": "correct what a symbolic tensor says",
+    "_dtype": "correct what a symbolic tensor says, know how a variable is stored",
     "_registry": "replace gradient functions",
     "_use_locking": "know how a TensorFlow 1 optimizer writes",
     "_is_stateful": "know what a gradient comes from",

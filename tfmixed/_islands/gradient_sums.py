@@ -45,9 +45,11 @@ _covers_new_layers = False
 def switch(on: bool, allowed: bool = True) -> None:
     """Sets whether new layers get float32 sums, and whether any layer does."""
     global _covers_new_layers, _is_allowed
+    before = is_on()
     if on:
         _install()
     _covers_new_layers, _is_allowed = on, allowed
+    _drop_traces(before)
 
 
 def state() -> tuple[bool, bool]:
@@ -72,8 +74,18 @@ def replaced() -> tuple[str, ...]:
 
 def cover(layer: Any) -> None:
     """Gives a layer float32 sums for as long as it exists."""
+    before = is_on()
     _install()
     _covered.add(layer)
+    _drop_traces(before)
+
+
+def _drop_traces(before: bool) -> None:
+    """Drops transposed functions that JAX has cached, if the sums are on now or not allowed, unlike `before`."""
+    if keras.backend.backend() == "jax" and before != is_on() and (is_on() or not _is_allowed):
+        import jax
+
+        jax.clear_caches()
 
 
 @functools.cache
@@ -104,27 +116,41 @@ def _take(original: Callable[..., Any]) -> Callable[..., Any]:
         dtype = keras.backend.standardize_dtype(getattr(x, "dtype", "float32"))
         if dtype not in HALF or not is_on():
             return original(x, *args, **kwargs)
-        with AutocastScope("float32"):  # of a variable
-            # The gradient of a reshape is dense. TensorFlow would add up sparse ones after the cast to half precision.
-            wide = x if isinstance(x, keras.Variable) else ops.reshape(ops.cast(x, "float32"), ops.shape(x))
+        is_stored_wide = isinstance(x, keras.Variable) and x._dtype == "float32"
+        with AutocastScope("float32"):
+            wide = x if is_stored_wide else _with_dense_gradient(ops.cast(x, "float32"))
             return ops.cast(original(wide, *args, **kwargs), dtype)
 
     return take
+
+
+def _with_dense_gradient(x: Any) -> Any:
+    """Returns a tensor whose gradient is dense: TensorFlow adds up sparse ones after a cast to half precision."""
+    if keras.backend.backend() != "tensorflow":
+        return x
+    import tensorflow as tf
+
+    return tf.reshape(x, tf.shape(x)) if isinstance(x, tf.Tensor) else x
 
 
 def _convolution(original: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a convolution that PyTorch computes in float32 instead of float16 on CPUs."""
 
     @functools.wraps(original)
-    def convolution(x: Any, *args: Any, **kwargs: Any) -> Any:
-        x = ops.convert_to_tensor(x)
-        if keras.backend.standardize_dtype(x.dtype) != "float16" or x.device.type != "cpu" or not is_on():
-            return original(x, *args, **kwargs)
+    def convolution(*args: Any, **kwargs: Any) -> Any:
+        inputs = args[0] if args else kwargs["inputs"]
+        is_half = ops.is_tensor(inputs) and keras.backend.standardize_dtype(inputs.dtype) == "float16"
+        if not is_half or inputs.device.type != "cpu" or not is_on():
+            return original(*args, **kwargs)
         with AutocastScope("float32"):
-            wide = [ops.cast(kernel, "float32") if ops.is_tensor(kernel) else kernel for kernel in args]
-            return ops.cast(original(ops.cast(x, "float32"), *wide, **kwargs), "float16")
+            args, kwargs = keras.tree.map_structure(_widen, (args, kwargs))
+            return ops.cast(original(*args, **kwargs), "float16")
 
     return convolution
+
+
+def _widen(x: Any) -> Any:
+    return ops.cast(x, "float32") if ops.is_tensor(x) else x
 
 
 def _install_in_jax() -> None:
@@ -162,13 +188,15 @@ def _unbroadcast(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _install_in_tensorflow() -> None:
-    from tensorflow.python.framework import ops
+    from tensorflow.python.framework import ops, test_util
     from tensorflow.python.ops import math_grad
 
+    # Without oneDNN, TensorFlow adds up the gradients of kernels in bfloat16, too.
+    kernels = HALF if not test_util.IsMklEnabled() else ("float16",)
     registry = ops.gradient_registry._registry
     registry["BiasAdd"]["type"] = _bias_gradient(registry["BiasAdd"]["type"])
     for op, dtypes in _CAST.items():
-        registry[op]["type"] = _float32_gradient(registry[op]["type"], dtypes)
+        registry[op]["type"] = _float32_gradient(registry[op]["type"], kernels if op in _CONVOLUTIONS else dtypes)
     math_grad._ReduceGradientArg = _reduction(math_grad._ReduceGradientArg)
 
 

@@ -205,18 +205,21 @@ class _Sums:
     flushed: int = 0
     nonzero: int = 0
     nonfinite: int = 0
+    unknown: int = 0
 
     def add(self, exact: Any, half: Any, rounded: Any) -> None:
-        finite = numpy.isfinite(half)
-        half = numpy.where(finite, half, 0.0)
+        known = numpy.isfinite(exact) & numpy.isfinite(rounded)
+        self.nonfinite += int(numpy.sum(known & ~numpy.isfinite(half)))
+        self.unknown += int(numpy.sum(~known))
+        finite = known & numpy.isfinite(half)
+        exact, half, rounded = (numpy.where(finite, values, 0.0) for values in (exact, half, rounded))
         self.exact += numpy.vdot(exact, exact)
         self.half += numpy.vdot(half, half)
         self.product += numpy.vdot(exact, half)
         self.difference += numpy.vdot(half - exact, half - exact)
         self.rounding += numpy.vdot(rounded - exact, rounded - exact)
-        self.flushed += int(numpy.sum((half == 0) & (rounded != 0) & (exact != 0) & finite))
+        self.flushed += int(numpy.sum((half == 0) & (rounded != 0) & (exact != 0)))
         self.nonzero += int(numpy.sum((rounded != 0) & (exact != 0)))
-        self.nonfinite += int(finite.size - finite.sum())
 
     def results(self) -> dict[str, Any]:
         """Returns the last fields of `GradientError`."""
@@ -229,6 +232,7 @@ class _Sums:
             "cosine": cosine,
             "flushed": flushed,
             "nonfinite": self.nonfinite,
+            "unknown": self.unknown,
         }
 
 

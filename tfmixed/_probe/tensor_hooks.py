@@ -115,10 +115,11 @@ def _bitcast(values: Any, dtype: str) -> Any:
 def round_significand(values: Any, bits: int) -> Any:
     """Returns float32 values rounded to the nearest ones with a significand of `bits` bits, ties to even.
 
-    Exponents are not limited. Not by casts, which compilers omit.
+    Exponents are not limited. Not by casts, which compilers omit. The derivative is 1.
     """
     dropped = _FLOAT32_BITS - bits
     before = _bitcast(values, "int32")
     is_odd = ops.bitwise_and(ops.right_shift(before, dropped), 1)
     rounded = ops.bitwise_and(before + (2 ** (dropped - 1) - 1) + is_odd, -(2**dropped))
-    return _bitcast(rounded, "float32")
+    change = _bitcast(rounded, "float32") - values  # exact
+    return values + ops.stop_gradient(ops.where(ops.isfinite(change), change, 0.0))

@@ -15,11 +15,11 @@ from rich.text import Text
 
 from tfmixed._probe.rounding_model import TOLERANCE, percent
 from tfmixed._utils import rich_text
-from tfmixed.formats import FORMATS
+from tfmixed.formats import FORMATS, HALF
 from tfmixed.records import FidelityRecord, GradientError, short
 
-_FACTOR = 1.4  # between errors of the same cause, for many elements
-_SPREAD = 4.0  # of that factor for a single element
+_FACTOR = 1.2  # between errors of the same cause, for many elements
+_SPREAD = 7.0  # of that factor for a single element
 _LEAST = 0.002  # the largest error that is never wrong
 _NOISE = 0.5  # error from rounding alone, from which on the float32 gradient is not a reference
 
@@ -29,7 +29,7 @@ class GradientFidelity:
     """The error of each gradient in half precision. It prints as a table and iterates over `GradientError`s.
 
     An error is wrong if it exceeds that from rounding alone, plus one rounding of the result, by more than chance: by
-    1.4 times, and by more for few elements. An error below 0.2 % is never wrong. A gradient is also wrong if more than
+    1.2 + 7 / sqrt(size) times. An error below 0.2 % is never wrong. A gradient is also wrong if more than
     1 % of its values are flushed to 0, or if values are not finite. It is noise if rounding alone changes it by half or
     more. `tfmixed.gradient_fidelity` returns an instance. The gradients with the largest errors, in units of the limit,
     come first.
@@ -60,11 +60,13 @@ class GradientFidelity:
     def explain(self, gradient: GradientError) -> str:
         """Returns `"expected"`, `"noise"` or `"wrong"`, and a reason."""
         scale = short(self.record.scale)
+        if gradient.unknown:
+            return f"wrong: {gradient.unknown:,} values are not finite in float32 either"
         if gradient.nonfinite:
             return f"wrong: {gradient.nonfinite:,} values overflow at loss scale {scale}; use a smaller one"
         if gradient.rounding >= _NOISE:
             return "noise: rounding alone changes it as much, as where the true gradient is 0"
-        if gradient.flushed > TOLERANCE:
+        if _is_flushed(gradient):
             return f"wrong: {percent(gradient.flushed)} flushed to 0 at loss scale {scale}; use a larger one"
         if _excess(gradient) > 1 and _sums(gradient):
             return f"wrong: the sum over {gradient.terms:,} terms stands in {gradient.dtype}"
@@ -148,19 +150,26 @@ HEADINGS = ("gradient", "error", "rounding", "cosine", "to 0", "explanation")
 
 def _excess(gradient: GradientError) -> float:
     """Returns an error in units of the largest one that rounding explains: above 1 it is wrong."""
-    if gradient.nonfinite:
+    if gradient.nonfinite or gradient.unknown:
         return float("inf")
     if gradient.rounding >= _NOISE:
         return 0.0
     last = max(FORMATS[gradient.dtype].epsilon / 2 if gradient.dtype in FORMATS else 0.0, _LEAST)
     factor = _FACTOR + _SPREAD / max(gradient.size, 1) ** 0.5
-    return max(gradient.error / (factor * gradient.rounding + last), gradient.flushed / TOLERANCE)
+    flushed = gradient.flushed / TOLERANCE if _is_flushed(gradient) else 0.0
+    return float(max(gradient.error / (factor * gradient.rounding + last), flushed))
+
+
+def _is_flushed(gradient: GradientError) -> bool:
+    # bfloat16 has the exponents of float32: there a zero has another cause.
+    return gradient.dtype == "float16" and gradient.flushed > TOLERANCE
 
 
 def _sums(gradient: GradientError) -> bool:
-    """Returns whether an error has the usual cause, a sum in half precision, and no other that is known."""
-    is_flushed = gradient.nonfinite > 0 or gradient.flushed > TOLERANCE
-    return gradient.terms > 1 and gradient.dtype in FORMATS and not is_flushed
+    """Returns whether a sum in half precision over so many terms may stop growing, and no other cause is known."""
+    if gradient.nonfinite or gradient.unknown or _is_flushed(gradient) or gradient.dtype not in HALF:
+        return False
+    return gradient.terms * FORMATS[gradient.dtype].epsilon >= 0.5
 
 
 def _share(error: float) -> str:

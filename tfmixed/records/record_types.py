@@ -218,7 +218,9 @@ class GradientError:
             alone explains.
         cosine: Cosine of the angle between both.
         flushed: Share of the nonzero values that half precision flushes to 0.
-        nonfinite: Number of values that are infinite or NaN in half precision. They count as 0 in the error.
+        nonfinite: Number of values that are infinite or NaN in half precision and finite in float32. Values that are
+            not finite in one of the runs are left out of the other numbers.
+        unknown: Number of values that are infinite or NaN in float32. Defaults to 0.
     """
 
     name: str
@@ -231,6 +233,7 @@ class GradientError:
     cosine: float
     flushed: Share
     nonfinite: Count
+    unknown: Count = 0
 
 
 @dataclass(frozen=True)
