@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import keras
@@ -357,3 +359,30 @@ def test_force_float32_after_fit_traces_again():
         moved.append((before - model.layers[0].bias.numpy()).sum())
     assert moved[0] < 0.5
     assert moved[1] == pytest.approx(1, rel=0.01)
+
+
+SCRIPT = """
+import keras, numpy as np
+model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+model.compile(keras.optimizers.SGD(1.0), lambda _, predicted: keras.ops.mean(predicted), jit_compile=False)
+model.fit(np.ones((4096, 8)), np.zeros(4096), batch_size=4096, verbose=0)
+print("moved", -keras.ops.convert_to_numpy(model.layers[0].bias).sum())
+model.save("model.keras")
+"""
+LOAD = "import keras, sys; keras.models.load_model('model.keras', compile=False); assert 'tfmixed' not in sys.modules"
+
+
+@needs_tensorflow
+@pytest.mark.slow
+def test_a_script_under_run_sums_in_float32(tmp_path):
+    """With a switch, and Keras alone loads what it saves."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    moved = []
+    for switch in ([], ["--no-float32-sums"]):
+        options = ["--policy", "mixed_bfloat16", "--no-islands", *switch]
+        command = [sys.executable, "-m", "tfmixed", "run", *options, "script.py"]
+        output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True).stdout
+        moved.append(float(output.partition("moved ")[2].split()[0]))
+    assert moved[0] == pytest.approx(1, rel=0.01)
+    assert moved[1] < 0.5
+    subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, timeout=120, check=True)
