@@ -80,10 +80,9 @@ class GradientFidelity:
         Args:
             top: The largest number of rows. Defaults to None, all.
         """
-        grid = Table(Column("gradient", overflow="fold"), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-        for heading in HEADINGS[1:-1]:
-            grid.add_column(heading, justify="right", no_wrap=True)
-        grid.add_column(HEADINGS[-1], overflow="fold")
+        names = [Column(heading, overflow="fold") for heading in HEADINGS[:2]]
+        numbers = [Column(heading, justify="right", no_wrap=True) for heading in HEADINGS[2:]]
+        grid = Table(*names, *numbers, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
         for row in self.rows()[:top]:
             grid.add_row(*map(Text, row))
         return grid
@@ -93,11 +92,11 @@ class GradientFidelity:
         return [
             (
                 gradient.name,
+                self.explain(gradient),
                 _share(gradient.error),
                 _share(gradient.rounding),
                 f"{gradient.cosine:.4f}",
                 percent(gradient.flushed),
-                self.explain(gradient),
             )
             for gradient in self
         ]
@@ -145,7 +144,7 @@ class GradientFidelity:
         return json.dumps(self.as_dict(), indent=2)
 
 
-HEADINGS = ("gradient", "error", "rounding", "cosine", "to 0", "explanation")
+HEADINGS = ("gradient", "explanation", "error", "rounding", "cosine", "to 0")
 
 
 def _excess(gradient: GradientError) -> float:

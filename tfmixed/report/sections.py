@@ -123,7 +123,7 @@ def _fidelity(run: Run) -> Part:
         return Part(["No comparison with float32 in this log. The callback GradientFidelity writes one."])
     step = run.fidelity.record.step
     when = "" if step is None else f"Measured before step {step:,}. "
-    return Part([f"{when}{run.fidelity.summary()}"], Table(HEADINGS, run.fidelity.rows()))
+    return Part([f"{when}{run.fidelity.summary()}"], Table(HEADINGS, run.fidelity.rows(), left=2))
 
 
 def _lost(ranges: GradientRanges, scale: float, held: str, common: bool) -> Table:

@@ -41,7 +41,7 @@ def _grid(table: Table) -> Grid:
     grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=any(table.headings))
     for index, heading in enumerate(table.headings):
         side: Literal["left", "right"] = "left" if index < table.left else "right"
-        wraps = index == 0 or len(table.headings) <= _MOST_WRAPPED  # names and values, but not numbers
+        wraps = index < table.left or len(table.headings) <= _MOST_WRAPPED  # names and values, but not numbers
         grid.add_column(Text(heading), justify=side, overflow="fold", no_wrap=not wraps)
     for row in table.rows[:_MOST_ROWS]:
         grid.add_row(*(Text(cell) for cell in row))
