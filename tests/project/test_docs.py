@@ -19,8 +19,8 @@ from tfmixed._cli import main
 
 DOCS = pages.ROOT / "docs"
 PORTING = DOCS / "porting.md"  # test_porting.py runs its right column
-# Pages that run in a new process: as pasted by a user, or because they change settings of the process.
-FRESH = {"README.md", "run.md", "tf1.md", "distributed.md"}
+# Pages that run in a new process: as pasted by a user, or because they depend on settings of the process.
+FRESH = {"README.md", "run.md", "tf1.md", "distributed.md", "fidelity.md", "islands.md"}
 # Pages that do not train, or train in a second. The others run in CI.
 QUICK = {"comparison.md", "how_it_works.md", "index.md", "policy.md", "speed.md"}
 ON_FAULTS = {code for codes in pages.sections(DOCS / "nan.md").values() for code in codes}  # test_nan.py runs them

@@ -55,8 +55,8 @@ class MeasuringCallback(keras.callbacks.Callback):
         model = self.model
         if replica_sync.is_multi_worker(model):
             raise NotImplementedError(
-                f"{type(self).__name__} measures in one process, not on several workers. Measure on one worker before "
-                "or after `fit`."
+                f"{type(self).__name__} measures in one process, not on several workers. Call `measure_gradients` or "
+                "`gradient_fidelity` on one worker before or after `fit`."
             )
         self._probe = self._new_probe()
         self._begun = False
