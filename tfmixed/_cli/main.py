@@ -165,7 +165,7 @@ def fidelity(
     ],
     steps: Annotated[int, typer.Option(min=1, help="Number of batches.")] = 1,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size of arrays. Default: 32.")] = None,
-    policy: _Policy = None,
+    policy: Annotated[str | None, typer.Option(help="Dtype policy such as mixed_float16, set by set_policy.")] = None,
     float32_sums: Annotated[
         bool, typer.Option("--float32-sums/--no-float32-sums", help="Keep the float32 sums of set_policy.")
     ] = True,
@@ -273,7 +273,8 @@ def _set_policy(policy: str | None, as_keras: bool = True) -> None:
     try:
         if policy is not None:
             tfmixed.set_policy(policy, promote=not as_keras)
-            gradient_sums.switch(not as_keras)
+            if as_keras:
+                gradient_sums.switch(False)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
