@@ -26,6 +26,12 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 
 _Policy = Annotated[str | None, typer.Option(help="Dtype policy such as mixed_float16, set as Keras alone sets it.")]
 
+_Training = Annotated[
+    str,
+    typer.Argument(help="module:function that returns a compiled model with inputs and targets, or with a dataset."),
+]
+_BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size of arrays. Default: 32.")]
+
 
 def main() -> None:
     """Runs the command line. Usage errors are one line on standard error, with exit code 2."""
@@ -119,14 +125,9 @@ def audit(
 
 @app.command()
 def ranges(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="module:function that returns a compiled model with inputs and targets, or with a dataset."
-        ),
-    ],
+    model: _Training,
     steps: Annotated[int, typer.Option(min=1, help="Number of batches.")] = 10,
-    batch: Annotated[int | None, typer.Option(min=1, help="Batch size of arrays. Default: 32.")] = None,
+    batch: _BatchSize = None,
     policy: _Policy = None,
     precision: Annotated[
         Literal["float32", "float16", "bfloat16"],
@@ -157,14 +158,9 @@ def ranges(
 
 @app.command()
 def fidelity(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="module:function that returns a compiled model with inputs and targets, or with a dataset."
-        ),
-    ],
+    model: _Training,
     steps: Annotated[int, typer.Option(min=1, help="Number of batches.")] = 1,
-    batch: Annotated[int | None, typer.Option(min=1, help="Batch size of arrays. Default: 32.")] = None,
+    batch: _BatchSize = None,
     policy: Annotated[str | None, typer.Option(help="Dtype policy such as mixed_float16, set by set_policy.")] = None,
     float32_sums: Annotated[
         bool, typer.Option("--float32-sums/--no-float32-sums", help="Keep the float32 sums of set_policy.")

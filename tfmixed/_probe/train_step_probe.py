@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
@@ -13,7 +14,7 @@ from tfmixed._core import gradients
 from tfmixed._probe.dry_run import compiled_step, dry_run, holds_grad_scaler
 from tfmixed._probe.gradient_histogram import Histogram, add_gradient, perturb
 from tfmixed._probe.tensor_hooks import hooked
-from tfmixed._utils import layer_tree, temporary_state
+from tfmixed._utils import layer_tree, model_building, temporary_state
 from tfmixed.formats import HALF
 from tfmixed.records import GradientRange, RangesRecord
 from tfmixed.scaling import validation
@@ -80,6 +81,26 @@ class StepProbe:
             self.build(batch)
         self._measure(_without_optionals(batch), state)
         self.batches += 1
+
+    def measure_batches(self, data: Any, steps: int, batch_size: int | None) -> None:
+        """Adds the gradients of at most `steps` batches of data as `fit` accepts them.
+
+        Raises:
+            ValueError: If there is no batch, or an argument is out of range.
+        """
+        validation.count("steps", steps, 1)
+        if batch_size is not None:
+            validation.count("batch_size", batch_size, 1)
+        batches = itertools.islice(model_building.batches(data, batch_size), steps)
+        with temporary_state.random_states():  # PyTorch's loaders draw random numbers
+            first = list(itertools.islice(batches, 1))
+        for batch in first:
+            self.build(batch)
+        with temporary_state.random_states():
+            for batch in itertools.chain(first, batches):
+                self.measure(batch)
+        if not self.batches:
+            raise ValueError(f"`data` must contain at least one batch. Received: {data!r:.200}")
 
     def _measure(self, batch: Any, state: Any) -> None:
         raise NotImplementedError

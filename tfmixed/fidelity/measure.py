@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import keras
 
 from tfmixed._islands import gradient_sums
 from tfmixed._probe.fidelity_probe import FidelityProbe
-from tfmixed._utils import model_building, temporary_state
 from tfmixed.fidelity.gradient_fidelity import GradientFidelity
-from tfmixed.scaling import validation
 
 
 def gradient_fidelity(
@@ -52,13 +49,6 @@ def gradient_fidelity(
     >>> len(fidelity), len(fidelity.wrong)
     (2, 0)
     """
-    validation.count("steps", steps, 1)
-    if batch_size is not None:
-        validation.count("batch_size", batch_size, 1)
     probe = FidelityProbe(model, scale)
-    with temporary_state.random_states():
-        for batch in itertools.islice(model_building.batches(data, batch_size), steps):
-            probe.measure(batch)
-    if not probe.batches:
-        raise ValueError(f"`data` must contain at least one batch. Received: {data!r:.200}")
+    probe.measure_batches(data, steps, batch_size)
     return GradientFidelity(probe.record(gradient_sums.is_on()))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import keras
 
 from tfmixed._probe.train_step_probe import Precision, Probe
-from tfmixed._utils import model_building, temporary_state
 from tfmixed.ranges.gradient_ranges import GradientRanges
-from tfmixed.scaling import validation
 
 
 def measure_gradients(
@@ -59,18 +56,6 @@ def measure_gradients(
     >>> [(gradient.layer, gradient.kind) for gradient in ranges]
     [('dense', 'activation'), ('dense', 'weight'), ('dense', 'weight')]
     """
-    validation.count("steps", steps, 1)
-    if batch_size is not None:
-        validation.count("batch_size", batch_size, 1)
     probe = Probe(model, precision, scale)
-    batches = itertools.islice(model_building.batches(data, batch_size), steps)
-    with temporary_state.random_states():  # PyTorch's loaders draw random numbers
-        first = list(itertools.islice(batches, 1))
-    for batch in first:
-        probe.build(batch)
-    with temporary_state.random_states():
-        for batch in itertools.chain(first, batches):
-            probe.measure(batch)
-    if not probe.batches:
-        raise ValueError(f"`data` must contain at least one batch. Received: {data!r:.200}")
+    probe.measure_batches(data, steps, batch_size)
     return GradientRanges(probe.record())
