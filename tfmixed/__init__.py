@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tfmixed.fidelity.measure import gradient_fidelity
     from tfmixed.grad_scaler import GradScaler
     from tfmixed.islands import force_float32
-    from tfmixed.optimizer import LossScaleOptimizer
+    from tfmixed.optimizer import LossScaleOptimizer, LowPrecisionOptimizer
     from tfmixed.policy import policy_scope, set_policy
     from tfmixed.ranges.measure import measure_gradients
     from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
@@ -54,6 +54,7 @@ _HOMES = {
     "GradScaler": "grad_scaler",
     "LogMaxScale": "scaling",
     "LossScaleOptimizer": "optimizer",
+    "LowPrecisionOptimizer": "optimizer",
     "audit": "auditing",
     "force_float32": "islands",
     "gradient_fidelity": "fidelity.measure",
@@ -71,6 +72,7 @@ __all__ = [
     "GradScaler",
     "LogMaxScale",
     "LossScaleOptimizer",
+    "LowPrecisionOptimizer",
     "__version__",
     "audit",
     "auditing",

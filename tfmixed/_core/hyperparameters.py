@@ -1,4 +1,4 @@
-"""Hyperparameters of a `LossScaleOptimizer`, which are those of its inner optimizer."""
+"""Hyperparameters and arguments of an optimizer that wraps another one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from tfmixed._core import gradients, replica_sync
 from tfmixed._utils import temporary_state
 
 # Set by the constructor of Keras's base optimizer, and meant for the inner one.
@@ -16,8 +17,6 @@ HYPERPARAMETERS = (
     *("weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "gradient_accumulation_steps"),
     *("use_ema", "ema_momentum", "ema_overwrite_frequency"),
 )
-# Set by the constructor, and part of the variables that it creates.
-_FIXED = ("rule", "initial_scale", "dynamic_growth_steps")
 
 
 class DelegatedHyperparameters:
@@ -29,6 +28,8 @@ class DelegatedHyperparameters:
     """
 
     inner_optimizer: Any
+    # Set by the constructor, and part of the variables that it creates.
+    _FIXED: tuple[str, ...] = ()
     _delegates = False
 
     assign = property(attrgetter("inner_optimizer.assign"))
@@ -49,10 +50,10 @@ class DelegatedHyperparameters:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._delegates and name in _FIXED:
+        if self._delegates and name in self._FIXED:
             raise AttributeError(
-                f"`{name}` cannot be changed after construction. Set `loss_scale`, or create another optimizer with "
-                f"`LossScaleOptimizer(inner_optimizer, scale)`. Received: {name}={value!r}"
+                f"`{name}` cannot be changed after construction. Create another {type(self).__name__}. "
+                f"Received: {name}={value!r}"
             )
         is_own = not self._delegates or name.startswith("_") or name in vars(self) or hasattr(type(self), name)
         if is_own or not hasattr(self.inner_optimizer, name):
@@ -70,6 +71,37 @@ class DelegatedHyperparameters:
             for name in ("use_ema", "gradient_accumulation_steps"):
                 temporary_state.put(stack, self, name, None)
             keras.optimizers.Optimizer.build(self, variables)
+
+    def _variables_of(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None) -> list[Any]:
+        """Returns the variables of gradients. Builds the optimizer with them if it is not built."""
+        check_any(grads)
+        if not self.built:
+            if trainable_variables is None:
+                raise ValueError(
+                    "`trainable_variables` is required for an optimizer that is not built. Pass the variables, or call "
+                    "`optimizer.build(trainable_variables)` first. Received: trainable_variables=None"
+                )
+            with keras.name_scope(self.name, caller=self):
+                self.build(list(trainable_variables))
+        replica_sync.check_supported(self.inner_optimizer)
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                "`grads` must have one gradient for each variable. "
+                f"Received: {len(grads)} gradients, {len(variables)} variables"
+            )
+        return variables
+
+    def _indices(self, variables: Sequence[Any]) -> list[int]:
+        try:
+            return [self._get_variable_index(variable) for variable in variables]
+        except KeyError:
+            known = ", ".join(gradients.path(variable) for variable in self._trainable_variables)
+            names = ", ".join(gradients.path(variable) for variable in variables)
+            raise ValueError(
+                f"`trainable_variables` must be among those that the optimizer was built with: {known}. "
+                f"Received: {names}"
+            ) from None
 
     @property
     def loss_scale_factor(self) -> None:
@@ -107,6 +139,15 @@ class DelegatedHyperparameters:
         for part in (inner, *getattr(inner, "optimizers", ())):
             if part._iterations is not counter:
                 part._iterations.assign(value * (part.gradient_accumulation_steps or 1))
+
+
+def check_any(grads: Sequence[Any]) -> None:
+    """Checks that there is a gradient."""
+    if all(gradient is None for gradient in grads):
+        raise ValueError(
+            "`grads` must have at least one gradient. The loss does not depend on any of the trainable variables. "
+            f"Received: {len(grads)} times None"
+        )
 
 
 def _wrapped(variable: Any) -> keras.Variable:

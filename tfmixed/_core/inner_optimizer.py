@@ -87,9 +87,15 @@ def branches(inner: Any) -> list[str]:
 
 
 def parts(inner: Any) -> list[Any]:
-    """Returns an optimizer and, if it is a `MultiOptimizer`, those that it consists of."""
+    """Returns an optimizer and, if it is a `MultiOptimizer`, those that it consists of, without their wrappers."""
+    if hasattr(inner, "inner_optimizer"):
+        return parts(inner.inner_optimizer)
     members = getattr(inner, "optimizers", None)
-    return [inner, *(members if isinstance(members, list | tuple) else ())]
+    return (
+        [inner, *(part for member in members for part in parts(member))]
+        if isinstance(members, list | tuple)
+        else [inner]
+    )
 
 
 def _is_of_keras(members: Sequence[Any]) -> bool:

@@ -14,7 +14,7 @@ from tfmixed._core import arguments, gradients, replica_sync
 from tfmixed._core.control_flow import cond
 from tfmixed._core.finite_check import FiniteCheck
 from tfmixed._core.fused_update import Call, Fuser, Fusion
-from tfmixed._core.hyperparameters import DelegatedHyperparameters
+from tfmixed._core.hyperparameters import DelegatedHyperparameters, check_any
 from tfmixed._core.keras2_methods import Keras2Methods
 from tfmixed._core.scaler_state import ScalerState
 from tfmixed._core.scaling_calls import ScalingCalls
@@ -62,6 +62,8 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
     >>> float(optimizer.scale_loss(2.0))
     2048.0
     """
+
+    _FIXED = ("rule", "initial_scale", "dynamic_growth_steps")
 
     def __init__(
         self,
@@ -202,7 +204,7 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
             raise ValueError("`stateless_apply` needs a built optimizer. Call `build(trainable_variables)` first.")
         if not grads:
             return list(trainable_variables), list(optimizer_variables)
-        _check_any(grads)
+        check_any(grads)
         own = self.variables[: -len(self.inner_optimizer.variables)]
         values, inner = optimizer_variables[: len(own)], optimizer_variables[len(own) :]
         with keras.StatelessScope(state_mapping=list(zip(own, values, strict=True))) as scope:
@@ -220,36 +222,6 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
 
         new_trainable, new_inner = ops.cond(result.finite, update, skip) if self.rule.skip_nonfinite else update()
         return new_trainable, new_own + new_inner
-
-    def _variables_of(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None) -> list[Any]:
-        """Returns the variables of gradients. Builds the optimizer with them if it is not built."""
-        _check_any(grads)
-        if not self.built:
-            if trainable_variables is None:
-                raise ValueError(
-                    "`trainable_variables` is required for an optimizer that is not built. Pass the variables, or call "
-                    "`optimizer.build(trainable_variables)` first. Received: trainable_variables=None"
-                )
-            with keras.name_scope(self.name, caller=self):
-                self.build(list(trainable_variables))
-        replica_sync.check_supported(self.inner_optimizer)
-        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
-        if len(grads) != len(variables):
-            raise ValueError(
-                "`grads` must have one gradient for each variable. "
-                f"Received: {len(grads)} gradients, {len(variables)} variables"
-            )
-        return variables
-
-    def _indices(self, variables: Sequence[Any]) -> list[int]:
-        try:
-            return [self._get_variable_index(variable) for variable in variables]
-        except KeyError:
-            names = ", ".join(gradients.path(variable) for variable in variables)
-            raise ValueError(
-                f"`trainable_variables` must be among those that the optimizer was built with: "
-                f"{', '.join(self._paths)}. Received: {names}"
-            ) from None
 
     def _gradient_scale(self, grads: Sequence[Any]) -> Any:
         """Returns the scale of gradients that are applied: 1 if they are unscaled, else the loss scale."""
@@ -278,11 +250,3 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
         if keras.backend.backend() != "jax" or sys.exc_info()[0] is None:
             self.raise_if_exhausted()
             self._end_run()
-
-
-def _check_any(grads: Sequence[Any]) -> None:
-    if all(gradient is None for gradient in grads):
-        raise ValueError(
-            "`grads` must have at least one gradient. The loss does not depend on any of the trainable variables. "
-            f"Received: {len(grads)} times None"
-        )

@@ -27,7 +27,7 @@ class Variables:
 
     def create(self, initial_values: Mapping[str, Any], add_variable: AddVariable) -> None:
         """Creates variables. They replace others of the same names."""
-        with _outside_of_graphs():
+        with outside_of_graphs():
             self.variables |= {name: _variable(add_variable, name, value) for name, value in initial_values.items()}
 
     def read(self, name: str) -> Any:
@@ -54,8 +54,8 @@ def _variable(add_variable: AddVariable, name: str, value: Any) -> keras.Variabl
     )
 
 
-def _outside_of_graphs() -> contextlib.AbstractContextManager[Any]:
-    # A variable created while a tf.function is traced would belong to that trace alone.
+def outside_of_graphs() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context for creating variables. Those created in a `tf.function` would belong to its trace alone."""
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
     import tensorflow as tf
