@@ -31,7 +31,7 @@ POLICY_MODULE = sys.modules["keras.src.dtype_policies.dtype_policy"]
 def apply(monkeypatch, tmp_path):
     """Returns a function that applies the patches with the given options."""
     methods = [(keras.Model, "compile"), (keras.Model, "make_train_function"), (keras.Model, "fit")]
-    methods += [(keras.optimizers.Optimizer, "apply")]
+    methods += [(keras.optimizers.Optimizer, "apply"), (keras.optimizers.Optimizer, "build")]
     if BACKEND == "tensorflow":
         methods.append((tf.GradientTape, "gradient"))
     for kind, name in methods:
