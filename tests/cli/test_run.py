@@ -281,6 +281,24 @@ def test_unreadable_counters_are_reported(tmp_path):
     assert re.search(r"at least 0 steps.* unknown", summary.close())
 
 
+def test_constants_that_round_away_are_reported_before_the_first_step(apply, capfd):
+    """Once for each optimizer, with and without a loss scale, in `fit` and in custom loops."""
+    apply("bfloat16", islands=False)
+    model = net(keras.Input((4,)))
+    model.compile("adam", LOSS)
+    model.optimizer.build(model.trainable_variables)
+    keras.optimizers.Nadam().build(model.trainable_variables)
+    keras.optimizers.SGD().build(model.trainable_variables)
+    keras.config.set_dtype_policy("float16")
+    model = net(keras.Input((4,)))
+    model.compile("adam", LOSS)
+    assert isinstance(model.optimizer, tfmixed.LossScaleOptimizer)
+    model.train_on_batch(X, Y)
+    adam, nadam, scaled = [line for line in lines(capfd) if "becomes" in line]
+    for line, words in ((adam, "Adam updates 4 bfloat16"), (nadam, "Nadam"), (scaled, "Adam updates 4 float16")):
+        assert re.search(rf"test_run\.py:\d+ trains, but {words}", line)
+
+
 @pytest.mark.parametrize("count", [1, 5])
 def test_last_line_names_logs_and_report(tmp_path, count):
     """A report compares a few logs at most. Existing files are kept."""

@@ -72,7 +72,9 @@ _DIVIDED_BY_BETA_2 = _classes("Lamb", "Nadam", "ScheduleFreeAdamW")
 # squares.
 _HAVE_HARMLESS_SQUARES = _classes("Adadelta", "Adagrad", "Adamax", "RMSprop")
 # Arguments of every optimizer. They are not decay rates, except one.
-_COMMON = frozenset(inspect.signature(keras.optimizers.Optimizer).parameters) - {"ema_momentum"}
+_COMMON = frozenset.intersection(
+    *(frozenset(inspect.signature(kind).parameters) for kind in _classes("Adam", "Ftrl", "SGD"))
+) - {"ema_momentum"}
 
 _reported: weakref.WeakSet[Any] = weakref.WeakSet()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -175,11 +174,16 @@ def optimizer(model: keras.Model) -> Iterator[Found]:
     """Yields the constants of the compiled optimizer that half-precision variables round away."""
     compiled = getattr(model, "optimizer", None)
     found = [] if compiled is None else optimizer_precision.find(compiled, model.trainable_variables)
-    for (name, dtype), group in itertools.groupby(found, lambda finding: (finding.optimizer, finding.dtype)):
-        findings = list(group)
-        severity: Severity = "severe" if any(finding.severe for finding in findings) else "warning"
-        risk, advice = f"{name}: {'; '.join(map(str, findings))}", optimizer_precision.remedy(dtype)
-        yield None, compiled, Hazard("optimizer", dtype, severity, risk, advice[0].lower() + advice[1:])
+    for dtype in HALF:
+        lost = [finding for finding in found if finding.dtype == dtype]
+        if lost:
+            severity: Severity = "severe" if any(finding.severe for finding in lost) else "warning"
+            risk = "; ".join(f"{finding.optimizer}: {finding}" for finding in lost)
+            yield (
+                None,
+                compiled,
+                Hazard("optimizer", dtype, severity, risk, f"u{optimizer_precision.remedy(dtype)[1:]}"),
+            )
 
 
 def speed(model: keras.Model, trace: Trace, context: Context) -> Iterator[Found]:
