@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import keras
 
 from tfmixed import hardware
+from tfmixed._core import optimizer_precision
 from tfmixed._islands import gradient_sums, promotion
 from tfmixed._utils import user_warnings
 from tfmixed.formats import HALF
@@ -32,7 +33,8 @@ def set_policy(
     Args:
         policy: `"auto"` selects the policy that `hardware.describe()` recommends, and prints the reason on standard
             error. A name (`"mixed_float16"`, `"mixed_bfloat16"`, `"float32"`, ...) or a Keras policy is set as it is,
-            with one warning if its half precision is slow on this machine. Defaults to `"auto"`.
+            with one warning if its half precision is slow on this machine, and one if it keeps variables in half
+            precision, where Keras's optimizers lose constants. Defaults to `"auto"`.
         promote: Whether new layers promote their outputs to float32. Defaults to True.
         float32_sums: Whether half-precision gradients are summed in float32: those of biases, of other broadcast
             variables and of embeddings. This replaces gradient functions of the backend in this process while layers
@@ -54,6 +56,7 @@ def set_policy(
         policy = _known(policy)
         _warn_if_slow(policy)
     _refuse_beside_rewrite(policy)
+    _warn_of_half_variables(policy)
     keras.config.set_dtype_policy(policy)
     is_half = policy.compute_dtype in HALF
     promotion.switch(promote and is_half)
@@ -114,3 +117,10 @@ def _warn_if_slow(policy: keras.DTypePolicy) -> None:
             f"policy {policy.name!r} is slow here: {machine.reason}. Use {machine.policy!r} for speed, or keep it to "
             f"study the numerics of {half}."
         )
+
+
+def _warn_of_half_variables(policy: keras.DTypePolicy) -> None:
+    dtype, key = policy.variable_dtype, f"variables: {policy.name}"
+    if dtype in HALF and key not in _warned:
+        _warned.add(key)
+        user_warnings.warn(optimizer_precision.describe_default(f"policy {policy.name!r}", dtype))

@@ -274,6 +274,24 @@ def test_half_precision_variables():
     assert "force_float32" not in str(audit(model)).splitlines()[-1]
 
 
+@pytest.mark.parametrize("policy", ["bfloat16", "float16"])
+def test_constants_of_the_optimizer(policy):
+    """Of the compiled one, with what becomes of them; not of a safe one, whose variables are fine, too."""
+    keras.config.set_dtype_policy(policy)
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, name="dense")])
+    for optimizer in (keras.optimizers.Adam(), LossScaleOptimizer("adam")):
+        model.compile(optimizer, "mse")
+        (finding,) = [finding for finding in audit(model) if finding.op == "optimizer"]
+        assert (finding.layer, finding.severity, finding.dtype) == (optimizer.name, "severe", policy)
+        assert re.match("Adam: .* becomes", finding.risk)
+        assert f"'mixed_{policy}'" in finding.advice
+        assert "force_float32" not in str(audit(model)).splitlines()[-1]
+    model.compile(keras.optimizers.SGD(weight_decay=1e-6), "mse")
+    assert ("warning", "optimizer") in [kind[1:] for kind in found(model)]
+    model.compile(type("Safe", (keras.optimizers.Adam,), {"float32_arithmetic": True})(), "mse")
+    assert not {"variables", "optimizer"} & {finding.op for finding in audit(model)}
+
+
 def test_widths_and_float32_remainders():
     """Reported for layers with many multiplications, except the last one."""
     inputs = keras.Input((64,))

@@ -20,7 +20,7 @@ PATH = pages.ROOT / "docs" / "nan.md"
 PAGE, SECTIONS = PATH.read_text(encoding="utf-8"), pages.sections(PATH)
 LINE = re.compile(r"^( *)- (.*?)\[[^\]]*\]\(#([\w-]+)\)$", flags=re.MULTILINE)
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:policy .* is slow here"),
+    pytest.mark.filterwarnings("ignore:.* (is slow here|keeps variables in|float16 variables in)"),
     pytest.mark.filterwarnings("ignore:.* were skipped:UserWarning"),  # what is planted
     pytest.mark.filterwarnings("ignore:.*overflow encountered in cast:RuntimeWarning"),  # the fault of a layer
     pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`:UserWarning"),

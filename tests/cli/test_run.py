@@ -31,7 +31,7 @@ POLICY_MODULE = sys.modules["keras.src.dtype_policies.dtype_policy"]
 def apply(monkeypatch, tmp_path):
     """Returns a function that applies the patches with the given options."""
     methods = [(keras.Model, "compile"), (keras.Model, "make_train_function"), (keras.Model, "fit")]
-    methods += [(keras.optimizers.Optimizer, "apply")]
+    methods += [(keras.optimizers.Optimizer, "apply"), (keras.optimizers.Optimizer, "build")]
     if BACKEND == "tensorflow":
         methods.append((tf.GradientTape, "gradient"))
     for kind, name in methods:
@@ -279,6 +279,24 @@ def test_unreadable_counters_are_reported(tmp_path):
     summary.begin(optimizer)
     optimizer.attempted_steps = None
     assert re.search(r"at least 0 steps.* unknown", summary.close())
+
+
+def test_constants_that_round_away_are_reported_before_the_first_step(apply, capfd):
+    """Once for each optimizer, with and without a loss scale, in `fit` and in custom loops."""
+    apply("bfloat16", islands=False)
+    model = net(keras.Input((4,)))
+    model.compile("adam", LOSS)
+    model.optimizer.build(model.trainable_variables)
+    keras.optimizers.Nadam().build(model.trainable_variables)
+    keras.optimizers.SGD().build(model.trainable_variables)
+    keras.config.set_dtype_policy("float16")
+    model = net(keras.Input((4,)))
+    model.compile("adam", LOSS)
+    assert isinstance(model.optimizer, tfmixed.LossScaleOptimizer)
+    model.train_on_batch(X, Y)
+    adam, nadam, scaled = [line for line in lines(capfd) if "becomes" in line]
+    for line, words in ((adam, "Adam updates 4 bfloat16"), (nadam, "Nadam"), (scaled, "Adam updates 4 float16")):
+        assert re.search(rf"test_run\.py:\d+ trains, but {words}", line)
 
 
 @pytest.mark.parametrize("count", [1, 5])

@@ -537,6 +537,7 @@ MULTI = MULTI if hasattr(keras.optimizers, "MultiOptimizer") else []  # from Ker
         *MULTI,
     ],
 )
+@pytest.mark.filterwarnings("ignore:.* updates 1 float16 variable")  # which is what is tested
 def test_float16_gradients_must_have_finite_squares(make, size, skipped):
     """Infinite second moments would make later steps NaN. Linear and clipping optimizers need no squares."""
     optimizer, weight = LossScaleOptimizer(make(), 1), keras.Variable([1.0, 1.0], dtype="float16")

@@ -195,6 +195,19 @@ def test_float32_layers_of_a_half_precision_model_are_ignored():
     assert found(keras.Sequential(stack)) == []
 
 
+def test_half_precision_variables_are_checked_against_the_optimizer():
+    """The compiled one, or Adam if there is none."""
+    keras.config.set_dtype_policy("bfloat16")
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(64)], name="mine")
+    (warning,) = set(diagnosis.examine(model).warnings) - set(diagnosis.examine().warnings)
+    assert re.search(r"'mine'.*Adam.* beta_2 = 0\.999", warning)
+    model.compile("nadam", "mse")
+    (warning,) = set(diagnosis.examine(model).warnings) - set(diagnosis.examine().warnings)
+    assert re.search(r"Nadam updates 2 bfloat16 .*beta_2.*LowPrecisionOptimizer", warning)
+    model.compile("sgd", "mse")
+    assert diagnosis.examine(model).warnings == diagnosis.examine().warnings
+
+
 def test_a_diagnosis_prints_as_tables():
     """Prints devices, policy, settings, speeds, warnings, and at most ten layers."""
     odd = tuple(Width(f"layer_{number}[a]", "Dense", "units", 10, 16) for number in range(13))

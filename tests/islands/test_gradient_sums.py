@@ -281,6 +281,7 @@ def test_functions_that_jax_has_cached_are_transposed_again():
     assert float(jax.grad(total)(table)[0, 0]) == TERMS
 
 
+@pytest.mark.filterwarnings("ignore:policy .* keeps variables in")
 @pytest.mark.parametrize("policy", ["bfloat16", "float16"])
 def test_embeddings_of_pure_policies(policy):
     """A half-precision table: only the sum is rounded."""

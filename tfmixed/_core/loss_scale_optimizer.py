@@ -10,7 +10,7 @@ from typing import Any, Literal
 import keras
 from keras import ops
 
-from tfmixed._core import arguments, gradients, replica_sync
+from tfmixed._core import arguments, gradients, optimizer_precision, replica_sync
 from tfmixed._core.control_flow import cond
 from tfmixed._core.finite_check import FiniteCheck
 from tfmixed._core.fused_update import Call, Fuser, Fusion
@@ -99,6 +99,8 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
     def build(self, variables: Sequence[Any]) -> None:
         """Creates all optimizer variables for the given trainable variables.
 
+        Warns once if half-precision variables round the inner optimizer's constants away.
+
         Raises:
             NotImplementedError: If the distribution strategy is of an untested kind.
         """
@@ -106,6 +108,7 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
         self._state().add_overflow_counts(len(variables), self.add_variable)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
+        optimizer_precision.report(self.inner_optimizer, variables)
         self._paths = [gradients.path(variable) for variable in variables]
         # Keras's LossScaleOptimizer.build would add its own two variables.
         self._build_base(variables)

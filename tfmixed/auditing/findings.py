@@ -30,7 +30,7 @@ _MEANINGS = {
     "warning": "goes wrong on large or small values",
     "note": "less precise, or slower",
 }
-_NOT_REPAIRED = ("variables", "cast")  # by `force_float32`
+_NOT_REPAIRED = ("variables", "optimizer", "cast")  # by `force_float32`
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
@@ -39,7 +39,7 @@ class Finding:
     """One part of a model that is unsafe in half precision.
 
     Args:
-        layer: Path of the layer whose own code contains it; `"loss"` outside of all layers.
+        layer: Path of the layer whose own code contains it; `"loss"` outside of all layers; the optimizer's name.
         op: The kind of operation: `"sum"`, `"softmax"`, `"constant"`, ...
         dtype: The dtype that it runs in.
         risk: The error that can occur, and the values for which it occurs.

@@ -55,7 +55,7 @@ def audit(model: keras.Model, inputs: Any = None, targets: Any = None) -> Audit:
     step, half = _traced_step(model, specs(model, inputs), targets)
     context = _context(half, inputs)
     found = [*_graph_hazards(step, half, context), *trace_rules.casts(half, context), *trace_rules.outputs(half)]
-    found += [*trace_rules.variables(model), *trace_rules.speed(model, half, context)]
+    found += [*trace_rules.variables(model), *trace_rules.optimizer(model), *trace_rules.speed(model, half, context)]
     if inputs is not None:
         found += float32_run.compare(Step(model, inputs, targets))
     dtypes = Counter(layer.compute_dtype for layer in model._flatten_layers(include_self=False, recursive=True))

@@ -12,9 +12,10 @@ import keras
 import ml_dtypes
 import numpy
 
+from tfmixed._core import optimizer_precision
 from tfmixed.auditing import gradient_reductions, math_functions, reductions
 from tfmixed.auditing.graph import constant_value, producer, producers
-from tfmixed.auditing.hazards import Context, Found, Hazard, Rule, significant_bits
+from tfmixed.auditing.hazards import Context, Found, Hazard, Rule, Severity, significant_bits
 from tfmixed.auditing.trace import Node, Trace
 from tfmixed.doctor import tile_alignment
 from tfmixed.formats import FORMATS, HALF
@@ -157,7 +158,9 @@ def _precision(dtype: str) -> str:
 
 
 def variables(model: keras.Model) -> Iterator[Found]:
-    """Yields layers with half-precision variables."""
+    """Yields layers with half-precision variables, unless the optimizer keeps small updates of them."""
+    if optimizer_precision.keeps_small_updates(getattr(model, "optimizer", None)):
+        return
     for layer in model._flatten_layers(include_self=True, recursive=True):
         own = {id(variable): variable for variable in layer._trainable_variables}.values()
         for dtype, count in Counter(variable.dtype for variable in own).items():
@@ -165,6 +168,22 @@ def variables(model: keras.Model) -> Iterator[Found]:
                 lost = f"updates below {FORMATS[dtype].epsilon / 2:.1g} of a weight are lost"
                 risk, advice = f"{count} variables in {dtype}: {lost}", f"use the policy 'mixed_{dtype}'"
                 yield None, layer, Hazard("variables", dtype, "severe", risk, advice)
+
+
+def optimizer(model: keras.Model) -> Iterator[Found]:
+    """Yields the constants of the compiled optimizer that half-precision variables round away."""
+    compiled = getattr(model, "optimizer", None)
+    found = [] if compiled is None else optimizer_precision.find(compiled, model.trainable_variables)
+    for dtype in HALF:
+        lost = [finding for finding in found if finding.dtype == dtype]
+        if lost:
+            severity: Severity = "severe" if any(finding.severe for finding in lost) else "warning"
+            risk = "; ".join(f"{finding.optimizer}: {finding}" for finding in lost)
+            yield (
+                None,
+                compiled,
+                Hazard("optimizer", dtype, severity, risk, f"u{optimizer_precision.remedy(dtype)[1:]}"),
+            )
 
 
 def speed(model: keras.Model, trace: Trace, context: Context) -> Iterator[Found]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tfmixed import hardware
+from tfmixed._core import optimizer_precision
 from tfmixed._utils import rich_text
 from tfmixed.doctor import backend_settings, speed_test, tile_alignment
 from tfmixed.doctor.backend_settings import BackendSettings
@@ -88,7 +89,8 @@ def examine(model: keras.Model | None = None, measure: bool = False) -> Diagnosi
     """Examines this machine as the active Keras backend sees it.
 
     Args:
-        model: A built model whose layer widths are checked as well. Defaults to None.
+        model: A built model whose layer widths are checked as well, and whose half-precision variables are checked
+            against its optimizer. Defaults to None.
         measure: Whether to measure speeds, which takes some seconds. Defaults to `False`.
 
     Example:
@@ -98,8 +100,21 @@ def examine(model: keras.Model | None = None, measure: bool = False) -> Diagnosi
     machine, settings = hardware.describe(), backend_settings.read()
     measured = speed_test.measure() if measure else None
     widths = None if model is None else tile_alignment.odd_widths(model, tile_alignment.MULTIPLES[machine.main.kind])
-    found = tuple(warnings(machine, settings, measured, widths))
+    found = (*_optimizer_warnings(model), *warnings(machine, settings, measured, widths))
     return Diagnosis(machine, settings, found, measured, widths)
+
+
+def _optimizer_warnings(model: keras.Model | None) -> list[str]:
+    """Returns the constants of a model's optimizer, or of Adam's, that its half-precision variables round away."""
+    if model is None:
+        return []
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        return optimizer_precision.describe(optimizer_precision.find(optimizer, model.trainable_variables))
+    dtypes = {keras.backend.standardize_dtype(variable.dtype) for variable in model.trainable_variables}
+    return [
+        optimizer_precision.describe_default(f"the model {model.name!r}", dtype) for dtype in HALF if dtype in dtypes
+    ]
 
 
 def warnings(

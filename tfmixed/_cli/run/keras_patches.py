@@ -18,7 +18,7 @@ from tfmixed._cli.run.messages import place, refuse, say
 from tfmixed._cli.run.options import RunOptions
 from tfmixed._cli.run.run_summary import RunSummary
 from tfmixed._cli.run.training_steps import RunOptimizer, ScaledModels, TrainFunction
-from tfmixed._core import replica_sync
+from tfmixed._core import optimizer_precision, replica_sync
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
 from tfmixed._islands import layer_rewrite
 from tfmixed._utils import layer_tree
@@ -31,7 +31,7 @@ _Method = Callable[..., Any]
 
 
 class KerasPatches:
-    """Patches of `compile`, `make_train_function` and `fit`.
+    """Patches of `compile`, `make_train_function` and `fit`, and of `Optimizer.build`.
 
     Args:
         options: Options of the run.
@@ -47,10 +47,11 @@ class KerasPatches:
         self._with_islands: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def install(self) -> None:
-        """Patches the methods of `keras.Model`."""
+        """Patches the methods of `keras.Model`, and `build` of its optimizers."""
         around(keras.Model, "compile", self._compile)
         around(keras.Model, "make_train_function", self._make_train_function)
         around(keras.Model, "fit", self._fit)
+        around(keras.optimizers.Optimizer, "build", _build)
 
     def without_islands(self, model: Any) -> AbstractContextManager[None]:
         """Removes the islands from a model while it is saved: a file must not need tfmixed."""
@@ -223,6 +224,13 @@ class FitCallback(keras.callbacks.Callback):
         except OSError as error:  # such as a full disk, which must not end the training
             say(f"the log ends here: {error}")
             self._logger = None
+
+
+def _build(original: _Method, optimizer: Any, variables: Any) -> Any:
+    """Reports constants that half-precision variables round away, before the first step of any optimizer."""
+    result = original(optimizer, variables)
+    optimizer_precision.report(optimizer, variables, lambda message: say(f"{place()} trains, but {message}"))
+    return result
 
 
 def _bind(function: _Method, *args: Any, **kwargs: Any) -> inspect.BoundArguments | None:
