@@ -64,7 +64,8 @@ class Blocks:
         self.variables, self._shape, self._stream = [codes, scales], shape, stream
 
     def load(self) -> Any:
-        return rounding.from_blocks(*self.variables, self._shape)
+        codes, scales = self.variables
+        return rounding.from_blocks(codes, scales, self._shape)
 
     def store(self, values: Any, step: Any = None) -> None:
         """Writes values: rounded to nearest, or stochastically where `step` is given."""
@@ -93,7 +94,8 @@ class Update:
     @contextlib.contextmanager
     def collect(self) -> Iterator[list[Float32View]]:
         """Keeps the values of views that are read or written within, and lists these views."""
-        self.views = views = []
+        views: list[Float32View] = []
+        self.views = views
         try:
             yield views
         finally:

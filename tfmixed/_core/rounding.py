@@ -32,10 +32,9 @@ def random_bits(shape: Sequence[int], step: Any, stream: int) -> Any:
 
     Source: the finalizer of MurmurHash3 (Appleby, 2011) of a Weyl sequence.
     """
-    key = _hash(ops.cast(step, "int32") * _signed(0x9E3779B9) + _signed(stream * 0x85EBCA77))
-    count = ops.arange(math.prod(shape), dtype="int32")
-    bits = _hash(count * _signed(0x9E3779B9) + key)
-    return ops.reshape(ops.bitwise_and(bits, 0xFFFF), shape)
+    key = _mixed(ops.cast(step, "int32") + _signed(stream * 0x9E3779B9))
+    bits = _mixed(ops.arange(math.prod(shape), dtype="int32") + key)
+    return ops.reshape(ops.bitwise_and(ops.right_shift(bits, 16), 0xFFFF), shape)
 
 
 def to_bfloat16(values: Any, bits: Any) -> Any:
@@ -134,11 +133,12 @@ def _upper_half(pattern: Any) -> Any:
     return ops.view(ops.cast(ops.right_shift(pattern, 16), "int16"), "bfloat16")
 
 
-def _hash(bits: Any) -> Any:
+def _mixed(bits: Any) -> Any:
+    """Returns int32 numbers whose upper 16 bits depend on all bits of the given ones."""
     # int32 wraps and shifts its sign on every backend, and PyTorch has no arithmetic for uint32.
-    bits = ops.bitwise_xor(bits, ops.bitwise_and(ops.right_shift(bits, 16), 0xFFFF)) * _signed(0x85EBCA6B)
-    bits = ops.bitwise_xor(bits, ops.bitwise_and(ops.right_shift(bits, 13), 0x7FFFF)) * _signed(0xC2B2AE35)
-    return ops.bitwise_xor(bits, ops.bitwise_and(ops.right_shift(bits, 16), 0xFFFF))
+    bits = bits * _signed(0x9E3779B1)
+    bits = ops.bitwise_xor(bits, ops.bitwise_and(ops.right_shift(bits, 15), 0x1FFFF))
+    return bits * _signed(0x85EBCA77)
 
 
 def _signed(number: int) -> int:
