@@ -13,6 +13,8 @@ from tfmixed._core import control_flow
 
 # They compute several scalars from the step number for each variable, and make sparse gradients dense.
 ADAMS = (keras.optimizers.Adam, keras.optimizers.AdamW, keras.optimizers.Adamax, keras.optimizers.Lamb)
+# Names in files of variables that only split weights have.
+LOW_BITS = "low_bits_"
 _NUMBERS = (bool, int, float, str, numpy.generic, type(None))
 
 
@@ -96,6 +98,13 @@ def parts(inner: Any) -> list[Any]:
         if isinstance(members, list | tuple)
         else [inner]
     )
+
+
+def saved_variables(inner: keras.optimizers.Optimizer) -> dict[str, keras.Variable]:
+    """Returns the variables that a file holds by name, numbered as by Keras."""
+    if hasattr(inner, "saved_variables"):
+        return inner.saved_variables()
+    return {str(number): variable for number, variable in enumerate(inner.variables)}
 
 
 def _is_of_keras(members: Sequence[Any]) -> bool:

@@ -16,6 +16,7 @@ from keras import ops
 from tfmixed._core import arguments, gradients, replica_sync, rounding
 from tfmixed._core.fused_update import Call, Fuser, Fusion
 from tfmixed._core.hyperparameters import DelegatedHyperparameters
+from tfmixed._core.inner_optimizer import LOW_BITS
 from tfmixed._core.low_precision_storage import Blocks, Float32View, Initial, Rounded, Split, Update
 from tfmixed._core.variables import outside_of_graphs
 from tfmixed._utils import temporary_state, user_warnings
@@ -28,7 +29,6 @@ _SMALL = 4096
 _CHUNK = 2**22
 # Streams of random bits for each seed.
 _STREAMS = 2**20
-_LOW_BITS = "low_bits_"
 
 
 @keras.saving.register_keras_serializable(package="tfmixed")
@@ -95,7 +95,8 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
             if value not in known:
                 raise ValueError(f"`{argument}` must be one of {', '.join(known)}. Received: {argument}={value!r}")
         super().__init__(learning_rate=0.0, name=name, **kwargs)
-        self.inner_optimizer = _checked(arguments.inner_from(inner_optimizer), states)
+        # Not tracked by TensorFlow: checkpoints hold variables as they are stored, and not their views.
+        vars(self)["inner_optimizer"] = _checked(arguments.inner_from(inner_optimizer), states)
         self.weights, self.states, self.seed = weights, states, int(seed)
         self._fuser, self._update, self._created = Fuser(fuse), Update(), _Created()
         # The inner optimizer's own code calls these, on views instead of variables.
@@ -106,6 +107,9 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
             assign_add=lambda variable, value: variable.assign_add(value),
             assign_sub=lambda variable, value: variable.assign_sub(value),
             _var_key=self._var_key,
+            # Keras saves it beside this object, which holds all that it has.
+            save_own_variables=lambda store: None,
+            load_own_variables=lambda store: None,
         )
         if hasattr(self.inner_optimizer, "_parallel_update_step"):
             vars(self.inner_optimizer)["_parallel_update_step"] = self._parallel_step
@@ -140,6 +144,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
                     if isinstance(state, Float32View):
                         state.storage = self._stored(state)
         created.variables = [*inner.variables[:first], *own_variables, *states]
+        self._not_stored = [variable for variable in inner.variables if not isinstance(variable, Float32View)]
         created.shares_state = not all(isinstance(state, Float32View) for state in states)
 
     def _check_dtype(self, variable: Any) -> None:
@@ -156,7 +161,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         if keras.backend.standardize_dtype(variable.dtype) == "bfloat16" and self.weights == "stochastic":
             view.storage = Rounded(variable, self._stream())
         elif keras.backend.standardize_dtype(variable.dtype) == "bfloat16" and self.weights == "split":
-            view.storage = Split(variable, self._add(variable, "low_bits", "int16"))
+            view.storage = Split(variable, self._add(variable, f"{view.path.replace('/', '_')}_low_bits", "int16"))
             self._created.low_bits.append(view.storage.variables[1])
         return view
 
@@ -367,7 +372,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         exactly. With `weights="split"`, the rest of the weights follows.
         """
         numbered = {str(number): variable for number, variable in enumerate(self._plain_variables())}
-        return numbered | {f"{_LOW_BITS}{index}": part for index, part in enumerate(self._created.low_bits)}
+        return numbered | {f"{LOW_BITS}{index}": part for index, part in enumerate(self._created.low_bits)}
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the variables of `saved_variables`."""
@@ -376,16 +381,15 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
 
     def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` of an optimizer with any `weights` and `states` wrote, or Keras's own."""
-        names = [name for name in store.keys() if not name.startswith(_LOW_BITS)]  # noqa: SIM118  # HDF5 of Keras
-        count = len(self._plain_variables())
-        if len(names) != count:
+        saved, known = set(store.keys()), self.saved_variables()
+        if {name for name in saved | set(known) if LOW_BITS not in name} - (saved & set(known)):
             user_warnings.warn(
-                f"Skipping variable loading for optimizer {self.name!r}. It has {count} variables, and the file has "
-                f"{len(names)}. Build it first with `optimizer.build(model.trainable_variables)`."
+                f"Skipping variable loading for optimizer {self.name!r}. It has {len(known)} variables, and the file "
+                f"has {len(saved)}. Build it first with `optimizer.build(model.trainable_variables)`."
             )
             return
-        for name, variable in self.saved_variables().items():
-            variable.assign(store[name] if name in names or name in store.keys() else ops.zeros_like(variable))  # noqa: SIM118
+        for name, variable in known.items():
+            variable.assign(store[name] if name in saved else numpy.zeros(variable.shape, "int16"))
 
     def set_weights(self, weights: Iterable[Any]) -> None:
         """Sets all variables to values in the order of `variables`.

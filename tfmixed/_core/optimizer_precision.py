@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import keras
 import numpy
 
-from tfmixed._core import inner_optimizer
 from tfmixed._utils import user_warnings
 from tfmixed.formats import FORMATS, HALF
 
@@ -152,7 +151,8 @@ def _inner(optimizer: Any) -> Any:
 
 def _updating(optimizer: Any, variables: Iterable[Any]) -> Iterator[tuple[Any, list[Any]]]:
     """Yields the optimizers that compute in the dtypes of their variables, with these."""
-    whole, *members = inner_optimizer.parts(_inner(optimizer))
+    whole = _inner(optimizer)
+    members = [] if has_float32_arithmetic(whole) else getattr(whole, "optimizers", ())
     pairs = [(member, member._trainable_variables if whole.built else variables) for member in members]
     for part, own in pairs or [(whole, variables)]:
         if not has_float32_arithmetic(part):

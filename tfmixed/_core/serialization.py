@@ -7,9 +7,11 @@ from typing import Any, Self
 
 import keras
 import numpy
+from keras import ops
 
 from tfmixed._core import arguments
 from tfmixed._core.fused_update import Fuser
+from tfmixed._core.inner_optimizer import LOW_BITS, saved_variables
 from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._utils import user_warnings
 
@@ -81,7 +83,7 @@ class Serialization(ScalerBase, keras.optimizers.LossScaleOptimizer):
     def save_own_variables(self, store: Any) -> None:
         """Writes own variables by name and the inner optimizer's by number."""
         for name, variable in {**self._state().variables, **self._inner_by_name()}.items():
-            store[name] = variable.numpy()
+            store[name] = ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:
         """Reads the variables that `save_own_variables` or Keras's own class wrote.
@@ -89,8 +91,12 @@ class Serialization(ScalerBase, keras.optimizers.LossScaleOptimizer):
         Variables that the file lacks, because another rule wrote it, keep their initial values.
         """
         inner = self._inner_by_name()
-        saved = _by_name(store, inner)
-        if inner.keys() != {name for name in saved if name.startswith("inner_")}:
+        saved = {name: ops.zeros_like(part) for name, part in inner.items() if LOW_BITS in name} | _by_name(
+            store, inner
+        )
+        if inner.keys() != {
+            name for name in saved if name in inner or (name.startswith("inner_") and LOW_BITS not in name)
+        }:
             user_warnings.warn(
                 f"Skipping variable loading for optimizer {self.name!r}. The inner optimizer of the file has other "
                 f"variables than {type(self.inner_optimizer).__name__}, or the optimizer is not built yet. Build it "
@@ -128,7 +134,7 @@ class Serialization(ScalerBase, keras.optimizers.LossScaleOptimizer):
         self._begin_run()
 
     def _inner_by_name(self) -> dict[str, keras.Variable]:
-        return {f"inner_{index}": variable for index, variable in enumerate(self.inner_optimizer.variables)}
+        return {f"inner_{name}": variable for name, variable in saved_variables(self.inner_optimizer).items()}
 
 
 def _check_shapes(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
