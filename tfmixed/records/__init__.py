@@ -14,6 +14,7 @@ from tfmixed.records.record_types import (
     Record,
     RunRecord,
     ScaleChange,
+    Updates,
     short,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "Record",
     "RunRecord",
     "ScaleChange",
+    "Updates",
     "from_line",
     "read_changes",
     "read_log",

@@ -24,6 +24,11 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Norm = Annotated[float, Meta(ge=0)]
 Exponent = Annotated[int, Meta(ge=-127, le=127)]  # of a float32
 _Int = Annotated[int, Meta(ge=-_LARGEST_INT, le=_LARGEST_INT)]
+# For each half-precision format and exponent e, the number and the sum of the nonzero updates whose magnitude is in
+# [2^e, 2^(e+1)) times the distance from the value, rounded to the format, to the next number in that direction. An
+# update that rounds to an even value as a tie counts as less than the tie. So those below 2^-1 are discarded by rounding
+# to nearest; and if all updates were 2^k times as large, those below 2^(-1-k).
+Updates = dict[str, dict[_Int, tuple[Count, Norm]]]
 _Parameter = bool | _Int | float | str | list[Any] | dict[str, Any] | None
 
 
@@ -155,6 +160,10 @@ class GradientRange:
             number, to its smallest normal number and to infinity, so counts are exact for each power of two as a
             scale. Exponent -127 counts magnitudes that are subnormal in float32.
         noise: True if the gradient is rounding noise: a sum that is 0 in theory. It is ignored in all advice.
+        updates: Sizes of the optimizer's updates of a variable relative to half-precision spacing: for each format and
+            exponent, a count and a sum. See `Updates`. Empty if they are unknown.
+        rounded_to: The half-precision dtype that holds the variable, if training rounds updates to nearest. Empty if
+            training keeps what rounding discards.
     """
 
     name: str
@@ -167,6 +176,8 @@ class GradientRange:
     smallest: Magnitude
     octaves: dict[Exponent, tuple[Count, Count, Count, Count]] = field(default_factory=dict)
     noise: bool = False
+    updates: Updates = field(default_factory=dict)
+    rounded_to: str = ""
 
     @property
     def nonzeros(self) -> int:
@@ -221,6 +232,8 @@ class GradientError:
         nonfinite: Number of values that are infinite or NaN in half precision and finite in float32. Values that are
             not finite in one of the runs are left out of the other numbers.
         unknown: Number of values that are infinite or NaN in float32. Defaults to 0.
+        updates: The same as in `GradientRange`.
+        rounded_to: The same as in `GradientRange`.
     """
 
     name: str
@@ -234,6 +247,8 @@ class GradientError:
     flushed: Share
     nonfinite: Count
     unknown: Count = 0
+    updates: Updates = field(default_factory=dict)
+    rounded_to: str = ""
 
 
 @dataclass(frozen=True)
