@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -104,9 +105,8 @@ class FidelityProbe(StepProbe):
             if sums := self._sums.get(id(variable)):
                 dtype, size = self._half.get(layer, layer.compute_dtype), math.prod(variable.shape)
                 names = gradients.path(variable), self._paths[layer]
-                yield GradientError(
-                    *names, dtype, size, self._rows.get(layer, 0), **sums.results(), **self.updates.fields(variable)
-                )
+                error = GradientError(*names, dtype, size, self._rows.get(layer, 0), **sums.results())
+                yield dataclasses.replace(error, **self.updates.fields(variable))
 
     @contextlib.contextmanager
     def _with_row_counts(self) -> Iterator[None]:

@@ -88,12 +88,21 @@ def update_loss(gradient: GradientRange | GradientError, precision: str, scale: 
     Args:
         gradient: The record of the variable.
         precision: The format that holds the variable: `"float16"` or `"bfloat16"`.
-        scale: A factor, for which counts are exact if it is a power of two. Others are rounded up to one. Defaults to 1.
+        scale: A factor, for which counts are exact if it is a power of two. Others are rounded up to one.
+            Defaults to 1.
     """
     octaves = gradient.updates.get(format_of(precision).name, {})
     limit = -1 - math.ceil(math.log2(scale))
     parts = [UpdateLoss(*part, *(part if octave < limit else ())) for octave, part in octaves.items()]
     return sum(parts, UpdateLoss())
+
+
+def update_lost(gradient: GradientRange | GradientError, precision: str) -> str:
+    """Returns the share of a variable's update that rounding discards, as in a table. Empty if it is unknown."""
+    if not gradient.updates:
+        return ""
+    loss = update_loss(gradient, precision)
+    return percent(loss.share) if loss.count else "no update"
 
 
 def weight_format(records: Iterable[GradientRange | GradientError]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -135,9 +134,7 @@ def _updated(
         stack.enter_context(temporary_state.random_states())
         stack.enter_context(keras.device("cpu"))
         if not inner.built:
-            strategy = getattr(inner, "_distribution_strategy", None)
-            inner = copy.deepcopy(inner, {id(strategy): strategy})
-            inner.build(variables)
+            inner = _rebuilt(inner, variables)
         copied = {id(variable): variable for part in parts(inner) for variable in part.variables}
         copied |= {id(variable): variable for variable in variables}
         before = {key: _copy_in_float32(stack, inner, variable, values) for key, variable in copied.items()}
@@ -154,9 +151,21 @@ def _updated(
                 yield variable, before[id(variable)], ops.convert_to_numpy(variable.value)
 
 
+def _rebuilt(optimizer: Any, variables: list[Any]) -> Any:
+    """Returns a new optimizer like one that has not been built, and builds it."""
+    config = optimizer.get_config()
+    if isinstance(rate := getattr(optimizer, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule):
+        config["learning_rate"] = rate  # which may be of a class that Keras does not know
+    rebuilt = type(optimizer).from_config(config)
+    rebuilt.build(variables)
+    return rebuilt
+
+
 def _copy_in_float32(stack: contextlib.ExitStack, optimizer: Any, variable: Any, values: Mapping[int, Any]) -> Any:
     """Puts a float32 copy of its value into a variable until the stack is closed, and returns the value."""
-    value = ops.convert_to_numpy(values[id(variable)] if id(variable) in values else variable.value)
+    # Not `get`: on JAX within `fit` the variable itself has no value.
+    held = values[id(variable)] if id(variable) in values else variable.value  # noqa: SIM401
+    value = ops.convert_to_numpy(held)
     dtype = "float32" if "float" in str(value.dtype) else keras.backend.standardize_dtype(variable.dtype)
     value = value.astype(dtype)
     held = keras.Variable(value, dtype=dtype, trainable=False, name=variable.name).value

@@ -13,7 +13,7 @@ from tfmixed._probe.rounding_model import (
     needed_scale,
     percent,
     power_of_two,
-    update_loss,
+    update_lost,
     weight_format,
 )
 from tfmixed.records import GradientRange, RangesRecord, short
@@ -49,11 +49,6 @@ def beside(record: RangesRecord, other: RangesRecord) -> Table:
         zeros = percent(share_of_zeros(gradient)), percent(share_of_zeros(half))
         grid.add_row(_label(gradient), span(gradient), span(half), *zeros, f"{half.nonfinite:,}")
     return grid
-
-
-def update_lost(gradient: GradientRange, precision: str) -> str:
-    """Returns the share of a variable's update that rounding to nearest discards, as in a table. Empty if unknown."""
-    return percent(update_loss(gradient, precision).share) if gradient.updates else ""
 
 
 def share_of_zeros(gradient: GradientRange) -> float:

@@ -26,8 +26,8 @@ Exponent = Annotated[int, Meta(ge=-127, le=127)]  # of a float32
 _Int = Annotated[int, Meta(ge=-_LARGEST_INT, le=_LARGEST_INT)]
 # For each half-precision format and exponent e, the number and the sum of the nonzero updates whose magnitude is in
 # [2^e, 2^(e+1)) times the distance from the value, rounded to the format, to the next number in that direction. An
-# update that rounds to an even value as a tie counts as less than the tie. So those below 2^-1 are discarded by rounding
-# to nearest; and if all updates were 2^k times as large, those below 2^(-1-k).
+# update that rounds to an even value as a tie counts as less than the tie. So rounding to nearest discards those below
+# 2^-1; and if all updates were 2^k times as large, those below 2^(-1-k).
 Updates = dict[str, dict[_Int, tuple[Count, Norm]]]
 _Parameter = bool | _Int | float | str | list[Any] | dict[str, Any] | None
 
