@@ -126,8 +126,8 @@ def _rounded_to(optimizer: Any, variable: Any) -> str:
 
 def _updated(
     model: keras.Model, optimizer: Any, grads: list[Any], variables: list[Any], values: Mapping[int, Any]
-) -> Iterator[tuple[Any, Any, Any]]:
-    """Yields each variable that has a gradient, and its values before and after a step in float32."""
+) -> list[tuple[Any, Any, Any]]:
+    """Returns each variable that has a gradient, and its values before and after a step in float32."""
     *_, inner = _chain(optimizer)
     with contextlib.ExitStack() as stack:
         stack.enter_context(temporary_state.variables(model))  # states that are not variables of Keras
@@ -146,9 +146,11 @@ def _updated(
                 temporary_state.put(stack, part, "_distribution_strategy", tensorflow.distribute.get_strategy())
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # about variables without a gradient
         inner.apply([None if values is None else ops.convert_to_tensor(values) for values in grads], variables)
-        for gradient, variable in zip(grads, variables, strict=True):
-            if gradient is not None:
-                yield variable, before[id(variable)], ops.convert_to_numpy(variable.value)
+        return [
+            (variable, before[id(variable)], ops.convert_to_numpy(variable.value))
+            for gradient, variable in zip(grads, variables, strict=True)
+            if gradient is not None
+        ]
 
 
 def _rebuilt(optimizer: Any, variables: list[Any]) -> Any:

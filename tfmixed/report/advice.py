@@ -45,7 +45,7 @@ def _updates(run: Run) -> Iterator[str]:
     if not lost:
         return
     share, worst = max(lost, key=lambda pair: pair[0])
-    rest = f" It discards more than {percent(_DISCARDED)} in {_count(len(lost) - 1, 'other variable')}."
+    rest = f" It discards more than a tenth of that of {_count(len(lost) - 1, 'other variable')}."
     remedy = "Hold the weights in float32, as the policy `mixed_float16` does"
     if worst.rounded_to == "bfloat16":
         remedy = (

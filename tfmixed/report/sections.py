@@ -110,8 +110,9 @@ def _ranges(run: Run) -> Part:
     dtypes = {gradient.dtype for gradient in run.ranges}
     common = f" all held in {dtypes.pop()}," if len(dtypes) == 1 else ""
     sentence = (
-        f"{len(run.ranges)} gradients,{common} measured in {record.precision} over {batches}. The last columns are the "
-        f"shares that {held} flushes to 0, makes subnormal and makes infinite at loss scale {short(scale)}."
+        f"{len(run.ranges)} gradients,{common} measured in {record.precision} over {batches}. To 0, subnormal "
+        f"and overflow: the shares that {held} flushes to 0, makes subnormal and makes infinite at loss scale "
+        f"{short(scale)}."
     )
     over_time = ("timeline",) if len(run.all(RangesRecord)) > 1 else ()
     updates = []
