@@ -55,7 +55,7 @@ def counted(before, after):
 def rounded(before, after, precision, scale=1.0):
     """Returns number and sum of the nonzero updates, and of those after which a cast gives the old number."""
     old = np.asarray(before, "float32").astype(DTYPES[precision]).astype("float64")
-    update = np.asarray(after, "float64") - np.asarray(before, "float64")
+    update = (np.asarray(after, "float32") - np.asarray(before, "float32")).astype("float64")
     old, update = old[update != 0], update[update != 0]
     lost = (old + scale * update).astype(DTYPES[precision]).astype("float64") == old
     return len(update), np.abs(update).sum(), lost.sum(), np.abs(update[lost]).sum()
@@ -93,6 +93,8 @@ def test_zero_and_nonfinite_updates_do_not_count():
     """Neither do weights that the format cannot hold."""
     loss = update_loss(counted([1.0, 1.0, np.inf, 1e5, 1.0], [1.0, np.nan, 1.0, 1e5 + 1, 2.0]), "float16")
     assert dataclasses.astuple(loss) == (1, 1.0, 0, 0.0)
+    assert not counted([1.0], [1.0]).updates["bfloat16"]
+    assert update_loss(counted([1e5], [2e5]), "bfloat16").count == 1
 
 
 def stepped_in_float32(made):

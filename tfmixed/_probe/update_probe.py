@@ -195,15 +195,23 @@ class UpdateHistogram:
         self._sums = {precision: numpy.zeros(2 * _OFFSET) for precision in HALF}
 
     def add(self, before: Any, after: Any) -> None:
-        """Adds the updates between two float32 arrays."""
+        """Adds the updates between two float32 arrays: the differences in float32."""
         before, after = before.ravel(), after.ravel()
         for start in range(0, before.size, _CHUNK):
             old = before[start : start + _CHUNK]
-            update = after[start : start + _CHUNK].astype("float64") - old
+            update = after[start : start + _CHUNK] - old
+            sizes = numpy.abs(update)
+            bits = sizes.view("int32")
+            is_power, octaves = (bits & 0x7FFFFF) == 0, (bits >> 23) - 127
+            if (tiny := bits < 0x800000).any():  # subnormal in float32, or 0
+                fractions, exponents = numpy.frexp(sizes[tiny])
+                is_power[tiny], octaves[tiny] = fractions == 0.5, exponents - 1
+            known = (bits > 0) & (bits < 0x7F800000)
             for precision in HALF:
-                octaves, sizes = _octaves(old, update, precision)
-                self._counts[precision] += numpy.bincount(octaves + _OFFSET, minlength=2 * _OFFSET)
-                self._sums[precision] += numpy.bincount(octaves + _OFFSET, sizes, minlength=2 * _OFFSET)
+                spacing, is_held = _spacing(old, update < 0, is_power, precision)
+                places = numpy.where(known & is_held, _OFFSET + octaves - spacing, 0)  # 0: a place that no update has
+                self._counts[precision] += numpy.bincount(places, minlength=2 * _OFFSET)
+                self._sums[precision] += numpy.bincount(places, sizes, minlength=2 * _OFFSET)
 
     def updates(self) -> Updates:
         """Returns the histograms for a record."""
@@ -211,24 +219,24 @@ class UpdateHistogram:
             precision: {
                 int(place) - _OFFSET: (int(counts[place]), float(self._sums[precision][place]))
                 for place in numpy.flatnonzero(counts)
+                if place
             }
             for precision, counts in self._counts.items()
         }
 
 
-def _octaves(value: Any, update: Any, precision: str) -> tuple[Any, Any]:
-    """Returns the octaves of nonzero updates relative to the spacing of the format, and their magnitudes."""
+def _spacing(value: Any, is_down: Any, is_power: Any, precision: str) -> tuple[Any, Any]:
+    """Returns exponents of the distance from each value, rounded to the format, to the next number, and if it is finite.
+
+    A tie, of an odd multiple of half the distance, returns to an even number. So there the exponent is 1 larger for
+    updates that are powers of two, and they count as less than the tie.
+    """
     info = ml_dtypes.finfo(precision)
-    with numpy.errstate(over="ignore"):
-        value = value.astype(info.dtype).astype("float64")
-    known = numpy.isfinite(value) & numpy.isfinite(update) & (update != 0)
-    value, update = value[known], update[known]
-    mantissa, exponent = numpy.frexp(numpy.where(value == 0, float(info.smallest_subnormal), value))
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        bits = value.astype(info.dtype).view("int16").astype("int32")
+    exponent = (bits & 0x7FFF) >> info.nmant
     # Below a power of two the numbers are twice as close.
-    halved = (numpy.abs(mantissa) == 0.5) & ((update < 0) == (value > 0))
-    spacing = numpy.maximum(exponent - 1 - halved, info.minexp) - info.nmant
-    is_even = numpy.ldexp(value, -spacing) % 2 == 0
-    sizes = numpy.abs(update)
-    fraction, octave = numpy.frexp(sizes)
-    # A tie, of an odd multiple of half the spacing, returns to an even number: it counts as less than the tie.
-    return octave - 1 - spacing - (is_even & (fraction == 0.5)), sizes
+    halved = ((bits & (2**info.nmant - 1)) == 0) & (exponent > 1) & (is_down == (bits >= 0))
+    is_even = (bits & 1) == 0
+    spacing = numpy.maximum(exponent, 1) - 1 + info.minexp - info.nmant - halved + (is_even & is_power)
+    return spacing, exponent < 2 * info.maxexp - 1
