@@ -226,7 +226,7 @@ class UpdateHistogram:
 
 
 def _spacing(value: Any, is_down: Any, is_power: Any, precision: str) -> tuple[Any, Any]:
-    """Returns exponents of the distance from each value, rounded to the format, to the next number, and if it is finite.
+    """Returns exponents of the distance from each value, rounded to the format, to the next number, and finiteness.
 
     A tie, of an odd multiple of half the distance, returns to an even number. So there the exponent is 1 larger for
     updates that are powers of two, and they count as less than the tie.
