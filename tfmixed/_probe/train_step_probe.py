@@ -83,7 +83,8 @@ class StepProbe:
         if not self._paths:
             self.build(batch)
         applied = self._measure(_without_optionals(batch), state)
-        self.updates.add(applied, state)
+        if not self.batches:
+            self.updates.add(applied, state)
         applied.values.clear()
         self.batches += 1
 

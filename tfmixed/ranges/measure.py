@@ -32,9 +32,9 @@ def measure_gradients(
     cancels to less than 2^-10 of its terms, which is the rounding error of float16, changes by 64 times its value.
 
     The table also has the share of the optimizer's update of each variable that rounding the weights to half precision
-    discards; see `GradientRanges.update_loss`. For each batch, the optimizer's step runs on float32 copies of weights
-    and states, in the CPU's memory. An optimizer that has not trained yet has states of 0: its first step, which in
-    Adam is as large as the learning rate everywhere. A step that only accumulates gradients has no update.
+    discards; see `GradientRanges.update_loss`. With the first batch, the optimizer's step runs on float32 copies of
+    weights and states, in the CPU's memory. If the optimizer has not trained yet, this is its first step, which in Adam
+    is as large as the learning rate everywhere. A step that only accumulates gradients has no update.
 
     Args:
         model: A compiled model, under any dtype policy.
