@@ -132,7 +132,7 @@ def _updated(
     with contextlib.ExitStack() as stack:
         stack.enter_context(temporary_state.variables(model))  # states that are not variables of Keras
         stack.enter_context(temporary_state.random_states())
-        stack.enter_context(keras.device("cpu"))
+        stack.enter_context(_on_cpu())
         if not inner.built:
             inner = _rebuilt(inner, variables)
         copied = {id(variable): variable for part in parts(inner) for variable in part.variables}
@@ -176,6 +176,16 @@ def _copy_in_float32(stack: contextlib.ExitStack, optimizer: Any, variable: Any,
     temporary_state.put(stack, variable, "_value", held)
     temporary_state.put(stack, variable, "_dtype", dtype)
     return value
+
+
+def _on_cpu() -> contextlib.AbstractContextManager[Any]:
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if (platforms := jax.config.jax_platforms) and "cpu" not in platforms:  # such as JAX_PLATFORMS=cuda
+            return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = keras.device("cpu")
+    return context
 
 
 def _in_scope() -> bool:
