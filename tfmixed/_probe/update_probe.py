@@ -18,7 +18,7 @@ from tfmixed._core.inner_optimizer import parts
 from tfmixed._probe.tensor_hooks import deliver, dense
 from tfmixed._utils import temporary_state
 from tfmixed.formats import HALF
-from tfmixed.records import Updates
+from tfmixed.records.record_types import Updates
 
 _OFFSET = 512  # the octave 2^0 in a histogram; octaves go from -270 to 261
 _CHUNK = 2**18  # elements, whose temporary arrays stay in the processor's cache
@@ -198,7 +198,7 @@ def _in_scope() -> bool:
 
 
 class UpdateHistogram:
-    """Number and sum of a variable's nonzero updates by octave, for each half-precision format. See `Updates`."""
+    """Number and sum of a variable's nonzero updates by octave, for each half-precision format. See `GradientRange`."""
 
     def __init__(self) -> None:
         self._counts = {precision: numpy.zeros(2 * _OFFSET, "int64") for precision in HALF}

@@ -14,7 +14,6 @@ from tfmixed.records.record_types import (
     Record,
     RunRecord,
     ScaleChange,
-    Updates,
     short,
 )
 
@@ -32,7 +31,6 @@ __all__ = [
     "Record",
     "RunRecord",
     "ScaleChange",
-    "Updates",
     "from_line",
     "read_changes",
     "read_log",

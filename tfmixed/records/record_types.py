@@ -24,11 +24,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Norm = Annotated[float, Meta(ge=0)]
 Exponent = Annotated[int, Meta(ge=-127, le=127)]  # of a float32
 _Int = Annotated[int, Meta(ge=-_LARGEST_INT, le=_LARGEST_INT)]
-# For each half-precision format and exponent e, the number and the sum of the nonzero updates whose magnitude is in
-# [2^e, 2^(e+1)) times the distance from the value, rounded to the format, to the next number in that direction. An
-# update that rounds to an even value as a tie counts as less than the tie. So rounding to nearest discards those below
-# 2^-1; and if all updates were 2^k times as large, those below 2^(-1-k).
-Updates = dict[str, dict[_Int, tuple[Count, Norm]]]
+Updates = dict[str, dict[_Int, tuple[Count, Norm]]]  # see `GradientRange`
 _Parameter = bool | _Int | float | str | list[Any] | dict[str, Any] | None
 
 
@@ -160,8 +156,10 @@ class GradientRange:
             number, to its smallest normal number and to infinity, so counts are exact for each power of two as a
             scale. Exponent -127 counts magnitudes that are subnormal in float32.
         noise: True if the gradient is rounding noise: a sum that is 0 in theory. It is ignored in all advice.
-        updates: Sizes of the optimizer's updates of a variable relative to half-precision spacing: for each format and
-            exponent, a count and a sum. See `Updates`. Empty if they are unknown.
+        updates: Sizes of the optimizer's updates, relative to the distance from the value to the next number. For each
+            half-precision format and each exponent e, the number and the sum of those in [2^e, 2^(e+1)) distances. A
+            tie that returns to an even value counts as less, so that rounding to nearest discards those below 2^-1.
+            Empty if they are unknown.
         rounded_to: The half-precision dtype that holds the variable, if training rounds updates to nearest. Empty if
             training keeps what rounding discards.
     """
