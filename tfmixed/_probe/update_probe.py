@@ -129,6 +129,9 @@ def _updated(
 ) -> list[tuple[Any, Any, Any]]:
     """Returns each variable that has a gradient, and its values before and after a step in float32."""
     *_, inner = _chain(optimizer)
+    low = [part for part in (*_chain(optimizer), *getattr(inner, "optimizers", ())) if hasattr(part, "to_keras")]
+    if low:
+        return _updated_by_keras(low[0], grads, variables, values) if low[0] in _chain(optimizer) else []
     with contextlib.ExitStack() as stack:
         stack.enter_context(temporary_state.variables(model))  # states that are not variables of Keras
         stack.enter_context(temporary_state.random_states())
@@ -151,6 +154,25 @@ def _updated(
             for gradient, variable in zip(grads, variables, strict=True)
             if gradient is not None
         ]
+
+
+def _updated_by_keras(
+    optimizer: Any, grads: list[Any], variables: list[Any], values: Mapping[int, Any]
+) -> list[tuple[Any, Any, Any]]:
+    """Does the same for a `LowPrecisionOptimizer`, by the Keras optimizer that would continue it in float32."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(temporary_state.random_states())
+        stack.enter_context(_on_cpu())
+        for variable in (*variables, *optimizer.variables):
+            if id(variable) in values:
+                temporary_state.put(stack, variable, "_value", values[id(variable)])
+        copies = [keras.Variable(ops.cast(variable.value, "float32"), name=variable.name) for variable in variables]
+        plain = optimizer.to_keras(copies) if optimizer.built else _rebuilt(optimizer.inner_optimizer, copies)
+        before = [numpy.array(ops.convert_to_numpy(copy.value)) for copy in copies]
+        plain.apply([None if values is None else ops.convert_to_tensor(values) for values in grads], copies)
+        after = [ops.convert_to_numpy(copy.value) for copy in copies]
+    found = zip(grads, variables, before, after, strict=True)
+    return [(variable, old, new) for gradient, variable, old, new in found if gradient is not None]
 
 
 def _rebuilt(optimizer: Any, variables: list[Any]) -> Any:
