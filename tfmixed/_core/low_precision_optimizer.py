@@ -21,8 +21,8 @@ from tfmixed._core.low_precision_storage import Blocks, Float32View, Initial, Ro
 from tfmixed._core.variables import outside_of_graphs
 from tfmixed._utils import temporary_state, user_warnings
 from tfmixed._utils.patching import do_not_convert
+from tfmixed.formats import STATES, WEIGHTS
 
-WEIGHTS, STATES = ("stochastic", "split", "nearest"), ("float32", "bfloat16", "int8")
 # Smaller variables keep float32 states, which cost little: the limit of bitsandbytes.
 _SMALL = 4096
 # On PyTorch, elements of the variables that are updated by one call of its fused operations.
