@@ -26,10 +26,10 @@ def estimate(
 ) -> MemoryEstimate:
     """Estimates the peak memory of training a model with a batch size.
 
-    Variables are counted. The peak is measured: new processes train for three steps with the batch size and with half
-    of it. If the machine may not have the memory, half and a quarter are trained, and a line gives the peak of the
-    whole. With a budget, larger batches are trained until the peak is a quarter of it. A second pair of processes
-    measures mixed precision. No process trains where memory is expected to be short.
+    Variables are counted. The peak is measured: new processes train for three steps with the batch size and with a
+    quarter of it. If memory may be short for the whole batch, half of it is trained, or an eighth, and a line gives the
+    peak of the whole. With a budget, larger batches are trained until the peak is a quarter of it, or an eighth of the
+    free memory. Two further processes measure mixed precision.
 
     Args:
         function: A function that takes no arguments and returns a compiled model with inputs and targets, or with a
@@ -79,16 +79,17 @@ def _measured(spec: str, policy: str | None, batch: int, limit: int | None) -> A
     """Returns measured batch sizes with their peaks, and the first result."""
 
     def peak(size: int) -> int:
-        return int(process.measure(spec, policy, size, process.STEPS * batch)["peak"])
+        return int(process.measure(spec, policy, size, samples)["peak"])
 
-    half = max(batch // 2, 1)
-    first = process.measure(spec, policy, half, process.STEPS * batch)
-    points = {half: int(first["peak"])}
-    if half == 1 or 2 * points[half] < _available():
-        points[2 * half] = peak(2 * half)
-    else:
-        points[half // 2] = peak(half // 2)
-    while limit is not None and max(points.values()) < min(limit, _available()) / 4 and max(points) < _LARGEST * batch:
+    samples, small = process.STEPS * batch, max(batch // 4, 1)
+    first = process.measure(spec, policy, small, samples)
+    points, sizes = {small: first["peak"]}, _sizes(first)
+    held = sizes.weights + sizes.states  # at any batch size
+    expected = {size: held + size * (points[small] - held) / small for size in (batch, batch // 2) if size > small}
+    size = next((size for size, bytes_ in expected.items() if bytes_ < _available()), small // 2 or 2)
+    points[size] = peak(size)
+    enough = 0.0 if limit is None else min(limit, _available() / 2) / 4
+    while max(points.values()) < enough and max(points) < _LARGEST * batch:
         size = 4 * max(points)
         points[size] = peak(size)
     return tuple(sorted(points.items())), first
