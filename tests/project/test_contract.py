@@ -112,6 +112,7 @@ ATTRIBUTES = {
     "_flash_attention": "leave flash kernels in half precision",
     "_iterations": "set it, or count steps in a variable of the user's",
     "_tracker": "count steps in a variable of the user's",
+    "_autocast": "count the half-precision copies of weights",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
     "_layers": "find sublayers",
     "_buffers": "restore the buffers of PyTorch modules",
@@ -145,6 +146,7 @@ def test_private_attributes_exist():
     optimizer, variable = keras.optimizers.SGD(), keras.Variable([1.0])
     optimizer.build([variable])
     assert isinstance(optimizer._learning_rate, keras.Variable), ATTRIBUTES["_learning_rate"]
+    assert variable._autocast is True, ATTRIBUTES["_autocast"]
     assert optimizer._iterations is optimizer.variables[0], ATTRIBUTES["_iterations"]
     assert optimizer._tracker.is_in_store("variables", optimizer._iterations), ATTRIBUTES["_tracker"]
     assert variable._value is variable.value  # set, to count steps in a variable of TensorFlow's
