@@ -112,6 +112,25 @@ def test_optimizers_of_the_script_stay(apply, capfd):
     assert len(lines(capfd)) == 4
 
 
+def test_weights_and_states_in_few_bits(apply, capfd, tmp_path):
+    """The script's own optimizer is wrapped, with a scale inside one that scales; files need no tfmixed."""
+    for scale, kinds in ((None, ["LowPrecisionOptimizer"]), ("64", ["RunOptimizer", "LowPrecisionOptimizer"])):
+        apply("bfloat16", weights="stochastic", states="int8", scale=scale, islands=False)
+        model, own = net(keras.Input((4,))), keras.optimizers.Adam(0.1)
+        model.compile(own, LOSS)
+        before = keras.ops.convert_to_numpy(keras.ops.cast(model.trainable_variables[0], "float32"))
+        model.fit(X, Y, epochs=2, verbose=0)
+        outer = model.optimizer
+        chain = [outer, outer.inner_optimizer][: len(kinds)]
+        assert [type(optimizer).__name__ for optimizer in chain] == kinds
+        assert chain[-1].inner_optimizer is own
+        assert np.any(before != keras.ops.convert_to_numpy(keras.ops.cast(model.trainable_variables[0], "float32")))
+    model.save(tmp_path / "m.keras")
+    assert b"tfmixed" not in zipfile.ZipFile(tmp_path / "m.keras").read("config.json")
+    model.compile(tfmixed.LossScaleOptimizer("sgd"), LOSS)
+    assert any("no effect" in line for line in lines(capfd))
+
+
 def test_dtypes_of_the_script_are_reported(apply, capfd):
     """A layer of its own dtype and another policy."""
     apply()

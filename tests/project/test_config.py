@@ -5,7 +5,7 @@ from pathlib import Path
 import keras
 import pytest
 
-from tfmixed import Config, ConfigError, LossScaleOptimizer, load_config, scaling
+from tfmixed import Config, ConfigError, LossScaleOptimizer, LowPrecisionOptimizer, load_config, scaling
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.config import LogConfig
 from tfmixed.scaling import ConstantScale, DynamicScale, LogMaxScale
@@ -47,6 +47,7 @@ def test_shipped_configs():
         Config("mixed_float16", DynamicScale(min_scale=None, max_scale=None, hysteresis=3)),
         Config("mixed_float16", ConstantScale(8, skip_nonfinite=False)),
         Config("mixed_float16", LogMaxScale()),
+        Config("bfloat16", weights="split", states="int8"),
     ],
     ids=str,
 )
@@ -69,6 +70,9 @@ def test_any_config_round_trips(config, path):
         ("[log]\nevry = 3", r"'log\.evry'\. Did you mean 'log\.every'\?"),
         ('policy = "mixed_fp16"', "policy='mixed_fp16'"),
         ("policy = 16", "'policy'.* 16"),
+        ('weights = "stochstic"', "weights must be.*'stochstic'"),
+        ('weights = "split"\nstates = "int4"', "states must be.*'int4'"),
+        ('states = "int8"', "'states' needs 'weights'"),
         ("scaling = 8", "'scaling'.* 8"),
         ("[scaling]\nhysteresis = 1.5", r"\[scaling\] `hysteresis`.*1\.5"),
         ('[scaling]\ninitial_scale = "8"', r"\[scaling\] `initial_scale`.*'8'"),
@@ -119,6 +123,16 @@ def test_optimizer_is_wrapped_if_the_loss_is_scaled():
     assert Config("float32").optimizer(inner) is inner
 
 
+def test_optimizer_keeps_weights_and_states_in_few_bits():
+    """Inside the loss scaling, if there is both."""
+    optimizer = Config("bfloat16", weights="split", states="int8").optimizer("adam")
+    assert isinstance(optimizer, LowPrecisionOptimizer)
+    assert (optimizer.weights, optimizer.states) == ("split", "int8")
+    scaled = Config("bfloat16", ConstantScale(8), weights="nearest").optimizer("adam")
+    assert isinstance(scaled, LossScaleOptimizer)
+    assert scaled.inner_optimizer.weights == "nearest"
+
+
 def test_callbacks_log_to_the_run_folder(tmp_path):
     """The logger has the settings of the file. Without loss scaling there is none."""
     (logger,) = Config("mixed_float16", DynamicScale(), LogConfig(7, 0, True)).callbacks(tmp_path)
@@ -144,6 +158,8 @@ def test_float16_without_scaling_is_not_scaled_by_keras():
         (("float17",), "policy"),
         (("auto", "dynamic"), "scaling"),
         (("auto", None, {"every": 3}), "log"),
+        (("auto", None, LogConfig(), "fast"), "weights"),
+        (("auto", None, LogConfig(), "split", None), "states"),
     ],
 )
 def test_arguments_are_checked(values, name):
