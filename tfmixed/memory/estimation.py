@@ -68,9 +68,9 @@ def _options(spec: str, batch: int, limit: int | None, now: Option) -> list[Opti
     # An update in float32 arithmetic needs the same temporary values.
     for weights, states in (("split", "bfloat16"), ("stochastic", "bfloat16"), ("stochastic", "int8")):
         sizes = with_option(mixed.sizes, weights, states)
-        name = f'bfloat16, LowPrecisionOptimizer(weights="{weights}", states="{states}")'
+        name = f"bfloat16, {weights} weights, {states} states"
         found.append(Option(name, mixed.points, sizes, sizes.total - mixed.sizes.total))
-    name = "gradient_accumulation_steps=4, each step with a quarter of the batch"
+    name = "gradient_accumulation_steps=4"
     found.append(Option(name, now.points, now.sizes, now.sizes.gradients, 4))
     return found
 
