@@ -2,6 +2,6 @@
 
 from tfmixed.memory.estimation import estimate
 from tfmixed.memory.memory_estimate import MemoryEstimate, Option
-from tfmixed.memory.sizes import Held, Sizes, sizes_of, with_option
+from tfmixed.memory.sizes import Sizes, sizes_of
 
-__all__ = ["Held", "MemoryEstimate", "Option", "Sizes", "estimate", "sizes_of", "with_option"]
+__all__ = ["MemoryEstimate", "Option", "Sizes", "estimate", "sizes_of"]

@@ -9,7 +9,7 @@ import psutil
 
 from tfmixed.memory import process
 from tfmixed.memory.memory_estimate import GIB, MemoryEstimate, Option
-from tfmixed.memory.sizes import Held, Sizes, with_option
+from tfmixed.memory.sizes import Sizes
 from tfmixed.scaling import validation
 
 _LARGEST = 64  # times the batch size, beyond which no batch is trained
@@ -29,7 +29,8 @@ def estimate(
     Variables are counted. The peak is measured: new processes train for three steps with the batch size and with a
     quarter of it. If memory may be short for the whole batch, half of it is trained, or an eighth, and a line gives the
     peak of the whole. With a budget, larger batches are trained until the peak is a quarter of it, or an eighth of the
-    free memory. Two further processes measure mixed precision.
+    free memory. Two further processes measure mixed precision, and
+    one each low-precision weights and states; see `LowPrecisionOptimizer`.
 
     Args:
         function: A function that takes no arguments and returns a compiled model with inputs and targets, or with a
@@ -50,7 +51,7 @@ def estimate(
     validation.count("batch", batch, 1)
     limit = None if budget is None else int(GIB * validation.number("budget", budget, above=0.0))
     points, first = _measured(spec, policy, batch, limit)
-    sizes = _sizes(first)
+    sizes = Sizes(**first["sizes"])
     name = policy or ("mixed precision" if sizes.copies else "as it is")
     found = [Option(name, points, sizes)]
     if options:
@@ -59,17 +60,17 @@ def estimate(
 
 
 def _options(spec: str, batch: int, limit: int | None, now: Option) -> list[Option]:
-    """Returns other ways to train. Low precision shares the activations of mixed precision."""
+    """Returns other ways to train. Low precision has the activations of mixed precision, at other batch sizes too."""
     found, mixed = [], now
     if not now.sizes.copies:
         points, result = _measured(spec, _MIXED, batch, limit)
-        mixed = Option("mixed_bfloat16 or mixed_float16", points, _sizes(result))
+        mixed = Option("mixed_bfloat16 or mixed_float16", points, Sizes(**result["sizes"]))
         found.append(mixed)
-    # An update in float32 arithmetic needs the same temporary values.
+    size, peak = mixed.points[1]
     for weights, states in (("split", "bfloat16"), ("stochastic", "bfloat16"), ("stochastic", "int8")):
-        sizes = with_option(mixed.sizes, weights, states)
+        result = process.measure(spec, "bfloat16", size, process.STEPS * batch, weights, states)
         name = f"bfloat16, {weights} weights, {states} states"
-        found.append(Option(name, mixed.points, sizes, sizes.total - mixed.sizes.total))
+        found.append(Option(name, mixed.points, Sizes(**result["sizes"]), result["peak"] - peak))
     name = "gradient_accumulation_steps=4"
     found.append(Option(name, now.points, now.sizes, now.sizes.gradients, 4))
     return found
@@ -83,7 +84,7 @@ def _measured(spec: str, policy: str | None, batch: int, limit: int | None) -> A
 
     samples, small = process.STEPS * batch, max(batch // 4, 1)
     first = process.measure(spec, policy, small, samples)
-    points, sizes = {small: first["peak"]}, _sizes(first)
+    points, sizes = {small: first["peak"]}, Sizes(**first["sizes"])
     held = sizes.weights + sizes.states  # at any batch size
     expected = {size: held + size * (points[small] - held) / small for size in (batch, batch // 2) if size > small}
     size = next((size for size, bytes_ in expected.items() if bytes_ < _available()), small // 2 or 2)
@@ -98,11 +99,6 @@ def _measured(spec: str, policy: str | None, batch: int, limit: int | None) -> A
 def _available() -> int:
     """Returns the bytes that a process may use before others suffer."""
     return int(psutil.virtual_memory().available)
-
-
-def _sizes(result: Any) -> Sizes:
-    parts = (result["sizes"][name] for name in ("model", "optimizer"))
-    return Sizes(*(tuple(Held(**{**held, "shape": tuple(held["shape"])}) for held in part) for part in parts))
 
 
 def _name(function: Callable[..., Any]) -> str:

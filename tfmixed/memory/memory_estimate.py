@@ -27,11 +27,11 @@ class Option:
         name: The policy, optimizer or change of the batch.
         points: Measured batch sizes and peaks in bytes, at least two, by batch size.
         sizes: The variables.
-        change: Counted bytes that are added to the measured peaks. Defaults to 0.
+        change: Bytes that are added to the measured peaks. Defaults to 0.
         parts: The number of parts in which a batch is computed, with accumulated gradients. Defaults to 1.
 
     Example:
-    >>> option = Option("float32", ((8, 300), (16, 400)), Sizes((), ()))
+    >>> option = Option("float32", ((8, 300), (16, 400)), Sizes(0, 0, 0, 0))
     >>> option.peak(32), option.largest_batch(1000)
     (600, 64)
     """

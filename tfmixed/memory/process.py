@@ -15,6 +15,7 @@ import keras
 import numpy
 import psutil
 
+from tfmixed._core.low_precision_optimizer import LowPrecisionOptimizer
 from tfmixed._utils import model_building
 from tfmixed.memory.sizes import sizes_of
 from tfmixed.policy import set_policy
@@ -25,7 +26,7 @@ _ENVIRONMENT = {"TF_FORCE_GPU_ALLOW_GROWTH": "true", "XLA_PYTHON_CLIENT_PREALLOC
 _CODE = "import sys; from tfmixed.memory import process; process.main(*sys.argv[1:])"
 
 
-def measure(spec: str, policy: str | None, batch: int, samples: int) -> dict[str, Any]:
+def measure(spec: str, policy: str | None, batch: int, samples: int, *low_precision: Any) -> dict[str, Any]:
     """Returns the result of `trained` in a new process.
 
     Raises:
@@ -36,7 +37,7 @@ def measure(spec: str, policy: str | None, batch: int, samples: int) -> dict[str
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
     }
-    command = [sys.executable, "-c", _CODE, spec, policy or "", str(batch), str(samples)]
+    command = [sys.executable, "-c", _CODE, spec, policy or "", str(batch), str(samples), *low_precision]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = (result.stdout if not result.returncode else result.stderr).strip().splitlines()
     if result.returncode:
@@ -47,13 +48,20 @@ def measure(spec: str, policy: str | None, batch: int, samples: int) -> dict[str
     return json.loads(lines[-1])  # type: ignore[no-any-return]
 
 
-def main(spec: str, policy: str, batch: str, samples: str) -> None:
+def main(spec: str, policy: str, batch: str, samples: str, *low_precision: str) -> None:
     """Prints the result of `trained` as JSON."""
-    print(json.dumps(trained(spec, policy or None, int(batch), int(samples))))
+    print(json.dumps(trained(spec, policy or None, int(batch), int(samples), *low_precision)))
 
 
-def trained(spec: str, policy: str | None, batch: int, samples: int) -> dict[str, Any]:
+def trained(spec: str, policy: str | None, batch: int, samples: int, *low_precision: Any) -> dict[str, Any]:
     """Trains for three steps. Returns the bytes before the model was made, the peak above them, and all sizes.
+
+    Args:
+        spec: `module:function`.
+        policy: The dtype policy, or None.
+        batch: The batch size.
+        samples: The least number of samples.
+        *low_precision: `weights` and `states` of a `LowPrecisionOptimizer` for the model's own optimizer.
 
     Raises:
         ValueError: If the function returns something else than a compiled model with data.
@@ -67,6 +75,9 @@ def trained(spec: str, policy: str | None, batch: int, samples: int) -> dict[str
     model, *data = made if isinstance(made, tuple) else (made,)
     if not isinstance(model, keras.Model) or not model.compiled or len(data) not in (1, 2):
         raise ValueError(f"{spec} must return `model, x, y` or `model, dataset`, compiled. Received: {made!r:.100}")
+    if low_precision:
+        inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        model.optimizer = LowPrecisionOptimizer(type(inner).from_config(inner.get_config()), *low_precision)
     x, y = model_building.first_batch(*data)
     arrays = [numpy.asarray(keras.ops.convert_to_numpy(leaf)) for leaf in keras.tree.flatten((x, y))]
     count = max(len(arrays[0]), samples, batch)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,76 +13,22 @@ import numpy
 
 from tfmixed.formats import HALF
 
-_SMALL = 4096  # elements, below which states stay in float32 instead of int8
-_STATE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / 256}  # a float32 scale for each block of 256
-_WEIGHTS = ("stochastic", "nearest", "split")
-
-
-@dataclass(frozen=True)
-class Held:
-    """A variable that training holds.
-
-    Args:
-        shape: The shape.
-        itemsize: The bytes of an element.
-        trainable: If True, training also holds a gradient of the same size. Defaults to False.
-        cast: If True, its layer computes with a half-precision copy. Defaults to False.
-        embedding: If True, it is the table of an embedding. Defaults to False.
-    """
-
-    shape: tuple[int, ...]
-    itemsize: float
-    trainable: bool = False
-    cast: bool = False
-    embedding: bool = False
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> float:
-        """The bytes of all elements."""
-        return self.size * self.itemsize
-
 
 @dataclass(frozen=True)
 class Sizes:
-    """The variables of a training.
+    """Bytes of the variables of a training.
 
     Args:
-        model: The variables of the model.
-        optimizer: The variables of the optimizer.
+        weights: Of the variables of the model.
+        gradients: Of the gradients, which have the dtypes of their variables.
+        states: Of the variables of the optimizer.
+        copies: Of the half-precision copies of float32 weights, if all are held at once.
     """
 
-    model: tuple[Held, ...]
-    optimizer: tuple[Held, ...]
-
-    @property
-    def weights(self) -> int:
-        """Bytes of the variables of the model."""
-        return int(sum(held.bytes for held in self.model))
-
-    @property
-    def gradients(self) -> int:
-        """Bytes of the gradients, which have the dtypes of their variables."""
-        return int(sum(held.bytes for held in self.model if held.trainable))
-
-    @property
-    def states(self) -> int:
-        """Bytes of the variables of the optimizer."""
-        return int(sum(held.bytes for held in self.optimizer))
-
-    @property
-    def copies(self) -> int:
-        """Bytes of the half-precision copies of float32 weights, if all are held at once."""
-        return sum(2 * held.size for held in self.model if held.cast)
-
-    @property
-    def total(self) -> int:
-        """Bytes of all of these."""
-        return self.weights + self.gradients + self.states + self.copies
+    weights: int
+    gradients: int
+    states: int
+    copies: int
 
 
 def sizes_of(model: keras.Model) -> Sizes:
@@ -95,9 +41,8 @@ def sizes_of(model: keras.Model) -> Sizes:
     >>> model = keras.Sequential([keras.Input((1000,)), keras.layers.Dense(500, use_bias=False)])
     >>> model.compile("adam", loss="mse")
     >>> model.optimizer.build(model.trainable_variables)
-    >>> sizes = sizes_of(model)
-    >>> sizes.weights, sizes.gradients, sizes.states
-    (2000000, 2000000, 4000012)
+    >>> sizes_of(model)
+    Sizes(weights=2000000, gradients=2000000, states=4000012, copies=0)
     """
     optimizer = getattr(model, "optimizer", None)
     if not model.built or optimizer is None or not optimizer.built:
@@ -105,59 +50,24 @@ def sizes_of(model: keras.Model) -> Sizes:
             "The model must be built and compiled, and its optimizer built: call `model.optimizer.build("
             f"model.trainable_variables)`. Received: {model.name!r}"
         )
+    weights = {id(variable): variable for variable in model.variables}
+    states = {id(variable): variable for variable in optimizer.variables if id(variable) not in weights}
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Layer)]
-    owners = {id(variable): layer for layer in layers for variable in layer._trainable_variables}
-    found = {id(variable): variable for variable in model.variables}.values()
-    states = {id(variable): variable for variable in optimizer.variables}.values()
+    wide = {
+        id(variable): variable
+        for layer in layers
+        if layer.compute_dtype in HALF
+        for variable in layer._trainable_variables
+        if variable._autocast and variable.dtype == "float32"
+    }
     return Sizes(
-        tuple(_held(variable, owners.get(id(variable))) for variable in found),
-        tuple(_held(variable, None) for variable in states if id(variable) not in {id(weight) for weight in found}),
+        weights=_bytes(weights.values()),
+        gradients=_bytes(model.trainable_variables),
+        states=_bytes(states.values()),
+        copies=_bytes(wide.values()) // 2,
     )
 
 
-def with_option(sizes: Sizes, weights: str = "stochastic", states: str = "bfloat16") -> Sizes:
-    """Returns the sizes with bfloat16 weights and a `LowPrecisionOptimizer`.
-
-    Args:
-        sizes: Sizes with float32 weights and states.
-        weights: `"stochastic"`, `"nearest"` or `"split"`, which holds the other 16 bits in the optimizer. Defaults to
-            `"stochastic"`.
-        states: `"float32"`, `"bfloat16"` or `"int8"`, which keeps states of embeddings and of variables below 4,096
-            elements in float32. Defaults to `"bfloat16"`.
-
-    Raises:
-        ValueError: If an argument is unknown.
-
-    Example:
-    >>> with_option(Sizes((Held((1000, 1000), 4, trainable=True),), (Held((1000, 1000), 4),) * 2)).total
-    8000000
-    """
-    if weights not in _WEIGHTS or states not in _STATE_BYTES:
-        raise ValueError(
-            f"`weights` must be one of {', '.join(_WEIGHTS)}, and `states` one of {', '.join(_STATE_BYTES)}. Received: "
-            f"weights={weights!r}, states={states!r}"
-        )
-    tables = {held.shape for held in sizes.model if held.embedding}
-
-    def state(held: Held) -> Held:
-        if not held.shape or (states == "int8" and (held.size < _SMALL or held.shape in tables)):
-            return held
-        return dataclasses.replace(held, itemsize=min(held.itemsize, _STATE_BYTES[states]))
-
-    def weight(held: Held) -> Held:
-        is_wide = held.trainable and held.itemsize == 4
-        return dataclasses.replace(held, itemsize=2.0, cast=False) if is_wide else held
-
-    remainders = [Held(held.shape, 2.0) for held in sizes.model if held.trainable and held.itemsize == 4]
-    return Sizes(
-        tuple(map(weight, sizes.model)),
-        (*map(state, sizes.optimizer), *(remainders if weights == "split" else ())),
-    )
-
-
-def _held(variable: Any, layer: Any) -> Held:
-    itemsize = numpy.dtype(keras.backend.standardize_dtype(variable.dtype)).itemsize
-    is_cast = layer is not None and variable._autocast and itemsize == 4 and layer.compute_dtype in HALF
-    is_embedding = isinstance(layer, keras.layers.Embedding)
-    trainable = layer is not None and variable.trainable
-    return Held(tuple(variable.shape), itemsize, trainable, is_cast, is_embedding)
+def _bytes(variables: Iterable[Any]) -> int:
+    items = ((v.shape, numpy.dtype(keras.backend.standardize_dtype(v.dtype)).itemsize) for v in variables)
+    return sum(math.prod(shape) * size for shape, size in items)
