@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy
 from keras import ops
 
 
@@ -29,8 +30,6 @@ def cond(
     def otherwise() -> Any:
         return None if shape is None else ops.zeros(shape, "float32")
 
-    if predicate is True:
-        return function()
     if _is_known(predicate):
         return function() if predicate else otherwise()
     if not _is_one_cpu_graph() or len(devices(variables)) > 1:
@@ -52,6 +51,8 @@ def cond(
 
 
 def _is_known(predicate: Any) -> bool:
+    if isinstance(predicate, bool | numpy.bool_):
+        return True
     # JAX traces both branches even of a known predicate, and what they write would not leave the trace.
     if keras.backend.backend() != "jax":
         return False

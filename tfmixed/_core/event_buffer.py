@@ -10,10 +10,9 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import keras
 import numpy
-from keras import ops
 
+from tfmixed._core import scalar_ops as ops
 from tfmixed._core.variables import Variables
 from tfmixed.records import Change, EventsLost, Reason, ScaleChange
 
@@ -37,11 +36,11 @@ def initial_values(capacity: int) -> dict[str, Any]:
     }
 
 
-def write(variables: Mapping[str, keras.Variable], step: Any, old: Any, new: Any, reason: Any, variable: Any) -> None:
+def write(state: Variables, step: Any, old: Any, new: Any, reason: Any, variable: Any) -> None:
     """Writes one entry if `new` differs from `old`. Selects instead of branching.
 
     Args:
-        variables: Variables by name, those of `initial_values` among them.
+        state: Variables with those of `initial_values`.
         step: Integer scalar, the attempted step.
         old: float32 scalar, the scale before.
         new: float32 scalar, the scale after.
@@ -49,19 +48,20 @@ def write(variables: Mapping[str, keras.Variable], step: Any, old: Any, new: Any
         variable: Integer scalar, the index of the trainable variable that overflowed, or `NO_VARIABLE`.
     """
     changed = ops.not_equal(new, old)
-    count = ops.copy(variables["event_count"].value)
-    capacity = variables["event_steps"].shape[0]
+    count = state.read("event_count")
+    capacity = state.variables["event_steps"].shape[0]
     place = ops.equal(ops.arange(capacity, dtype="int32"), ops.cast(count % capacity, "int32"))
     place = ops.logical_and(changed, place)
     causes = ops.stack([ops.cast(reason, "int32"), ops.cast(variable, "int32")])
-    _select(variables["event_steps"], place, step)
-    _select(variables["event_causes"], place[:, None], causes)
-    _select(variables["event_scales"], place[:, None], ops.stack([old, new]))
-    variables["event_count"].assign(count + ops.cast(changed, count.dtype))
+    _select(state, "event_steps", place, step)
+    _select(state, "event_causes", place[:, None], causes)
+    _select(state, "event_scales", place[:, None], ops.stack([old, new]))
+    state.assign({"event_count": count + ops.cast(changed, count.dtype)})
 
 
-def _select(variable: keras.Variable, mask: Any, entry: Any) -> None:
-    variable.assign(ops.where(mask, ops.cast(entry, variable.dtype), variable.value))
+def _select(state: Variables, name: str, mask: Any, entry: Any) -> None:
+    old = state.read(name)
+    state.assign({name: ops.where(mask, ops.cast(entry, old.dtype), old)})
 
 
 def read_buffer(state: Variables) -> dict[str, Any]:

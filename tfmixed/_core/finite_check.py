@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import ml_dtypes
-from keras import ops
+import numpy
 
+from tfmixed._core import scalar_ops as ops
 from tfmixed._core.control_flow import cond
 from tfmixed._core.gradients import holds_gradient, values_of, widened
 from tfmixed._core.inner_optimizer import parts
@@ -95,6 +96,7 @@ class FiniteCheck(NamedTuple):
         indices = frozenset(index for index, is_raw in enumerate(raw) if is_raw)
         return cls((FLOAT32.max,) * len(raw), indices, replicas, needs_amax)
 
+    @ops.quiet
     def measure(self, gradients: Sequence[Any], scale: Any, indices: Sequence[int], replica: Any = 0) -> Any:
         """Returns the statistics of one replica, which `result` takes summed over replicas.
 
@@ -109,7 +111,7 @@ class FiniteCheck(NamedTuple):
             if gradient is not None:
                 values.setdefault(index, []).append(values_of(gradient))
         count = len(self.limits)
-        scaled = ops.stack([_sum(map(_sum_of_squares, values.get(index, ()))) for index in range(count)])
+        scaled = _sums_of_squares(values, count)
         factor = ops.square(scale)
         if self.raw:
             factor = ops.where(ops.convert_to_tensor([index in self.raw for index in range(count)]), 1.0, factor)
@@ -119,18 +121,22 @@ class FiniteCheck(NamedTuple):
             is_safe = ops.logical_and(is_safe, is_known)
 
         def check_values() -> Any:
-            return ops.stack(
+            return _vector(
                 [_sum(self._squares(index, found, scale) for found in values.get(index, ())) for index in range(count)]
             )
 
-        squares = ops.where(is_safe, quick, cond(ops.logical_not(is_safe), check_values, (count,)))
+        if ops.ON_HOST:
+            squares = quick if is_safe else check_values()
+        else:
+            squares = ops.where(is_safe, quick, cond(ops.logical_not(is_safe), check_values, (count,)))
         if not self.needs_amax:
             return squares
         unscaled = (self._unscaled(index, tensor, scale) for index, found in values.items() for tensor in found)
-        peaks = ops.stack([_single(ops.max(ops.abs(tensor), initial=0)) for tensor in unscaled])
+        peaks = _vector([_single(keras.ops.max(keras.ops.abs(tensor), initial=0)) for tensor in unscaled])
         peak = ops.minimum(ops.max(peaks), FLOAT32.max)
         return ops.concatenate([squares, ops.where(ops.equal(replica, ops.arange(self.replicas)), peak, 0.0)])
 
+    @ops.quiet
     def result(self, statistics: Any) -> CheckResult:
         """Returns the result of the statistics summed over all replicas."""
         count = len(self.limits)
@@ -145,12 +151,12 @@ class FiniteCheck(NamedTuple):
 
     def _unscaled(self, index: int, values: Any, scale: Any) -> Any:
         wide = widened(values)
-        return wide if index in self.raw else wide / ops.cast(scale, wide.dtype)
+        return wide if index in self.raw else wide / keras.ops.cast(scale, wide.dtype)
 
     def _squares(self, index: int, values: Any, scale: Any) -> Any:
         unscaled = self._unscaled(index, values, scale)
-        is_finite = ops.all(ops.abs(unscaled) <= self.limits[index])  # NaN compares False
-        return ops.where(is_finite, _single(ops.sum(ops.square(unscaled))), math.nan)
+        is_finite = keras.ops.all(keras.ops.abs(unscaled) <= self.limits[index])  # NaN compares False
+        return keras.ops.where(is_finite, _single(keras.ops.sum(keras.ops.square(unscaled))), math.nan)
 
 
 def _dtype_of(variable: Any) -> str:
@@ -159,7 +165,7 @@ def _dtype_of(variable: Any) -> str:
 
 
 def _single(value: Any) -> Any:
-    return ops.cast(value, "float32")
+    return keras.ops.cast(value, "float32")
 
 
 def _sum(values: Iterable[Any]) -> Any:
@@ -167,10 +173,31 @@ def _sum(values: Iterable[Any]) -> Any:
     return functools.reduce(operator.add, found) if found else 0.0
 
 
+def _vector(scalars: Sequence[Any]) -> Any:
+    """Returns a vector of scalar tensors, on PyTorch on the host."""
+    vector = keras.ops.stack(scalars)
+    return ops.convert_to_numpy(vector) if ops.ON_HOST else vector
+
+
+def _sums_of_squares(values: Mapping[int, Sequence[Any]], count: int) -> Any:
+    """Returns for each of `count` variables the sum of the squares of its gradients."""
+    if not ops.ON_HOST:
+        return _vector([_sum(map(_sum_of_squares, values.get(index, ()))) for index in range(count)])
+    import torch
+
+    places = [index for index, found in values.items() for _ in found]
+    with torch.no_grad():
+        norms = torch._foreach_norm([widened(tensor) for found in values.values() for tensor in found])
+        squares = numpy.square(torch.stack(norms).float().cpu().numpy())  # waits for the device, once in a step
+    sums = numpy.zeros(count, "float32")
+    numpy.add.at(sums, places, squares)
+    return sums
+
+
 def _sum_of_squares(values: Any) -> Any:
     wide = widened(values)
     if keras.backend.backend() != "tensorflow":
-        return _single(ops.sum(ops.square(wide)))
+        return _single(keras.ops.sum(keras.ops.square(wide)))
     import tensorflow as tf
 
     return _single(2.0 * tf.nn.l2_loss(wide))  # one kernel, and no temporary

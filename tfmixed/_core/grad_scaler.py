@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from tfmixed import scaling
-from tfmixed._core import arguments, gradients, optimizer_adapters, replica_sync
+from tfmixed._core import arguments, gradients, optimizer_adapters, replica_sync, scalar_ops
 from tfmixed._core.control_flow import cond, in_graph, in_session_graph
 from tfmixed._core.finite_check import FiniteCheck
 from tfmixed._core.scaler_state import ScalerState
@@ -135,7 +135,7 @@ class GradScaler(StateDict):
             return map(self.scale, outputs)
         scale = self._state().read("dynamic_scale")
         self._step_tracker.note_scale()
-        return keras.tree.map_structure(lambda output: ops.multiply(output, scale), outputs)
+        return keras.tree.map_structure(lambda output: ops.multiply(output, ops.convert_to_tensor(scale)), outputs)
 
     @do_not_convert
     def unscale(self, optimizer: Any, grads: Iterable[Any]) -> list[Any]:
@@ -158,7 +158,7 @@ class GradScaler(StateDict):
         grads = optimizer_adapters.check_gradients(grads)
         if not self._enabled:
             return grads
-        steps, scale = self._steps_of(optimizer, grads, "unscale"), self.loss_scale
+        steps, scale = self._steps_of(optimizer, grads, "unscale"), self._state().read("dynamic_scale")
         variables = optimizer_adapters.variables_of(optimizer, len(grads))
         steps.has_unknown_variables = variables is None
         raw = [False] * len(grads) if variables is None else gradients.raw(variables)
@@ -204,8 +204,8 @@ class GradScaler(StateDict):
         replica_sync.check_supported(optimizer)  # the parts of a `MultiOptimizer` may not be known before
         indices = steps.add(variables, self._paths)
         present = [index for index, gradient in zip(indices, grads, strict=True) if gradient is not None]
-        was_unscaled, is_row = steps.is_unscaled(self._step_tracker.mark()), self.consecutive_skips > 0
-        scale = ops.where(was_unscaled, 1.0, self.loss_scale)
+        was_unscaled, is_row = steps.is_unscaled(self._step_tracker.mark()), self._state().read("consecutive_skips") > 0
+        scale = scalar_ops.where(was_unscaled, 1.0, self._state().read("dynamic_scale"))
         count = replica_sync.replica_count()
         check = FiniteCheck.for_variables(optimizer, steps.trained, count, self.rule.needs_amax)
         update = functools.partial(self._unscale_and_apply, optimizer, variables, scale, options)

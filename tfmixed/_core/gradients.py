@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
+import numpy
 from keras import ops
+
+from tfmixed._core import scalar_ops
 
 # The reciprocal of a larger scale is subnormal, which kernels take for 0.
 _LARGEST_RECIPROCAL = 2.0**126
@@ -35,8 +38,27 @@ def unscale(gradient: Any, scale: Any, largest: float) -> Any:
 
 def unscale_all(gradients: Sequence[Any], raw: Iterable[bool], scale: Any, largest: float) -> list[Any]:
     """Returns gradients unscaled, except for the `raw` ones, which are not scaled."""
+    if scalar_ops.ON_HOST:
+        return _unscale_all_at_once(gradients, raw, scale)
     pairs = zip(gradients, raw, strict=True)
     return [gradient if is_raw else unscale(gradient, scale, largest) for gradient, is_raw in pairs]
+
+
+def _unscale_all_at_once(gradients: Sequence[Any], raw: Iterable[bool], scale: Any) -> list[Any]:
+    import torch
+
+    unscaled = list(gradients)
+    places = [place for place, is_raw in enumerate(raw) if not is_raw and unscaled[place] is not None]
+    wide = [widened(unscaled[place]) for place in places]
+    scale = float(scale)
+    with torch.no_grad():
+        if scale > _LARGEST_RECIPROCAL:
+            found = torch._foreach_div(wide, scale)
+        else:
+            found = torch._foreach_mul(wide, float(numpy.float32(1) / numpy.float32(scale))) if scale != 1 else wide
+    for place, values in zip(places, found, strict=True):
+        unscaled[place] = values
+    return unscaled
 
 
 def holds_gradient(variable: Any) -> bool:
@@ -74,5 +96,7 @@ def with_values(gradient: Any, function: Callable[[Any], Any]) -> Any:
 
 def widened(values: Any) -> Any:
     """Returns a tensor in float32 at least."""
+    if scalar_ops.ON_HOST and str(values.dtype) == "torch.float32":
+        return values
     is_double = keras.backend.standardize_dtype(values.dtype) == "float64"
     return values if is_double else ops.cast(values, "float32")

@@ -228,7 +228,9 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
 
     def _gradient_scale(self, grads: Sequence[Any]) -> Any:
         """Returns the scale of gradients that are applied: 1 if they are unscaled, else the loss scale."""
-        return ops.ones((), "float32") if self._calls.are_unscaled(grads) else self.loss_scale
+        if self._calls.are_unscaled(grads):
+            return scalar_ops.ones((), "float32")
+        return self._state().read("dynamic_scale")
 
     def _finite_check(self) -> FiniteCheck:
         inner, variables, count = self.inner_optimizer, self._trainable_variables, replica_sync.replica_count()

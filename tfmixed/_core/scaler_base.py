@@ -47,7 +47,7 @@ class ScalerBase:
         if getattr(self, "_scaling", self) is None and not in_graph():
             value = ScalerState.initial(self.rule)[name]
             return ops.cast(value, "int" if value.dtype.kind == "i" else "float32")
-        return self._state().read(name)
+        return ops.convert_to_tensor(self._state().read(name))
 
     @property
     def attempted_steps(self) -> Any:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy
-from keras import ops
 
 from tfmixed._core import event_buffer
+from tfmixed._core import scalar_ops as ops
 from tfmixed._core.control_flow import in_graph, skip_unless
 from tfmixed._core.finite_check import CheckResult
 from tfmixed._core.variables import AddVariable, Variables
@@ -54,6 +54,7 @@ class ScalerState(Variables):
         """Adds a counter for each of `count` variables: its overflows in the present row of skipped steps."""
         self.create({"overflow_counts": numpy.zeros(count, "int32")}, add_variable)
 
+    @ops.quiet
     def advance(self, result: CheckResult, moves: bool = True) -> None:
         """Moves the state on by one attempted step.
 
@@ -83,11 +84,11 @@ class ScalerState(Variables):
         """Writes what changes only in a skipped step, in the step after it, or with a new scale."""
         finite = result.finite
         reason = ops.where(finite, ops.where(new > old, event_buffer.GROWTH, event_buffer.SET), event_buffer.OVERFLOW)
-        event_buffer.write(self.variables, step, old, new, reason, result.first_overflow)
+        event_buffer.write(self, step, old, new, reason, result.first_overflow)
         if result.overflowed is not None:
             counts = self.read("overflow_counts")
             counts = ops.where(finite, 0, counts + ops.cast(result.overflowed, counts.dtype))
-            self.variables["overflow_counts"].assign(counts)
+            self.assign({"overflow_counts": counts})
 
     def set_scale(self, value: Any, name: str = "loss_scale") -> None:
         """Sets the scale, and logs the change.
@@ -108,8 +109,8 @@ class ScalerState(Variables):
         else:
             number = float(ops.convert_to_numpy(value)) if ops.is_tensor(value) else value
             new = ops.cast(validation.number(name, number, least=low, most=high), "float32")
-        event_buffer.write(self.variables, step, old, new, event_buffer.SET, event_buffer.NO_VARIABLE)
-        self.variables["dynamic_scale"].assign(new)
+        event_buffer.write(self, step, old, new, event_buffer.SET, event_buffer.NO_VARIABLE)
+        self.assign({"dynamic_scale": new})
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Restores the variables whose values `saved` holds by name, and moves the scale into the rule's bounds.

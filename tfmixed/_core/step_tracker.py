@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy
-from keras import ops
 
 from tfmixed._core import gradients
+from tfmixed._core import scalar_ops as ops
 from tfmixed._core.control_flow import current_graph
 from tfmixed._core.event_buffer import NO_VARIABLE
 from tfmixed._core.finite_check import CheckResult
@@ -224,6 +224,7 @@ class StepTracker(Variables):
         self._add(result, first, repeats)
         self._note(steps, "stepped")
 
+    @ops.quiet
     def _add(self, result: CheckResult, first_overflow: Any, repeats: Any = False) -> None:
         """Adds the result of one optimizer. The norm of a second check of the same gradients is 0."""
         first, overflows = self.read("first_overflow"), self.read("overflows")

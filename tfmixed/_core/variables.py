@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy
 from keras import ops
+
+from tfmixed._core import scalar_ops
 
 # Creates a variable, with the arguments of `keras.optimizers.Optimizer.add_variable`.
 AddVariable = Callable[..., keras.Variable]
@@ -23,6 +26,8 @@ class Variables:
 
     def __init__(self, initial_values: Mapping[str, Any], add_variable: AddVariable) -> None:
         self.variables: dict[str, keras.Variable] = {}
+        # On PyTorch, values on the host by name, with the tensor and the number of its last write.
+        self._on_host: dict[str, tuple[Any, int, Any]] = {}
         self.create(initial_values, add_variable)
 
     def create(self, initial_values: Mapping[str, Any], add_variable: AddVariable) -> None:
@@ -31,14 +36,38 @@ class Variables:
             self.variables |= {name: _variable(add_variable, name, value) for name, value in initial_values.items()}
 
     def read(self, name: str) -> Any:
-        """Returns the present value of a variable as a tensor that later writes leave alone."""
+        """Returns the present value of a variable that later writes leave alone: a tensor, or a NumPy array on PyTorch.
+
+        On PyTorch the device is read only if something else has written the variable.
+        """
         value = self.variables[name].value
-        return tensor(value) if hasattr(value, "assign") else ops.copy(value)
+        if not scalar_ops.ON_HOST:
+            return tensor(value) if hasattr(value, "assign") else ops.copy(value)
+        known = self._on_host.get(name)
+        if known is None or known[0] is not value or known[1] != value._version:
+            known = self._on_host[name] = value, value._version, scalar_ops.copy(ops.convert_to_numpy(value))
+        return known[2]
 
     def assign(self, values: Mapping[str, Any]) -> None:
-        """Writes variables by name."""
+        """Writes variables by name. On PyTorch, only those that change."""
         for name, value in values.items():
-            self.variables[name].assign(value)
+            if scalar_ops.ON_HOST and not ops.is_tensor(value):
+                self._assign_from_host(name, value)
+            else:
+                self.variables[name].assign(value)
+
+    def _assign_from_host(self, name: str, value: Any) -> None:
+        old, variable = self.read(name), self.variables[name]
+        new = scalar_ops.cast(value, old.dtype)
+        if numpy.array_equal(old, new, equal_nan=old.dtype.kind == "f"):
+            return
+        held = variable.value
+        if new.ndim or held is not variable._value:  # an array, or the value in a scope
+            variable.assign(new)
+        else:
+            held.detach().fill_(new.item())
+        held = variable.value
+        self._on_host[name] = held, held._version, new
 
 
 def plain_variable(shape: Any, initializer: Any, dtype: str, name: str) -> keras.Variable:
