@@ -164,14 +164,14 @@ def test_two_parts_are_the_number():
 # 8-bit blocks.
 
 
-def encoded(values, noise=None, compile=False):
+def encoded(values, noise=None, jit=False):
     """Returns codes, scales and decoded values as NumPy arrays."""
 
     def code(values, noise):
         codes, scales = rounding.to_blocks(values, noise)
         return codes, scales, rounding.from_blocks(codes, scales, values.shape)
 
-    if compile:
+    if jit:
         code = jitted(code)
     return [ops.convert_to_numpy(part) for part in code(ops.convert_to_tensor(values), noise)]
 
@@ -221,23 +221,21 @@ def noise_of(values):
     return ops.convert_to_tensor(RNG.integers(0, 2**16, shape).astype("int32"))
 
 
-@pytest.mark.parametrize(
-    ("sign", "noisy", "compile"), covering(2, ["both", "one", "hardly"], [False, True], [False, True])
-)
-def test_blocks_are_within_the_bound(sign, noisy, compile):
+@pytest.mark.parametrize(("sign", "noisy", "jit"), covering(2, ["both", "one", "hardly"], [False, True], [False, True]))
+def test_blocks_are_within_the_bound(sign, noisy, jit):
     """Of the docstring, for scales from 1e-38 to 3e38 and magnitudes that span twelve decades."""
     values = blocks_of(sign, decades=12)
-    decoded = encoded(values, noise_of(values) if noisy else None, compile)[2]
+    decoded = encoded(values, noise_of(values) if noisy else None, jit)[2]
     assert np.isfinite(decoded).all()
     check_bound(values, decoded)
 
 
-@pytest.mark.parametrize(("sign", "compile"), covering(1, ["hardly", "both", "one"], [True, False]))
-def test_blocks_of_decoded_values_decode_to_the_same(sign, compile):
+@pytest.mark.parametrize(("sign", "jit"), covering(1, ["hardly", "both", "one"], [True, False]))
+def test_blocks_of_decoded_values_decode_to_the_same(sign, jit):
     """Bit for bit, since files hold decoded values. Also if no negative value has a code of its own."""
     values = blocks_of(sign, decades=6)
-    once = encoded(values, noise_of(values), compile)[2]
-    np.testing.assert_array_equal(encoded(once, None, compile)[2], once)
+    once = encoded(values, noise_of(values), jit)[2]
+    np.testing.assert_array_equal(encoded(once, None, jit)[2], once)
 
 
 @pytest.mark.parametrize("shape", [(), (257,), (5, 7, 11)], ids=str)
@@ -276,15 +274,15 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize("noise", [None, 0, 0xFFFF])
-@pytest.mark.parametrize("compile", [False, True])
-def test_special_values_in_blocks(noise, compile):
+@pytest.mark.parametrize("jit", [False, True])
+def test_special_values_in_blocks(noise, jit):
     """Zeros, infinities, NaN and subnormal numbers give finite ones."""
     given, wanted = (
         np.stack([np.pad(np.array(pair[index], "float32"), (0, 256 - len(pair[0]))) for pair in SPECIAL.values()])
         for index in (0, 1)
     )
     noise = None if noise is None else ops.full(given.shape, noise, "int32")
-    _, scales, decoded = encoded(given, noise, compile)
+    _, scales, decoded = encoded(given, noise, jit)
     assert np.isfinite(scales).all()
     limit = np.abs(wanted).max(1) * (np.abs(wanted).max(1) == HUGE) * 127.0**-4  # 1.0 beside it
     for name, row, right, error in zip(SPECIAL, decoded, wanted, limit, strict=True):

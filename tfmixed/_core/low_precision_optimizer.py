@@ -255,7 +255,15 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
     def _backend_apply_gradients(self, grads: Sequence[Any], trainable_variables: Sequence[Any]) -> None:
         if self.gradient_accumulation_steps or replica_sync.current_strategy() is not None:
             grads = _widened(grads)  # they are summed before they are applied
-        super()._backend_apply_gradients(grads, trainable_variables)
+        frequency = self.ema_overwrite_frequency if self.use_ema and keras.backend.backend() == "jax" else None
+        with contextlib.ExitStack() as stack:
+            if frequency:  # Keras's own code for JAX would assign the averages to rounded variables
+                temporary_state.put(stack, self.inner_optimizer, "ema_overwrite_frequency", None)
+            super()._backend_apply_gradients(grads, trainable_variables)
+        if frequency:
+            is_due = (self.iterations + 1) % frequency == 0
+            for view, average in self._averages():
+                view.assign(ops.where(is_due, average.value, view.value))
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
         inner = self.inner_optimizer
@@ -312,14 +320,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
 
     def _update_model_variables_moving_average(self, trainable_variables: Sequence[Any]) -> None:
         del trainable_variables
-        if not self.use_ema:
-            return
         super()._update_model_variables_moving_average(self._created.views)
-        if keras.backend.backend() == "jax" and self.ema_overwrite_frequency:
-            # Keras's own code for JAX would assign the averages to rounded variables.
-            is_due = (self.iterations + 1) % self.ema_overwrite_frequency == 0
-            for view, average in self._averages():
-                view.assign(ops.where(is_due, average, view))
 
     def _overwrite_model_variables_with_average_value(self, trainable_variables: Sequence[Any]) -> None:
         del trainable_variables
