@@ -21,14 +21,15 @@ from tfmixed._core.low_precision_storage import Blocks, Float32View, Initial, Ro
 from tfmixed._core.variables import outside_of_graphs
 from tfmixed._utils import temporary_state, user_warnings
 from tfmixed._utils.patching import do_not_convert
+from tfmixed.scaling import validation
 
 WEIGHTS, STATES = ("stochastic", "split", "nearest"), ("float32", "bfloat16", "int8")
 # Smaller variables keep float32 states, which cost little: the limit of bitsandbytes.
 _SMALL = 4096
 # On PyTorch, elements of the variables that are updated by one call of its fused operations.
 _CHUNK = 2**22
-# Streams of random bits for each seed.
-_STREAMS = 2**20
+# From the streams of random bits of one seed to those of the next: odd, so that all seeds below 2**32 differ.
+_SEED = 0x85EBCA6B
 
 
 @keras.saving.register_keras_serializable(package="tfmixed")
@@ -59,7 +60,6 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
             all replicas and after a restart. Defaults to 0.
         fuse: The same as in `LossScaleOptimizer`. Defaults to `"auto"`.
         name: Name of the optimizer.
-        **kwargs: Not supported: arguments of the base optimizer belong to the inner one.
 
     Raises:
         ValueError: If an argument is out of range, or the inner optimizer is built, or subtracts states that must not
@@ -89,15 +89,14 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         seed: int = 0,
         fuse: bool | Literal["auto"] = "auto",
         name: str | None = None,
-        **kwargs: Any,
     ) -> None:
         for argument, value, known in (("weights", weights, WEIGHTS), ("states", states, STATES)):
             if value not in known:
                 raise ValueError(f"`{argument}` must be one of {', '.join(known)}. Received: {argument}={value!r}")
-        super().__init__(learning_rate=0.0, name=name, **kwargs)
+        super().__init__(learning_rate=0.0, name=name)
         # Not tracked by TensorFlow: checkpoints hold variables as they are stored, and not their views.
         vars(self)["inner_optimizer"] = _checked(arguments.inner_from(inner_optimizer), states)
-        self.weights, self.states, self.seed = weights, states, int(seed)
+        self.weights, self.states, self.seed = weights, states, validation.count("seed", seed, 0)
         self._fuser, self._update, self._created = Fuser(fuse), Update(), _Created()
         # The inner optimizer's own code calls these, on views instead of variables.
         vars(self.inner_optimizer).update(
@@ -108,8 +107,8 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
             assign_sub=lambda variable, value: variable.assign_sub(value),
             _var_key=self._var_key,
             # Keras saves it beside this object, which holds all that it has.
-            save_own_variables=lambda store: None,
-            load_own_variables=lambda store: None,
+            save_own_variables=lambda _: None,
+            load_own_variables=lambda _: None,
         )
         if hasattr(self.inner_optimizer, "_parallel_update_step"):
             vars(self.inner_optimizer)["_parallel_update_step"] = self._parallel_step
@@ -192,7 +191,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
 
     def _stream(self) -> int:
         self._created.streams += 1
-        return self.seed * _STREAMS + self._created.streams
+        return self.seed * _SEED + self._created.streams
 
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
