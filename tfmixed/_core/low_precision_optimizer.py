@@ -73,7 +73,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
     Example:
     >>> optimizer = LowPrecisionOptimizer(keras.optimizers.AdamW(1e-3), states="int8")
     >>> optimizer.inner_optimizer.name
-    'adamw'
+    'adam_w'
     """
 
     # Read where warnings about constants in half precision are given.
