@@ -200,6 +200,7 @@ def on_replicas(make, *variables):
     return optimizer, weights, tf.function(lambda *gradients: strategy.run(replica_step, (gradients,)))
 
 
+@pytest.mark.filterwarnings("ignore:SGD updates 2 float16 variables")
 @made_up
 @pytest.mark.parametrize(("dtype", "small", "large"), [("float32", 4e18, 1.2e19), ("float16", 2.0, 4e4)])
 def test_the_sum_over_replicas_must_be_finite_too(dtype, small, large):

@@ -1,6 +1,6 @@
 """Kills a training process with SIGKILL at random moments, starts it again, and compares with an uninterrupted run.
 
-python tests/helpers/kill_and_resume.py [--kills 20] [--how checkpoint|backup] [--seed 0]
+python tests/helpers/kill_and_resume.py [--kills 20] [--how [low_precision_]checkpoint|backup] [--seed 0]
 """
 
 from __future__ import annotations
@@ -91,7 +91,11 @@ def compare(how: str, kills: int, seed: int, folder: Path) -> Report:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--how", choices=["checkpoint", "backup"], default="checkpoint")
+    parser.add_argument(
+        "--how",
+        choices=[f"{low}{how}" for low in ("", "low_precision_") for how in ("checkpoint", "backup")],
+        default="checkpoint",
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

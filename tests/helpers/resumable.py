@@ -1,4 +1,4 @@
-"""A training process that can be killed at any time: `resumable.py checkpoint|backup FOLDER EPOCHS`.
+"""A training process that can be killed at any time: `resumable.py [low_precision_]checkpoint|backup FOLDER EPOCHS`.
 
 Started again with the same arguments it goes on where its last checkpoint stands. Writes the log of the scale, and the
 state after each epoch into `FOLDER/epochs/`.
@@ -19,6 +19,7 @@ import tensorflow as tf
 import tfmixed
 
 STEPS = 12
+LOW_PRECISION = sys.argv[1:] and sys.argv[1].startswith("low_precision")
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -79,9 +80,13 @@ def restored_backup(folder):
 
 def build():
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(1)])
+    inner, units, dtype = keras.optimizers.Adam(0.01), 8, "float32"
+    if LOW_PRECISION:
+        inner, units, dtype = tfmixed.LowPrecisionOptimizer(inner, states="int8"), 1024, "bfloat16"
+    hidden, last = keras.layers.Dense(units, "tanh", dtype=dtype), keras.layers.Dense(1, dtype=dtype)
+    model = keras.Sequential([keras.Input((4,)), hidden, last])
     rule = tfmixed.DynamicScale(initial_scale=2.0**12, growth_interval=5)
-    model.compile(tfmixed.LossScaleOptimizer(keras.optimizers.Adam(0.01), rule), loss="mse")
+    model.compile(tfmixed.LossScaleOptimizer(inner, rule), loss="mse")
     model.optimizer.build(model.trainable_variables)
     return model
 
@@ -92,7 +97,7 @@ def main(how, folder, epochs):
     x[3 * 8] = x[9 * 8 + 1] = np.inf
     model = build()
     logger = tfmixed.callbacks.LossScaleLogger(folder / "scale.jsonl", verbose=0)
-    if how == "checkpoint":
+    if how.endswith("checkpoint"):
         keeper = Checkpoint(folder / "checkpoint", model)
         first = int(keeper.epoch)
     else:

@@ -20,7 +20,15 @@ OPTIMIZER, TRAINER = "keras.src.optimizers.base_optimizer", "keras.src.backend.t
 # Module, attribute, parameters (None if it is not checked), purpose.
 HOOKS = [
     (OPTIMIZER, "BaseOptimizer._get_variable_index", ["self", "variable"], "name the variable of a gradient"),
-    (OPTIMIZER, "BaseOptimizer._var_key", ["self", "variable"], "find the states of a variable that has a copy"),
+    (OPTIMIZER, "BaseOptimizer._track_variable", ["self", "variable"], "let an optimizer hold views of its states"),
+    (OPTIMIZER, "BaseOptimizer._filter_empty_gradients", ["self", "grads", "vars"], "apply gradients"),
+    (
+        OPTIMIZER,
+        "BaseOptimizer._overwrite_variables_directly_with_gradients",
+        ["self", "grads", "vars"],
+        "apply gradients",
+    ),
+    (OPTIMIZER, "BaseOptimizer._use_weight_decay", ["self", "variable"], "decay float32 views of weights"),
     ("keras.src.utils.tracking", "Tracker.replace_tracked_value", None, "count steps in a variable of the user's"),
     ("keras.src.dtype_policies.dtype_policy", "dtype_policy", [], "make another policy the default"),
     ("keras.src.dtype_policies.dtype_policy", "set_dtype_policy", ["policy"], "make another policy the default"),
@@ -110,7 +118,9 @@ ATTRIBUTES = {
     "_descriptor_cache": "make tf.function trace a layer's call again",
     "_inputs_struct": "know a functional model's inputs",
     "_flash_attention": "leave flash kernels in half precision",
-    "_iterations": "set it, or count steps in a variable of the user's",
+    "_model_variables_moving_average": "overwrite rounded weights with averages",
+    "_layout": "give an optimizer's variables the layout of weights",
+    "_parallel_update_step": "update the variables of PyTorch in float32",
     "_tracker": "count steps in a variable of the user's",
     "_autocast": "count the half-precision copies of weights",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
@@ -146,12 +156,16 @@ def test_private_attributes_exist():
     optimizer, variable = keras.optimizers.SGD(), keras.Variable([1.0])
     optimizer.build([variable])
     assert isinstance(optimizer._learning_rate, keras.Variable), ATTRIBUTES["_learning_rate"]
-    assert variable._autocast is True, ATTRIBUTES["_autocast"]
-    assert optimizer._iterations is optimizer.variables[0], ATTRIBUTES["_iterations"]
+    assert optimizer._iterations is optimizer.variables[0], "set it, or count steps in a variable of the user's"
     assert optimizer._tracker.is_in_store("variables", optimizer._iterations), ATTRIBUTES["_tracker"]
     assert variable._value is variable.value  # set, to count steps in a variable of TensorFlow's
     assert optimizer._trainable_variables == [variable], ATTRIBUTES["_trainable_variables"]
+    averaging = keras.optimizers.SGD(use_ema=True)
+    averaging.build([variable])
+    assert averaging._model_variables_moving_average == [averaging.variables[-1]], "overwrite weights with averages"
     assert optimizer._distribution_strategy is tf.distribute.get_strategy(), ATTRIBUTES["_distribution_strategy"]
+    assert variable._layout is None, ATTRIBUTES["_layout"]
+    assert variable._autocast is True, ATTRIBUTES["_autocast"]
     assert optimizer._var_key(variable) == variable.value._unique_id, ATTRIBUTES["_unique_id"]
     assert keras.Sequential()._distribute_strategy is None, ATTRIBUTES["_distribute_strategy"]
     model = keras.Sequential([keras.Input((2,)), dense := keras.layers.Dense(1)])
@@ -206,8 +220,21 @@ def test_private_attributes_of_tensorflow_1_exist():
 
 
 def test_overridden_private_methods_exist():
-    """Keras calls this one after each build, when a loaded model repeats its changes."""
+    """Keras calls the first after each build, when a loaded model repeats its changes, and the others in an update."""
     assert list(inspect.signature(keras.Operation._post_build).parameters) == ["self"]
+    for name, parameters in {
+        "_backend_apply_gradients": ["grads", "trainable_variables"],
+        "_backend_update_step": ["grads", "trainable_variables", "learning_rate"],
+        "_clip_gradients": ["grads"],
+        "_apply_weight_decay": ["variables"],
+        "_update_model_variables_moving_average": ["trainable_variables"],
+        "_overwrite_model_variables_with_average_value": ["trainable_variables"],
+        "_var_key": ["variable"],
+    }.items():
+        found = inspect.signature(getattr(keras.optimizers.Optimizer, name)).parameters
+        assert list(found) == ["self", *parameters], name
+    parallel = Path(keras.__file__).parent / "src/backend/torch/optimizers/torch_parallel_optimizer.py"
+    assert "self._parallel_update_step(" in parallel.read_text(), ATTRIBUTES["_parallel_update_step"]
 
 
 def test_names_that_promotion_patches_exist():

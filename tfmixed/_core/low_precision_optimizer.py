@@ -22,13 +22,14 @@ from tfmixed._core.variables import outside_of_graphs
 from tfmixed._utils import temporary_state, user_warnings
 from tfmixed._utils.patching import do_not_convert
 from tfmixed.formats import STATES, WEIGHTS
+from tfmixed.scaling import validation
 
 # Smaller variables keep float32 states, which cost little: the limit of bitsandbytes.
 _SMALL = 4096
 # On PyTorch, elements of the variables that are updated by one call of its fused operations.
 _CHUNK = 2**22
-# Streams of random bits for each seed.
-_STREAMS = 2**20
+# From the streams of random bits of one seed to those of the next: odd, so that all seeds below 2**32 differ.
+_SEED = 0x85EBCA6B
 
 
 @keras.saving.register_keras_serializable(package="tfmixed")
@@ -59,7 +60,6 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
             all replicas and after a restart. Defaults to 0.
         fuse: The same as in `LossScaleOptimizer`. Defaults to `"auto"`.
         name: Name of the optimizer.
-        **kwargs: Not supported: arguments of the base optimizer belong to the inner one.
 
     Raises:
         ValueError: If an argument is out of range, or the inner optimizer is built, or subtracts states that must not
@@ -73,7 +73,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
     Example:
     >>> optimizer = LowPrecisionOptimizer(keras.optimizers.AdamW(1e-3), states="int8")
     >>> optimizer.inner_optimizer.name
-    'adamw'
+    'adam_w'
     """
 
     # Read where warnings about constants in half precision are given.
@@ -89,15 +89,14 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         seed: int = 0,
         fuse: bool | Literal["auto"] = "auto",
         name: str | None = None,
-        **kwargs: Any,
     ) -> None:
         for argument, value, known in (("weights", weights, WEIGHTS), ("states", states, STATES)):
             if value not in known:
                 raise ValueError(f"`{argument}` must be one of {', '.join(known)}. Received: {argument}={value!r}")
-        super().__init__(learning_rate=0.0, name=name, **kwargs)
+        super().__init__(learning_rate=0.0, name=name)
         # Not tracked by TensorFlow: checkpoints hold variables as they are stored, and not their views.
         self.__dict__["inner_optimizer"] = _checked(arguments.inner_from(inner_optimizer), states)
-        self.weights, self.states, self.seed = weights, states, int(seed)
+        self.weights, self.states, self.seed = weights, states, validation.count("seed", seed, 0)
         self._fuser, self._update, self._created = Fuser(fuse), Update(), _Created()
         # The inner optimizer's own code calls these, on views instead of variables.
         vars(self.inner_optimizer).update(
@@ -169,7 +168,8 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         """Takes the place of the inner optimizer's `add_variable_from_reference`."""
         path = f"{reference_variable.path.replace('/', '_')}_{name or 'var'}"
         state = Float32View(reference_variable.shape, reference_variable.dtype, path, self._update)
-        state.like, state.storage = reference_variable.like, Initial(state.shape, keras.initializers.get(initializer))
+        state.like = reference_variable.like
+        state.storage = Initial(state.shape, state.dtype, keras.initializers.get(initializer))
         self.inner_optimizer._track_variable(state)
         return state
 
@@ -192,7 +192,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
 
     def _stream(self) -> int:
         self._created.streams += 1
-        return self.seed * _STREAMS + self._created.streams
+        return self.seed * _SEED + self._created.streams
 
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
@@ -255,7 +255,15 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
     def _backend_apply_gradients(self, grads: Sequence[Any], trainable_variables: Sequence[Any]) -> None:
         if self.gradient_accumulation_steps or replica_sync.current_strategy() is not None:
             grads = _widened(grads)  # they are summed before they are applied
-        super()._backend_apply_gradients(grads, trainable_variables)
+        frequency = self.ema_overwrite_frequency if self.use_ema and keras.backend.backend() == "jax" else None
+        with contextlib.ExitStack() as stack:
+            if frequency:  # Keras's own code for JAX would assign the averages to rounded variables
+                temporary_state.put(stack, self.inner_optimizer, "ema_overwrite_frequency", None)
+            super()._backend_apply_gradients(grads, trainable_variables)
+        if frequency:
+            is_due = (self.iterations + 1) % frequency == 0
+            for view, average in self._averages():
+                view.assign(ops.where(is_due, average.value, view.value))
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
         inner = self.inner_optimizer
@@ -312,14 +320,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
 
     def _update_model_variables_moving_average(self, trainable_variables: Sequence[Any]) -> None:
         del trainable_variables
-        if not self.use_ema:
-            return
         super()._update_model_variables_moving_average(self._created.views)
-        if keras.backend.backend() == "jax" and self.ema_overwrite_frequency:
-            # Keras's own code for JAX would assign the averages to rounded variables.
-            is_due = (self.iterations + 1) % self.ema_overwrite_frequency == 0
-            for view, average in self._averages():
-                view.assign(ops.where(is_due, average, view))
 
     def _overwrite_model_variables_with_average_value(self, trainable_variables: Sequence[Any]) -> None:
         del trainable_variables

@@ -79,10 +79,11 @@ class Initial(NamedTuple):
     """The initial values of an optimizer state, before it is stored."""
 
     shape: Any
+    dtype: str
     initializer: Callable[..., Any]
 
     def load(self) -> Any:
-        return self.initializer(self.shape, dtype="float32")
+        return self.initializer(self.shape, dtype=self.dtype)
 
 
 class Update:

@@ -16,6 +16,8 @@ from tfmixed.formats import FLOAT32
 
 # Values of a block of 8-bit codes share one scale.
 BLOCK = 256
+# XLA multiplies by the reciprocal, which must not be subnormal: kernels take it for 0.
+_LARGEST_SCALE = 2.0**126
 _MAGNITUDE, _INFINITY, _LARGEST_BFLOAT16, _QUIET = 0x7FFFFFFF, 0x7F800000, 0x7F7F0000, 0x400000
 
 
@@ -80,12 +82,13 @@ def to_blocks(values: Any, bits: Any = None) -> tuple[Any, Any]:
     """Encodes values in blocks of 256, with 8 bits for each value and a float32 scale for each block.
 
     Code `k` of a block stands for `(k / n)**4 * scale`, where `scale` is the largest magnitude in the block, and `n` is
-    255 if no value is negative, else 127 for each sign. So second moments, which are never negative, have twice the
-    resolution. In such a block no nonzero value becomes 0, by which an update may be divided.
+    254 if no value is negative, else 127 for each sign. So second moments, which are never negative, have twice the
+    resolution. In such a block no nonzero value has code 0, since an update may be divided by it. Encoding decoded
+    values, rounded to nearest, gives the same values.
 
     A value becomes one of its two neighbors: an error below `4 / n` of the block's largest magnitude, and below
-    `((k + 1)**4 - k**4) / n**4` of it at code `k`. NaN becomes 0, and infinities the largest float32 number. If all
-    magnitudes of a block are subnormal, they become 0.
+    `((k + 1)**4 - k**4) / n**4` of it at code `k`. NaN becomes 0, and magnitudes above 2**126 become 2**126,
+    infinities included. If all magnitudes of a block are subnormal, they become 0.
 
     Args:
         values: float32 tensor.
@@ -100,18 +103,19 @@ def to_blocks(values: Any, bits: Any = None) -> tuple[Any, Any]:
     """
     flat = ops.reshape(values, (-1,))
     blocks = ops.reshape(ops.pad(flat, [(0, -flat.shape[0] % BLOCK)]), (-1, BLOCK))
-    blocks = ops.where(ops.isnan(blocks), 0.0, ops.clip(blocks, -FLOAT32.max, FLOAT32.max))
+    blocks = ops.where(ops.isnan(blocks), 0.0, ops.clip(blocks, -_LARGEST_SCALE, _LARGEST_SCALE))
     magnitudes = ops.abs(blocks)
     largest = ops.max(magnitudes, axis=1, keepdims=True)
     scale = ops.where(largest < FLOAT32.smallest_normal, 0.0, largest)
+    # Codes of a block of one sign include the values of one of both: decoded ones may lack the negative values.
     is_signed = ops.min(blocks, axis=1, keepdims=True) < 0
-    count = ops.where(is_signed, 127.0, 255.0)
+    count = ops.where(is_signed, 127.0, 254.0)
     shares = magnitudes / ops.where(scale > 0, scale, math.inf)
     code = ops.minimum(ops.floor(ops.sqrt(ops.sqrt(shares)) * count), count - 1)
     lower, upper = _power(code / count), _power((code + 1) / count)
     threshold = 0.5 if bits is None else (ops.cast(bits, "float32") + 0.5) / 2**16
     code = code + ops.cast(shares - lower > threshold * (upper - lower), "float32")
-    code = ops.where(ops.logical_and(shares > 0, ops.logical_not(is_signed)), ops.maximum(code, 1.0), code)
+    code = ops.where(ops.logical_and(magnitudes > 0, ops.logical_not(is_signed)), ops.maximum(code, 1.0), code)
     code = ops.where(is_signed, 128 + ops.sign(blocks) * code, code)
     return ops.cast(code, "uint8"), ops.where(is_signed, -scale, scale)
 
@@ -120,7 +124,7 @@ def from_blocks(codes: Any, scales: Any, shape: Sequence[int]) -> Any:
     """Returns the float32 values of codes, of the shape that they had."""
     is_signed = scales < 0
     code = ops.cast(codes, "float32")
-    shares = ops.where(is_signed, code - 128, code) / ops.where(is_signed, 127.0, 255.0)
+    shares = ops.where(is_signed, code - 128, code) / ops.where(is_signed, 127.0, 254.0)
     values = ops.sign(shares) * _power(shares) * ops.abs(scales)
     return ops.reshape(ops.reshape(values, (-1,))[: math.prod(shape)], shape)
 
