@@ -366,3 +366,11 @@ def test_small_variables_and_embeddings_keep_float32_states():
         f"{name}_{state}": "float32" for name in ("bias", "embeddings") for state in ("momentum", "velocity")
     }
     assert sorted(dtype for name, dtype in dtypes.items() if "kernel" in name) == ["float32"] * 2 + ["uint8"] * 2
+
+
+def test_copies_of_weights_are_float32():
+    """Such as the second sequence of ScheduleFreeAdamW, whose errors would be those of the weights."""
+    optimizer = LowPrecisionOptimizer(keras.optimizers.ScheduleFreeAdamW(), states="int8")
+    optimizer.build(variables(shapes={"kernel": (80, 64)}))
+    found = {variable.path.rpartition("kernel_")[2]: variable.dtype for variable in optimizer.variables[2:]}
+    assert found == {"momentum": "float32", "velocity_codes": "uint8", "velocity_scales": "float32"}
