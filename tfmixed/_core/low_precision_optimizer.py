@@ -288,14 +288,10 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
     def _parallel_step(self, grads: Sequence[Any], variables: Sequence[Any], learning_rate: Any) -> None:
         """Takes the place of `_parallel_update_step` of Keras's optimizers on PyTorch, which update all variables."""
         inner, start, size = self.inner_optimizer, 0, 0
-        doubles = [keras.backend.standardize_dtype(variable.dtype) == "float64" for variable in variables]
         for end, variable in enumerate(variables, 1):
             size += math.prod(variable.shape)
-            is_last = end == len(variables)
-            # PyTorch's operations on lists fail for Keras's tensors of several dtypes.
-            is_full = not is_last and (size >= _CHUNK or doubles[end] != doubles[start])
             # What an optimizer holds for all variables must change once in a step.
-            if is_last or (is_full and not self._created.shares_state):
+            if end == len(variables) or (size >= _CHUNK and not self._created.shares_state):
                 with self._updating(variables[start:end]) as views:
                     type(inner)._parallel_update_step(inner, _widened(grads[start:end]), views, learning_rate)
                 start, size = end, 0
