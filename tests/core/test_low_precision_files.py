@@ -158,7 +158,7 @@ def test_conversion_to_keras_and_back():
     train(plain, wide, 3, dtype="float32")
     converted, copies = None, variables("float32")
     converted = ours.to_keras(copies)
-    assert type(converted) is keras.optimizers.AdamW
+    assert isinstance(converted, keras.optimizers.AdamW)
     assert_same([*copies, *converted.variables], [*wide, *plain.variables])
     halves = variables()
     back = LowPrecisionOptimizer.from_keras(plain, halves, weights="split", states="float32", fuse=False)

@@ -97,6 +97,7 @@ def test_split_weights_on_replicas_are_those_of_float32():
 
 
 @slow
+@pytest.mark.xfail(reason="TensorFlow broadcasts no bfloat16, int16 or uint8, so workers cannot create such variables")
 def test_workers_draw_the_same_noise(tmp_path):
     """In two processes: equal weights and states on both."""
     (first, second) = workers.run(2, "low_precision_worker.py", folder=tmp_path)

@@ -25,7 +25,7 @@ class Rounded:
         self._is_half = keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
 
     def load(self) -> Any:
-        return gradients.widened(self.variables[0])
+        return gradients.widened(ops.convert_to_tensor(self.variables[0]))
 
     def store(self, values: Any, step: Any = None) -> None:
         """Writes values: rounded to nearest, or stochastically where `step` is given."""
