@@ -97,15 +97,13 @@ def test_split_weights_on_replicas_are_those_of_float32():
 
 
 @slow
-@pytest.mark.xfail(reason="TensorFlow broadcasts no bfloat16, int16 or uint8, so workers cannot create such variables")
-def test_workers_draw_the_same_noise(tmp_path):
-    """In two processes: equal weights and states on both."""
-    (first, second) = workers.run(2, "low_precision_worker.py", folder=tmp_path)
-    assert len(first) == len(second) == 3
-    for one, two in zip(first, second, strict=True):
-        assert one["iterations"] == two["iterations"] == 4
-        for ours, theirs in zip(one["values"], two["values"], strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+def test_workers_take_the_same_steps(tmp_path):
+    """In two processes, with float32 states. TensorFlow cannot create others there, which is said."""
+    first, second = workers.run(2, "low_precision_worker.py", folder=tmp_path)
+    assert first["iterations"] == second["iterations"] == 4
+    for ours, theirs in zip(first["values"], second["values"], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert all("several workers" in message for message in first["refusals"])
 
 
 # Sparse gradients.

@@ -28,6 +28,8 @@ from tfmixed.scaling import validation
 _SMALL = 4096
 # On PyTorch, elements of the variables that are updated by one call of its fused operations.
 _CHUNK = 2**22
+# Dtypes that the collective operations by which workers share initial values do not take (TensorFlow 2.21).
+_NOT_BROADCAST = ("bfloat16", "int16", "uint8")
 # From the streams of random bits of one seed to those of the next: odd, so that all seeds below 2**32 differ.
 _SEED = 0x85EBCA6B
 
@@ -206,6 +208,11 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         self, like: Any, name: str, dtype: str, initializer: Any = "zeros", shape: Sequence[int] | None = None
     ) -> keras.Variable:
         """Adds a variable on the device of another."""
+        if dtype in _NOT_BROADCAST and replica_sync.is_multi_worker(self):
+            raise NotImplementedError(
+                f"TensorFlow cannot create {dtype} variables on several workers. Train under a mixed policy with "
+                f'`states="float32"`, or on one worker. Received: weights={self.weights!r}, states={self.states!r}'
+            )
         shape = like.shape if shape is None else shape
         layout = getattr(like, "_layout", None) if tuple(shape) == tuple(like.shape) else None
         with contextlib.ExitStack() as stack:
@@ -363,7 +370,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         return [*itertools.chain(*stored), *self._created.low_bits]
 
     def _plain_variables(self) -> list[keras.Variable]:
-        """Returns variables in the order and, seen as float32, the values of an inner optimizer that is not wrapped."""
+        """Returns the variables of an inner optimizer that is not wrapped, in its order: views, or real ones."""
         return self._created.variables or self.inner_optimizer.variables
 
     def saved_variables(self) -> dict[str, keras.Variable]:
@@ -450,7 +457,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
 
 @dataclass
 class _Created:
-    """What `build` creates."""
+    """Views and variables that `build` creates."""
 
     views: list[Any] = field(default_factory=list)  # of trainable variables; those that hold gradients have none
     variables: list[keras.Variable] = field(default_factory=list)  # those of an inner optimizer that is not wrapped
@@ -470,6 +477,11 @@ def _checked(inner: keras.optimizers.Optimizer, states: str) -> keras.optimizers
         raise ValueError(
             "`inner_optimizer` must not be built. Pass a new one, or continue with "
             f"`LowPrecisionOptimizer.from_keras(optimizer, variables)`. Received: a built {name}"
+        )
+    if inner.loss_scale_factor is not None:
+        raise ValueError(
+            f"`loss_scale_factor` of the inner optimizer must be None. Wrap this optimizer in "
+            f"`LossScaleOptimizer(optimizer, scale)`. Received: {inner.loss_scale_factor}"
         )
     if getattr(inner, "centered", False) and states != "float32":
         raise ValueError(

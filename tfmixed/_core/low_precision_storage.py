@@ -106,7 +106,7 @@ class Update:
 
 
 class Float32View(keras.Variable):
-    """A variable or optimizer state, seen as a float32 variable.
+    """A float32 variable that stands for a variable or optimizer state in another form.
 
     Within an update its value is read once and written once. Elsewhere each read decodes what is stored, and each
     write encodes it, rounded to nearest. It holds no memory of its own but one number.
