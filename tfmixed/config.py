@@ -1,6 +1,7 @@
 """Precision settings of a training run in a TOML file.
 
 policy = "mixed_float16"        # as in set_policy; defaults to "auto"
+weights = "stochastic"          # with states = "int8" or others, as in LowPrecisionOptimizer; by default not used
 
 [scaling]                       # without this table the loss is not scaled
 rule = "dynamic"                # "dynamic", "constant" or "logmax", with the parameters of that rule
@@ -30,6 +31,7 @@ import tomli_w
 from tfmixed import hardware, scaling
 from tfmixed._utils import atomic_write
 from tfmixed.errors import ConfigError
+from tfmixed.formats import STATES, WEIGHTS
 from tfmixed.scaling import PEERS, RULES, ScalingRule
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ class Config:
         policy: Name of the dtype policy. Defaults to `"auto"`, the fastest policy for this hardware.
         scaling: The scaling rule. Defaults to None: the loss is not scaled.
         log: Settings of the log.
+        weights: As in `LowPrecisionOptimizer`. Defaults to None: the optimizer is not wrapped in one.
+        states: As in `LowPrecisionOptimizer`, if `weights` is given. Defaults to `"bfloat16"`.
 
     Raises:
         ConfigError: If an argument has another type, or the policy does not exist.
@@ -75,6 +79,8 @@ class Config:
     policy: str = "auto"
     scaling: ScalingRule | None = None
     log: LogConfig = field(default_factory=LogConfig)
+    weights: str | None = None
+    states: str = "bfloat16"
 
     def __post_init__(self) -> None:
         if self.policy != "auto" and not _is_policy(self.policy):
@@ -82,6 +88,10 @@ class Config:
             raise ConfigError(
                 f'policy must be "auto" or the name of a dtype policy. Received: policy={self.policy!r}.{nearest}'
             )
+        for key, known in (("weights", WEIGHTS), ("states", STATES)):
+            value = getattr(self, key)
+            if value not in (*known, *(() if key == "states" else (None,))):
+                raise ConfigError(f"{key} must be one of {', '.join(known)}. Received: {key}={value!r}")
         if not isinstance(self.log, LogConfig):
             raise ConfigError(f"log must be a LogConfig. Received: log={self.log!r}")
         if self.scaling is not None and type(self.scaling) not in RULES.values():
@@ -92,6 +102,11 @@ class Config:
         name = hardware.describe().policy if self.policy == "auto" else self.policy
         return self.scaling is not None or name == "mixed_float16"
 
+    @property
+    def low_precision(self) -> dict[str, Any]:
+        """Arguments of the `LowPrecisionOptimizer`, or none without `weights`."""
+        return {} if self.weights is None else {"weights": self.weights, "states": self.states}
+
     def apply(self) -> keras.DTypePolicy:
         """Sets the global dtype policy, as `set_policy` does, and returns it."""
         from tfmixed.policy import set_policy
@@ -99,15 +114,17 @@ class Config:
         return set_policy(self.policy)
 
     def optimizer(self, inner: keras.optimizers.Optimizer | str) -> keras.optimizers.Optimizer:
-        """Returns `inner` in a `LossScaleOptimizer`, or unchanged if the loss is not scaled.
+        """Returns `inner` in a `LowPrecisionOptimizer` if `weights` is given, and in a `LossScaleOptimizer` if scaled.
 
         Under `mixed_float16` without `scaling` it is wrapped with a constant scale of 1, since Keras would scale an
         optimizer that is not wrapped.
         """
         import keras
 
-        from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
+        from tfmixed.optimizer import LossScaleOptimizer, LowPrecisionOptimizer
 
+        if self.weights is not None:
+            inner = LowPrecisionOptimizer(inner, **self.low_precision)
         return LossScaleOptimizer(inner, self.scaling) if self._wraps else keras.optimizers.get(inner)
 
     def callbacks(self, run_dir: str | os.PathLike[str]) -> list[keras.callbacks.Callback]:
@@ -122,7 +139,7 @@ class Config:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a file from which `load_config` returns an equal `Config`. The write is atomic."""
-        tables: dict[str, Any] = {"policy": self.policy}
+        tables: dict[str, Any] = {"policy": self.policy, **self.low_precision}
         if self.scaling is not None:
             names = {rule: name for name, rule in RULES.items()}
             values = asdict(self.scaling)  # type: ignore[call-overload]  # every rule is a dataclass
@@ -138,6 +155,8 @@ class _Tables(msgspec.Struct):
     policy: str = "auto"
     scaling: dict[str, Any] | None = None
     log: LogConfig = LogConfig()
+    weights: str | None = None
+    states: str = "bfloat16"
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
@@ -169,7 +188,10 @@ def _config(tables: dict[str, Any]) -> Config:
         value = functools.reduce(operator.getitem, key.split("."), tables)
         raise ConfigError(f"Invalid value of '{key}'. {reason}. Received: {value!r}") from None
     _check_keys("log.", tables.get("log", {}), (entry.name for entry in fields(LogConfig)))
-    return Config(typed.policy, None if typed.scaling is None else _rule(typed.scaling), typed.log)
+    if "states" in tables and typed.weights is None:
+        raise ConfigError(f"'states' needs 'weights'. Received: states={typed.states!r}")
+    rule = None if typed.scaling is None else _rule(typed.scaling)
+    return Config(typed.policy, rule, typed.log, typed.weights, typed.states)
 
 
 def _rule(table: dict[str, Any]) -> ScalingRule:

@@ -40,3 +40,6 @@ class FloatFormat:
 FORMATS = {name: FloatFormat.of(name) for name in ("float16", "bfloat16", "float32")}
 FLOAT32 = FORMATS["float32"]
 HALF = ("float16", "bfloat16")
+# Forms of weights and optimizer states of a `LowPrecisionOptimizer`.
+WEIGHTS = ("stochastic", "split", "nearest")
+STATES = ("float32", "bfloat16", "int8")

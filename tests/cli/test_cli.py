@@ -161,7 +161,7 @@ def tiny():
 def test_bench_prints_json_and_draws(tmp_path):
     """Progress bars go to standard error."""
     (tmp_path / "net.py").write_text(TINY)
-    options = ("--rounds", "1", "--seconds", "0.01", "--memory", "0", "--json", "--plot", "times.png")
+    options = ("--rounds", "1", "--seconds", "0.01", "--no-peak", "--json", "--plot", "times.png")
     run = tfmixed_command("bench", "--model", "net:tiny", *options, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)["rows"]
@@ -174,13 +174,13 @@ def test_bench_prints_json(command, monkeypatch):
     from tfmixed._cli import bench
 
     rows = tuple(bench.Row("mlp", variant, 8, (1.0,), 1.0, 1, 0.5) for variant in bench.VARIANTS)
-    report = bench.Report("mixed_bfloat16", "CPU", {}, 0, rows)
+    report = bench.Report("mixed_bfloat16", "CPU", {}, rows)
     monkeypatch.setattr(bench, "run", lambda *_, **__: report)
     assert json.loads(command("bench", "mlp", "--json").stdout)["rows"][0]["variant"] == "float32"
     assert "mlp" in command("bench", "mlp").stdout
 
 
-@pytest.mark.parametrize("name", ["doctor", "audit", "ranges", "bench", "report", "simulate", "run"])
+@pytest.mark.parametrize("name", ["doctor", "audit", "ranges", "memory", "bench", "report", "simulate", "run"])
 def test_commands_have_help(command, name):
     """All of them."""
     assert "Usage" in command(name, "--help").stdout

@@ -32,6 +32,12 @@ def gradient(name, exponent, count=100, kind="weight", dtype="float16"):
     return GradientRange(name, kind, name, dtype, 5, 0, size, size, {exponent: (count, 0, 0, 0)})
 
 
+def updated(name, lost, kept, rounded_to="bfloat16"):
+    """A weight with two updates of these sizes, of which rounding discards the first."""
+    octaves = {precision: {-2: (1, lost), -1: (1, kept)} for precision in ("float16", "bfloat16")}
+    return dataclasses.replace(gradient(name, -20), updates=octaves, rounded_to=rounded_to)
+
+
 def snapshot(*gradients, step=400):
     return RangesRecord(step, 0, "float32", 1.0, 2, "net", list(gradients))
 
@@ -89,6 +95,10 @@ LOGS = {
     "gradients not finite": (begin(), snapshot(NONFINITE), end()),
     "bfloat16": (begin(), snapshot(gradient("a", -60, dtype="bfloat16")), end(scale=1.0)),
     "scale at the snapshot": (begin(), overflow(450), snapshot(gradient("a", -37)), HALF, end(599, 2.0**14, 1)),
+    "updates lost": (begin(), snapshot(updated("a", 3.0, 1.0), updated("b", 1.0, 1.0)), end(999)),
+    "updates lost in float16": (begin(), snapshot(updated("a", 3.0, 1.0, "float16")), end(999)),
+    "fine: few updates lost": (begin(), snapshot(updated("a", 1.0, 15.0)), end(999)),
+    "fine: float32 weights": (begin(), snapshot(updated("a", 3.0, 1.0, "")), end(999)),
     "fine": (begin(), snapshot(gradient("a", -20)), end(999)),
     "fine: highest scale": (begin(scale=2.0**5), snapshot(gradient("a", 10)), end(scale=2.0**5)),
     "fine: lowest scale": (begin(scale=2.0**36), snapshot(gradient("a", -60)), end(scale=2.0**36)),
@@ -98,7 +108,9 @@ LOGS = {
     "fine: early overflows": (begin(), *(overflow(i, 8.0) for i in range(9, 15)), end(99, 4.0, 6)),
     "fine: short last epoch": (begin(), end(99, 8.0), overflow(100, 8.0), overflow(101, 4.0), end(101, 2.0, 2)),
 }
-ISLAND = snapshot(gradient("fine", -10), gradient("lost", -60), gradient("head", -60, dtype="float32"))
+ISLAND = snapshot(
+    updated("updated", 3.0, 1.0), gradient("fine", -10), gradient("lost", -60), gradient("head", -60, dtype="float32")
+)
 WHOLE = [
     Run("calm", CALM),
     Run("constant", (begin(CONSTANT, 8.0, EVIL), overflow(3, 8.0, EVIL), ISLAND, end(99, 8.0, 4))),

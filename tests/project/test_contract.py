@@ -20,6 +20,7 @@ OPTIMIZER, TRAINER = "keras.src.optimizers.base_optimizer", "keras.src.backend.t
 # Module, attribute, parameters (None if it is not checked), purpose.
 HOOKS = [
     (OPTIMIZER, "BaseOptimizer._get_variable_index", ["self", "variable"], "name the variable of a gradient"),
+    (OPTIMIZER, "BaseOptimizer._var_key", ["self", "variable"], "find the states of a variable that has a copy"),
     ("keras.src.utils.tracking", "Tracker.replace_tracked_value", None, "count steps in a variable of the user's"),
     ("keras.src.dtype_policies.dtype_policy", "dtype_policy", [], "make another policy the default"),
     ("keras.src.dtype_policies.dtype_policy", "set_dtype_policy", ["policy"], "make another policy the default"),
@@ -99,6 +100,8 @@ HOOKS = [
 ATTRIBUTES = {
     "_trainable_variables": "list what an optimizer was built with",
     "_distribute_strategy": "fit on workers",
+    "_distribution_strategy": "take a step on copies of the variables of several replicas",
+    "_unique_id": "find the states of a variable that has a copy",
     "_dtype_policy": "compute in float32 for a while",
     "_call_has_training_arg": "call a model as the trainer does",
     "_compile_loss": "compute the loss as fit does",
@@ -109,6 +112,7 @@ ATTRIBUTES = {
     "_flash_attention": "leave flash kernels in half precision",
     "_iterations": "set it, or count steps in a variable of the user's",
     "_tracker": "count steps in a variable of the user's",
+    "_autocast": "count the half-precision copies of weights",
     "_learning_rate": "read it once a step, and see whether it is a user's schedule",
     "_layers": "find sublayers",
     "_buffers": "restore the buffers of PyTorch modules",
@@ -142,10 +146,13 @@ def test_private_attributes_exist():
     optimizer, variable = keras.optimizers.SGD(), keras.Variable([1.0])
     optimizer.build([variable])
     assert isinstance(optimizer._learning_rate, keras.Variable), ATTRIBUTES["_learning_rate"]
+    assert variable._autocast is True, ATTRIBUTES["_autocast"]
     assert optimizer._iterations is optimizer.variables[0], ATTRIBUTES["_iterations"]
     assert optimizer._tracker.is_in_store("variables", optimizer._iterations), ATTRIBUTES["_tracker"]
     assert variable._value is variable.value  # set, to count steps in a variable of TensorFlow's
     assert optimizer._trainable_variables == [variable], ATTRIBUTES["_trainable_variables"]
+    assert optimizer._distribution_strategy is tf.distribute.get_strategy(), ATTRIBUTES["_distribution_strategy"]
+    assert optimizer._var_key(variable) == variable.value._unique_id, ATTRIBUTES["_unique_id"]
     assert keras.Sequential()._distribute_strategy is None, ATTRIBUTES["_distribute_strategy"]
     model = keras.Sequential([keras.Input((2,)), dense := keras.layers.Dense(1)])
     assert isinstance(model._dtype_policy, keras.DTypePolicy), ATTRIBUTES["_dtype_policy"]

@@ -121,6 +121,16 @@ CASES = {
     "rounding noise is ignored": WITH_NOISE,
     "float32 is ignored": ISLAND,
     "outputs and weights": OUTPUTS,
+    "updates lost": GradientRanges(
+        RangesRecord(
+            *(None, None, "float32", 1.0, 1, "m"),
+            [
+                dataclasses.replace(counted([1.0], "a"), updates={"bfloat16": {-2: (3, 0.75), -1: (1, 0.25)}}),
+                dataclasses.replace(counted([1.0], "b"), updates={"bfloat16": {}}),
+                counted([1.0], "c", kind="activation"),
+            ],
+        )
+    ),
 }
 
 

@@ -184,6 +184,30 @@ def fidelity(
 
 
 @app.command()
+def memory(
+    model: _Training,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 32,
+    budget: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Also find the largest batch size for so many GiB.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Dtype policy such as mixed_float16, set by set_policy.")] = None,
+    options: Annotated[
+        bool, typer.Option("--options/--no-options", help="Estimate what other policies and optimizers would save.")
+    ] = True,
+    as_json: log_commands.AsJson = False,
+) -> None:
+    """Predict the memory of training by purpose, and what other options save. Trains smaller batches in processes."""
+    with _on_models():
+        from tfmixed._cli.load_model import load_function
+        from tfmixed.memory import estimate
+
+        _set_policy(policy)  # refuses unknown ones before any work
+        load_function(model)
+        result = estimate(model, batch, policy=policy, budget=budget, options=options)
+    print(result.to_json()) if as_json else _print(result)
+
+
+@app.command()
 def bench(
     networks: Annotated[
         list[str] | None, typer.Argument(help="mlp, cnn, transformer, depthwise. Default: all.")
@@ -198,9 +222,7 @@ def bench(
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size. Default: that of the network, or 32.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Number of measurements of each variant.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.001, help="Length of a measurement.")] = 1.0,
-    memory: Annotated[
-        float, typer.Option(min=0, help="GiB of memory, to estimate the largest batch size. 0: no memory is measured.")
-    ] = 8.0,
+    peak: Annotated[bool, typer.Option("--peak/--no-peak", help="Measure peak memory, in further processes.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the times to a .png or .svg file.")] = None,
     as_json: log_commands.AsJson = False,
 ) -> None:
@@ -214,7 +236,7 @@ def bench(
         log_commands.check_plot("--plot", plot)
         log_commands.prepare("--plot", plot)
         cases = [*(networks or ()), *(model or ())] or benchmark.NETWORKS
-        report = benchmark.run(cases, policy, batch=batch, rounds=rounds, seconds=seconds, memory=memory or None)
+        report = benchmark.run(cases, policy, batch=batch, rounds=rounds, seconds=seconds, memory=peak)
     print(json.dumps(report.as_dict(), indent=2)) if as_json else _print(report)
     if plot is not None:
         from tfmixed import plotting

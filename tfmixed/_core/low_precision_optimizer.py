@@ -21,8 +21,8 @@ from tfmixed._core.low_precision_storage import Blocks, Float32View, Initial, Ro
 from tfmixed._core.variables import outside_of_graphs
 from tfmixed._utils import temporary_state, user_warnings
 from tfmixed._utils.patching import do_not_convert
+from tfmixed.formats import STATES, WEIGHTS
 
-WEIGHTS, STATES = ("stochastic", "split", "nearest"), ("float32", "bfloat16", "int8")
 # Smaller variables keep float32 states, which cost little: the limit of bitsandbytes.
 _SMALL = 4096
 # On PyTorch, elements of the variables that are updated by one call of its fused operations.
@@ -96,7 +96,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
                 raise ValueError(f"`{argument}` must be one of {', '.join(known)}. Received: {argument}={value!r}")
         super().__init__(learning_rate=0.0, name=name, **kwargs)
         # Not tracked by TensorFlow: checkpoints hold variables as they are stored, and not their views.
-        vars(self)["inner_optimizer"] = _checked(arguments.inner_from(inner_optimizer), states)
+        self.__dict__["inner_optimizer"] = _checked(arguments.inner_from(inner_optimizer), states)
         self.weights, self.states, self.seed = weights, states, int(seed)
         self._fuser, self._update, self._created = Fuser(fuse), Update(), _Created()
         # The inner optimizer's own code calls these, on views instead of variables.
@@ -108,8 +108,8 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
             assign_sub=lambda variable, value: variable.assign_sub(value),
             _var_key=self._var_key,
             # Keras saves it beside this object, which holds all that it has.
-            save_own_variables=lambda store: None,
-            load_own_variables=lambda store: None,
+            save_own_variables=lambda _: None,
+            load_own_variables=lambda _: None,
         )
         if hasattr(self.inner_optimizer, "_parallel_update_step"):
             vars(self.inner_optimizer)["_parallel_update_step"] = self._parallel_step

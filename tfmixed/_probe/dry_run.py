@@ -13,7 +13,7 @@ from keras import tree
 from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._utils import temporary_state
 
-GradientConsumer = Callable[[Iterable[Any], Iterable[Any]], None]  # takes gradients and their variables
+GradientConsumer = Callable[[Iterable[Any], Iterable[Any], Any], None]  # takes gradients, variables and optimizer
 
 
 def compiled_step(model: keras.Model) -> Callable[[Any, Any], Any]:
@@ -80,13 +80,16 @@ def _dry_run_methods(
         return tree.map_structure(lambda loss: loss * scale, losses)
 
     def apply(grads: Any, trainable_variables: Any = None) -> None:
-        consume(grads, optimizer._trainable_variables if trainable_variables is None else trainable_variables)
+        consume(
+            grads, optimizer._trainable_variables if trainable_variables is None else trainable_variables, optimizer
+        )
 
     def apply_gradients(grads_and_vars: Iterable[Any], **_: Any) -> None:
-        consume(*zip(*grads_and_vars, strict=True))
+        grads, variables = zip(*grads_and_vars, strict=True)
+        consume(grads, variables, optimizer)
 
     def stateless_apply(optimizer_variables: Any, grads: Any, trainable_variables: Any) -> Any:
-        consume(grads, model.trainable_variables)
+        consume(grads, model.trainable_variables, optimizer)
         return trainable_variables, optimizer_variables
 
     return {

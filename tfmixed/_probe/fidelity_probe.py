@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +16,9 @@ from keras import ops
 
 from tfmixed._core import gradients
 from tfmixed._probe.dry_run import compiled_step, dry_run, loss_scale
-from tfmixed._probe.tensor_hooks import deliver, dense, hooked, round_significand
+from tfmixed._probe.tensor_hooks import hooked, round_significand
 from tfmixed._probe.train_step_probe import StepProbe
+from tfmixed._probe.update_probe import AppliedGradients
 from tfmixed._utils import layer_tree, temporary_state
 from tfmixed.formats import FLOAT32, FORMATS, HALF
 from tfmixed.records import FidelityRecord, GradientError
@@ -57,7 +59,7 @@ class FidelityProbe(StepProbe):
         self._rows: dict[Any, int] = {}  # by layer, from the half-precision run
         self._sums: dict[int, _Sums] = {}
 
-    def _measure(self, batch: Any, state: Any) -> None:
+    def _measure(self, batch: Any, state: Any) -> AppliedGradients:
         scale = self._scale_in_use(state) if self._is_in_use else self.scale
         if self._half_step is None or self.scale != scale:
             self.scale = scale
@@ -67,9 +69,11 @@ class FidelityProbe(StepProbe):
             self._run(self._exact, batch, state)
             with self._rounded_weights(state) as rounded:
                 self._run(self._rounded, batch, rounded)
-        for key, exact in self._exact.gradients.items():
-            half, rounded = self._half_step.gradients[key], self._rounded.gradients[key]
-            self._sums.setdefault(key, _Sums()).add(exact, half, rounded)
+        steps = self._exact, self._half_step, self._rounded
+        exact, half, rounded = (step.applied.by_variable() for step in steps)
+        for key in exact:
+            self._sums.setdefault(key, _Sums()).add(exact[key], half[key], rounded[key])
+        return self._half_step.applied
 
     def _scale_in_use(self, state: Any) -> float:
         optimizer = self.model.optimizer
@@ -92,6 +96,7 @@ class FidelityProbe(StepProbe):
         about = self.scale, self.batches, str(self.model.name), float32_sums
         record = FidelityRecord(step, epoch, *about, errors)
         self._sums.clear()
+        self.updates.clear()
         self.batches = 0
         return record
 
@@ -100,7 +105,8 @@ class FidelityProbe(StepProbe):
             if sums := self._sums.get(id(variable)):
                 dtype, size = self._half.get(layer, layer.compute_dtype), math.prod(variable.shape)
                 names = gradients.path(variable), self._paths[layer]
-                yield GradientError(*names, dtype, size, self._rows.get(layer, 0), **sums.results())
+                error = GradientError(*names, dtype, size, self._rows.get(layer, 0), **sums.results())
+                yield dataclasses.replace(error, **self.updates.fields(variable))
 
     @contextlib.contextmanager
     def _with_row_counts(self) -> Iterator[None]:
@@ -170,27 +176,18 @@ class _GradientStep:
 
     def __init__(self, model: keras.Model, scale: float, context: Callable[[], _Context]) -> None:
         self.model, self.scale, self.context = model, scale, context
-        self.gradients: dict[int, Any] = {}  # by the id of the variable
-        self.variables: dict[int, Any] = {}  # by id, kept alive so that their ids stay valid
+        self.applied = AppliedGradients()
         self._step = compiled_step(model)
 
     def run(self, batch: Any, state: Any) -> None:
         """Replaces the gradients by those of one batch."""
-        self.gradients.clear()
+        self.applied.values.clear()
         losses_in_float32 = temporary_state.losses_in_float32(self.model._flatten_layers())
         with dry_run(self.model, self._consume, self.scale), self.context(), losses_in_float32:
             self._step(batch, state)
 
-    def _consume(self, grads: Iterable[Any], variables: Iterable[Any]) -> None:
-        for gradient, variable in zip(grads, variables, strict=True):
-            if gradient is not None and not gradients.holds_gradient(variable):
-                self.variables[id(variable)] = variable
-                values = ops.cast(dense(gradient), "float32") / self.scale
-                deliver(functools.partial(self._add, id(variable)), values)
-
-    def _add(self, key: int, gradient: Any) -> None:
-        # The sum, if two optimizers train a variable.
-        self.gradients[key] = self.gradients.get(key, 0.0) + numpy.array(gradient, "float64")
+    def _consume(self, grads: Iterable[Any], variables: Iterable[Any], optimizer: Any) -> None:
+        self.applied.add(grads, variables, optimizer, self.scale)
 
 
 @dataclass

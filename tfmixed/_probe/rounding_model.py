@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 
 from tfmixed.formats import FORMATS, HALF, FloatFormat
-from tfmixed.records import GradientRange, RangesRecord
+from tfmixed.records import GradientError, GradientRange, RangesRecord
 
 TOLERANCE = 0.01  # share of a tensor that may be flushed to 0, by convention
 Octaves = Mapping[int, tuple[int, int, int, int]]
@@ -50,6 +50,64 @@ class Losses:
     def percentages(self) -> list[str]:
         """Returns the shares that become 0, subnormal and infinite, as in a table."""
         return [percent(self.share(count)) for count in (self.zero, self.subnormal, self.overflow)]
+
+
+@dataclass(frozen=True)
+class UpdateLoss:
+    """Updates of weights, and those that rounding to nearest discards: the weight stays the same.
+
+    Args:
+        count: Number of nonzero updates. Defaults to 0.
+        size: Sum of their magnitudes. Defaults to 0.
+        lost_count: Number of the discarded ones. Defaults to 0.
+        lost_size: Sum of their magnitudes. Defaults to 0.
+    """
+
+    count: int = 0
+    size: float = 0.0
+    lost_count: int = 0
+    lost_size: float = 0.0
+
+    def __add__(self, other: UpdateLoss) -> UpdateLoss:
+        return UpdateLoss(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def share(self) -> float:
+        """The discarded share of the update, 0 to 1: of the sum of its magnitudes."""
+        return min(self.lost_size / self.size, 1.0) if self.size else 0.0
+
+    @property
+    def share_of_elements(self) -> float:
+        """The discarded share of the nonzero elements, 0 to 1."""
+        return self.lost_count / self.count if self.count else 0.0
+
+
+def update_loss(gradient: GradientRange | GradientError, precision: str, scale: float = 1.0) -> UpdateLoss:
+    """Returns what is lost of the updates of a variable, and if updates were `scale` times as large.
+
+    Args:
+        gradient: The record of the variable.
+        precision: The format that holds the variable: `"float16"` or `"bfloat16"`.
+        scale: A factor, for which counts are exact if it is a power of two. Others are rounded up to one.
+            Defaults to 1.
+    """
+    octaves = gradient.updates.get(format_of(precision).name, {})
+    limit = -1 - math.ceil(math.log2(scale))
+    parts = [UpdateLoss(*part, *(part if octave < limit else ())) for octave, part in octaves.items()]
+    return sum(parts, UpdateLoss())
+
+
+def update_lost(gradient: GradientRange | GradientError, precision: str) -> str:
+    """Returns the share of a variable's update that rounding discards, as in a table. Empty if it is unknown."""
+    if not gradient.updates:
+        return ""
+    loss = update_loss(gradient, precision)
+    return percent(loss.share) if loss.count else "no update"
+
+
+def weight_format(records: Iterable[GradientRange | GradientError]) -> str:
+    """Returns the half-precision format in which weights are held; bfloat16 if there is none."""
+    return "float16" if any(record.rounded_to == "float16" for record in records) else "bfloat16"
 
 
 def losses(octaves: Octaves, scale: float = 1.0, precision: str = "float16") -> Losses:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
@@ -14,6 +15,7 @@ from tfmixed._core import gradients
 from tfmixed._probe.dry_run import compiled_step, dry_run, holds_grad_scaler
 from tfmixed._probe.gradient_histogram import Histogram, add_gradient, perturb
 from tfmixed._probe.tensor_hooks import hooked
+from tfmixed._probe.update_probe import AppliedGradients, UpdateProbe
 from tfmixed._utils import layer_tree, model_building, temporary_state
 from tfmixed.formats import HALF
 from tfmixed.records import GradientRange, RangesRecord
@@ -55,6 +57,7 @@ class StepProbe:
             )
         self.model, self.scale = model, validation.scale("scale", scale)
         self.batches = 0
+        self.updates = UpdateProbe(model)
         self._paths: dict[Any, str] = {}
         self._seeds = temporary_state.seed_generator()
 
@@ -79,7 +82,10 @@ class StepProbe:
         """
         if not self._paths:
             self.build(batch)
-        self._measure(_without_optionals(batch), state)
+        applied = self._measure(_without_optionals(batch), state)
+        if not self.batches:
+            self.updates.add(applied, state)
+        applied.values.clear()
         self.batches += 1
 
     def measure_batches(self, data: Any, steps: int, batch_size: int | None) -> None:
@@ -102,14 +108,15 @@ class StepProbe:
         if not self.batches:
             raise ValueError(f"`data` must contain at least one batch. Received: {data!r:.200}")
 
-    def _measure(self, batch: Any, state: Any) -> None:
+    def _measure(self, batch: Any, state: Any) -> AppliedGradients:
+        """Measures a batch, and returns the gradients that train."""
         raise NotImplementedError
 
     def _run(self, step: Any, batch: Any, state: Any) -> None:
-        """Runs a step, which has an attribute `variables` of those that received a gradient."""
+        """Runs a step, which has an attribute `applied`, its gradients."""
         with temporary_state.states(self.model, self._seeds):
             step.run(batch, state)
-        if not step.variables and self.model.trainable_variables:
+        if not step.applied.calls and self.model.trainable_variables:
             raise ValueError(
                 "`model` must hold the optimizers that its train_step uses: no optimizer that it holds received a "
                 "gradient, so that another one may have taken a step. Make the optimizer an attribute of the model. "
@@ -138,10 +145,11 @@ class Probe(StepProbe):
         self._exact = self._step if is_float32 else _ProbedStep(self.model, self._paths, "float32", self.scale)
         self._perturbed = _ProbedStep(self.model, self._paths, "float32", self.scale, perturbed=True)
 
-    def _measure(self, batch: Any, state: Any) -> None:
+    def _measure(self, batch: Any, state: Any) -> AppliedGradients:
         self._run(self._step, batch, state)
         if not self.batches:
             self._find_noise(batch, state)
+        return self._step.applied
 
     def _find_noise(self, batch: Any, state: Any) -> None:
         """Finds gradients that are rounding noise: they change disproportionately when the step is perturbed."""
@@ -163,6 +171,7 @@ class Probe(StepProbe):
         ranges = [range_ for layer in layers for range_ in self._ranges(layer, self._paths[layer])]
         record = RangesRecord(step, epoch, self.precision, self.scale, self.batches, str(self.model.name), ranges)
         self._step.clear()
+        self.updates.clear()
         self.batches = 0
         return record
 
@@ -173,7 +182,8 @@ class Probe(StepProbe):
         for variable in getattr(layer, "_trainable_variables", ()):
             if (key := id(variable)) in histograms:
                 name = gradients.path(variable)
-                yield histograms[key].range(name, "weight", path, layer.compute_dtype, key in self._noise)
+                range_ = histograms[key].range(name, "weight", path, layer.compute_dtype, key in self._noise)
+                yield dataclasses.replace(range_, **self.updates.fields(variable))
 
 
 class _ProbedStep:
@@ -184,7 +194,7 @@ class _ProbedStep:
     ) -> None:
         self.model, self.layers, self.precision, self.scale, self.perturbed = model, layers, precision, scale, perturbed
         self.histograms: dict[int, Histogram] = {}  # by the id of the layer or variable
-        self.variables: dict[int, Any] = {}  # by id, kept alive so that their ids stay valid
+        self.applied = AppliedGradients(keep=not perturbed)
         self._step = compiled_step(model)
 
     def run(self, batch: Any, state: Any) -> None:
@@ -221,11 +231,9 @@ class _ProbedStep:
 
         return backward
 
-    def _add(self, grads: Iterable[Any], variables: Iterable[Any]) -> None:
-        for gradient, variable in zip(grads, variables, strict=True):
-            if gradient is not None and not gradients.holds_gradient(variable):
-                self.variables[id(variable)] = variable
-                add_gradient(self._histogram(variable), gradient, self.scale)
+    def _add(self, grads: Iterable[Any], variables: Iterable[Any], optimizer: Any) -> None:
+        for gradient, variable in self.applied.add(grads, variables, optimizer, self.scale):
+            add_gradient(self._histogram(variable), gradient, self.scale)
 
     def _histogram(self, key: Any) -> Histogram:
         return self.histograms.setdefault(id(key), Histogram())

@@ -15,8 +15,8 @@ class GradientFidelity(MeasuringCallback):
     """Compares the gradients of the next batch with float32 every `every` steps, like `tfmixed.gradient_fidelity`.
 
     The measured batch is trained on afterwards as usual. Measuring takes the time of about three steps, most of it in
-    float32; other steps are not slowed down. The attribute `last` is the last snapshot, a
-    `tfmixed.fidelity.GradientFidelity`, or None before the first one.
+    float32, and a step of the optimizer on the CPU; other steps are not slowed down. The attribute `last` is the last
+    snapshot, a `tfmixed.fidelity.GradientFidelity`, or None before the first one.
 
     Args:
         path: A file of JSON lines, one for each snapshot, as for `GradientRanges`. Defaults to None, which writes no

@@ -18,8 +18,8 @@ class GradientRanges(MeasuringCallback):
     """Measures the gradients of the next batch every `every` steps, like `tfmixed.measure_gradients`.
 
     The measured batch is trained on afterwards as usual. Measuring takes the time of about three steps, five with a
-    half `precision`; other steps are not slowed down. The attribute `last` is the last snapshot, a
-    `tfmixed.ranges.GradientRanges`, or None before the first one.
+    half `precision`, and a step of the optimizer on the CPU; other steps are not slowed down. The attribute
+    `last` is the last snapshot, a `tfmixed.ranges.GradientRanges`, or None before the first one.
 
     Args:
         path: A file of JSON lines, one for each snapshot: preferably that of `LossScaleLogger`, so that `tfmixed

@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from tfmixed._probe.rounding_model import TOLERANCE, percent
+from tfmixed._probe.rounding_model import TOLERANCE, percent, update_lost, weight_format
 from tfmixed._utils import rich_text
 from tfmixed.formats import FORMATS, HALF
 from tfmixed.records import FidelityRecord, GradientError, short
@@ -80,15 +80,26 @@ class GradientFidelity:
         Args:
             top: The largest number of rows. Defaults to None, all.
         """
-        names = [Column(heading, overflow="fold") for heading in HEADINGS[:2]]
-        numbers = [Column(heading, justify="right", no_wrap=True) for heading in HEADINGS[2:]]
+        names = [Column(heading, overflow="fold") for heading in self.headings[:2]]
+        numbers = [Column(heading, justify="right", no_wrap=True) for heading in self.headings[2:]]
         grid = Table(*names, *numbers, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
         for row in self.rows()[:top]:
             grid.add_row(*map(Text, row))
         return grid
 
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """The headings of the table. "update lost" is the share of an update that rounding the weights discards."""
+        lost = f"update lost, {weight_format(self)}"
+        return ("gradient", "explanation", "error", "rounding", "cosine", "to 0", *[lost][: self._knows_updates])
+
+    @property
+    def _knows_updates(self) -> bool:
+        return any(gradient.updates for gradient in self)
+
     def rows(self) -> list[tuple[str, ...]]:
-        """Returns the cells of the table, under `HEADINGS`."""
+        """Returns the cells of the table, under `headings`."""
+        weights = weight_format(self)
         return [
             (
                 gradient.name,
@@ -97,6 +108,7 @@ class GradientFidelity:
                 _share(gradient.rounding),
                 f"{gradient.cosine:.4f}",
                 percent(gradient.flushed),
+                *[update_lost(gradient, weights)][: self._knows_updates],
             )
             for gradient in self
         ]
@@ -142,9 +154,6 @@ class GradientFidelity:
     def to_json(self) -> str:
         """Returns `as_dict` as JSON."""
         return json.dumps(self.as_dict(), indent=2)
-
-
-HEADINGS = ("gradient", "explanation", "error", "rounding", "cosine", "to 0")
 
 
 def _excess(gradient: GradientError) -> float:

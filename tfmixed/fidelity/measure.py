@@ -25,6 +25,9 @@ def gradient_fidelity(
     dropout, run in inference mode, since half precision would draw other numbers. A custom layer that draws random
     numbers whatever `training` is appears as wrong.
 
+    The table also has the share of the optimizer's update that rounding the weights to half precision discards, as in
+    `measure_gradients`, here for the gradients in half precision.
+
     Args:
         model: A compiled model with layers that compute in half precision.
         data: Data as `measure_gradients` accepts it.

@@ -20,11 +20,14 @@ from tfmixed._probe.rounding_model import (
     POWERS,
     TOLERANCE,
     Losses,
+    UpdateLoss,
     format_of,
     held_in_half,
     losses,
     percent,
     power_below,
+    update_loss,
+    weight_format,
 )
 from tfmixed._utils import atomic_write, rich_text
 from tfmixed.ranges import advice, tables
@@ -120,6 +123,29 @@ class GradientRanges:
             known = sorted({gradient.layer for gradient in self})
             raise ValueError(f"layer must be one of {known}. Received: layer={layer!r}")
         return sum((losses(gradient.octaves, scale, precision) for gradient in chosen if not gradient.noise), Losses())
+
+    def update_loss(self, precision: str | None = None, scale: float = 1.0, name: str | None = None) -> UpdateLoss:
+        """Returns what rounding to nearest discards of the optimizer's updates: of all variables, or of one.
+
+        An update is discarded if it is less than half of the distance from the weight to the next number. Stochastic
+        rounding keeps it on average.
+
+        Args:
+            precision: The format that holds the weights: `"float16"` or `"bfloat16"`. Defaults to None, the one that
+                holds them now, and bfloat16 for float32 weights: what would be lost if they were held in it.
+            scale: A factor by which all updates are larger, as with another learning rate. Counts are exact if it is a
+                power of two; others are rounded up to one. Defaults to 1.
+            name: Path of a variable. Defaults to None, all of them.
+
+        Raises:
+            ValueError: If the format or the variable does not exist, or if the scale is not above 0.
+        """
+        scale, precision = validation.scale("scale", scale), precision or weight_format(self)
+        names = [gradient.name for gradient in self if gradient.kind == "weight"]
+        if name not in (None, *names):
+            raise ValueError(f"`name` must be one of {names}. Received: name={name!r}")
+        chosen = (gradient for gradient in self if gradient.updates and name in (None, gradient.name))
+        return sum((update_loss(gradient, precision, scale) for gradient in chosen), UpdateLoss())
 
     def underflow(self, scale: float = 1.0, precision: str = "float16") -> float:
         """Returns the share of all nonzero values, 0 to 1, that are flushed to 0 at a scale."""
@@ -251,6 +277,7 @@ class GradientRanges:
             "suggested_scale": scale,
             "losses_at_1": asdict(self.losses()),
             "losses_at_suggested": None if scale is None else asdict(scale.after),
+            "update_lost": asdict(self.update_loss()),
             "measured": json.loads(records.to_line(self.record)),
         }
 
@@ -261,7 +288,8 @@ class GradientRanges:
         """Returns a table with a row per gradient: magnitudes, losses at scale 1, and the scales that work for it.
 
         "to 0", "subnormal" and "overflow" are shares of the nonzero values. They are empty for rounding noise and for
-        gradients that the model holds in float32.
+        gradients that the model holds in float32. "update lost" is the share of a variable's update that rounding the
+        weights discards, see `update_loss`.
         """
         return tables.table(self.record, precision)
 

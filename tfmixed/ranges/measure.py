@@ -23,13 +23,18 @@ def measure_gradients(
 
     It runs the training step of `fit`, including a custom `train_step`, without the update. A model that is not built
     is built as in `fit`. Variables are restored, and so are the random states of Keras, TensorFlow, PyTorch, NumPy and
-    Python; attributes that a layer sets in Python are not. Only counts are kept in memory. The method is that of
+    Python; attributes that a layer sets in Python are not. Only counts are kept. The method is that of
     Micikevicius et al., "Mixed Precision Training" (2017), figure 3.
 
     Gradients that are 0 in theory, such as that of a bias before a batch normalization, are rounding noise: the terms
     of a sum cancel. They are flagged and do not affect advice. To find them, the first batch runs once more in float32,
     with each gradient that flows back into a layer changed by 1/16. Most sums change by about as much. A sum that
     cancels to less than 2^-10 of its terms, which is the rounding error of float16, changes by 64 times its value.
+
+    The table also has the share of the optimizer's update of each variable that rounding the weights to half precision
+    discards; see `GradientRanges.update_loss`. With the first batch, the optimizer's step runs on float32 copies of
+    weights and states, in the CPU's memory. If the optimizer has not trained yet, this is its first step, which in Adam
+    is as large as the learning rate everywhere. A step that only accumulates gradients has no update.
 
     Args:
         model: A compiled model, under any dtype policy.

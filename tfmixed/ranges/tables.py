@@ -6,22 +6,34 @@ from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
-from tfmixed._probe.rounding_model import held_in_half, largest_scale, losses, needed_scale, percent, power_of_two
+from tfmixed._probe.rounding_model import (
+    held_in_half,
+    largest_scale,
+    losses,
+    needed_scale,
+    percent,
+    power_of_two,
+    update_lost,
+    weight_format,
+)
 from tfmixed.records import GradientRange, RangesRecord, short
 
 
 def table(record: RangesRecord, precision: str) -> Table:
     """Returns a table with a row per gradient. See `GradientRanges.table`."""
-    grid = _grid("magnitudes", "zeros", "to 0", "sub-\nnormal", "over-\nflow", "scales")
+    weights = weight_format(record.ranges)
+    lost = [f"update lost,\n{weights}"] if any(gradient.updates for gradient in record.ranges) else []
+    grid = _grid("magnitudes", "zeros", "to 0", "sub-\nnormal", "over-\nflow", "scales", *lost)
     half = {id(gradient) for gradient in held_in_half(record)}
     for gradient in record.ranges:
+        update = [update_lost(gradient, weights)][: len(lost)]
         known = _label(gradient), span(gradient), percent(share_of_zeros(gradient))
         if id(gradient) not in half:
-            grid.add_row(*known, "", "", "", "noise" if gradient.noise else gradient.dtype)
+            grid.add_row(*known, "", "", "", "noise" if gradient.noise else gradient.dtype, *update)
             continue
         shares = losses(gradient.octaves, 1.0, precision).percentages()
         low, high = needed_scale(gradient, precision), largest_scale(gradient, precision)
-        grid.add_row(*known, *shares, f"{short(low)} .. {short(high)}" if gradient.nonzeros else "any")
+        grid.add_row(*known, *shares, f"{short(low)} .. {short(high)}" if gradient.nonzeros else "any", *update)
     return grid
 
 

@@ -24,6 +24,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Norm = Annotated[float, Meta(ge=0)]
 Exponent = Annotated[int, Meta(ge=-127, le=127)]  # of a float32
 _Int = Annotated[int, Meta(ge=-_LARGEST_INT, le=_LARGEST_INT)]
+Updates = dict[str, dict[_Int, tuple[Count, Norm]]]  # see `GradientRange`
 _Parameter = bool | _Int | float | str | list[Any] | dict[str, Any] | None
 
 
@@ -155,6 +156,12 @@ class GradientRange:
             number, to its smallest normal number and to infinity, so counts are exact for each power of two as a
             scale. Exponent -127 counts magnitudes that are subnormal in float32.
         noise: True if the gradient is rounding noise: a sum that is 0 in theory. It is ignored in all advice.
+        updates: Sizes of the optimizer's updates, relative to the distance from the value to the next number. For each
+            half-precision format and each exponent e, the number and the sum of those in [2^e, 2^(e+1)) distances. A
+            tie that returns to an even value counts as less, so that rounding to nearest discards those below 2^-1.
+            Empty if they are unknown.
+        rounded_to: The half-precision dtype that holds the variable, if training rounds updates to nearest. Empty if
+            training keeps what rounding discards.
     """
 
     name: str
@@ -167,6 +174,8 @@ class GradientRange:
     smallest: Magnitude
     octaves: dict[Exponent, tuple[Count, Count, Count, Count]] = field(default_factory=dict)
     noise: bool = False
+    updates: Updates = field(default_factory=dict)
+    rounded_to: str = ""
 
     @property
     def nonzeros(self) -> int:
@@ -221,6 +230,8 @@ class GradientError:
         nonfinite: Number of values that are infinite or NaN in half precision and finite in float32. Values that are
             not finite in one of the runs are left out of the other numbers.
         unknown: Number of values that are infinite or NaN in float32. Defaults to 0.
+        updates: The same as in `GradientRange`.
+        rounded_to: The same as in `GradientRange`.
     """
 
     name: str
@@ -234,6 +245,8 @@ class GradientError:
     flushed: Share
     nonfinite: Count
     unknown: Count = 0
+    updates: Updates = field(default_factory=dict)
+    rounded_to: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from tfmixed._probe.rounding_model import percent
+from tfmixed._probe.rounding_model import percent, update_loss
 from tfmixed.ranges import GradientRanges
 from tfmixed.records import Progress, short
 from tfmixed.report.loading import Run
 
 _UNSETTLED = 0.02  # share of overflows; with a growth interval of 2000 a settled scale has far fewer
+_DISCARDED = 0.1  # share of a variable's update
 _DESCENT = 5  # skipped steps from which on a start or an unsettled scale is worth advice
 
 
@@ -22,7 +23,7 @@ def happened(run: Run) -> list[str]:
 def advice(run: Run) -> list[str]:
     """Returns sentences about what to change. There are none if the log shows no problem."""
     scale = [*_exhausted(run), *_start(run), *_unsettled(run), *_constant(run), *_scale(run), *_capacity(run)]
-    return [*scale, *_sums(run)]
+    return [*scale, *_sums(run), *_updates(run)]
 
 
 def _sums(run: Run) -> Iterator[str]:
@@ -30,6 +31,31 @@ def _sums(run: Run) -> Iterator[str]:
         names = ", ".join(f"`{gradient.name}`" for gradient in run.fidelity.wrong[:3])
         rest = f" and {len(run.fidelity.wrong) - 3} more" if len(run.fidelity.wrong) > 3 else ""
         yield f"Rounding does not explain the errors of {names}{rest}. {run.fidelity.advice()}".strip()
+
+
+def _updates(run: Run) -> Iterator[str]:
+    measured = max((run.ranges, run.fidelity), key=lambda found: -1 if found is None else found.record.step or 0)
+    lost = [
+        (update_loss(gradient, gradient.rounded_to).share, gradient)
+        for gradient in measured or ()
+        if gradient.rounded_to
+        and not getattr(gradient, "noise", False)
+        and update_loss(gradient, gradient.rounded_to).share > _DISCARDED
+    ]
+    if not lost:
+        return
+    share, worst = max(lost, key=lambda pair: pair[0])
+    rest = f" It discards more than a tenth of that of {_count(len(lost) - 1, 'other variable')}."
+    remedy = "Hold the weights in float32, as the policy `mixed_float16` does"
+    if worst.rounded_to == "bfloat16":
+        remedy = (
+            "Round them stochastically, which keeps the update on average: `LowPrecisionOptimizer(..., "
+            'weights="stochastic")`. Or hold them in float32, as the policy `mixed_bfloat16` does'
+        )
+    yield (
+        f"Rounding the weights to {worst.rounded_to} discards {percent(share)} of the update of `{worst.name}`."
+        f"{rest if len(lost) > 1 else ''} {remedy}."
+    )
 
 
 def precision(ranges: GradientRanges) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tfmixed._probe.rounding_model import losses, percent
-from tfmixed.fidelity.gradient_fidelity import HEADINGS
+from tfmixed._probe.rounding_model import losses, percent, update_lost, weight_format
 from tfmixed.ranges import GradientRanges, share_of_zeros, span
 from tfmixed.records import RangesRecord, RunRecord, short
 from tfmixed.report import advice
@@ -111,11 +110,17 @@ def _ranges(run: Run) -> Part:
     dtypes = {gradient.dtype for gradient in run.ranges}
     common = f" all held in {dtypes.pop()}," if len(dtypes) == 1 else ""
     sentence = (
-        f"{len(run.ranges)} gradients,{common} measured in {record.precision} over {batches}. The last columns are the "
-        f"shares that {held} flushes to 0, makes subnormal and makes infinite at loss scale {short(scale)}."
+        f"{len(run.ranges)} gradients,{common} measured in {record.precision} over {batches}. To 0, subnormal "
+        f"and overflow: the shares that {held} flushes to 0, makes subnormal and makes infinite at loss scale "
+        f"{short(scale)}."
     )
     over_time = ("timeline",) if len(run.all(RangesRecord)) > 1 else ()
-    return Part([sentence], _lost(run.ranges, scale, held, bool(common)), ("ranges", "layers", *over_time))
+    updates = []
+    if any(gradient.updates for gradient in run.ranges):
+        weights = weight_format(run.ranges)
+        would = "discards" if any(gradient.rounded_to for gradient in run.ranges) else "would discard"
+        updates = [f"Update lost: the share of a variable's update that rounding weights to {weights} {would}."]
+    return Part([sentence, *updates], _lost(run.ranges, scale, held, bool(common)), ("ranges", "layers", *over_time))
 
 
 def _fidelity(run: Run) -> Part:
@@ -123,11 +128,13 @@ def _fidelity(run: Run) -> Part:
         return Part(["No comparison with float32 in this log. The callback GradientFidelity writes one."])
     step = run.fidelity.record.step
     when = "" if step is None else f"Measured before step {step:,}. "
-    return Part([f"{when}{run.fidelity.summary()}"], Table(HEADINGS, run.fidelity.rows(), left=2))
+    return Part([f"{when}{run.fidelity.summary()}"], Table(run.fidelity.headings, run.fidelity.rows(), left=2))
 
 
 def _lost(ranges: GradientRanges, scale: float, held: str, common: bool) -> Table:
     """Returns a table of all gradients, those with the largest losses first. Gradients in float32 lose nothing."""
+    weights = weight_format(ranges)
+    update = [f"update lost, {weights}"] if any(gradient.updates for gradient in ranges) else []
     half, rows = {id(gradient) for gradient in ranges.half}, []
     for gradient in ranges:
         shares, badness = ["", "", ""], (-1.0, 0.0)
@@ -138,10 +145,21 @@ def _lost(ranges: GradientRanges, scale: float, held: str, common: bool) -> Tabl
         name = gradient.name if gradient.kind == "weight" else f"{gradient.name} ({gradient.kind})"
         name += " (rounding noise)" if gradient.noise else ""
         names = (name,) if common else (name, gradient.dtype)
-        rows.append((badness, (*names, span(gradient), percent(share_of_zeros(gradient)), *shares)))
+        rows.append(
+            (
+                badness,
+                (
+                    *names,
+                    span(gradient),
+                    percent(share_of_zeros(gradient)),
+                    *shares,
+                    *[update_lost(gradient, weights)][: len(update)],
+                ),
+            )
+        )
     rows.sort(key=lambda row: row[0], reverse=True)
     dtype = () if common else ("held in",)
-    headings = ("gradient of", *dtype, "magnitudes", "zeros", "to 0", "subnormal", "overflow")
+    headings = ("gradient of", *dtype, "magnitudes", "zeros", "to 0", "subnormal", "overflow", *update)
     return Table(headings, [row for _, row in rows], left=1 + len(dtype))
 
 

@@ -11,24 +11,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy
-import psutil
 from rich.console import Console
 from rich.progress import Progress
 
 from tfmixed import hardware
 from tfmixed._cli.bench import networks
-from tfmixed._cli.bench.tables import GIB, MIB, Report, Row
+from tfmixed._cli.bench.tables import Report, Row
 from tfmixed._cli.load_model import load_function
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
 from tfmixed._utils import temporary_state, timing
 from tfmixed.callbacks import LossScaleLogger
 from tfmixed.errors import UsageError
+from tfmixed.memory.process import used
 from tfmixed.scaling import validation
 
 NETWORKS = tuple(networks.BATCHES)
@@ -49,7 +47,7 @@ def run(
     batch: int | None = None,
     rounds: int = 5,
     seconds: float = 1.0,
-    memory: float | None = 8.0,
+    memory: bool = True,
 ) -> Report:
     """Trains each case in all `VARIANTS`, and measures time, memory and loss.
 
@@ -61,8 +59,7 @@ def run(
         batch: The batch size. `None` uses that of the network, or 32 for a function. Defaults to None.
         rounds: The number of timed epochs of each variant. Defaults to 5.
         seconds: The approximate length of an epoch. Defaults to 1.
-        memory: GiB that `Row.batch_in_memory` may use. `None` does not measure memory, which takes two processes for
-            each row. Defaults to 8.
+        memory: Whether to measure memory, which takes a process for each row. Defaults to True.
 
     Raises:
         UsageError: If a case is unknown, or its function returns something else.
@@ -79,13 +76,12 @@ def run(
         policy = device.policy if device.policy != "float32" else "mixed_bfloat16"
     validation.count("rounds", rounds, 1)
     validation.number("seconds", seconds, above=0.0)
-    limit = 0.0 if memory is None else GIB * validation.number("memory", memory, above=0.0)
     if len(set(cases)) < len(cases):
         raise UsageError(f"Networks must be unique. Received: {', '.join(cases)}")
     made = [Case(spec, policy, batch or networks.BATCHES.get(spec, 32)) for spec in cases]
-    rows = tuple(_rows(made, rounds, seconds, limit))
+    rows = tuple(_rows(made, rounds, seconds, memory))
     fast = policy.removeprefix("mixed_") in device.fast
-    return Report(policy, device.name, _versions(), int(limit), rows, () if fast else (f"{policy}: {device.reason}",))
+    return Report(policy, device.name, _versions(), rows, () if fast else (f"{policy}: {device.reason}",))
 
 
 class Case:
@@ -144,35 +140,29 @@ class Case:
             for variant in VARIANTS
         ]
 
-    def with_memory(self, row: Row, limit: float, tick: Callable[[], None]) -> Row:
-        """Returns `row` with its peak memory, and the batch size whose peak is `limit` bytes.
+    def with_memory(self, row: Row, tick: Callable[[], None]) -> Row:
+        """Returns `row` with its peak memory, measured in a new process.
 
-        If a process fails, prints a line to standard error and returns the row without them.
+        If the process fails, prints a line to standard error and returns the row without it.
         """
-        with ThreadPoolExecutor(2) as pool:
-            peaks = list(pool.map(functools.partial(self._peak_in_process, row.variant), (self.batch, 2 * self.batch)))
+        peak = self._peak_in_process(row.variant)
         tick()
-        if None in peaks:
-            return row
-        per_sample = (peaks[1] - peaks[0]) / self.batch
-        # A smaller difference may be noise of the allocator.
-        fits = self.batch + int((limit - peaks[0]) / per_sample) if peaks[1] - peaks[0] > 32 * MIB else None
-        return dataclasses.replace(row, peak=peaks[0], batch_in_memory=fits)
+        return dataclasses.replace(row, peak=peak)
 
     def peak(self, variant: str) -> int:
         """Returns the peak memory of three training steps in bytes. Only the first call in a process is correct."""
-        before = _memory(peak=False)
+        before = used()
         _Training(self.make(variant), self.batch, variant).epoch(3)
-        return _memory(peak=True) - before
+        return used(peak=True) - before
 
-    def _peak_in_process(self, variant: str, batch: int) -> Any:
+    def _peak_in_process(self, variant: str) -> Any:
         """Returns the result of `peak` in a new process, or `None` if that fails."""
         code = "import sys; from tfmixed._cli.bench import Case; spec, policy, batch, variant = sys.argv[1:]; "
         code += "print(Case(spec, policy, int(batch)).peak(variant))"
-        command = [sys.executable, "-c", code, self.spec, self.policy, str(batch), variant]
+        command = [sys.executable, "-c", code, self.spec, self.policy, str(self.batch), variant]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            print(f"memory of {self.spec} at batch {batch} not measured: {result.stderr[-500:]}", file=sys.stderr)
+            print(f"memory of {self.spec} not measured: {result.stderr[-500:]}", file=sys.stderr)
             return None
         return int(result.stdout.split()[-1])
 
@@ -220,47 +210,13 @@ def _optimizer(inner: keras.optimizers.Optimizer, variant: str) -> keras.optimiz
     return wrappers[variant](fresh) if variant in wrappers else fresh
 
 
-def _rows(cases: Sequence[Case], rounds: int, seconds: float, limit: float) -> Iterator[Row]:
+def _rows(cases: Sequence[Case], rounds: int, seconds: float, memory: bool) -> Iterator[Row]:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for case in cases:
-            total = len(VARIANTS) * (2 + rounds + (1 if limit else 0))
+            total = len(VARIANTS) * (2 + rounds + memory)
             tick = functools.partial(progress.advance, progress.add_task(case.spec, total=total))
             for row in case.measure(rounds, seconds, tick):
-                yield case.with_memory(row, limit, tick) if limit else row
-
-
-def _memory(peak: bool) -> int:
-    """Returns the bytes in use, or their peak, on the accelerator or else in this process."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow
-
-        if tensorflow.config.list_logical_devices("GPU"):
-            return int(tensorflow.config.experimental.get_memory_info("GPU:0")["peak" if peak else "current"])
-    elif backend == "torch":
-        import torch
-
-        if torch.cuda.is_available():
-            return int(torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())
-    elif backend == "jax":
-        import jax
-
-        if stats := jax.local_devices()[0].memory_stats():
-            return int(stats["peak_bytes_in_use" if peak else "bytes_in_use"])
-    return _process_peak() if peak else int(psutil.Process().memory_info().rss)
-
-
-def _process_peak() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        # On Linux, getrusage returns the peak of the parent process if that is larger.
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                yield case.with_memory(row, tick) if memory else row
 
 
 def _versions() -> dict[str, str]:

@@ -12,8 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from tfmixed._utils import rich_text
-
-GIB, MIB = 2**30, 2**20
+from tfmixed.memory.memory_estimate import MIB
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,6 @@ class Row:
         loss: The mean loss of the last round.
         peak: The peak memory of training in bytes, above that of the process before the model was made. Measured in a
             separate process. Defaults to None, not measured.
-        batch_in_memory: The batch size whose peak is `Report.memory`, extrapolated from two batch sizes. Defaults to
-            `None`.
     """
 
     network: str
@@ -42,7 +39,6 @@ class Row:
     steps: int
     loss: float
     peak: int | None = None
-    batch_in_memory: int | None = None
 
     @property
     def median(self) -> float:
@@ -58,7 +54,6 @@ class Report:
         policy: The half-precision policy of all variants but float32.
         device: The name of the device.
         versions: The versions of the packages, by name.
-        memory: The bytes that `Row.batch_in_memory` may use.
         rows: The rows of all variants, for each network. Defaults to an empty tuple.
         warnings: Warnings about the result. Defaults to an empty tuple.
     """
@@ -66,7 +61,6 @@ class Report:
     policy: str
     device: str
     versions: dict[str, str]
-    memory: int
     rows: tuple[Row, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -113,8 +107,8 @@ class Report:
         )
         table.add_column("", no_wrap=True)
         headings = ["ms / step", "spread", "x f32", "x Keras", "1st step, s", "loss"]
-        if self.memory:
-            headings += ["peak MiB", f"batch in {self.memory / GIB:g} GiB"]
+        if any(row.peak is not None for row in rows):
+            headings.append("peak MiB")
         for heading in headings:
             table.add_column(heading, justify="right", min_width=7)
         for row in rows:
@@ -129,7 +123,6 @@ class Report:
         yield f"{row.first_step:.1f}"
         yield f"{row.loss:.4f}"
         yield "-" if row.peak is None else f"{row.peak / MIB:,.0f}"
-        yield "-" if row.batch_in_memory is None else f"{row.batch_in_memory:,}"
 
     def __str__(self) -> str:
         return rich_text.text(self, 120)

@@ -35,6 +35,14 @@ def run(
         str | None,
         typer.Option(help="dynamic, 1024, dynamic:growth_interval=500, torch, none. Default: dynamic under float16."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Keep bfloat16 weights: stochastic, split or nearest. Default policy then: bfloat16."),
+    ] = None,
+    states: Annotated[
+        str | None,
+        typer.Option(help="Optimizer states with --weights: float32, bfloat16 or int8. Default: bfloat16."),
+    ] = None,
     islands: Annotated[
         bool, typer.Option("--islands/--no-islands", help="Compute sensitive layers in float32.")
     ] = True,
@@ -53,7 +61,17 @@ def run(
     folder = log_dir or Path("runs", _name(script, module))
     config_file = None if config is None else str(config)
     options = RunOptions(
-        str(folder), log_dir is not None, config_file, policy, scale, islands, promote, float32_sums, tf1
+        str(folder),
+        log_dir is not None,
+        config_file,
+        policy,
+        scale,
+        weights,
+        states,
+        islands=islands,
+        promote=promote,
+        float32_sums=float32_sums,
+        tf1=tf1,
     )
     options.check()
     _execute([*(["-m"] if module else []), script, *(arguments or ())], options)

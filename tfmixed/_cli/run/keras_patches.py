@@ -20,6 +20,7 @@ from tfmixed._cli.run.run_summary import RunSummary
 from tfmixed._cli.run.training_steps import RunOptimizer, ScaledModels, TrainFunction
 from tfmixed._core import optimizer_precision, replica_sync
 from tfmixed._core.loss_scale_optimizer import LossScaleOptimizer
+from tfmixed._core.low_precision_optimizer import LowPrecisionOptimizer
 from tfmixed._islands import layer_rewrite
 from tfmixed._utils import layer_tree
 from tfmixed._utils.patching import around
@@ -71,9 +72,21 @@ class KerasPatches:
         result = original(*bound.args, **bound.kwargs)
         self.models.compiled.add(optimizer)
         self.policy.report_overrides(model)
+        if self.options.low_precision:
+            model.optimizer = optimizer = self._wrapped(optimizer)
         self._assign_scaler(model, optimizer)
         del previous
         return result
+
+    def _wrapped(self, optimizer: Any) -> Any:
+        """Returns an optimizer in a `LowPrecisionOptimizer`, if that is possible."""
+        if isinstance(optimizer, LowPrecisionOptimizer):
+            return optimizer
+        try:
+            return LowPrecisionOptimizer(optimizer, **self.options.low_precision)
+        except (TypeError, ValueError) as error:
+            say(f"{place()} keeps its optimizer, so --weights has no effect: {error}")
+            return optimizer
 
     def _assign_scaler(self, model: Any, optimizer: Any) -> None:
         """Gives a model a scaling optimizer if its loss is to be scaled and the script does not scale it."""

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tfmixed._utils import atomic_write
 from tfmixed.errors import UsageError
@@ -35,6 +35,8 @@ class RunOptions:
         config: TOML file that gives policy, scale and logging, or None.
         policy: Dtype policy, or None.
         scale: Scaling rule as `tfmixed simulate` takes it, `"none"`, or None.
+        weights: Rounding of half-precision weights, as in `LowPrecisionOptimizer`, or None for the script's optimizer.
+        states: Form of optimizer states with `weights`, or None for the default.
         islands: Whether models get float32 islands.
         promote: Whether scripts and custom layers get float32, as in `set_policy`.
         float32_sums: Whether gradients are summed in float32, as in `set_policy`.
@@ -46,6 +48,8 @@ class RunOptions:
     config: str | None = None
     policy: str | None = None
     scale: str | None = None
+    weights: str | None = None
+    states: str | None = None
     islands: bool = True
     promote: bool = True
     float32_sums: bool = True
@@ -66,9 +70,12 @@ class RunOptions:
             raise UsageError(f"--policy must be one of {', '.join(_POLICIES)}. Received: {self.policy!r}.")
         if self.tf1:
             self._check_tf1()
-        if self.config is not None and (self.policy is not None or self.scale is not None):
-            raise UsageError("--config excludes --policy and --scale. Give both in the config file, or neither.")
-        _ = self.loaded_config, self.rule
+        given = {"--policy": self.policy, "--scale": self.scale, "--weights": self.weights, "--states": self.states}
+        if self.config is not None and (wrong := [option for option, value in given.items() if value is not None]):
+            raise UsageError(f"--config excludes {wrong[0]}. Set it in the config file.")
+        if self.states is not None and self.weights is None:
+            raise UsageError(f"--states needs --weights. Received: --states {self.states}.")
+        _ = self.loaded_config, self.rule, self.low_precision
         if self.is_continued:
             try:
                 atomic_write.prepare(Path(self.folder, "loss_scale.jsonl"))
@@ -78,6 +85,7 @@ class RunOptions:
     def _check_tf1(self) -> None:
         given = {
             "--config": self.config is not None,
+            "--weights": self.weights is not None,
             "--no-islands": not self.islands,
             "--no-promote": not self.promote,
             "--no-float32-sums": not self.float32_sums,
@@ -112,12 +120,26 @@ class RunOptions:
     @property
     def requested_policy(self) -> str:
         """Name of the requested dtype policy. Defaults to `"auto"`."""
-        return self.loaded_config.policy if self.loaded_config else self.policy or "auto"
+        if self.loaded_config:
+            return self.loaded_config.policy
+        return self.policy or ("auto" if self.weights is None else "bfloat16")
+
+    @property
+    def low_precision(self) -> dict[str, Any]:
+        """Arguments of the `LowPrecisionOptimizer` that models get, or none if they keep the script's optimizer."""
+        if self.loaded_config:
+            return self.loaded_config.low_precision
+        if self.weights is None:
+            return {}
+        from tfmixed.config import Config
+
+        return Config("bfloat16", weights=self.weights, states=self.states or "bfloat16").low_precision
 
     @property
     def policy_source(self) -> str:
         """Origin of the requested policy, in words."""
-        return self.config or ("auto" if self.requested_policy == "auto" else "--policy")
+        default = "auto" if self.weights is None else "--weights"
+        return self.config or (default if self.policy in (None, "auto") else "--policy")
 
     @cached_property
     def rule(self) -> ScalingRule | None:
@@ -154,6 +176,7 @@ class RunOptions:
         """Returns what is applied under a policy, in words."""
         rule = self.rule_for(compute_dtype)
         parts = [f"loss scale {_describe_rule(rule)}" if rule else "no loss scale"]
+        parts += [f"{key} {value}" for key, value in self.low_precision.items()]
         if compute_dtype in HALF:
             parts.append(f"float32 islands {'on' if self.islands else 'off'}")
         if rule:
