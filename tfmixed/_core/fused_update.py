@@ -86,7 +86,7 @@ class Fuser:
     def step_for(self, call: Call) -> Step:
         """Returns the update of a call's variables, compiled where that is possible and faster."""
         update, inner, variables, dtypes = call.update, call.inner, call.variables, call.dtypes
-        places = [] if self.fuse is False else self._places(inner, variables)
+        places = [] if self.fuse is False else self._places(call)
         large = [place for place in places if dtypes[place] is not None]
         obstacle = _obstacle(call) if large else self._why_none(variables)
         if obstacle:
@@ -95,6 +95,8 @@ class Fuser:
         # Variables without a gradient go where others have one, since an optimizer raises if it gets no gradient.
         small = [place for place in range(len(variables)) if place not in places and dtypes[place] is not None]
         missing = [place for place, dtype in enumerate(dtypes) if dtype is None]
+        if call.most is not None:
+            large.reverse()  # the order in which gradients are computed, so that each can be freed
         large, small = (large, small + missing) if small else (large + missing, small)
         function, refusal = self._compiled(call.at(large))
         self._decided(refusal, f"{len(large)} of {len(variables)} variables, the large ones")
@@ -121,13 +123,15 @@ class Fuser:
             del self._functions[next(iter(self._functions))]  # the least recently used
         return self._functions[key][0]
 
-    def _places(self, inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> list[int]:
+    def _places(self, call: Call) -> list[int]:
         """Returns the places of variables worth compiling: the large ones, or all if they depend on each other."""
+        inner, variables = call.inner, call.variables
         sizes = [math.prod(variable.shape) for variable in variables]
         all_places = list(range(len(sizes)))
         if self.fuse is True:
             return all_places
-        if reads_scalars(inner, variables) and not inner.use_ema and inner.global_clipnorm is None:
+        is_each_alone = reads_scalars(inner, variables) and not inner.use_ema and inner.global_clipnorm is None
+        if is_each_alone or call.most is not None:
             return [place for place in all_places if sizes[place] >= _WORTH_COMPILING]
         return all_places if sum(sizes) >= _WORTH_COMPILING * len(sizes) else []
 
