@@ -1,7 +1,7 @@
 """Measures memory, time and training loss with `LowPrecisionOptimizer` around Adam.
 
     python benchmarks/low_precision.py                      # half an hour; prints all sections in Markdown
-    python benchmarks/low_precision.py bytes time
+    python benchmarks/low_precision.py bytes time           # `bytes` draws docs/memory.png
     KERAS_BACKEND=jax python benchmarks/low_precision.py peak
 
 `peak` reads the memory of each training from outside of its process. `bytes` and `time` need TensorFlow.
@@ -22,15 +22,18 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy
+from matplotlib.figure import Figure
 from scipy import stats
 from sklearn.datasets import load_digits
 
 import tfmixed
-from tfmixed import hardware
+from tfmixed import hardware, plotting
 from tfmixed._cli.bench import networks
 from tfmixed._utils import timing
+from tfmixed.plotting import style
 
 SEEDS = 5
+PICTURE = Path(__file__).parents[1] / "docs" / "memory.png"
 
 
 class Form(NamedTuple):
@@ -67,16 +70,30 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def bytes_section() -> Iterator[str]:
     yield "Bytes a parameter, counted in live buffers, in six kernels of 1,024 x 1,024 without biases.\n"
-    rows = []
-    for name, form in FORMS.items():
-        tensors = live_tensors(form)
-        share = [sum(value.nbytes for value in values) / 6 / 1024**2 for values in tensors]
-        rows.append([name, *(f"{number:.2f}" for number in (*share, sum(share)))])
+    shares = {name: bytes_of(form) for name, form in FORMS.items()}
+    rows = [[name, *(f"{number:.2f}" for number in (*share, sum(share)))] for name, share in shares.items()]
+    plotting.save(drawn(shares), PICTURE)
     yield table(["weights and states", "weights", "gradient", "optimizer", "sum"], rows)
 
 
-def live_tensors(form: Form) -> tuple[list[Any], ...]:
-    """Returns the arrays of weights, gradients and optimizer variables of a small model after a step."""
+def drawn(shares: dict[str, list[float]]) -> Figure:
+    with style.sheet("light", style.WIDE, 3.4) as (figure, colors):
+        axes = figure.subplots()
+        names, starts = list(shares), numpy.zeros(len(shares))
+        for part, label in enumerate(("weight", "gradient", "optimizer, Adam")):
+            widths = numpy.array([share[part] for share in shares.values()])
+            axes.barh(names, widths, left=starts, color=colors.colors[part], label=label)
+            starts += widths
+        for name, end in zip(names, starts, strict=True):
+            axes.text(end + 0.1, name, f"{end:.0f}", va="center", color=colors.ink)
+        axes.invert_yaxis()
+        axes.set_xlabel("bytes a parameter")
+        style.legend(axes, style.WIDE)
+    return figure
+
+
+def bytes_of(form: Form) -> list[float]:
+    """Returns the bytes a parameter of weights, gradients and optimizer variables of a small model after a step."""
     import tensorflow as tf
 
     keras.config.set_dtype_policy(form.policy)
@@ -88,7 +105,8 @@ def live_tensors(form: Form) -> tuple[list[Any], ...]:
     grads = tape.gradient(loss, [weight.value for weight in weights])
     optimizer.apply(grads, weights)
     variables = [[value.value for value in values] for values in (weights, optimizer.variables)]
-    return [value.numpy() for value in variables[0]], [g.numpy() for g in grads], [v.numpy() for v in variables[1]]
+    tensors = variables[0], grads, variables[1]
+    return [sum(value.numpy().nbytes for value in values) / 6 / 1024**2 for values in tensors]
 
 
 def train_large(name: str) -> None:
