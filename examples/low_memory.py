@@ -2,9 +2,9 @@
 
     python examples/low_memory.py [--epochs 20]
 
-Prints the bytes of a parameter and the loss of the training images with float32 weights, with bfloat16 weights that Keras
-updates in bfloat16, and with `LowPrecisionOptimizer`. Adam's `beta_2` of 0.999 is 1 in bfloat16, so that Keras's own
-update moves no weight.
+Prints the bytes of a parameter and the loss of the training images: with float32 weights, with bfloat16 weights that
+Keras updates in bfloat16, and with `LowPrecisionOptimizer`. Adam's `beta_2` of 0.999 is 1 in bfloat16, so that Keras's
+own update moves no weight.
 """
 
 from __future__ import annotations
