@@ -171,7 +171,7 @@ def _compile_chunks(call: Call) -> tuple[Any, str | None]:
         return compiled[0]
 
     def one_after_another(scale: Any, *values: Any) -> None:
-        remaining, previous = iter(values), []
+        remaining, previous = iter(values), list[Any]()
         for part, (function, _) in zip(parts, compiled, strict=True):
             with tf.control_dependencies(previous):
                 function(scale, *(next(remaining) for dtype in part.dtypes if dtype is not None))
