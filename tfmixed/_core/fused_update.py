@@ -51,6 +51,7 @@ class Call(NamedTuple):
     """A call of an update, without its gradients, which differ between replicas.
 
     `indices` are those of the variables in the optimizer. `dtypes` are those of the gradients, None if there is none.
+    `most` is the number of elements that one compiled function may update, unless a variable has more. None: all.
     """
 
     update: Update
@@ -59,6 +60,7 @@ class Call(NamedTuple):
     indices: Sequence[int]
     dtypes: Sequence[Any]
     has_sparse: bool
+    most: int | None = None
 
     def at(self, places: Sequence[int]) -> Call:
         """Returns the call with only the variables at these places."""
@@ -84,7 +86,7 @@ class Fuser:
     def step_for(self, call: Call) -> Step:
         """Returns the update of a call's variables, compiled where that is possible and faster."""
         update, inner, variables, dtypes = call.update, call.inner, call.variables, call.dtypes
-        places = [] if self.fuse is False else self._places(inner, variables)
+        places = [] if self.fuse is False else self._places(call)
         large = [place for place in places if dtypes[place] is not None]
         obstacle = _obstacle(call) if large else self._why_none(variables)
         if obstacle:
@@ -93,6 +95,8 @@ class Fuser:
         # Variables without a gradient go where others have one, since an optimizer raises if it gets no gradient.
         small = [place for place in range(len(variables)) if place not in places and dtypes[place] is not None]
         missing = [place for place, dtype in enumerate(dtypes) if dtype is None]
+        if call.most is not None:
+            large.reverse()  # the order in which gradients are computed, so that each can be freed
         large, small = (large, small + missing) if small else (large + missing, small)
         function, refusal = self._compiled(call.at(large))
         self._decided(refusal, f"{len(large)} of {len(variables)} variables, the large ones")
@@ -109,23 +113,25 @@ class Fuser:
         # A function keeps the Python values that it reads. Those of Keras's own optimizers are part of the key. Those
         # of a user's own code are not known, so it is compiled again with each trace.
         if not is_known(call.inner, call.variables):
-            return _compile(call)
+            return _compile_chunks(call)
         missing = tuple(dtype is None for dtype in call.dtypes)
         state, held = python_state(call.inner)
         key = tuple(zip(call.indices, missing, strict=True)), state
         known = self._functions.pop(key, None)
-        self._functions[key] = known or (_compile(call), held)
+        self._functions[key] = known or (_compile_chunks(call), held)
         if len(self._functions) > _MOST_FUNCTIONS:
             del self._functions[next(iter(self._functions))]  # the least recently used
         return self._functions[key][0]
 
-    def _places(self, inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> list[int]:
+    def _places(self, call: Call) -> list[int]:
         """Returns the places of variables worth compiling: the large ones, or all if they depend on each other."""
+        inner, variables = call.inner, call.variables
         sizes = [math.prod(variable.shape) for variable in variables]
         all_places = list(range(len(sizes)))
         if self.fuse is True:
             return all_places
-        if reads_scalars(inner, variables) and not inner.use_ema and inner.global_clipnorm is None:
+        is_each_alone = reads_scalars(inner, variables) and not inner.use_ema and inner.global_clipnorm is None
+        if is_each_alone or call.most is not None:
             return [place for place in all_places if sizes[place] >= _WORTH_COMPILING]
         return all_places if sum(sizes) >= _WORTH_COMPILING * len(sizes) else []
 
@@ -150,6 +156,43 @@ def _plain(call: Call) -> Step:
             call.update(grads, call.variables, scale)
 
     return plain
+
+
+def _compile_chunks(call: Call) -> tuple[Any, str | None]:
+    """Returns a function of the scale and all gradients, and the reason if XLA cannot compile it.
+
+    XLA on CPUs holds the temporaries of all variables of a compiled function at once.
+    """
+    import tensorflow as tf
+
+    parts = [call.at(places) for places in _chunks(call)]
+    compiled = [_compile(part) for part in parts]
+    if len(parts) == 1:
+        return compiled[0]
+
+    def one_after_another(scale: Any, *values: Any) -> None:
+        remaining, previous = iter(values), list[Any]()
+        for part, (function, _) in zip(parts, compiled, strict=True):
+            with tf.control_dependencies(previous):
+                function(scale, *(next(remaining) for dtype in part.dtypes if dtype is not None))
+            # Reads come after the function that writes the variable.
+            previous = [part.variables[0].value.is_initialized()]
+
+    return one_after_another, next((refusal for _, refusal in compiled if refusal), None)
+
+
+def _chunks(call: Call) -> list[list[int]]:
+    """Returns the places of variables that one function updates. Those without a gradient go with others."""
+    chunks: list[list[int]] = [[]]
+    size = 0
+    for place, (variable, dtype) in enumerate(zip(call.variables, call.dtypes, strict=True)):
+        own = 0 if dtype is None else math.prod(variable.shape)
+        if call.most and own and size and size + own > call.most:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(place)
+        size += own
+    return chunks
 
 
 def _compile(call: Call) -> tuple[Any, str | None]:
@@ -192,7 +235,8 @@ def _obstacle(call: Call) -> str | None:
         return f"{type(tf.distribute.get_strategy()).__name__} updates variables in ways that XLA cannot compile"
     if control_flow.in_xla():
         return "the whole step is compiled already"
-    if type(inner) not in ADAMS and call.has_sparse:
+    makes_dense = type(inner) in ADAMS or call.most is not None
+    if call.has_sparse and not makes_dense:
         return "a gradient is sparse (tf.IndexedSlices), and XLA would make it dense"
     if tf.executing_eagerly() and not is_known(inner, variables):
         return "a user's own code may read Python values that change between eager steps"

@@ -26,7 +26,7 @@ from tfmixed.scaling import validation
 
 # Smaller variables keep float32 states, which cost little: the limit of bitsandbytes.
 _SMALL = 4096
-# On PyTorch, elements of the variables that are updated by one call of its fused operations.
+# Elements of the variables that are updated by one compiled function, or by one call of PyTorch's fused operations.
 _CHUNK = 2**22
 # Dtypes that the collective operations by which workers share initial values do not take (TensorFlow 2.21).
 _NOT_BROADCAST = ("bfloat16", "int16", "uint8")
@@ -239,8 +239,14 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         variables = self._variables_of(grads, trainable_variables)
         dtypes = [None if gradient is None else gradient.dtype for gradient in grads]
         has_sparse = any(map(gradients.is_sparse, grads))
-        call = Call(self._apply, self, variables, self._indices(variables), dtypes, has_sparse)
+        call = Call(self._apply, self, variables, self._indices(variables), dtypes, has_sparse, self._most())
         self._fuser.step_for(call)(grads, 1.0)
+        self._iterations.assign_add(1)
+
+    def _most(self) -> int | None:
+        """Returns the number of elements that may be updated without the others, or None if they need each other."""
+        is_joint = self._created.shares_state or self.use_ema or self.inner_optimizer.global_clipnorm
+        return None if is_joint else _CHUNK
 
     def _apply(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> None:
         del scale
@@ -250,7 +256,6 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
             if grads:
                 self._backend_apply_gradients(grads, variables)
                 self._constrain(self._views_of(variables))
-        self._iterations.assign_add(1)
 
     def _constrain(self, views: Sequence[Float32View]) -> None:
         constrained = [view for view in views if view.constraint is not None]
