@@ -234,13 +234,16 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
                 that the optimizer was built with.
         """
         grads = list(grads)
-        if not grads:
-            return
-        variables = self._variables_of(grads, trainable_variables)
+        if grads:
+            self.apply_scaled(grads, self._variables_of(grads, trainable_variables), None)
+
+    def apply_scaled(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> None:
+        """Does what `apply` does with gradients of a loss times `scale`, which it unscales one variable at a time."""
         dtypes = [None if gradient is None else gradient.dtype for gradient in grads]
         has_sparse = any(map(gradients.is_sparse, grads))
-        call = Call(self._apply, self, variables, self._indices(variables), dtypes, has_sparse, self._most())
-        self._fuser.step_for(call)(grads, 1.0)
+        update = self._apply if scale is None else self._unscale_and_apply
+        call = Call(update, self, variables, self._indices(variables), dtypes, has_sparse, self._most())
+        self._fuser.step_for(call)(grads, scale)
         self._iterations.assign_add(1)
 
     def _most(self) -> int | None:
@@ -248,7 +251,10 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         is_joint = self._created.shares_state or self.use_ema or self.inner_optimizer.global_clipnorm
         return None if is_joint else _CHUNK
 
-    def _apply(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> None:
+    def _unscale_and_apply(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> None:
+        self._apply(gradients.unscale_all(grads, gradients.raw(variables), scale, math.inf), variables)
+
+    def _apply(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any = None) -> None:
         del scale
         with keras.name_scope(self.name, caller=self), _no_grad():
             grads, variables = self._filter_empty_gradients(grads, variables)
