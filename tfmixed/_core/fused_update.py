@@ -23,7 +23,7 @@ from tfmixed._utils import user_warnings
 _LOG = logging.getLogger("tfmixed")
 # Elements of a variable from which XLA's kernels are faster than TensorFlow's and worth compiling, measured by
 # `python benchmarks/growth.py`.
-_WORTH_COMPILING = 2**16
+WORTH_COMPILING = 2**16
 _MOST_FUNCTIONS = 16
 
 
@@ -51,7 +51,6 @@ class Call(NamedTuple):
     """A call of an update, without its gradients, which differ between replicas.
 
     `indices` are those of the variables in the optimizer. `dtypes` are those of the gradients, None if there is none.
-    `most` is the number of elements that one compiled function may update, unless a variable has more. None: all.
     """
 
     update: Update
@@ -60,12 +59,18 @@ class Call(NamedTuple):
     indices: Sequence[int]
     dtypes: Sequence[Any]
     has_sparse: bool
-    most: int | None = None
 
     def at(self, places: Sequence[int]) -> Call:
         """Returns the call with only the variables at these places."""
         variables, indices, dtypes = ([values[place] for place in places] for values in self[2:5])
         return self._replace(variables=variables, indices=indices, dtypes=dtypes)
+
+
+def check_fuse(fuse: Any) -> bool | Literal["auto"]:
+    """Returns the argument `fuse` of an optimizer; a `ValueError` is raised for unknown values."""
+    if fuse != "auto" and not isinstance(fuse, bool):
+        raise ValueError(f'`fuse` must be "auto", True or False. Received: fuse={fuse!r}')
+    return fuse
 
 
 class Fuser:
@@ -76,9 +81,7 @@ class Fuser:
     """
 
     def __init__(self, fuse: bool | Literal["auto"]) -> None:
-        if fuse != "auto" and not isinstance(fuse, bool):
-            raise ValueError(f'`fuse` must be "auto", True or False. Received: fuse={fuse!r}')
-        self.fuse = fuse
+        self.fuse = check_fuse(fuse)
         self.fusion = Fusion(False, "no step was taken yet")
         # Compiled functions by the Python state that they read, with its objects, whose ids are part of the key.
         self._functions: dict[Any, tuple[tuple[Any, str | None], list[Any]]] = {}
@@ -86,17 +89,15 @@ class Fuser:
     def step_for(self, call: Call) -> Step:
         """Returns the update of a call's variables, compiled where that is possible and faster."""
         update, inner, variables, dtypes = call.update, call.inner, call.variables, call.dtypes
-        places = [] if self.fuse is False else self._places(call)
+        places = [] if self.fuse is False else self._places(inner, variables)
         large = [place for place in places if dtypes[place] is not None]
-        obstacle = _obstacle(call) if large else self._why_none(variables)
-        if obstacle:
-            self._decided(obstacle)
+        reason = obstacle(call) if large else self._why_none(variables)
+        if reason:
+            self._decided(reason)
             return _plain(call)
         # Variables without a gradient go where others have one, since an optimizer raises if it gets no gradient.
         small = [place for place in range(len(variables)) if place not in places and dtypes[place] is not None]
         missing = [place for place, dtype in enumerate(dtypes) if dtype is None]
-        if call.most is not None:
-            large.reverse()  # the order in which gradients are computed, so that each can be freed
         large, small = (large, small + missing) if small else (large + missing, small)
         function, refusal = self._compiled(call.at(large))
         self._decided(refusal, f"{len(large)} of {len(variables)} variables, the large ones")
@@ -113,27 +114,25 @@ class Fuser:
         # A function keeps the Python values that it reads. Those of Keras's own optimizers are part of the key. Those
         # of a user's own code are not known, so it is compiled again with each trace.
         if not is_known(call.inner, call.variables):
-            return _compile_chunks(call)
+            return _compile(call)
         missing = tuple(dtype is None for dtype in call.dtypes)
         state, held = python_state(call.inner)
         key = tuple(zip(call.indices, missing, strict=True)), state
         known = self._functions.pop(key, None)
-        self._functions[key] = known or (_compile_chunks(call), held)
+        self._functions[key] = known or (_compile(call), held)
         if len(self._functions) > _MOST_FUNCTIONS:
             del self._functions[next(iter(self._functions))]  # the least recently used
         return self._functions[key][0]
 
-    def _places(self, call: Call) -> list[int]:
+    def _places(self, inner: keras.optimizers.Optimizer, variables: Sequence[Any]) -> list[int]:
         """Returns the places of variables worth compiling: the large ones, or all if they depend on each other."""
-        inner, variables = call.inner, call.variables
         sizes = [math.prod(variable.shape) for variable in variables]
         all_places = list(range(len(sizes)))
         if self.fuse is True:
             return all_places
-        is_each_alone = reads_scalars(inner, variables) and not inner.use_ema and inner.global_clipnorm is None
-        if is_each_alone or call.most is not None:
-            return [place for place in all_places if sizes[place] >= _WORTH_COMPILING]
-        return all_places if sum(sizes) >= _WORTH_COMPILING * len(sizes) else []
+        if reads_scalars(inner, variables) and not inner.use_ema and inner.global_clipnorm is None:
+            return [place for place in all_places if sizes[place] >= WORTH_COMPILING]
+        return all_places if sum(sizes) >= WORTH_COMPILING * len(sizes) else []
 
     def _why_none(self, variables: Sequence[Any]) -> str:
         if self.fuse is False:
@@ -156,43 +155,6 @@ def _plain(call: Call) -> Step:
             call.update(grads, call.variables, scale)
 
     return plain
-
-
-def _compile_chunks(call: Call) -> tuple[Any, str | None]:
-    """Returns a function of the scale and all gradients, and the reason if XLA cannot compile it.
-
-    XLA on CPUs holds the temporaries of all variables of a compiled function at once.
-    """
-    import tensorflow as tf
-
-    parts = [call.at(places) for places in _chunks(call)]
-    compiled = [_compile(part) for part in parts]
-    if len(parts) == 1:
-        return compiled[0]
-
-    def one_after_another(scale: Any, *values: Any) -> None:
-        remaining, previous = iter(values), list[Any]()
-        for part, (function, _) in zip(parts, compiled, strict=True):
-            with tf.control_dependencies(previous):
-                function(scale, *(next(remaining) for dtype in part.dtypes if dtype is not None))
-            # Reads come after the function that writes the variable.
-            previous = [part.variables[0].value.is_initialized()]
-
-    return one_after_another, next((refusal for _, refusal in compiled if refusal), None)
-
-
-def _chunks(call: Call) -> list[list[int]]:
-    """Returns the places of variables that one function updates. Those without a gradient go with others."""
-    chunks: list[list[int]] = [[]]
-    size = 0
-    for place, (variable, dtype) in enumerate(zip(call.variables, call.dtypes, strict=True)):
-        own = 0 if dtype is None else math.prod(variable.shape)
-        if call.most and own and size and size + own > call.most:
-            chunks.append([])
-            size = 0
-        chunks[-1].append(place)
-        size += own
-    return chunks
 
 
 def _compile(call: Call) -> tuple[Any, str | None]:
@@ -223,7 +185,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _obstacle(call: Call) -> str | None:
+def obstacle(call: Call) -> str | None:
     """Returns the reason why XLA cannot compile an update, or should not. None if it can."""
     inner, variables = call.inner, call.variables
     backend = keras.backend.backend()
@@ -235,8 +197,7 @@ def _obstacle(call: Call) -> str | None:
         return f"{type(tf.distribute.get_strategy()).__name__} updates variables in ways that XLA cannot compile"
     if control_flow.in_xla():
         return "the whole step is compiled already"
-    makes_dense = type(inner) in ADAMS or call.most is not None
-    if call.has_sparse and not makes_dense:
+    if type(inner) not in ADAMS and call.has_sparse:
         return "a gradient is sparse (tf.IndexedSlices), and XLA would make it dense"
     if tf.executing_eagerly() and not is_known(inner, variables):
         return "a user's own code may read Python values that change between eager steps"

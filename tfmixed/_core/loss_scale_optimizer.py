@@ -229,7 +229,7 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
         """Returns the function of gradients and scale that updates variables."""
         if isinstance(self.inner_optimizer, LowPrecisionOptimizer):  # compiles its update itself
             inner = self.inner_optimizer
-            return lambda grads, scale: inner.apply_scaled(grads, variables, scale)
+            return lambda grads, scale: inner.apply_scaled(grads, variables, scale, self.rule.bounds[1])
         dtypes = [None if gradient is None else gradient.dtype for gradient in grads]
         has_sparse = any(map(gradients.is_sparse, grads))
         call = Call(self._unscale_and_apply, self.inner_optimizer, variables, indices, dtypes, has_sparse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +15,10 @@ import numpy
 from keras import ops
 
 from tfmixed._core import arguments, gradients, replica_sync, rounding
-from tfmixed._core.fused_update import Call, Fuser, Fusion
+from tfmixed._core.compiled_steps import CompiledSteps
+from tfmixed._core.fused_update import WORTH_COMPILING, Call, Fusion, check_fuse, obstacle
 from tfmixed._core.hyperparameters import DelegatedHyperparameters
-from tfmixed._core.inner_optimizer import LOW_BITS
+from tfmixed._core.inner_optimizer import LOW_BITS, is_known, python_state
 from tfmixed._core.low_precision_storage import Blocks, Float32View, Initial, Rounded, Split, Update
 from tfmixed._core.variables import outside_of_graphs
 from tfmixed._utils import temporary_state, user_warnings
@@ -30,6 +32,8 @@ _SMALL = 4096
 _CHUNK = 2**22
 # Dtypes that the collective operations by which workers share initial values do not take (TensorFlow 2.21).
 _NOT_BROADCAST = ("bfloat16", "int16", "uint8")
+# Streams of random bits of one variable.
+_STREAMS = 64
 # From the streams of random bits of one seed to those of the next: odd, so that all seeds below 2**32 differ.
 _SEED = 0x85EBCA6B
 
@@ -99,7 +103,9 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         # Not tracked by TensorFlow: checkpoints hold variables as they are stored, and not their views.
         self.__dict__["inner_optimizer"] = _checked(arguments.inner_from(inner_optimizer), states)
         self.weights, self.states, self.seed = weights, states, validation.count("seed", seed, 0)
-        self._fuser, self._update, self._created = Fuser(fuse), Update(), _Created()
+        self.fuse, self.fused = check_fuse(fuse), Fusion(False, "no step was taken yet")
+        self._update, self._created, self._compiled_steps = Update(), _Created(), CompiledSteps()
+        self._unscale = functools.partial(_unscaled, None, math.inf)
         # The inner optimizer's own code calls these, on views instead of variables.
         vars(self.inner_optimizer).update(
             add_variable_from_reference=self._add_state,
@@ -144,9 +150,20 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
                 for state in states:
                     if isinstance(state, Float32View):
                         state.storage = self._stored(state)
+            self._number_streams([*created.views, *states])
         created.variables = [*inner.variables[:first], *own_variables, *states]
         self._not_stored = [variable for variable in inner.variables if not isinstance(variable, Float32View)]
         created.shares_state = not all(isinstance(state, Float32View) for state in states)
+
+    def _number_streams(self, views: Sequence[Any]) -> None:
+        """Gives each view of a variable or state its own stream of random bits, those of one variable in a row."""
+        places: dict[int, int] = {}
+        for view in views:
+            if isinstance(view, Float32View):
+                key = id(view.like)
+                number = list(places).index(key) if key in places else len(places)
+                places[key] = view.place = places.get(key, -1) + 1
+                view.stream = self.seed * _SEED + number * _STREAMS
 
     def _check_dtype(self, variable: Any) -> None:
         if keras.backend.standardize_dtype(variable.dtype) == "float16" and self.weights != "nearest":
@@ -160,7 +177,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         view = Float32View(variable.shape, variable.dtype, gradients.path(variable), self._update)
         view.constraint, view.like, view.storage = variable.constraint, variable, Rounded(variable)
         if keras.backend.standardize_dtype(variable.dtype) == "bfloat16" and self.weights == "stochastic":
-            view.storage = Rounded(variable, self._stream())
+            view.storage = Rounded(variable, is_random=True)
         elif keras.backend.standardize_dtype(variable.dtype) == "bfloat16" and self.weights == "split":
             view.storage = Split(variable, self._add(variable, f"{view.path.replace('/', '_')}_low_bits", "int16"))
             self._created.low_bits.append(view.storage.variables[1])
@@ -188,13 +205,9 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         if is_copy or is_small or self.states == "float32" or state.dtype != "float32":
             return Rounded(add(state.dtype, values))
         if self.states == "bfloat16":
-            return Rounded(add("bfloat16", ops.cast(values, "bfloat16")), self._stream())
+            return Rounded(add("bfloat16", ops.cast(values, "bfloat16")), is_random=True)
         codes, scales = rounding.to_blocks(values)
-        return Blocks(add("uint8", codes, "_codes"), add("float32", scales, "_scales"), state.shape, self._stream())
-
-    def _stream(self) -> int:
-        self._created.streams += 1
-        return self.seed * _SEED + self._created.streams
+        return Blocks(add("uint8", codes, "_codes"), add("float32", scales, "_scales"), state.shape)
 
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
@@ -235,33 +248,46 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         """
         grads = list(grads)
         if grads:
-            self.apply_scaled(grads, self._variables_of(grads, trainable_variables), None)
+            self.apply_scaled(grads, self._variables_of(grads, trainable_variables))
 
-    def apply_scaled(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> None:
-        """Does what `apply` does with gradients of a loss times `scale`, which it unscales one variable at a time."""
-        dtypes = [None if gradient is None else gradient.dtype for gradient in grads]
-        has_sparse = any(map(gradients.is_sparse, grads))
-        update = self._apply if scale is None else self._unscale_and_apply
-        call = Call(update, self, variables, self._indices(variables), dtypes, has_sparse, self._most())
-        self._fuser.step_for(call)(grads, scale)
-        self._iterations.assign_add(1)
-
-    def _most(self) -> int | None:
-        """Returns the number of elements that may be updated without the others, or None if they need each other."""
-        is_joint = self._created.shares_state or self.use_ema or self.inner_optimizer.global_clipnorm
-        return None if is_joint else _CHUNK
-
-    def _unscale_and_apply(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> None:
-        self._apply(gradients.unscale_all(grads, gradients.raw(variables), scale, math.inf), variables)
-
-    def _apply(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any = None) -> None:
-        del scale
+    def apply_scaled(
+        self, grads: Sequence[Any], variables: Sequence[Any], scale: Any = None, largest: float = math.inf
+    ) -> None:
+        """Does what `apply` does with gradients of a loss times `scale`, which is at most `largest`."""
+        self._indices(variables)
+        self.fused = self._fusion(variables)
         with keras.name_scope(self.name, caller=self), _no_grad():
             grads, variables = self._filter_empty_gradients(grads, variables)
             grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
+            self._unscale = functools.partial(_unscaled, scale, largest)
+            if self.gradient_accumulation_steps or self._is_clipping() or replica_sync.current_strategy() is not None:
+                grads, self._unscale = (
+                    self._unscale(grads),
+                    functools.partial(_unscaled, None, math.inf),
+                )  # they are summed or clipped first
             if grads:
                 self._backend_apply_gradients(grads, variables)
                 self._constrain(self._views_of(variables))
+        self._iterations.assign_add(1)
+
+    def _fusion(self, variables: Sequence[Any]) -> Fusion:
+        """Decides whether steps are compiled."""
+        large = [variable for variable in variables if self._is_large(variable)]
+        if not large:
+            return Fusion(False, "XLA is not faster on variables this small" if self.fuse else "fuse=False")
+        reason = obstacle(Call(self._step, self, variables, (), (), has_sparse=False))
+        if not reason and not is_known(self, ()):
+            reason = "a user's own code is not compiled"
+        if not reason:
+            self._compiled_steps.begin(*python_state(self))
+        return Fusion(not reason, reason or f"{len(large)} of {len(variables)} variables, the large ones")
+
+    def _is_large(self, variable: Any) -> bool:
+        return self.fuse is True or (self.fuse == "auto" and math.prod(variable.shape) >= WORTH_COMPILING)
+
+    def _is_clipping(self) -> bool:
+        inner = self.inner_optimizer
+        return any(bool(limit) for limit in (inner.clipnorm, inner.global_clipnorm, inner.clipvalue))
 
     def _constrain(self, views: Sequence[Float32View]) -> None:
         constrained = [view for view in views if view.constraint is not None]
@@ -271,8 +297,6 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
                 view.store(-1 - self._iterations)  # other random bits than those of the update
 
     def _backend_apply_gradients(self, grads: Sequence[Any], trainable_variables: Sequence[Any]) -> None:
-        if self.gradient_accumulation_steps or replica_sync.current_strategy() is not None:
-            grads = _widened(grads)  # they are summed before they are applied
         frequency = self.ema_overwrite_frequency if self.use_ema and keras.backend.backend() == "jax" else None
         with contextlib.ExitStack() as stack:
             if frequency:  # Keras's own code for JAX would assign the averages to rounded variables
@@ -284,9 +308,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
                 view.assign(ops.where(is_due, average.value, view.value))
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
-        inner = self.inner_optimizer
-        is_clipped = inner.clipnorm or inner.global_clipnorm or inner.clipvalue
-        return inner._clip_gradients(_widened(grads)) if is_clipped else grads
+        return self.inner_optimizer._clip_gradients(grads)
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Does nothing: a step decays float32 weights."""
@@ -299,9 +321,32 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
 
     def _step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Takes the place of the inner optimizer's `update_step`."""
-        inner = self.inner_optimizer
-        with self._updating([variable]) as (view,):
-            type(inner).update_step(inner, *_widened([gradient]), view, learning_rate)
+        index = self._get_variable_index(variable)
+        view = self._created.views[index]
+        if not (self.fused and self._is_large(view)):
+            self._take_step(view, self._unscale([gradient])[0], learning_rate)
+            return
+        scale, largest = (*self._unscale.args, None, math.inf)[:2]
+        rows = gradient.indices if gradients.is_sparse(gradient) else None
+        given = {"values": gradients.values_of(gradient), "rows": rows, "scale": scale}
+        given |= {"rate": ops.convert_to_tensor(learning_rate), "stream": ops.convert_to_tensor(view.stream, "int32")}
+        names = [name for name, tensor in given.items() if tensor is not None]
+
+        def step(*tensors: Any) -> None:
+            inputs = dict(zip(names, tensors, strict=True))
+            values = inputs["values"]
+            dense = type(gradient)(values, inputs["rows"], view.shape) if "rows" in inputs else values
+            self._update.stream = inputs["stream"]
+            try:
+                self._take_step(view, _unscaled(inputs.get("scale"), largest, [dense])[0], inputs["rate"])
+            finally:
+                self._update.stream = None
+
+        self._compiled_steps.run((index, *names), step, *(given[name] for name in names))
+
+    def _take_step(self, view: Float32View, gradient: Any, learning_rate: Any) -> None:
+        with self._updating([view]):
+            type(self.inner_optimizer).update_step(self.inner_optimizer, gradient, view, learning_rate)
 
     def _parallel_step(self, grads: Sequence[Any], variables: Sequence[Any], learning_rate: Any) -> None:
         """Takes the place of `_parallel_update_step` of Keras's optimizers on PyTorch, which update all variables."""
@@ -310,17 +355,17 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
             size += math.prod(variable.shape)
             # What an optimizer holds for all variables must change once in a step.
             if end == len(variables) or (size >= _CHUNK and not self._created.shares_state):
-                with self._updating(variables[start:end]) as views:
-                    type(inner)._parallel_update_step(inner, _widened(grads[start:end]), views, learning_rate)
+                views = self._views_of(variables[start:end])
+                with self._updating(views):
+                    type(inner)._parallel_update_step(inner, self._unscale(grads[start:end]), views, learning_rate)
                 start, size = end, 0
 
     @contextlib.contextmanager
-    def _updating(self, variables: Sequence[Any]) -> Iterator[list[Float32View]]:
+    def _updating(self, views: Sequence[Float32View]) -> Iterator[None]:
         """Decays float32 views of variables, and stores what the caller makes of them and of their states."""
-        views = self._views_of(variables)
         with self._update.collect() as changed:
             self._decay(views)
-            yield views
+            yield
             for view in tuple(changed):
                 view.store(self._iterations)
 
@@ -348,11 +393,6 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
     def _averages(self) -> list[tuple[Float32View, keras.Variable]]:
         pairs = zip(self._created.views, self._model_variables_moving_average, strict=True)
         return [(view, average) for view, average in pairs if average is not None]
-
-    @property
-    def fused(self) -> Fusion:
-        """Tells whether the last traced update is fused, and why. True as a bool if it is."""
-        return self._fuser.fusion
 
     @property
     def learning_rate(self) -> Any:
@@ -456,7 +496,7 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration."""
         inner = keras.saving.serialize_keras_object(self.inner_optimizer)
-        own = {"weights": self.weights, "states": self.states, "seed": self.seed, "fuse": self._fuser.fuse}
+        own = {"weights": self.weights, "states": self.states, "seed": self.seed, "fuse": self.fuse}
         return {"name": self.name, "inner_optimizer": inner, **own}
 
     @classmethod
@@ -502,7 +542,10 @@ def _checked(inner: keras.optimizers.Optimizer, states: str) -> keras.optimizers
     return inner
 
 
-def _widened(grads: Sequence[Any]) -> list[Any]:
+def _unscaled(scale: Any, largest: float, grads: Sequence[Any]) -> list[Any]:
+    """Returns gradients in float32 at least, divided by a scale unless it is None."""
+    if scale is not None:
+        return gradients.unscale_all(grads, [False] * len(grads), scale, largest)
     return [gradient if gradient is None else gradients.with_values(gradient, gradients.widened) for gradient in grads]
 
 

@@ -21,20 +21,20 @@ _LARGEST_SCALE = 2.0**126
 _MAGNITUDE, _INFINITY, _LARGEST_BFLOAT16, _QUIET = 0x7FFFFFFF, 0x7F800000, 0x7F7F0000, 0x400000
 
 
-def random_bits(shape: Sequence[int], step: Any, stream: int) -> Any:
+def random_bits(shape: Sequence[int], step: Any, stream: Any) -> Any:
     """Returns 16 pseudorandom bits for each element.
 
     Args:
         shape: Shape of the result.
         step: Integer scalar.
-        stream: Integer. Streams are independent of each other.
+        stream: Integer, or int32 scalar. Streams are independent of each other.
 
     Returns:
         An int32 tensor of values from 0 to 65,535.
 
     Source: the finalizer of MurmurHash3 (Appleby, 2011) of a Weyl sequence.
     """
-    key = _mixed(ops.cast(step, "int32") + _signed(stream * 0x9E3779B9))
+    key = _mixed(ops.cast(step, "int32") + _times(stream, 0x9E3779B9))
     bits = _mixed(ops.arange(math.prod(shape), dtype="int32") + key)
     return ops.reshape(ops.bitwise_and(ops.right_shift(bits, 16), 0xFFFF), shape)
 
@@ -143,6 +143,10 @@ def _mixed(bits: Any) -> Any:
     bits = bits * _signed(0x9E3779B1)
     bits = ops.bitwise_xor(bits, ops.bitwise_and(ops.right_shift(bits, 15), 0x1FFFF))
     return bits * _signed(0x85EBCA77)
+
+
+def _times(stream: Any, factor: int) -> Any:
+    return _signed(stream * factor) if isinstance(stream, int) else stream * _signed(factor)
 
 
 def _signed(number: int) -> int:
