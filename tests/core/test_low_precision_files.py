@@ -364,3 +364,31 @@ def test_eager_and_compiled_steps_agree():
     for one, two in zip(numbers(eager), numbers(graph), strict=True):
         np.testing.assert_allclose(one, two, rtol=2.0**-7, atol=1e-6)
         assert np.mean(one != two) < 0.01
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_split_weights_that_are_set_stay_finite(tmp_path, outer):
+    """Also 0, whose low bits would make it NaN. A file with scaling loads."""
+    made = LowPrecisionOptimizer(keras.optimizers.Adam(0.01), "split")
+    model = compiled(LossScaleOptimizer(made, 16) if outer else made)
+    start = model.get_weights()
+    fit(model)
+    model.set_weights([np.zeros_like(value) for value in start])
+    fit(model)
+    assert all(np.isfinite(value).all() for value in numbers(model.variables))
+    model.save(tmp_path / "model.keras")
+    assert_same_models(model, keras.models.load_model(tmp_path / "model.keras"))
+
+
+def test_conversions_are_checked_before_anything_is_written():
+    """Optimizers that are not built, other shapes, wrapped optimizers."""
+    optimizer, own = LowPrecisionOptimizer("adam"), variables()
+    with pytest.raises(ValueError, match="built"):
+        optimizer.to_keras(variables("float32"))
+    optimizer.build(own)
+    with pytest.raises(ValueError, match="shapes"):
+        optimizer.to_keras(variables("float32")[:1])
+    with pytest.raises(ValueError, match="built"):
+        LowPrecisionOptimizer.from_keras(keras.optimizers.Adam(), own)
+    with pytest.raises(ValueError, match="itself"):
+        LowPrecisionOptimizer(LowPrecisionOptimizer("adam"))

@@ -201,3 +201,28 @@ def test_a_compiled_step_is_traced_once_a_form():
     for _ in range(3):
         step(*(tf.ones(variable.shape, "bfloat16") for variable in own))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("states", ["bfloat16", "int8"])
+def test_variables_of_one_shape_share_a_compiled_step(states):
+    """It gives what a step that is not compiled gives, with noise of their own."""
+    ends = []
+    for fuse in (True, False):
+        keras.utils.set_random_seed(0)
+        own = [keras.Variable(tf.random.normal((80, 64)), dtype="bfloat16", name=name) for name in "abc"]
+        optimizer = LowPrecisionOptimizer(keras.optimizers.AdamW(0.01), states=states, fuse=fuse)
+        optimizer.build(own)
+
+        @tf.function
+        def step(gradient, optimizer=optimizer, own=own):
+            optimizer.apply([gradient] * 3, own)
+
+        for number in range(3):
+            step(tf.random.stateless_normal((80, 64), (number, 0)))
+        assert bool(optimizer.fused) is fuse
+        ends.append(numbers(own))
+        if fuse:
+            assert len(optimizer._compiled_steps._shared) == 1
+    for compiled, plain in zip(*ends, strict=True):
+        np.testing.assert_allclose(compiled, plain, rtol=2**-7, atol=1e-6)
+    assert not np.array_equal(ends[0][0], ends[0][1])

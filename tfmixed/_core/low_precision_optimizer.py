@@ -55,7 +55,8 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
             from then on. A `MultiOptimizer` cannot be wrapped; wrap its members.
         weights: Rounding of half-precision weights. `"stochastic"` rounds up or down at random, so that small updates
             survive in expectation (bfloat16). `"split"` keeps the other 16 bits of float32 weights in a second
-            variable: the weights take the same values as in float32, bit for bit (bfloat16). `"nearest"` discards
+            variable: the weights take the same values as in float32, bit for bit (bfloat16). Weights that are assigned
+            from outside keep these bits, at most half a bfloat16 step. `"nearest"` discards
             updates below half the distance to the next number (bfloat16 and float16). Defaults to `"stochastic"`.
         states: Form of optimizer states that have the shape of their variable: `"float32"`, `"bfloat16"` with
             stochastic rounding, or `"int8"`, 8-bit codes in blocks of 256; see `tfmixed._core.rounding`. States of
@@ -472,10 +473,16 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         Args:
             variables: Trainable variables of any dtype, in the order and shapes of those that this optimizer was built
                 with, such as those of the same model in float32. `weights="split"` gives all bits of float32 weights.
+
+        Raises:
+            ValueError: If this optimizer is not built, or `variables` have other shapes. Nothing is written then.
         """
-        inner = self.inner_optimizer
+        inner, variables = self.inner_optimizer, list(variables)
+        if not self.built:
+            raise ValueError("`to_keras` needs a built optimizer. Call `optimizer.build(trainable_variables)` first.")
+        _check_shapes(variables, self._trainable_variables)
         new = type(inner).from_config(inner.get_config())
-        new.build(list(variables))
+        new.build(variables)
         _copy([*self._created.views, *self._plain_variables()], [*variables, *new.variables])
         return new
 
@@ -487,7 +494,18 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
             optimizer: Built optimizer, not wrapped.
             variables: Trainable variables in the order and shapes of those that it was built with.
             **kwargs: Arguments of the constructor.
+
+        Raises:
+            ValueError: If `optimizer` is not built or wraps another one, or `variables` have other shapes. Nothing is
+                written then.
         """
+        if not optimizer.built or hasattr(optimizer, "inner_optimizer"):
+            raise ValueError(
+                "`optimizer` must be a built Keras optimizer. Pass the `inner_optimizer` of one that scales the loss. "
+                f"Received: a {type(optimizer).__name__}, built={optimizer.built}"
+            )
+        variables = list(variables)
+        _check_shapes(variables, optimizer._trainable_variables)
         new = cls(type(optimizer).from_config(optimizer.get_config()), **kwargs)
         new.build(variables)
         _copy([*optimizer._trainable_variables, *optimizer.variables], [*new._created.views, *new._plain_variables()])
@@ -519,6 +537,8 @@ class _Created:
 
 def _checked(inner: keras.optimizers.Optimizer, states: str) -> keras.optimizers.Optimizer:
     name = type(inner).__name__
+    if isinstance(inner, LowPrecisionOptimizer):
+        raise ValueError("`inner_optimizer` must not be a LowPrecisionOptimizer itself. Pass the optimizer inside it.")
     if type(inner).apply is not keras.optimizers.Optimizer.apply:
         raise TypeError(
             "`inner_optimizer` must not override `apply`. Wrap the members of a `MultiOptimizer`, and put a "
@@ -547,6 +567,12 @@ def _unscaled(scale: Any, largest: float, grads: Sequence[Any]) -> list[Any]:
     if scale is not None:
         return gradients.unscale_all(grads, [False] * len(grads), scale, largest)
     return [gradient if gradient is None else gradients.with_values(gradient, gradients.widened) for gradient in grads]
+
+
+def _check_shapes(variables: Sequence[Any], like: Sequence[Any]) -> None:
+    shapes, expected = ([tuple(variable.shape) for variable in found] for found in (variables, like))
+    if shapes != expected:
+        raise ValueError(f"`variables` must have the shapes {expected}. Received: {shapes}")
 
 
 def _copy(values: Sequence[Any], variables: Sequence[Any]) -> None:

@@ -27,7 +27,7 @@ def random_bits(shape: Sequence[int], step: Any, stream: Any) -> Any:
     Args:
         shape: Shape of the result.
         step: Integer scalar.
-        stream: Integer, or int32 scalar. Streams are independent of each other.
+        stream: Integer, or int32 scalar. Streams are parts of one long sequence, from different places.
 
     Returns:
         An int32 tensor of values from 0 to 65,535.
@@ -73,9 +73,14 @@ def split(values: Any) -> tuple[Any, Any]:
 
 
 def join(upper: Any, lower: Any) -> Any:
-    """Returns the float32 values that `split` has split."""
-    pattern = ops.left_shift(ops.cast(ops.view(upper, "int16"), "int32"), 16)
-    return ops.view(pattern + ops.cast(lower, "int32"), "float32")
+    """Returns the float32 values that `split` has split.
+
+    An upper half that was written since gives a value within half a bfloat16 step of it, and never NaN.
+    """
+    pattern, lower = ops.left_shift(ops.cast(ops.view(upper, "int16"), "int32"), 16), ops.cast(lower, "int32")
+    magnitude = ops.bitwise_and(pattern, _MAGNITUDE)
+    is_outside = ops.where(lower < 0, magnitude == 0, magnitude >= _INFINITY)
+    return ops.view(pattern + ops.where(is_outside, 0, lower), "float32")
 
 
 def to_blocks(values: Any, bits: Any = None) -> tuple[Any, Any]:
@@ -83,7 +88,7 @@ def to_blocks(values: Any, bits: Any = None) -> tuple[Any, Any]:
 
     Code `k` of a block stands for `(k / n)**4 * scale`, where `scale` is the largest magnitude in the block, and `n` is
     254 if no value is negative, else 127 for each sign. So second moments, which are never negative, have twice the
-    resolution. In such a block no nonzero value has code 0, since an update may be divided by it. Encoding decoded
+    resolution. In such a block no normal number has code 0, since an update may be divided by it. Encoding decoded
     values, rounded to nearest, gives the same values.
 
     A value becomes one of its two neighbors: an error below `4 / n` of the block's largest magnitude, and below
