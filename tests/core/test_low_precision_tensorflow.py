@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -203,6 +205,10 @@ def test_a_compiled_step_is_traced_once_a_form():
     assert len(traces) == 1
 
 
+def apply_to_all(optimizer, own, gradient):
+    optimizer.apply([gradient] * len(own), own)
+
+
 @pytest.mark.parametrize("states", ["bfloat16", "int8"])
 def test_variables_of_one_shape_share_a_compiled_step(states):
     """It gives what a step that is not compiled gives, with noise of their own."""
@@ -213,10 +219,7 @@ def test_variables_of_one_shape_share_a_compiled_step(states):
         optimizer = LowPrecisionOptimizer(keras.optimizers.AdamW(0.01), states=states, fuse=fuse)
         optimizer.build(own)
 
-        @tf.function
-        def step(gradient, optimizer=optimizer, own=own):
-            optimizer.apply([gradient] * 3, own)
-
+        step = tf.function(functools.partial(apply_to_all, optimizer, own))
         for number in range(3):
             step(tf.random.stateless_normal((80, 64), (number, 0)))
         assert bool(optimizer.fused) is fuse
