@@ -60,7 +60,7 @@ FORMS = {
     "split, bfloat16 states": Form("bfloat16", {"weights": "split", "states": "bfloat16"}),
     "split, int8 states": Form("bfloat16", {"weights": "split", "states": "int8"}),
 }
-LARGE = {"samples": 1, "tokens": 32, "width": 2048, "depth": 2, "heads": 16, "vocabulary": 4000}
+LARGE = {"samples": 1, "tokens": 32, "width": 2048, "depth": 8, "heads": 16, "vocabulary": 8000}
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

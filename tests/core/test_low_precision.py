@@ -357,7 +357,7 @@ def test_bytes_of_a_parameter(dtype, weights, states, wanted):
 
 
 def test_small_variables_and_embeddings_keep_float32_states():
-    """Below 4,096 elements, and by the variable's path."""
+    """Below 4,096 elements, and by the variable's path instead of 8-bit states."""
     own = variables()
     optimizer = LowPrecisionOptimizer(keras.optimizers.Adam(), states="int8")
     optimizer.build(own)
@@ -366,6 +366,9 @@ def test_small_variables_and_embeddings_keep_float32_states():
         f"{name}_{state}": "float32" for name in ("bias", "embeddings") for state in ("momentum", "velocity")
     }
     assert sorted(dtype for name, dtype in dtypes.items() if "kernel" in name) == ["float32"] * 2 + ["uint8"] * 2
+    halves = LowPrecisionOptimizer(keras.optimizers.Adam(), states="bfloat16")
+    halves.build(own)
+    assert [variable.dtype for variable in halves.variables if "embeddings" in variable.path] == ["bfloat16"] * 2
 
 
 def test_copies_of_weights_are_float32():

@@ -59,10 +59,10 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
             from outside keep these bits, at most half a bfloat16 step. `"nearest"` discards
             updates below half the distance to the next number (bfloat16 and float16). Defaults to `"stochastic"`.
         states: Form of optimizer states that have the shape of their variable: `"float32"`, `"bfloat16"` with
-            stochastic rounding, or `"int8"`, 8-bit codes in blocks of 256; see `tfmixed._core.rounding`. States of
-            variables below 4,096 elements, of embeddings (by the variable's path) and in other shapes, states that
-            start as copies of weights, averages of weights and accumulated gradients are float32.
-            Defaults to `"bfloat16"`.
+            stochastic rounding, or `"int8"`, 8-bit codes in blocks of 256; see `tfmixed._core.rounding`. Float32 in any
+            case: states of variables below 4,096 elements and in other shapes, states that start as copies of weights,
+            averages of weights, accumulated gradients; instead of 8-bit states also those of embeddings, by the
+            variable's path. Defaults to `"bfloat16"`.
         seed: Seed of the stochastic rounding, which depends on it, the step and the position alone: it is the same on
             all replicas and after a restart. Defaults to 0.
         fuse: The same as in `LossScaleOptimizer`. Defaults to `"auto"`.
@@ -202,10 +202,11 @@ class LowPrecisionOptimizer(DelegatedHyperparameters, keras.optimizers.Optimizer
         def add(dtype: str, values: Any, suffix: str = "") -> keras.Variable:
             return self._add(like, state.name + suffix, dtype, lambda *_, **__: values, values.shape)
 
-        is_small = math.prod(state.shape) < _SMALL or "embedding" in gradients.path(like).lower()
-        if is_copy or is_small or self.states == "float32" or state.dtype != "float32":
+        is_small, is_embedding = math.prod(state.shape) < _SMALL, "embedding" in gradients.path(like).lower()
+        form = "float32" if is_copy or is_small or (is_embedding and self.states == "int8") else self.states
+        if form == "float32" or state.dtype != "float32":
             return Rounded(add(state.dtype, values))
-        if self.states == "bfloat16":
+        if form == "bfloat16":
             return Rounded(add("bfloat16", ops.cast(values, "bfloat16")), is_random=True)
         codes, scales = rounding.to_blocks(values)
         return Blocks(add("uint8", codes, "_codes"), add("float32", scales, "_scales"), state.shape)
