@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import workers
-from test_low_precision import KINDS, STATES, WEIGHTS, assert_same, moved, numbers, train, variables
-from thorough import covering, few
+from test_low_precision import FORMS, KINDS, WEIGHTS, assert_same, moved, numbers, train, variables
+from thorough import few
 
 from tfmixed import GradScaler, LossScaleOptimizer, LowPrecisionOptimizer, scaling
 
@@ -48,9 +48,6 @@ def on_replicas(optimizer, steps, constraint=None):
     for number in range(steps):
         step(tf.constant(number))
     return strategy, own, optimizer
-
-
-FORMS = covering(1, WEIGHTS, STATES)
 
 
 @pytest.mark.parametrize(("weights", "states"), FORMS)
@@ -209,7 +206,7 @@ def apply_to_all(optimizer, own, gradient):
     optimizer.apply([gradient] * len(own), own)
 
 
-@pytest.mark.parametrize("states", ["bfloat16", "int8"])
+@pytest.mark.parametrize("states", ["bfloat16", pytest.param("int8", marks=slow)])
 def test_variables_of_one_shape_share_a_compiled_step(states):
     """It gives what a step that is not compiled gives, with noise of their own."""
     ends = []
