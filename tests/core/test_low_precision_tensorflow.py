@@ -128,7 +128,10 @@ def test_sparse_gradients(kind):
     shapes = {"embeddings": (70, 64)}
     own, wide = variables("bfloat16", shapes), variables("float32", shapes)
     arguments = {"momentum": 0.9} if kind is keras.optimizers.SGD else {}
-    ours, plain = LowPrecisionOptimizer(kind(0.01, **arguments), "split", fuse=False), kind(0.01, **arguments)
+    ours, plain = (
+        LowPrecisionOptimizer(kind(0.01, **arguments), "split", "float32", fuse=False),
+        kind(0.01, **arguments),
+    )
     for optimizer, weights in ((ours, own), (plain, wide)):
         step = sparse_step(optimizer, weights)
         for number in range(3):
