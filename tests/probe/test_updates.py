@@ -110,7 +110,9 @@ def stepped_in_float32(made):
 
 
 @pytest.mark.parametrize("policy", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", [keras.optimizers.Adam, keras.optimizers.SGD])
+@pytest.mark.parametrize(
+    "optimizer", [keras.optimizers.Adam, pytest.param(keras.optimizers.SGD, marks=pytest.mark.slow)]
+)
 def test_updates_of_a_trained_model_are_those_of_float32_arithmetic(optimizer, policy):
     """And what rounding discards of them is what a cast discards."""
     made = fit(model(optimizer(2e-3), policy))
