@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -25,6 +24,8 @@ from tfmixed.scaling import validation
 
 # On PyTorch, elements of the variables that are updated by one call of its fused operations.
 _CHUNK = 2**22
+# Scale of gradients that are not scaled, and its largest value.
+_UNSCALED = None, math.inf
 
 
 @keras.saving.register_keras_serializable(package="tfmixed")
@@ -45,8 +46,8 @@ class LowPrecisionOptimizer(LowPrecisionFiles):
         weights: Rounding of half-precision weights. `"stochastic"` rounds up or down at random, so that small updates
             survive in expectation (bfloat16). `"split"` keeps the other 16 bits of float32 weights in a second
             variable: the weights take the same values as in float32, bit for bit (bfloat16). Weights that are assigned
-            from outside keep these bits, at most half a bfloat16 step. `"nearest"` discards
-            updates below half the distance to the next number (bfloat16 and float16). Defaults to `"stochastic"`.
+            from outside keep these bits, at most half a bfloat16 step. `"nearest"` discards updates below half the
+            distance to the next number (bfloat16 and float16). Defaults to `"stochastic"`.
         states: Form of optimizer states that have the shape of their variable: `"float32"`, `"bfloat16"` with
             stochastic rounding, or `"int8"`, 8-bit codes in blocks of 256; see `tfmixed._core.rounding`. Float32 in any
             case: states of variables below 4,096 elements and in other shapes, states that start as copies of weights,
@@ -68,8 +69,8 @@ class LowPrecisionOptimizer(LowPrecisionFiles):
 
     Example:
     >>> optimizer = LowPrecisionOptimizer(keras.optimizers.AdamW(1e-3), states="int8")
-    >>> optimizer.inner_optimizer.name
-    'adam_w'
+    >>> type(optimizer.inner_optimizer).__name__, optimizer.weights, optimizer.states
+    ('AdamW', 'stochastic', 'int8')
     """
 
     # Read where warnings about constants in half precision are given.
@@ -95,7 +96,7 @@ class LowPrecisionOptimizer(LowPrecisionFiles):
         self.weights, self.states, self.seed = weights, states, validation.count("seed", seed, 0)
         self.fuse, self.fused = check_fuse(fuse), Fusion(False, "no step was taken yet")
         self._update, self._created, self._compiled_steps = Update(), Created(), CompiledSteps()
-        self._unscale = functools.partial(_unscaled, None, math.inf)
+        self._scale: tuple[Any, float] = _UNSCALED
         # The inner optimizer's own code calls these, on views instead of variables.
         vars(self.inner_optimizer).update(
             add_variable_from_reference=self._add_state,
@@ -137,12 +138,10 @@ class LowPrecisionOptimizer(LowPrecisionFiles):
         with keras.name_scope(self.name, caller=self), _no_grad():
             grads, variables = self._filter_empty_gradients(grads, variables)
             grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
-            self._unscale = functools.partial(_unscaled, scale, largest)
+            self._scale = scale, largest
             if self.gradient_accumulation_steps or self._is_clipping() or replica_sync.current_strategy() is not None:
-                grads, self._unscale = (
-                    self._unscale(grads),
-                    functools.partial(_unscaled, None, math.inf),
-                )  # they are summed or clipped first
+                # They are summed or clipped before a step takes them.
+                grads, self._scale = _unscaled(*self._scale, grads), _UNSCALED
             if grads:
                 self._backend_apply_gradients(grads, variables)
                 self._constrain(self._views_of(variables))
@@ -202,9 +201,9 @@ class LowPrecisionOptimizer(LowPrecisionFiles):
         index = self._get_variable_index(variable)
         view = self._created.views[index]
         if not (self.fused and self._is_large(view)):
-            self._take_step(view, self._unscale([gradient])[0], learning_rate)
+            self._take_step(view, _unscaled(*self._scale, [gradient])[0], learning_rate)
             return
-        scale, largest = (*self._unscale.args, None, math.inf)[:2]
+        scale, largest = self._scale
         rows = gradient.indices if gradients.is_sparse(gradient) else None
         given = {"values": gradients.values_of(gradient), "rows": rows, "scale": scale}
         given |= {"rate": ops.convert_to_tensor(learning_rate), "stream": ops.convert_to_tensor(view.stream, "int32")}
@@ -235,7 +234,8 @@ class LowPrecisionOptimizer(LowPrecisionFiles):
             if end == len(variables) or (size >= _CHUNK and not self._created.shares_state):
                 views = self._views_of(variables[start:end])
                 with self._updating(views):
-                    type(inner)._parallel_update_step(inner, self._unscale(grads[start:end]), views, learning_rate)
+                    unscaled = _unscaled(*self._scale, grads[start:end])
+                    type(inner)._parallel_update_step(inner, unscaled, views, learning_rate)
                 start, size = end, 0
 
     @contextlib.contextmanager

@@ -122,16 +122,16 @@ class Float32View(keras.Variable):
         dtype: Its dtype. A view of a float64 variable is float64.
         path: Its path.
         update: The update that it takes part in.
-        storage: The stored form. Defaults to None, to be set before the first read.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: Any, path: str, update: Update, storage: Any = None) -> None:
+    def __init__(self, shape: Sequence[int], dtype: Any, path: str, update: Update) -> None:
         wide = "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
         super().__init__(0.0, dtype=wide, trainable=False, autocast=False, name=path.rpartition("/")[2])
         self._shape, self._ndim, self._path = tuple(shape), len(shape), path
         self.like: Any = None  # the trainable variable that it belongs to
         self.stream, self.place = 0, 0  # the first stream of random bits of that variable, and its own from there
-        self.storage, self._update, self._current, self.is_written = storage, update, None, False
+        self.storage: Any = None  # the stored form, set before the first read
+        self._update, self._current, self.is_written = update, None, False
 
     @property
     def value(self) -> Any:
@@ -165,9 +165,3 @@ class Float32View(keras.Variable):
     def release(self) -> None:
         """Forgets the value that an update has read or written."""
         self._current, self.is_written = None, False
-
-    def _serialize_to_tensors(self) -> dict[str, Any]:
-        return {"VARIABLE_VALUE": self.value}
-
-    def _restore_from_tensors(self, restored_tensors: dict[str, Any]) -> None:
-        self.assign(restored_tensors["VARIABLE_VALUE"])

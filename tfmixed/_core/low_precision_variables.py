@@ -89,10 +89,10 @@ class LowPrecisionVariables(DelegatedHyperparameters, keras.optimizers.Optimizer
     def _view(self, variable: Any) -> Float32View:
         """Returns the float32 view of a trainable variable."""
         view = Float32View(variable.shape, variable.dtype, gradients.path(variable), self._update)
-        view.constraint, view.like, view.storage = variable.constraint, variable, Rounded(variable)
-        if keras.backend.standardize_dtype(variable.dtype) == "bfloat16" and self.weights == "stochastic":
-            view.storage = Rounded(variable, is_random=True)
-        elif keras.backend.standardize_dtype(variable.dtype) == "bfloat16" and self.weights == "split":
+        is_bfloat16 = keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
+        view.constraint, view.like = variable.constraint, variable
+        view.storage = Rounded(variable, is_random=is_bfloat16 and self.weights == "stochastic")
+        if is_bfloat16 and self.weights == "split":
             view.storage = Split(variable, self._add(variable, f"{view.path.replace('/', '_')}_low_bits", "int16"))
             self._created.low_bits.append(view.storage.variables[1])
         return view
@@ -191,7 +191,6 @@ class Created:
     variables: list[keras.Variable] = field(default_factory=list)  # those of an inner optimizer that is not wrapped
     low_bits: list[keras.Variable] = field(default_factory=list)
     shares_state: bool = False  # the inner optimizer has states for all variables together
-    streams: int = 0
 
 
 def checked_inner(inner: keras.optimizers.Optimizer, states: str) -> keras.optimizers.Optimizer:
