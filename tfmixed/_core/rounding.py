@@ -32,7 +32,7 @@ def random_bits(shape: Sequence[int], step: Any, stream: Any) -> Any:
     Returns:
         An int32 tensor of values from 0 to 65,535.
 
-    Source: a multiply-xorshift-multiply hash of a counter, with two primes of xxHash (Collet, 2012).
+    Source: a multiply-xorshift-multiply hash of a counter, with two primes of xxHash.
     """
     key = _mixed(ops.cast(step, "int32") + _times(stream, 0x9E3779B9))
     bits = _mixed(ops.arange(math.prod(shape), dtype="int32") + key)
