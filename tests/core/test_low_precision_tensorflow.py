@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import workers
+from replicas import mirrored
 from test_low_precision import FORMS, KINDS, WEIGHTS, assert_same, moved, numbers, train, variables
 from thorough import few
 
 from tfmixed import GradScaler, LossScaleOptimizer, LowPrecisionOptimizer, scaling
 
 slow = pytest.mark.slow
-
-
-def mirrored():
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
 
 
 def on_replicas(optimizer, steps, constraint=None):
