@@ -92,6 +92,11 @@ class Config:
             value = getattr(self, key)
             if value not in (*known, *(() if key == "states" else (None,))):
                 raise ConfigError(f"{key} must be one of {', '.join(known)}. Received: {key}={value!r}")
+        if self.policy == "float16" and self.weights in ("stochastic", "split"):
+            raise ConfigError(
+                f"weights must be nearest under the policy float16. Choose the policy bfloat16 or mixed_float16. "
+                f"Received: weights={self.weights!r}"
+            )
         if not isinstance(self.log, LogConfig):
             raise ConfigError(f"log must be a LogConfig. Received: log={self.log!r}")
         if self.scaling is not None and type(self.scaling) not in RULES.values():

@@ -252,7 +252,7 @@ def test_fit_after_a_loop_and_back(eagerly, compiled):
 @pytest.mark.parametrize("bad_on", [pytest.param([], marks=thorough), [0], pytest.param([0, 1], marks=thorough)])
 def test_replicas_skip_together(bad_on):
     """Under MirroredStrategy, with an overflow on no, one and all replicas."""
-    from replicas import Trainer, bad_values, check
+    from replicas import Trainer, bad_values, check, mirrored
 
     class Keras2Trainer(Trainer):
         def _replica_step(self, x, y):
@@ -265,7 +265,7 @@ def test_replicas_skip_together(bad_on):
 
     steps = [6] if bad_on else []
     bad = bad_values(steps, bad_on, np.inf, 2)
-    outcomes = [kind(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])).loop(bad) for kind in (Keras2Trainer, Trainer)]
+    outcomes = [kind(mirrored()).loop(bad) for kind in (Keras2Trainer, Trainer)]
     check(outcomes[0], steps)
     outcomes[0].assert_same_weights(outcomes[1])
 

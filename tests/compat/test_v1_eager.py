@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tensorflow as tf
+from replicas import mirrored
 
 from tfmixed import scaling
 from tfmixed.compat.v1 import LossScaleOptimizer
@@ -66,7 +67,7 @@ def test_raise_if_exhausted():
 
 def test_strategies_are_not_supported():
     """The wrapped optimizer would merge its replicas in a branch."""
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with mirrored().scope():
         weight, optimizer = tf.Variable(1.0), LossScaleOptimizer(V1.train.AdamOptimizer())
         with pytest.raises(NotImplementedError, match=r"GradScaler"):
             optimizer.minimize(lambda: weight * 1.0, var_list=[weight])

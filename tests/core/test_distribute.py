@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from backend import made_up
-from replicas import KINDS, PLACES, STEPS, Trainer, bad_values, check
+from replicas import KINDS, PLACES, STEPS, Trainer, bad_values, check, mirrored
 from thorough import covering, few
 
 from tfmixed import LogMaxScale, LossScaleOptimizer, scaling
@@ -21,16 +21,10 @@ slow = pytest.mark.slow
 STRATEGIES = {
     "none": lambda: None,
     "one_device": lambda: tf.distribute.OneDeviceStrategy("CPU:0"),
-    "mirrored_2": lambda: tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
+    # The only strategy of the tests with TensorFlow's collectives.
+    "mirrored_2": functools.cache(lambda: tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])),
     "mirrored_4": lambda: mirrored(4),
 }
-
-
-@functools.cache
-def mirrored(count=2):
-    # TensorFlow's collectives, the default on CPUs, do not support several strategies in one process.
-    devices = [f"CPU:{index}" for index in range(count)]
-    return tf.distribute.MirroredStrategy(devices, tf.distribute.ReductionToOneDevice())
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from replicas import mirrored
 from thorough import mostly_slow
 
 from tfmixed import GradScaler, records, scaling
@@ -502,7 +503,7 @@ def test_fit_with_a_custom_train_step(tmp_path, steps_per_execution):
 
 @pytest.fixture(scope="module")
 def strategy():
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
+    return mirrored()
 
 
 UPDATES = {name: name for name in ("in replicas", "outside", "compiled outside")}

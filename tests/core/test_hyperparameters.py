@@ -1,4 +1,4 @@
-"""Hyperparameters, variables and Keras 2 names of a `LossScaleOptimizer`."""
+"""Hyperparameters of optimizers that wrap another one, variables and Keras 2 names of a `LossScaleOptimizer`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from backend import apply, needs_tensorflow, tf
 from keras import ops
 
-from tfmixed import LossScaleOptimizer
+from tfmixed import LossScaleOptimizer, LowPrecisionOptimizer
 from tfmixed._core.hyperparameters import HYPERPARAMETERS
 
 VALUES = {
@@ -68,24 +68,29 @@ def test_every_public_name_of_the_base_optimizer_is_known():
     assert {*HYPERPARAMETERS, "learning_rate", "iterations"} == VALUES.keys()
 
 
+wrappers = pytest.mark.parametrize("wrapper", [LossScaleOptimizer, LowPrecisionOptimizer])
+
+
+@wrappers
 @pytest.mark.parametrize("name", VALUES)
-def test_hyperparameters_are_the_inner_optimizers(name):
+def test_hyperparameters_are_the_inner_optimizers(wrapper, name):
     """They are read from it and set on it."""
-    optimizer = LossScaleOptimizer(keras.optimizers.AdamW())
+    optimizer = wrapper(keras.optimizers.AdamW())
     setattr(optimizer, name, VALUES[name])
     read = operator.attrgetter(name)
     assert read(optimizer) == read(optimizer.inner_optimizer) == VALUES[name]
     assert name not in vars(optimizer)
 
 
-def test_hyperparameters_of_the_inner_optimizers_class():
+@wrappers
+def test_hyperparameters_of_the_inner_optimizers_class(wrapper):
     """They are delegated too. A name that neither has is an AttributeError."""
-    optimizer = LossScaleOptimizer(keras.optimizers.Adam(beta_1=0.5))
+    optimizer = wrapper(keras.optimizers.Adam(beta_1=0.5))
     assert optimizer.beta_1 == 0.5
     optimizer.beta_1, optimizer.remark = 0.25, "mine"
     assert optimizer.inner_optimizer.beta_1 == 0.25
     assert not hasattr(optimizer.inner_optimizer, "remark")
-    assert {"beta_1", "loss_scale"} <= {*dir(optimizer)}
+    assert {"beta_1", "inner_optimizer"} <= {*dir(optimizer)}
     with pytest.raises(AttributeError, match="momentum"):
         _ = optimizer.momentum
 
@@ -98,11 +103,12 @@ def test_a_hyperparameter_that_was_set_takes_effect():
     assert [variable.numpy().tolist() for variable in own] == [[0.75, 0.75], [1.0, 1.0]]
 
 
+@wrappers
 @pytest.mark.parametrize("name", CALLED)
-def test_methods_are_the_inner_optimizers(name):
+def test_methods_are_the_inner_optimizers(wrapper, name):
     """For any class of optimizer."""
-    optimizer = LossScaleOptimizer("sgd")
-    assert getattr(optimizer, name).__self__ is optimizer.inner_optimizer
+    optimizer = wrapper("sgd")
+    assert getattr(optimizer, name) == getattr(optimizer.inner_optimizer, name)
 
 
 def test_variables_are_excluded_from_weight_decay():
@@ -121,9 +127,10 @@ def test_variables_of_averages_and_accumulation_are_created_once():
     assert len(optimizer.variables) == len({id(variable) for variable in optimizer.variables})
 
 
-def test_loss_scale_factor_is_an_error():
+@wrappers
+def test_loss_scale_factor_is_an_error(wrapper):
     """Keras's factor on the wrapper would divide gradients that were not multiplied by it."""
-    optimizer = LossScaleOptimizer("sgd")
+    optimizer = wrapper("sgd")
     with pytest.raises(ValueError, match="loss_scale_factor"):
         optimizer.loss_scale_factor = 128.0
     optimizer.loss_scale_factor = None

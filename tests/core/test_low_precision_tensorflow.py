@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import workers
-from test_low_precision import KINDS, STATES, WEIGHTS, assert_same, moved, numbers, train, variables
-from thorough import covering, few
+from replicas import mirrored
+from test_low_precision import FORMS, KINDS, WEIGHTS, assert_same, moved, numbers, train, variables
+from thorough import few
 
 from tfmixed import GradScaler, LossScaleOptimizer, LowPrecisionOptimizer, scaling
 
 slow = pytest.mark.slow
-
-
-def mirrored():
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
 
 
 def on_replicas(optimizer, steps, constraint=None):
@@ -46,9 +45,6 @@ def on_replicas(optimizer, steps, constraint=None):
     for number in range(steps):
         step(tf.constant(number))
     return strategy, own, optimizer
-
-
-FORMS = covering(1, WEIGHTS, STATES)
 
 
 @pytest.mark.parametrize(("weights", "states"), FORMS)
@@ -97,14 +93,13 @@ def test_split_weights_on_replicas_are_those_of_float32():
 
 
 @slow
-def test_workers_draw_the_same_noise(tmp_path):
-    """In two processes: equal weights and states on both."""
-    (first, second) = workers.run(2, "low_precision_worker.py", folder=tmp_path)
-    assert len(first) == len(second) == 3
-    for one, two in zip(first, second, strict=True):
-        assert one["iterations"] == two["iterations"] == 4
-        for ours, theirs in zip(one["values"], two["values"], strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+def test_workers_take_the_same_steps(tmp_path):
+    """In two processes, with float32 states. TensorFlow cannot create others there, which is said."""
+    first, second = workers.run(2, "low_precision_worker.py", folder=tmp_path)
+    assert first["iterations"] == second["iterations"] == 4
+    for ours, theirs in zip(first["values"], second["values"], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert all("several workers" in message for message in first["refusals"])
 
 
 # Sparse gradients.
@@ -130,7 +125,10 @@ def test_sparse_gradients(kind):
     shapes = {"embeddings": (70, 64)}
     own, wide = variables("bfloat16", shapes), variables("float32", shapes)
     arguments = {"momentum": 0.9} if kind is keras.optimizers.SGD else {}
-    ours, plain = LowPrecisionOptimizer(kind(0.01, **arguments), "split", fuse=False), kind(0.01, **arguments)
+    ours, plain = (
+        LowPrecisionOptimizer(kind(0.01, **arguments), "split", "float32", fuse=False),
+        kind(0.01, **arguments),
+    )
     for optimizer, weights in ((ours, own), (plain, wide)):
         step = sparse_step(optimizer, weights)
         for number in range(3):
@@ -202,3 +200,29 @@ def test_a_compiled_step_is_traced_once_a_form():
     for _ in range(3):
         step(*(tf.ones(variable.shape, "bfloat16") for variable in own))
     assert len(traces) == 1
+
+
+def apply_to_all(optimizer, own, gradient):
+    optimizer.apply([gradient] * len(own), own)
+
+
+@pytest.mark.parametrize("states", ["bfloat16", pytest.param("int8", marks=slow)])
+def test_variables_of_one_shape_share_a_compiled_step(states):
+    """It gives what a step that is not compiled gives, with noise of their own."""
+    ends = []
+    for fuse in (True, False):
+        keras.utils.set_random_seed(0)
+        own = [keras.Variable(tf.random.normal((80, 64)), dtype="bfloat16", name=name) for name in "abc"]
+        optimizer = LowPrecisionOptimizer(keras.optimizers.AdamW(0.01), states=states, fuse=fuse)
+        optimizer.build(own)
+
+        step = tf.function(functools.partial(apply_to_all, optimizer, own))
+        for number in range(3):
+            step(tf.random.stateless_normal((80, 64), (number, 0)))
+        assert bool(optimizer.fused) is fuse
+        ends.append(numbers(own))
+        if fuse:
+            assert len(optimizer._compiled_steps._shared) == 1
+    for compiled, plain in zip(*ends, strict=True):
+        np.testing.assert_allclose(compiled, plain, rtol=2**-7, atol=1e-6)
+    assert not np.array_equal(ends[0][0], ends[0][1])

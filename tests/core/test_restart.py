@@ -7,7 +7,13 @@ import pytest
 # With even seeds the callback that saves the state comes before the logger, with odd ones after it.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "seed"), [("checkpoint", 0), ("backup", 1), ("low_precision_checkpoint", 1), ("low_precision_backup", 0)]
+    ("how", "seed"),
+    [
+        ("checkpoint", 0),
+        ("backup", 1),
+        pytest.param("low_precision_checkpoint", 1, marks=pytest.mark.thorough),
+        ("low_precision_backup", 0),
+    ],
 )
 def test_a_killed_process_continues(tmp_path, how, seed):
     """SIGKILL at a random moment leaves the same states after each epoch, and no gap, duplicate or torn line."""

@@ -6,6 +6,7 @@ runs, so that its functions are traced once.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import keras
@@ -24,6 +25,13 @@ TOTAL = 28
 LOCAL_BATCH, FEATURES = 4, 3
 
 Bad = dict[tuple[int, int], float]  # (step, replica) -> the value that one input takes
+
+
+@functools.cache
+def mirrored(count: int = 2) -> tf.distribute.MirroredStrategy:
+    """Returns a strategy of CPUs without collectives, the default: those of two strategies in a process meet."""
+    devices = [f"CPU:{index}" for index in range(count)]
+    return tf.distribute.MirroredStrategy(devices, tf.distribute.ReductionToOneDevice())
 
 
 def bad_values(steps: list[int], places: list[int] | None, kind: float, replicas: int) -> Bad:

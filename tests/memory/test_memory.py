@@ -227,7 +227,11 @@ def test_a_failing_process_is_named():
 @pytest.mark.skipif(BACKEND == "torch" and ON_CPU, reason="malloc keeps freed memory in an unpredictable way")
 @pytest.mark.parametrize(
     ("name", "policy", "batch"),
-    [("weights", "mixed_bfloat16", 64), ("activations", "float32", 128), ("both", "float32", 16)],
+    [
+        pytest.param("weights", "mixed_bfloat16", 64, marks=pytest.mark.thorough),
+        pytest.param("activations", "float32", 128, marks=pytest.mark.thorough),
+        ("both", "float32", 16),
+    ],
 )
 def test_the_prediction_is_within_a_tenth(name, policy, batch):
     """Of the peak of a process that trains with more data."""

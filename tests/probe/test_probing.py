@@ -317,7 +317,8 @@ def undisturbed_training(eager):
     return restless_training(run_eagerly=eager)
 
 
-RESTLESS = [pytest.param(look, True, marks=() if look in ("measured", "read") else thorough) for look in LOOKS]
+QUICK = ("read",) if BACKEND == "jax" else ("measured", "read")  # half a minute of compilation
+RESTLESS = [pytest.param(look, True, marks=() if look in QUICK else thorough) for look in LOOKS]
 RESTLESS += [pytest.param(look, False, marks=pytest.mark.slow) for look in LOOKS]
 
 
@@ -712,7 +713,13 @@ def attentive():
     return model, (RNG.normal(size=(24, 5, 4)).astype("float32"), Y)
 
 
-@pytest.mark.parametrize("precision", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param("float32", marks=pytest.mark.slow if BACKEND == "jax" else ()),  # half a minute of compilation
+        pytest.param("float16", marks=pytest.mark.slow),
+    ],
+)
 def test_sums_that_cancel_are_noise(precision):
     """Offsets before a batch normalization, and the bias of attention's keys."""
     cases = [(normalized(), {"c1/bias", "n1/beta", "c2/bias"})]

@@ -9,7 +9,7 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
-from backend import BACKEND, needs_tensorflow, tf
+from backend import BACKEND, needs_tensorflow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers, ops
@@ -110,7 +110,9 @@ def stepped_in_float32(made):
 
 
 @pytest.mark.parametrize("policy", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", [keras.optimizers.Adam, keras.optimizers.SGD])
+@pytest.mark.parametrize(
+    "optimizer", [keras.optimizers.Adam, pytest.param(keras.optimizers.SGD, marks=pytest.mark.slow)]
+)
 def test_updates_of_a_trained_model_are_those_of_float32_arithmetic(optimizer, policy):
     """And what rounding discards of them is what a cast discards."""
     made = fit(model(optimizer(2e-3), policy))
@@ -201,8 +203,8 @@ def test_records_and_arguments():
     assert records.from_line(line) == found.record
     old = copy.deepcopy(found.record)
     old = dataclasses.replace(old, ranges=[dataclasses.replace(entry, updates={}) for entry in old.ranges])
-    assert "update lost" in str(found)
-    assert "update lost" not in str(GradientRanges(old))
+    assert "lost" in str(found)
+    assert "lost" not in str(GradientRanges(old))
     with pytest.raises(ValueError, match="name"):
         found.update_loss(name="nothing")
     with pytest.raises(ValueError, match="precision"):
@@ -213,11 +215,11 @@ def test_records_and_arguments():
 @pytest.mark.slow
 def test_two_replicas():
     """Under MirroredStrategy, without a change of training."""
-    if len(tf.config.list_logical_devices("CPU")) < 2:
-        pytest.skip("needs two logical devices")
+    from replicas import mirrored
+
     trained = []
     for is_measured in (False, True):
-        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        with mirrored().scope():
             made = keras.Sequential([keras.Input((6,)), layers.Dense(2, kernel_initializer="ones")])
             made.compile(LossScaleOptimizer("adam"), loss="mse")
         watch = tfmixed.callbacks.GradientRanges(every=2)

@@ -73,6 +73,7 @@ def test_any_config_round_trips(config, path):
         ('weights = "stochstic"', "weights must be.*'stochstic'"),
         ('weights = "split"\nstates = "int4"', "states must be.*'int4'"),
         ('states = "int8"', "'states' needs 'weights'"),
+        ('policy = "float16"\nweights = "split"', "weights must be nearest"),
         ("scaling = 8", "'scaling'.* 8"),
         ("[scaling]\nhysteresis = 1.5", r"\[scaling\] `hysteresis`.*1\.5"),
         ('[scaling]\ninitial_scale = "8"', r"\[scaling\] `initial_scale`.*'8'"),

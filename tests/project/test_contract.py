@@ -73,6 +73,12 @@ HOOKS = [
     ("keras.src.backend.common.global_state", "set_global_attribute", ["name", "value"], "lend a generator of seeds"),
     ("tensorflow.python.ops.handle_data_util", "get_handle_data", ["source_t"], "read the variables of a graph"),
     (TRAINER, "TensorFlowTrainer._symbolic_build", ["self", "iterator", "data_batch"], "build a model as fit does"),
+    (
+        "tensorflow.python.eager.polymorphic_function.concrete_function",
+        "ConcreteFunction._call_flat",
+        ["self", "tensor_inputs", "captured_inputs"],
+        "call a compiled function with other variables",
+    ),
     ("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext", ["graph"], "see a whole step under XLA"),
     ("tensorflow.python.framework.test_util", "IsMklEnabled", [], "see whether oneDNN is on"),
     ("tensorflow.python.framework.ops", "Graph._get_function", ["self", "name"], "read functions that a graph calls"),

@@ -34,7 +34,7 @@ ON_FAULTS = {code for codes in pages.sections(DOCS / "nan.md").values() for code
         if page != PORTING
     ],
 )
-@pytest.mark.filterwarnings("ignore:policy .* is slow here")
+@pytest.mark.filterwarnings("ignore:policy .* is slow here", "ignore:policy .* keeps variables in")
 def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     """In an empty folder. What the page says they print, they print."""
     monkeypatch.chdir(tmp_path)

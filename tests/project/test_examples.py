@@ -144,6 +144,16 @@ def test_islands(run):
     assert [int(steps) for _, _, steps in printed] == pytest.approx([450, 0, 450], abs=10)
 
 
+@slow
+def test_low_memory(run):
+    """Half the bytes and a loss near that of float32 weights. Keras's own update in bfloat16 does not train."""
+    table = np.array(list(rows(run("low_memory")).values()))
+    memory, loss = table.T
+    np.testing.assert_allclose(memory, [16, 8, 8, 6], atol=0.3)
+    assert loss[1] > 2
+    np.testing.assert_allclose(loss[2:], loss[0], rtol=0.3)
+
+
 def run_workers(folder, *arguments):
     """Returns the output of `examples/multi_worker.py` and the digest of each worker's weights."""
     script = EXAMPLES / "multi_worker.py"

@@ -203,10 +203,11 @@ def test_all_batches_of_a_generator_are_trained(tmp_path):
 @pytest.mark.parametrize("count", [1, 2])
 def test_training_of_replicas_is_not_affected(count):
     """Under `MirroredStrategy`, the batch of the first replica is measured."""
+    from replicas import mirrored
+
     trained = []
     for callbacks in ([], [GradientRanges(every=2)]):
-        devices = [f"CPU:{index}" for index in range(count)]
-        strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=tf.distribute.ReductionToOneDevice())
+        strategy = mirrored(count)
         with strategy.scope():
             made = model()
         data = tf.data.Dataset.from_tensor_slices((X[:40], X[:40, :2])).batch(8)

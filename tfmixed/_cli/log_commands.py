@@ -38,9 +38,9 @@ def report(
     for path, loaded in zip(paths, result.runs, strict=True):
         if not loaded.log:
             raise UsageError(f"RUN must be a log of LossScaleLogger. Received: {str(path)!r} ({loaded.problems[0]}).")
-    from rich.console import Console
+    from tfmixed._utils import rich_text
 
-    Console().print(result)
+    rich_text.console().print(result)
     for path, suffix in ((html, ".html"), (png, ".png")):
         prepare(f"--{suffix[1:]}", path)
     with _usage_errors():
@@ -80,9 +80,9 @@ def simulate(
             json.dumps({"steps": len(recorded.finite), "unlisted_skips": recorded.unlisted, "rules": rules}, indent=2)
         )
         return
-    from rich.console import Console
+    from tfmixed._utils import rich_text
 
-    console = Console()
+    console = rich_text.console()
     console.print(_table(outcomes, recorded))
     for sentence in _caveats(outcomes, recorded):
         console.print(sentence, markup=False, highlight=False)

@@ -279,9 +279,9 @@ def _is_own_error(error: BaseException) -> bool:
 
 
 def _print(renderable: Any) -> None:
-    from rich.console import Console
+    from tfmixed._utils import rich_text
 
-    Console().print(renderable)
+    rich_text.console().print(renderable)
 
 
 def _set_policy(policy: str | None, as_keras: bool = True) -> None:

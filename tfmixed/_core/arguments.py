@@ -66,7 +66,7 @@ def inner_from(optimizer: Any) -> keras.optimizers.Optimizer:
     own, base = type(inner), keras.optimizers.Optimizer
     if own.apply_gradients is not base.apply_gradients and own.apply is base.apply:
         user_warnings.warn(
-            f"`apply_gradients` of {own.__name__} has no effect in a LossScaleOptimizer, which calls `apply`. Override "
+            f"`apply_gradients` of {own.__name__} has no effect in a wrapper, which calls `apply`. Override "
             "`apply(self, grads, trainable_variables=None)` instead."
         )
     return inner

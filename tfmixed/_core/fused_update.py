@@ -23,7 +23,7 @@ from tfmixed._utils import user_warnings
 _LOG = logging.getLogger("tfmixed")
 # Elements of a variable from which XLA's kernels are faster than TensorFlow's and worth compiling, measured by
 # `python benchmarks/growth.py`.
-_WORTH_COMPILING = 2**16
+WORTH_COMPILING = 2**16
 _MOST_FUNCTIONS = 16
 
 
@@ -66,6 +66,13 @@ class Call(NamedTuple):
         return self._replace(variables=variables, indices=indices, dtypes=dtypes)
 
 
+def check_fuse(fuse: Any) -> bool | Literal["auto"]:
+    """Returns the argument `fuse` of an optimizer; a `ValueError` is raised for unknown values."""
+    if fuse != "auto" and not isinstance(fuse, bool):
+        raise ValueError(f'`fuse` must be "auto", True or False. Received: fuse={fuse!r}')
+    return fuse
+
+
 class Fuser:
     """Compiles the update of one optimizer, once for each set of variables.
 
@@ -74,9 +81,7 @@ class Fuser:
     """
 
     def __init__(self, fuse: bool | Literal["auto"]) -> None:
-        if fuse != "auto" and not isinstance(fuse, bool):
-            raise ValueError(f'`fuse` must be "auto", True or False. Received: fuse={fuse!r}')
-        self.fuse = fuse
+        self.fuse = check_fuse(fuse)
         self.fusion = Fusion(False, "no step was taken yet")
         # Compiled functions by the Python state that they read, with its objects, whose ids are part of the key.
         self._functions: dict[Any, tuple[tuple[Any, str | None], list[Any]]] = {}
@@ -86,9 +91,9 @@ class Fuser:
         update, inner, variables, dtypes = call.update, call.inner, call.variables, call.dtypes
         places = [] if self.fuse is False else self._places(inner, variables)
         large = [place for place in places if dtypes[place] is not None]
-        obstacle = _obstacle(call) if large else self._why_none(variables)
-        if obstacle:
-            self._decided(obstacle)
+        reason = obstacle(call) if large else self._why_none(variables)
+        if reason:
+            self._decided(reason)
             return _plain(call)
         # Variables without a gradient go where others have one, since an optimizer raises if it gets no gradient.
         small = [place for place in range(len(variables)) if place not in places and dtypes[place] is not None]
@@ -126,8 +131,8 @@ class Fuser:
         if self.fuse is True:
             return all_places
         if reads_scalars(inner, variables) and not inner.use_ema and inner.global_clipnorm is None:
-            return [place for place in all_places if sizes[place] >= _WORTH_COMPILING]
-        return all_places if sum(sizes) >= _WORTH_COMPILING * len(sizes) else []
+            return [place for place in all_places if sizes[place] >= WORTH_COMPILING]
+        return all_places if sum(sizes) >= WORTH_COMPILING * len(sizes) else []
 
     def _why_none(self, variables: Sequence[Any]) -> str:
         if self.fuse is False:
@@ -180,7 +185,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _obstacle(call: Call) -> str | None:
+def obstacle(call: Call) -> str | None:
     """Returns the reason why XLA cannot compile an update, or should not. None if it can."""
     inner, variables = call.inner, call.variables
     backend = keras.backend.backend()

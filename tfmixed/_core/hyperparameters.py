@@ -111,8 +111,8 @@ class DelegatedHyperparameters:
     def loss_scale_factor(self, value: float | None) -> None:
         if value is not None:
             raise ValueError(
-                "`loss_scale_factor` cannot be set on an optimizer that scales the loss itself. Set `loss_scale`, or "
-                f"pass `scale={value}` to the constructor. Received: loss_scale_factor={value}"
+                "`loss_scale_factor` cannot be set on an optimizer that wraps another one. Pass `scale` to a "
+                f"`LossScaleOptimizer`, or set its `loss_scale`. Received: loss_scale_factor={value}"
             )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,26 +12,28 @@ from keras import ops
 
 from tfmixed._core import gradients, rounding
 
+# Returns random bits of a shape.
+Draw = Callable[[Sequence[int]], Any]
+
 
 class Rounded:
     """A variable stored in its own dtype.
 
     Args:
         variable: The variable.
-        stream: Stream of random bits for stochastic rounding, or None for rounding to nearest. Defaults to None.
+        is_random: If True, an update is rounded stochastically, to bfloat16. Defaults to False.
     """
 
-    def __init__(self, variable: Any, stream: int | None = None) -> None:
-        self.variables, self._stream = [variable], stream
-        self._is_half = keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
+    def __init__(self, variable: Any, is_random: bool = False) -> None:
+        self.variables, self._is_random = [variable], is_random
 
     def load(self) -> Any:
-        return gradients.widened(self.variables[0])
+        return gradients.widened(ops.convert_to_tensor(self.variables[0]))
 
-    def store(self, values: Any, step: Any = None) -> None:
-        """Writes values: rounded to nearest, or stochastically where `step` is given."""
-        if self._is_half and self._stream is not None and step is not None:
-            values = rounding.to_bfloat16(values, rounding.random_bits(values.shape, step, self._stream))
+    def store(self, values: Any, draw: Draw | None = None) -> None:
+        """Writes values: rounded to nearest, or stochastically where `draw` is given."""
+        if self._is_random and draw is not None:
+            values = rounding.to_bfloat16(values, draw(values.shape))
         self.variables[0].assign(ops.cast(values, self.variables[0].dtype))
 
 
@@ -44,8 +47,9 @@ class Split:
         upper, lower = self.variables
         return rounding.join(ops.convert_to_tensor(upper), lower)
 
-    def store(self, values: Any, step: Any = None) -> None:
-        del step
+    def store(self, values: Any, draw: Draw | None = None) -> None:
+        """Writes values."""
+        del draw
         for variable, part in zip(self.variables, rounding.split(values), strict=True):
             variable.assign(part)
 
@@ -57,20 +61,18 @@ class Blocks:
         codes: uint8 variable of shape (blocks, 256).
         scales: float32 variable of shape (blocks, 1).
         shape: Shape of the state.
-        stream: Stream of random bits.
     """
 
-    def __init__(self, codes: keras.Variable, scales: keras.Variable, shape: Sequence[int], stream: int) -> None:
-        self.variables, self._shape, self._stream = [codes, scales], shape, stream
+    def __init__(self, codes: keras.Variable, scales: keras.Variable, shape: Sequence[int]) -> None:
+        self.variables, self._shape = [codes, scales], shape
 
     def load(self) -> Any:
         codes, scales = self.variables
         return rounding.from_blocks(codes, scales, self._shape)
 
-    def store(self, values: Any, step: Any = None) -> None:
-        """Writes values: rounded to nearest, or stochastically where `step` is given."""
-        codes = self.variables[0]
-        bits = None if step is None else rounding.random_bits(codes.shape, step, self._stream)
+    def store(self, values: Any, draw: Draw | None = None) -> None:
+        """Writes values: rounded to nearest, or stochastically where `draw` is given."""
+        bits = None if draw is None else draw(self.variables[0].shape)
         for variable, part in zip(self.variables, rounding.to_blocks(values, bits), strict=True):
             variable.assign(part)
 
@@ -87,10 +89,14 @@ class Initial(NamedTuple):
 
 
 class Update:
-    """The views that one update has read or written."""
+    """The views that one update has read or written.
+
+    `stream` is the first stream of random bits of the updated variable, if it is a tensor of a compiled function.
+    """
 
     def __init__(self) -> None:
         self.views: list[Float32View] | None = None
+        self.stream: Any = None
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[list[Float32View]]:
@@ -106,7 +112,7 @@ class Update:
 
 
 class Float32View(keras.Variable):
-    """A variable or optimizer state, seen as a float32 variable.
+    """A float32 variable that stands for a variable or optimizer state in another form.
 
     Within an update its value is read once and written once. Elsewhere each read decodes what is stored, and each
     write encodes it, rounded to nearest. It holds no memory of its own but one number.
@@ -116,15 +122,16 @@ class Float32View(keras.Variable):
         dtype: Its dtype. A view of a float64 variable is float64.
         path: Its path.
         update: The update that it takes part in.
-        storage: The stored form. Defaults to None, to be set before the first read.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: Any, path: str, update: Update, storage: Any = None) -> None:
+    def __init__(self, shape: Sequence[int], dtype: Any, path: str, update: Update) -> None:
         wide = "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
         super().__init__(0.0, dtype=wide, trainable=False, autocast=False, name=path.rpartition("/")[2])
         self._shape, self._ndim, self._path = tuple(shape), len(shape), path
         self.like: Any = None  # the trainable variable that it belongs to
-        self.storage, self._update, self._current, self.is_written = storage, update, None, False
+        self.stream, self.place = 0, 0  # the first stream of random bits of that variable, and its own from there
+        self.storage: Any = None  # the stored form, set before the first read
+        self._update, self._current, self.is_written = update, None, False
 
     @property
     def value(self) -> Any:
@@ -152,14 +159,9 @@ class Float32View(keras.Variable):
         """Stores what an update has written."""
         # Fused operations of PyTorch write into the tensors that they read.
         if self.is_written or keras.backend.backend() == "torch":
-            self.storage.store(self._current, step)
+            stream = self.place + (self.stream if self._update.stream is None else self._update.stream)
+            self.storage.store(self._current, functools.partial(rounding.random_bits, step=step, stream=stream))
 
     def release(self) -> None:
         """Forgets the value that an update has read or written."""
         self._current, self.is_written = None, False
-
-    def _serialize_to_tensors(self) -> dict[str, Any]:
-        return {"VARIABLE_VALUE": self.value}
-
-    def _restore_from_tensors(self, restored_tensors: dict[str, Any]) -> None:
-        self.assign(restored_tensors["VARIABLE_VALUE"])

@@ -155,9 +155,10 @@ def is_chief(model: Any) -> bool:
 
 
 def is_multi_worker(model: Any) -> bool:
-    """Returns whether the strategy of a model or scaler has several workers, each with its own task."""
+    """Returns whether the strategy of a model, scaler or optimizer has several workers, each with its own task."""
     # The model's strategy, not the present one: `fit` may be called outside of its scope.
-    resolver = getattr(getattr(model, "distribute_strategy", None), "cluster_resolver", None)
+    strategy = getattr(model, "distribute_strategy", None) or getattr(model, "_distribution_strategy", None)
+    resolver = getattr(strategy, "cluster_resolver", None)
     return resolver is not None and bool(resolver.task_type)
 
 

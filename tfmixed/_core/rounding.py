@@ -21,20 +21,20 @@ _LARGEST_SCALE = 2.0**126
 _MAGNITUDE, _INFINITY, _LARGEST_BFLOAT16, _QUIET = 0x7FFFFFFF, 0x7F800000, 0x7F7F0000, 0x400000
 
 
-def random_bits(shape: Sequence[int], step: Any, stream: int) -> Any:
+def random_bits(shape: Sequence[int], step: Any, stream: Any) -> Any:
     """Returns 16 pseudorandom bits for each element.
 
     Args:
         shape: Shape of the result.
         step: Integer scalar.
-        stream: Integer. Streams are independent of each other.
+        stream: Integer, or int32 scalar. Streams are parts of one long sequence, from different places.
 
     Returns:
         An int32 tensor of values from 0 to 65,535.
 
-    Source: the finalizer of MurmurHash3 (Appleby, 2011) of a Weyl sequence.
+    Source: a multiply-xorshift-multiply hash of a counter, with two primes of xxHash.
     """
-    key = _mixed(ops.cast(step, "int32") + _signed(stream * 0x9E3779B9))
+    key = _mixed(ops.cast(step, "int32") + _times(stream, 0x9E3779B9))
     bits = _mixed(ops.arange(math.prod(shape), dtype="int32") + key)
     return ops.reshape(ops.bitwise_and(ops.right_shift(bits, 16), 0xFFFF), shape)
 
@@ -73,9 +73,14 @@ def split(values: Any) -> tuple[Any, Any]:
 
 
 def join(upper: Any, lower: Any) -> Any:
-    """Returns the float32 values that `split` has split."""
-    pattern = ops.left_shift(ops.cast(ops.view(upper, "int16"), "int32"), 16)
-    return ops.view(pattern + ops.cast(lower, "int32"), "float32")
+    """Returns the float32 values that `split` has split.
+
+    An upper half that was written since gives a value within half a bfloat16 step of it, and never NaN.
+    """
+    pattern, lower = ops.left_shift(ops.cast(ops.view(upper, "int16"), "int32"), 16), ops.cast(lower, "int32")
+    magnitude = ops.bitwise_and(pattern, _MAGNITUDE)
+    is_outside = ops.where(lower < 0, magnitude == 0, magnitude >= _INFINITY)
+    return ops.view(pattern + ops.where(is_outside, 0, lower), "float32")
 
 
 def to_blocks(values: Any, bits: Any = None) -> tuple[Any, Any]:
@@ -83,7 +88,7 @@ def to_blocks(values: Any, bits: Any = None) -> tuple[Any, Any]:
 
     Code `k` of a block stands for `(k / n)**4 * scale`, where `scale` is the largest magnitude in the block, and `n` is
     254 if no value is negative, else 127 for each sign. So second moments, which are never negative, have twice the
-    resolution. In such a block no nonzero value has code 0, since an update may be divided by it. Encoding decoded
+    resolution. In such a block no normal number has code 0, since an update may be divided by it. Encoding decoded
     values, rounded to nearest, gives the same values.
 
     A value becomes one of its two neighbors: an error below `4 / n` of the block's largest magnitude, and below
@@ -143,6 +148,10 @@ def _mixed(bits: Any) -> Any:
     bits = bits * _signed(0x9E3779B1)
     bits = ops.bitwise_xor(bits, ops.bitwise_and(ops.right_shift(bits, 15), 0x1FFFF))
     return bits * _signed(0x85EBCA77)
+
+
+def _times(stream: Any, factor: int) -> Any:
+    return _signed(stream * factor) if isinstance(stream, int) else stream * _signed(factor)
 
 
 def _signed(number: int) -> int:

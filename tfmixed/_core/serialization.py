@@ -91,12 +91,9 @@ class Serialization(ScalerBase, keras.optimizers.LossScaleOptimizer):
         Variables that the file lacks, because another rule wrote it, keep their initial values.
         """
         inner = self._inner_by_name()
-        saved = {name: ops.zeros_like(part) for name, part in inner.items() if LOW_BITS in name} | _by_name(
-            store, inner
-        )
-        if inner.keys() != {
-            name for name in saved if name in inner or (name.startswith("inner_") and LOW_BITS not in name)
-        }:
+        zeros = {name: numpy.zeros(part.shape, "int16") for name, part in inner.items() if LOW_BITS in name}
+        saved = zeros | _by_name(store, inner)
+        if inner.keys() != {n for n in saved if n in inner or (n.startswith("inner_") and LOW_BITS not in n)}:
             user_warnings.warn(
                 f"Skipping variable loading for optimizer {self.name!r}. The inner optimizer of the file has other "
                 f"variables than {type(self.inner_optimizer).__name__}, or the optimizer is not built yet. Build it "

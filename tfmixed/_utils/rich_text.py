@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.console import Console, RenderableType
 
+WIDTH = 100
 
-def text(renderable: RenderableType, width: int = 100) -> str:
+
+def console() -> Console:
+    """Returns a console as wide as the terminal. In a file or a pipe, it has 100 columns, or those of `COLUMNS`."""
+    output = Console()
+    return output if output.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
+
+
+def text(renderable: RenderableType, width: int = WIDTH) -> str:
     """Returns the text that rich prints of a renderable in a number of columns."""
-    console = Console(width=width)
-    with console.capture() as capture:
-        console.print(renderable)
+    output = Console(width=width)
+    with output.capture() as capture:
+        output.print(renderable)
     return capture.get().rstrip()

@@ -22,7 +22,7 @@ from tfmixed.records import GradientRange, RangesRecord, short
 def table(record: RangesRecord, precision: str) -> Table:
     """Returns a table with a row per gradient. See `GradientRanges.table`."""
     weights = weight_format(record.ranges)
-    lost = [f"update lost,\n{weights}"] if any(gradient.updates for gradient in record.ranges) else []
+    lost = [f"update\nlost,\n{weights}"] if any(gradient.updates for gradient in record.ranges) else []
     grid = _grid("magnitudes", "zeros", "to 0", "sub-\nnormal", "over-\nflow", "scales", *lost)
     half = {id(gradient) for gradient in held_in_half(record)}
     for gradient in record.ranges:

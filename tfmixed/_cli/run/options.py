@@ -133,7 +133,7 @@ class RunOptions:
             return {}
         from tfmixed.config import Config
 
-        return Config("bfloat16", weights=self.weights, states=self.states or "bfloat16").low_precision
+        return Config(self.policy or "bfloat16", weights=self.weights, states=self.states or "bfloat16").low_precision
 
     @property
     def policy_source(self) -> str:
