@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
-import numpy
 from keras import ops
 
 from tfmixed._core import scalar_ops
@@ -59,15 +58,12 @@ class Variables:
     def _assign_from_host(self, name: str, value: Any) -> None:
         old, variable = self.read(name), self.variables[name]
         new = scalar_ops.cast(value, old.dtype)
-        if numpy.array_equal(old, new, equal_nan=old.dtype.kind == "f"):
-            return
-        held = variable.value
-        if new.ndim or held is not variable._value:  # an array, or the value in a scope
+        if new.ndim:
             variable.assign(new)
-        else:
+        elif new != old and not (new != new and old != old):  # NaN
+            held = variable.value
             held.detach().fill_(new.item())
-        held = variable.value
-        self._on_host[name] = held, held._version, new
+            self._on_host[name] = held, held._version, new
 
 
 def plain_variable(shape: Any, initializer: Any, dtype: str, name: str) -> keras.Variable:
