@@ -5,6 +5,7 @@ A gradient is a tensor, a `tf.IndexedSlices` or None, which stands for no path f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -38,27 +39,26 @@ def unscale(gradient: Any, scale: Any, largest: float) -> Any:
 
 def unscale_all(gradients: Sequence[Any], raw: Iterable[bool], scale: Any, largest: float) -> list[Any]:
     """Returns gradients unscaled, except for the `raw` ones, which are not scaled."""
+    is_scaled = [not is_raw and gradient is not None for gradient, is_raw in zip(gradients, raw, strict=True)]
+    scaled = itertools.compress(gradients, is_scaled)
     if scalar_ops.ON_HOST:
-        return _unscale_all_at_once(gradients, raw, scale)
-    pairs = zip(gradients, raw, strict=True)
-    return [gradient if is_raw else unscale(gradient, scale, largest) for gradient, is_raw in pairs]
+        unscaled = iter(_unscaled_at_once(list(scaled), scale))
+    else:
+        unscaled = (unscale(gradient, scale, largest) for gradient in scaled)
+    return [next(unscaled) if is_one else gradient for gradient, is_one in zip(gradients, is_scaled, strict=True)]
 
 
-def _unscale_all_at_once(gradients: Sequence[Any], raw: Iterable[bool], scale: Any) -> list[Any]:
+def _unscaled_at_once(gradients: Sequence[Any], scale: Any) -> Sequence[Any]:
+    """Returns PyTorch's gradients unscaled by a scale on the host, in one operation for all of them."""
     import torch
 
-    unscaled = list(gradients)
-    places = [place for place, is_raw in enumerate(raw) if not is_raw and unscaled[place] is not None]
-    wide = [widened(unscaled[place]) for place in places]
-    scale = float(scale)
+    wide, scale = [widened(gradient) for gradient in gradients], float(scale)
+    if scale == 1 or not wide:
+        return wide
     with torch.no_grad():
         if scale > _LARGEST_RECIPROCAL:
-            found = torch._foreach_div(wide, scale)
-        else:
-            found = torch._foreach_mul(wide, float(numpy.float32(1) / numpy.float32(scale))) if scale != 1 else wide
-    for place, values in zip(places, found, strict=True):
-        unscaled[place] = values
-    return unscaled
+            return torch._foreach_div(wide, scale)
+        return torch._foreach_mul(wide, float(numpy.float32(1) / numpy.float32(scale)))
 
 
 def holds_gradient(variable: Any) -> bool:
