@@ -49,19 +49,12 @@ def write(state: Variables, step: Any, old: Any, new: Any, reason: Any, variable
     """
     changed = ops.not_equal(new, old)
     count = state.read("event_count")
-    capacity = state.variables["event_steps"].shape[0]
-    place = ops.equal(ops.arange(capacity, dtype="int32"), ops.cast(count % capacity, "int32"))
-    place = ops.logical_and(changed, place)
+    row = ops.cast(count % state.shapes["event_steps"][0], "int32")
     causes = ops.stack([ops.cast(reason, "int32"), ops.cast(variable, "int32")])
-    _select(state, "event_steps", place, step)
-    _select(state, "event_causes", place[:, None], causes)
-    _select(state, "event_scales", place[:, None], ops.stack([old, new]))
+    entry = {"event_steps": step, "event_causes": causes, "event_scales": ops.stack([old, new])}
+    for name, value in entry.items():
+        state.assign_row(name, row, value, changed)
     state.assign({"event_count": count + ops.cast(changed, count.dtype)})
-
-
-def _select(state: Variables, name: str, mask: Any, entry: Any) -> None:
-    old = state.read(name)
-    state.assign({name: ops.where(mask, ops.cast(entry, old.dtype), old)})
 
 
 def read_buffer(state: Variables) -> dict[str, Any]:
@@ -111,7 +104,7 @@ class Readers:
             reader: Any object. Defaults to None, the reader of `drain_events`.
             starts: If True, readers that start at the same time get the same entries. Defaults to False.
         """
-        count, furthest = (int(state.variables[name].numpy()) for name in ("event_count", "events_drained"))
+        count, furthest = (int(state.read(name)) for name in ("event_count", "events_drained"))
         if furthest != self._furthest:  # the first look, or the variables were restored
             self._cursors.clear()
             self._cursors[self] = self._furthest = furthest
@@ -121,6 +114,6 @@ class Readers:
             since = furthest
         self._cursors[key] = count
         if not starts and count != furthest:
-            state.variables["events_drained"].assign(count)
+            state.assign({"events_drained": count})
             self._furthest = count
         return [] if since == count else entries(read_buffer(state), paths, since)

@@ -117,7 +117,8 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
     def _state(self) -> ScalerState:
         # Created on first use, so that a loss scaled before `build` reads the variable and not a number.
         if self._scaling is None:
-            self._scaling = ScalerState(self.rule, self.event_capacity, self.add_variable)
+            is_jax = keras.backend.backend() == "jax"
+            self._scaling = ScalerState(self.rule, self.event_capacity, self.add_variable, is_packed=is_jax)
         return self._scaling
 
     @property

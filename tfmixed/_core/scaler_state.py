@@ -28,13 +28,15 @@ class ScalerState(Variables):
         rule: Scaling rule.
         capacity: Number of entries of the event buffer.
         add_variable: Function that creates a variable.
+        is_packed: Whether names other than Keras's may share variables. Defaults to False.
     """
 
-    def __init__(self, rule: ScalingRule, capacity: int, add_variable: AddVariable) -> None:
+    def __init__(self, rule: ScalingRule, capacity: int, add_variable: AddVariable, is_packed: bool = False) -> None:
         self.rule = rule
         self.readers = event_buffer.Readers()
         self._names = [self.name_of(field) for field in rule.start()._fields]
-        super().__init__({**self.initial(rule), **event_buffer.initial_values(capacity)}, add_variable)
+        values = {**self.initial(rule), **event_buffer.initial_values(capacity)}
+        super().__init__(values, add_variable, _KERAS_NAMES.values() if is_packed else None)
 
     @classmethod
     def initial(cls, rule: ScalingRule) -> dict[str, Any]:
@@ -117,8 +119,7 @@ class ScalerState(Variables):
 
         A value of another shape is ignored: events of a buffer of another capacity are lost.
         """
-        shapes = {name: tuple(variable.shape) for name, variable in self.variables.items()}
-        fitting = {name: value for name, value in saved.items() if tuple(value.shape) == shapes.get(name)}
+        fitting = {name: value for name, value in saved.items() if tuple(value.shape) == self.shapes.get(name)}
         buffer = event_buffer.initial_values(1).keys()
         if not buffer <= fitting.keys():
             fitting = {name: value for name, value in fitting.items() if name not in buffer}

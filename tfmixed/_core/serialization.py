@@ -82,7 +82,10 @@ class Serialization(ScalerBase, keras.optimizers.LossScaleOptimizer):
 
     def save_own_variables(self, store: Any) -> None:
         """Writes own variables by name and the inner optimizer's by number."""
-        for name, variable in {**self._state().variables, **self._inner_by_name()}.items():
+        state = self._state()
+        for name in state.shapes:
+            store[name] = ops.convert_to_numpy(state.read(name))
+        for name, variable in self._inner_by_name().items():
             store[name] = ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:

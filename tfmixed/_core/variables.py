@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Container, Mapping
+from typing import Any, NamedTuple
 
 import keras
+import numpy
 from keras import ops
 
 from tfmixed._core import scalar_ops
@@ -15,30 +17,66 @@ from tfmixed._core import scalar_ops
 AddVariable = Callable[..., keras.Variable]
 
 
+class _Place(NamedTuple):
+    """Where the values of one name begin in a vector that holds those of several, and their shape."""
+
+    vector: str
+    start: int
+    shape: tuple[int, ...]
+
+
 class Variables:
-    """Keras variables by name, created outside of any graph.
+    """Variables that are read and written by name.
 
     Args:
-        initial_values: Initial values by name, of NumPy.
+        initial_values: NumPy integers and float32 values, scalars or arrays, by name.
         add_variable: Function that creates a variable.
+        apart: Names that must be variables of their own, if the others may share one for each dtype. A compiled
+            function of JAX takes microseconds for each argument. Defaults to None, for a variable for each name.
     """
 
-    def __init__(self, initial_values: Mapping[str, Any], add_variable: AddVariable) -> None:
+    def __init__(
+        self, initial_values: Mapping[str, Any], add_variable: AddVariable, apart: Container[str] | None = None
+    ) -> None:
         self.variables: dict[str, keras.Variable] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}  # by name
+        self._apart = apart
+        self._places: dict[str, _Place] = {}
         # On PyTorch, values on the host by name, with the tensor and the number of its last write.
         self._on_host: dict[str, tuple[Any, int, Any]] = {}
         self.create(initial_values, add_variable)
 
     def create(self, initial_values: Mapping[str, Any], add_variable: AddVariable) -> None:
-        """Creates variables. They replace others of the same names."""
+        """Adds variables to those that there are."""
+        self.shapes |= {name: value.shape for name, value in initial_values.items()}
+        values = initial_values if self._apart is None else self._packed(initial_values)
         with outside_of_graphs():
-            self.variables |= {name: _variable(add_variable, name, value) for name, value in initial_values.items()}
+            self.variables |= {name: _variable(add_variable, name, value) for name, value in values.items()}
+
+    def _packed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns values to store: those that are apart, and vectors of the other scalars, and arrays, of each dtype."""
+        stored = {name: value for name, value in values.items() if name in self._apart}
+        groups: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            if name not in stored:
+                kind = f"{value.dtype}_{'arrays' if value.ndim else 'scalars'}_{len(self.variables)}"
+                groups.setdefault(kind, {})[name] = value
+        for vector, group in groups.items():
+            starts = numpy.cumsum([0, *(value.size for value in group.values())]).tolist()
+            for (name, value), start in zip(group.items(), starts[:-1], strict=True):
+                self._places[name] = _Place(vector, start, value.shape)
+            stored[vector] = numpy.concatenate([value.ravel() for value in group.values()])
+        return stored
 
     def read(self, name: str) -> Any:
-        """Returns the present value of a variable that later writes leave alone: a tensor, or a NumPy array on PyTorch.
+        """Returns the present value of a name that later writes leave alone: a tensor, or a NumPy array on PyTorch.
 
         On PyTorch the device is read only if something else has written the variable.
         """
+        place = self._places.get(name)
+        if place is not None:
+            value = self.variables[place.vector].value
+            return ops.reshape(value[place.start : place.start + math.prod(place.shape)], place.shape)
         value = self.variables[name].value
         if not scalar_ops.ON_HOST:
             return tensor(value) if hasattr(value, "assign") else ops.copy(value)
@@ -48,12 +86,46 @@ class Variables:
         return known[2]
 
     def assign(self, values: Mapping[str, Any]) -> None:
-        """Writes variables by name. On PyTorch, only those that change."""
+        """Writes values by name. On PyTorch, only those that change."""
+        scalars: dict[str, dict[int, Any]] = {}
         for name, value in values.items():
-            if scalar_ops.ON_HOST and not ops.is_tensor(value):
+            place = self._places.get(name)
+            if place is not None and place.shape:
+                self._assign_at(place, 0, value)
+            elif place is not None:
+                scalars.setdefault(place.vector, {})[place.start] = value
+            elif scalar_ops.ON_HOST and not ops.is_tensor(value):
                 self._assign_from_host(name, value)
             else:
                 self.variables[name].assign(value)
+        for vector, changed in scalars.items():
+            variable = self.variables[vector]
+            elements = dict(enumerate(ops.unstack(variable.value))) | changed
+            variable.assign(ops.stack([ops.cast(element, variable.dtype) for element in elements.values()]))
+
+    def assign_row(self, name: str, row: Any, value: Any, is_written: Any) -> None:
+        """Writes one row of an array, or leaves it as it is.
+
+        Args:
+            name: Name of the array.
+            row: Integer scalar.
+            value: Scalar or vector.
+            is_written: Boolean scalar.
+        """
+        place = self._places.get(name)
+        if place is not None:
+            self._assign_at(place, row * math.prod(place.shape[1:]), value, is_written)
+            return
+        shape, old = self.shapes[name], self.read(name)
+        is_row = scalar_ops.logical_and(is_written, scalar_ops.equal(scalar_ops.arange(shape[0], dtype="int32"), row))
+        is_row = scalar_ops.reshape(is_row, (-1, *(1 for _ in shape[1:])))
+        self.assign({name: scalar_ops.where(is_row, scalar_ops.cast(value, old.dtype), old)})
+
+    def _assign_at(self, place: _Place, offset: Any, value: Any, is_written: Any = True) -> None:
+        variable, start = self.variables[place.vector], [place.start + offset]
+        value = ops.reshape(ops.cast(value, variable.dtype), (-1,))
+        value = ops.where(is_written, value, ops.slice(variable.value, start, value.shape))
+        variable.assign(ops.slice_update(variable.value, start, value))
 
     def _assign_from_host(self, name: str, value: Any) -> None:
         old, variable = self.read(name), self.variables[name]
