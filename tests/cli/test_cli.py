@@ -157,7 +157,7 @@ def tiny():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_bench_prints_json_and_draws(tmp_path):
     """Progress bars go to standard error."""
     (tmp_path / "net.py").write_text(TINY)

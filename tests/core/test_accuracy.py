@@ -107,7 +107,7 @@ def test_a_short_run_writes_its_page(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:policy .* is slow here")
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_short_run_writes_the_last_section(tmp_path, monkeypatch):
     """After the page of `parity.py`, with the errors of gradients."""
     monkeypatch.setattr(bias_parity, "STEPS", 1)

@@ -17,7 +17,7 @@ def test_random_overflows_break_nothing(first):
     keras.backend.clear_session()
 
 
-@pytest.mark.slow
+@thorough
 def test_the_same_overflows_break_keras_own_class():
     """The check finds faults K1 and K3 of the documentation."""
     found = [fuzz.faults(case, fuzz.run(case, ours=False)) for case in map(fuzz.case, range(6))]

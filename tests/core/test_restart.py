@@ -12,7 +12,7 @@ import pytest
         ("checkpoint", 0),
         ("backup", 1),
         pytest.param("low_precision_checkpoint", 1, marks=pytest.mark.thorough),
-        ("low_precision_backup", 0),
+        pytest.param("low_precision_backup", 0, marks=pytest.mark.thorough),
     ],
 )
 def test_a_killed_process_continues(tmp_path, how, seed):

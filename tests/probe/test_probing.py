@@ -222,7 +222,7 @@ UNCHANGED = [
     ("product", "float16", False),
     pytest.param("own", "float16", False, marks=pytest.mark.slow),
     pytest.param("functional", "float32", False, marks=pytest.mark.slow),
-    pytest.param("sequence", "float32", False, marks=pytest.mark.slow),
+    pytest.param("sequence", "float32", False, marks=thorough),
     pytest.param("images", "float32", False, marks=pytest.mark.slow),
     *(pytest.param(kind, "float16", False, marks=thorough) for kind in ("functional", "sequence", "images")),
     pytest.param("own", "float32", False, marks=thorough),

@@ -144,7 +144,7 @@ def test_islands(run):
     assert [int(steps) for _, _, steps in printed] == pytest.approx([450, 0, 450], abs=10)
 
 
-@slow
+@thorough
 def test_low_memory(run):
     """Half the bytes and a loss near that of float32 weights. Keras's own update in bfloat16 does not train."""
     table = np.array(list(rows(run("low_memory")).values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from rich.console import Console, RenderableType
 
@@ -11,8 +12,9 @@ WIDTH = 100
 
 def console() -> Console:
     """Returns a console as wide as the terminal. In a file or a pipe, it has 100 columns, or those of `COLUMNS`."""
-    output = Console()
-    return output if output.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
+    # Not by rich, for which `FORCE_COLOR` makes a pipe a terminal.
+    is_wide = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console() if is_wide else Console(width=WIDTH)
 
 
 def text(renderable: RenderableType, width: int = WIDTH) -> str:
