@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,8 @@ from tfmixed.formats import FLOAT32
 _SAFE_SCALES = 2.0**-40, 2.0**40
 # Room for sums of squares in another order, such as those of a clip by the norm.
 _MARGIN = 1.01
+# Elements of gradients up to which JAX checks each value.
+_FEW = 2**20
 
 
 class CheckResult(NamedTuple):
@@ -110,6 +113,16 @@ class FiniteCheck(NamedTuple):
         for index, gradient in zip(indices, gradients, strict=True):
             if gradient is not None:
                 values.setdefault(index, []).append(values_of(gradient))
+        squares = self._all_squares(values, scale) if _are_small(values) else self._quick_squares(values, scale)
+        if not self.needs_amax:
+            return squares
+        unscaled = (self._unscaled(index, tensor, scale) for index, found in values.items() for tensor in found)
+        peaks = _vector([_single(keras.ops.max(keras.ops.abs(tensor), initial=0)) for tensor in unscaled])
+        peak = ops.minimum(ops.max(peaks), FLOAT32.max)
+        return ops.concatenate([squares, ops.where(ops.equal(replica, ops.arange(self.replicas)), peak, 0.0)])
+
+    def _quick_squares(self, values: Mapping[int, Sequence[Any]], scale: Any) -> Any:
+        """Returns the sums of squares. Values are checked one by one only if the sums do not show that all are finite."""
         count = len(self.limits)
         scaled = _sums_of_squares(values, count)
         factor = ops.square(scale)
@@ -128,13 +141,24 @@ class FiniteCheck(NamedTuple):
         if ops.ON_HOST:
             squares = quick if is_safe else check_values()
         else:
-            squares = ops.where(is_safe, quick, cond(ops.logical_not(is_safe), check_values, (count,)))
-        if not self.needs_amax:
-            return squares
-        unscaled = (self._unscaled(index, tensor, scale) for index, found in values.items() for tensor in found)
-        peaks = _vector([_single(keras.ops.max(keras.ops.abs(tensor), initial=0)) for tensor in unscaled])
-        peak = ops.minimum(ops.max(peaks), FLOAT32.max)
-        return ops.concatenate([squares, ops.where(ops.equal(replica, ops.arange(self.replicas)), peak, 0.0)])
+            return ops.where(is_safe, quick, cond(ops.logical_not(is_safe), check_values, (count,)))
+
+    def _all_squares(self, values: Mapping[int, Sequence[Any]], scale: Any) -> Any:
+        """Returns the sums of squares, with each value checked, in one operation for all gradients of one shape."""
+        groups: dict[Any, list[tuple[int, Any]]] = {}
+        for index, found in values.items():
+            for tensor in found:
+                key = tuple(tensor.shape), tensor.dtype, self.limits[index], index in self.raw
+                groups.setdefault(key, []).append((index, tensor))
+        squares: dict[int, list[Any]] = {}
+        for members in groups.values():
+            indices, tensors = zip(*members, strict=True)
+            unscaled = self._unscaled(indices[0], ops.stack(tensors), scale)
+            finite = ops.where(ops.abs(unscaled) <= self.limits[indices[0]], ops.square(unscaled), math.nan)
+            sums = _single(ops.sum(finite, axis=tuple(range(1, len(finite.shape)))))
+            for index, number in zip(indices, ops.unstack(sums, len(indices)), strict=True):
+                squares.setdefault(index, []).append(number)
+        return _vector([_sum(squares.get(index, ())) for index in range(len(self.limits))])
 
     @ops.quiet
     def result(self, statistics: Any) -> CheckResult:
@@ -157,6 +181,12 @@ class FiniteCheck(NamedTuple):
         unscaled = self._unscaled(index, values, scale)
         is_finite = keras.ops.all(keras.ops.abs(unscaled) <= self.limits[index])  # NaN compares False
         return keras.ops.where(is_finite, _single(keras.ops.sum(keras.ops.square(unscaled))), math.nan)
+
+
+def _are_small(values: Mapping[int, Sequence[Any]]) -> bool:
+    """Returns whether it is faster to check each value than to branch: on JAX, whose functions pay for operations."""
+    tensors = itertools.chain.from_iterable(values.values())
+    return keras.backend.backend() == "jax" and sum(math.prod(tensor.shape) for tensor in tensors) <= _FEW
 
 
 def _dtype_of(variable: Any) -> str:
