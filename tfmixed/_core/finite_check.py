@@ -24,8 +24,8 @@ from tfmixed.formats import FLOAT32
 _SAFE_SCALES = 2.0**-40, 2.0**40
 # Room for sums of squares in another order, such as those of a clip by the norm.
 _MARGIN = 1.01
-# Elements of gradients up to which JAX checks each value.
-_FEW = 2**20
+# Elements of gradients up to which each value is checked at once. Larger ones would be copied.
+_FEW = {"jax": 2**20, "tensorflow": 2**15, "torch": 0}
 
 
 class CheckResult(NamedTuple):
@@ -33,9 +33,8 @@ class CheckResult(NamedTuple):
 
     Args:
         finite: Boolean scalar, True if all values of the unscaled gradients, and `norm`, are finite.
-        overflowed: Boolean vector with one entry for each variable of the optimizer, True if its gradient has a value
-            that is not finite. If all values are finite and their norm is not, the gradients of the largest norm. None
-            if only `first` is known.
+        squares: float32 vector with one entry for each variable of the optimizer: the sum of the squares of its
+            gradient, NaN if a value is not finite. None if only `first` is known.
         norm: float32 scalar, the L2 norm of all unscaled gradients together, finite if and only if the step is. A norm
             above 1.8e19 is not finite, since float32 cannot hold its square. Repeated rows of `tf.IndexedSlices` count
             one by one, as in `tf.linalg.global_norm`. With several replicas it is sqrt(replicas * the sum of their
@@ -46,15 +45,25 @@ class CheckResult(NamedTuple):
     """
 
     finite: Any
-    overflowed: Any
+    squares: Any
     norm: Any
     amax: Any
     first: Any = None
 
     @property
+    def overflowed(self) -> Any:
+        """Boolean vector, True for each variable whose gradient has a value that is not finite.
+
+        If all values are finite and their norm is not, True for the gradients of the largest norm. Computed when it is
+        read, since a finite step does not read it.
+        """
+        rank = ops.where(ops.isnan(self.squares), math.inf, ops.minimum(self.squares, FLOAT32.max))
+        return ops.logical_and(ops.logical_not(self.finite), ops.equal(rank, ops.max(rank)))
+
+    @property
     def first_overflow(self) -> Any:
         """Index of the first variable whose gradient is not finite, an integer scalar; -1 if all are finite."""
-        if self.overflowed is None:
+        if self.squares is None:
             return self.first
         return ops.where(self.finite, -1, ops.argmax(ops.cast(self.overflowed, "int32")))
 
@@ -168,10 +177,8 @@ class FiniteCheck(NamedTuple):
         total = self.replicas * ops.sum(squares)
         # No comparison: of a scalar, grappler makes `not x <= y` into `x > y` (TensorFlow 2.21), and NaN passes.
         finite = ops.isfinite(_MARGIN * total)
-        rank = ops.where(ops.isnan(squares), math.inf, ops.minimum(squares, FLOAT32.max))
-        overflowed = ops.logical_and(ops.logical_not(finite), ops.equal(rank, ops.max(rank)))
         amax = ops.max(statistics[count:]) if self.needs_amax else None
-        return CheckResult(finite, overflowed, ops.sqrt(total), amax)
+        return CheckResult(finite, squares, ops.sqrt(total), amax)
 
     def _unscaled(self, index: int, values: Any, scale: Any) -> Any:
         wide = widened(values)
@@ -184,9 +191,11 @@ class FiniteCheck(NamedTuple):
 
 
 def _are_small(values: Mapping[int, Sequence[Any]]) -> bool:
-    """Returns whether it is faster to check each value than to branch: on JAX, whose functions pay for operations."""
-    tensors = itertools.chain.from_iterable(values.values())
-    return keras.backend.backend() == "jax" and sum(math.prod(tensor.shape) for tensor in tensors) <= _FEW
+    """Returns whether it is faster to check each value than to branch."""
+    tensors = list(itertools.chain.from_iterable(values.values()))
+    return None not in {size for tensor in tensors for size in tensor.shape} and (
+        sum(math.prod(tensor.shape) for tensor in tensors) <= _FEW[keras.backend.backend()]
+    )
 
 
 def _dtype_of(variable: Any) -> str:

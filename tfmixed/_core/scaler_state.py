@@ -87,7 +87,7 @@ class ScalerState(Variables):
         finite = result.finite
         reason = ops.where(finite, ops.where(new > old, event_buffer.GROWTH, event_buffer.SET), event_buffer.OVERFLOW)
         event_buffer.write(self, step, old, new, reason, result.first_overflow)
-        if result.overflowed is not None:
+        if result.squares is not None:
             counts = self.read("overflow_counts")
             counts = ops.where(finite, 0, counts + ops.cast(result.overflowed, counts.dtype))
             self.assign({"overflow_counts": counts})

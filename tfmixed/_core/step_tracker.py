@@ -7,6 +7,7 @@ optimizer that was unscaled after its last step, in an earlier iteration, is "le
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -131,18 +132,18 @@ class OptimizerSteps(Variables):
         is_first = ops.equal(ops.arange(len(self.trained), dtype="int32"), index)
         return CheckResult(
             finite=ops.logical_and(result.finite, ops.logical_not(overflowed)),
-            overflowed=ops.where(overflowed, is_first, result.overflowed),
+            squares=ops.where(overflowed, ops.where(is_first, math.inf, 0.0), result.squares),
             norm=ops.where(was_unscaled, 0.0, result.norm),
             amax=ops.where(was_unscaled, 0.0, _amax(result)),
         )
 
     def count(self, result: CheckResult, is_row: Any) -> Any:
         """Counts overflows, from 0 unless the last step was skipped, and returns the first variable's index."""
-        start = 0
+        start, overflowed = 0, result.overflowed
         for name, size in self._counters.items():
             counts = self.read(name)
-            overflowed = ops.cast(result.overflowed[start : start + size], counts.dtype)
-            self.assign({name: ops.where(is_row, counts, ops.zeros_like(counts)) + overflowed})
+            added = ops.cast(overflowed[start : start + size], counts.dtype)
+            self.assign({name: ops.where(is_row, counts, ops.zeros_like(counts)) + added})
             start += size
         numbers = ops.convert_to_tensor(self._numbers, "int32")
         number = ops.take(numbers, ops.maximum(result.first_overflow, 0))
