@@ -131,7 +131,7 @@ class FiniteCheck(NamedTuple):
         return ops.concatenate([squares, ops.where(ops.equal(replica, ops.arange(self.replicas)), peak, 0.0)])
 
     def _quick_squares(self, values: Mapping[int, Sequence[Any]], scale: Any) -> Any:
-        """Returns the sums of squares. Values are checked one by one only if the sums do not show that all are finite."""
+        """Returns the sums of squares. Values are checked one by one only if the sums do not show them to be finite."""
         count = len(self.limits)
         scaled = _sums_of_squares(values, count)
         factor = ops.square(scale)
@@ -148,9 +148,8 @@ class FiniteCheck(NamedTuple):
             )
 
         if ops.ON_HOST:
-            squares = quick if is_safe else check_values()
-        else:
-            return ops.where(is_safe, quick, cond(ops.logical_not(is_safe), check_values, (count,)))
+            return quick if is_safe else check_values()
+        return ops.where(is_safe, quick, cond(ops.logical_not(is_safe), check_values, (count,)))
 
     def _all_squares(self, values: Mapping[int, Sequence[Any]], scale: Any) -> Any:
         """Returns the sums of squares, with each value checked, in one operation for all gradients of one shape."""

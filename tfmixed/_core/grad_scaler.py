@@ -133,9 +133,9 @@ class GradScaler(StateDict):
             return outputs
         if isinstance(outputs, Iterator):
             return map(self.scale, outputs)
-        scale = self._state().read("dynamic_scale")
+        scale = scalar_ops.tensor(self._state().read("dynamic_scale"))
         self._step_tracker.note_scale()
-        return keras.tree.map_structure(lambda output: ops.multiply(output, ops.convert_to_tensor(scale)), outputs)
+        return keras.tree.map_structure(lambda output: ops.multiply(output, scale), outputs)
 
     @do_not_convert
     def unscale(self, optimizer: Any, grads: Iterable[Any]) -> list[Any]:

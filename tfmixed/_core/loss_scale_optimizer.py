@@ -10,7 +10,7 @@ from typing import Any, Literal
 import keras
 from keras import ops
 
-from tfmixed._core import arguments, gradients, optimizer_precision, replica_sync
+from tfmixed._core import arguments, gradients, optimizer_precision, replica_sync, scalar_ops
 from tfmixed._core.control_flow import cond
 from tfmixed._core.finite_check import FiniteCheck
 from tfmixed._core.fused_update import Call, Fuser, Fusion, Step

@@ -13,7 +13,7 @@ import numpy
 from keras.ops import convert_to_numpy, is_tensor
 
 ON_HOST = keras.backend.backend() == "torch"
-__all__ = ["ON_HOST", "cast", "convert_to_numpy", "convert_to_tensor", "copy", "is_tensor", "quiet", "unstack"]
+__all__ = ["ON_HOST", "cast", "convert_to_numpy", "convert_to_tensor", "copy", "is_tensor", "quiet", "tensor"]
 
 # Decorates functions in which NumPy may compute with values that are not finite.
 quiet = numpy.errstate(all="ignore")
@@ -32,6 +32,11 @@ def convert_to_tensor(value: Any, dtype: Any = None) -> Any:
 def copy(value: Any) -> Any:
     """Returns a value that later writes leave alone."""
     return numpy.array(value)[()] if ON_HOST else keras.ops.copy(value)
+
+
+def tensor(value: Any) -> Any:
+    """Returns a value as a tensor of the backend."""
+    return keras.ops.convert_to_tensor(value) if ON_HOST else value
 
 
 def unstack(value: Any, count: int) -> Any:

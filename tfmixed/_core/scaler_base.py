@@ -7,7 +7,7 @@ from typing import Any
 
 from keras import ops
 
-from tfmixed._core import event_buffer
+from tfmixed._core import event_buffer, scalar_ops
 from tfmixed._core.control_flow import in_graph
 from tfmixed._core.scaler_state import ScalerState
 from tfmixed._utils import user_warnings
@@ -47,7 +47,7 @@ class ScalerBase:
         if getattr(self, "_scaling", self) is None and not in_graph():
             value = ScalerState.initial(self.rule)[name]
             return ops.cast(value, "int" if value.dtype.kind == "i" else "float32")
-        return ops.convert_to_tensor(self._state().read(name))
+        return scalar_ops.tensor(self._state().read(name))
 
     @property
     def attempted_steps(self) -> Any:

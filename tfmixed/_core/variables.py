@@ -54,7 +54,7 @@ class Variables:
             self.variables |= {name: _variable(add_variable, name, value) for name, value in values.items()}
 
     def _packed(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns values to store: those that are apart, and vectors of the other scalars, and arrays, of each dtype."""
+        """Returns values to store: those that are apart, and for each dtype a vector of scalars and one of arrays."""
         stored = {name: value for name, value in values.items() if name in self._apart}
         groups: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
