@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -41,17 +41,33 @@ class Variables:
             self.variables[name].assign(value)
 
 
-def plain_variable(shape: Any, initializer: Any, dtype: str, name: str) -> keras.Variable:
+def plain_variable(shape: Any, initializer: Any, dtype: str, name: str, layout: Any = None) -> keras.Variable:
     """Creates a variable that belongs to no optimizer: an `AddVariable`."""
-    return keras.Variable(initializer, shape=shape, dtype=dtype, trainable=False, name=name)
+    return keras.Variable(initializer, shape=shape, dtype=dtype, trainable=False, name=name, layout=layout)
 
 
 def _variable(add_variable: AddVariable, name: str, value: Any) -> keras.Variable:
     # "int" as in Keras: int64 on TensorFlow, which would keep int32 variables off the GPU.
     dtype = "int" if value.dtype.kind == "i" else "float32"
     return add_variable(
-        shape=value.shape, dtype=dtype, initializer=lambda _shape, dtype: ops.cast(value, dtype), name=name
+        shape=value.shape,
+        dtype=dtype,
+        initializer=lambda _shape, dtype: ops.cast(value, dtype),
+        name=name,
+        layout=replicated_layout(value.shape),
     )
+
+
+def replicated_layout(shape: Sequence[int]) -> Any:
+    """Returns the layout of a whole copy on each device of the present `keras.distribution`, or None without one.
+
+    Without a layout of its own, a variable takes that of a pattern of `keras.distribution.LayoutMap`, such as
+    `".*scale"`, which stands for weights.
+    """
+    distribution = keras.distribution.distribution()
+    if keras.backend.backend() != "jax" or distribution is None:  # Keras ignores it on other backends
+        return None
+    return keras.distribution.TensorLayout([None] * len(shape), distribution.device_mesh)
 
 
 def outside_of_graphs() -> contextlib.AbstractContextManager[Any]:
