@@ -22,6 +22,8 @@ if BACKEND == "tensorflow":
 elif BACKEND == "jax":
     import jax
 
+    # For `keras.distribution`. Only possible before the first array.
+    jax.config.update("jax_num_cpu_devices", 4)
     # By default, GPUs and TPUs multiply float32 matrices with fewer bits and add in any order.
     jax.config.update("jax_default_matmul_precision", "highest")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"

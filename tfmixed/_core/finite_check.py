@@ -198,6 +198,8 @@ def _are_small(values: Mapping[int, Sequence[Any]]) -> bool:
 
 
 def _dtype_of(variable: Any) -> str:
+    if isinstance(variable, keras.Variable):
+        return variable.dtype
     # Reference variables of TensorFlow 1 have a dtype of references.
     return str(keras.backend.standardize_dtype(getattr(variable.dtype, "base_dtype", variable.dtype)))
 

@@ -89,9 +89,10 @@ class Fuser:
     def step_for(self, call: Call) -> Step:
         """Returns the update of a call's variables, compiled where that is possible and faster."""
         update, inner, variables, dtypes = call.update, call.inner, call.variables, call.dtypes
-        places = [] if self.fuse is False else self._places(inner, variables)
+        refused = "fuse=False" if self.fuse is False else _other_backend()
+        places = [] if refused else self._places(inner, variables)
         large = [place for place in places if dtypes[place] is not None]
-        reason = obstacle(call) if large else self._why_none(variables)
+        reason = obstacle(call) if large else refused or _too_small(variables)
         if reason:
             self._decided(reason)
             return _plain(call)
@@ -134,12 +135,6 @@ class Fuser:
             return [place for place in all_places if sizes[place] >= WORTH_COMPILING]
         return all_places if sum(sizes) >= WORTH_COMPILING * len(sizes) else []
 
-    def _why_none(self, variables: Sequence[Any]) -> str:
-        if self.fuse is False:
-            return "fuse=False"
-        largest = max(math.prod(variable.shape) for variable in variables)
-        return f"XLA is not faster on variables this small, the largest with {largest:,} elements"
-
     def _decided(self, obstacle: str | None, gain: str = "") -> None:
         fusion = Fusion(obstacle is None, obstacle or gain)
         if fusion != self.fusion:
@@ -155,6 +150,16 @@ def _plain(call: Call) -> Step:
             call.update(grads, call.variables, scale)
 
     return plain
+
+
+def _other_backend() -> str | None:
+    backend = keras.backend.backend()
+    return None if backend == "tensorflow" else f"fused updates need the TensorFlow backend, and this is {backend}"
+
+
+def _too_small(variables: Sequence[Any]) -> str:
+    largest = max(math.prod(variable.shape) for variable in variables)
+    return f"XLA is not faster on variables this small, the largest with {largest:,} elements"
 
 
 def _compile(call: Call) -> tuple[Any, str | None]:
@@ -187,12 +192,11 @@ def _first_line(error: Exception) -> str:
 
 def obstacle(call: Call) -> str | None:
     """Returns the reason why XLA cannot compile an update, or should not. None if it can."""
-    inner, variables = call.inner, call.variables
-    backend = keras.backend.backend()
-    if backend != "tensorflow":
-        return f"fused updates need the TensorFlow backend, and this is {backend}"
+    if reason := _other_backend():
+        return reason
     import tensorflow as tf
 
+    inner, variables = call.inner, call.variables
     if not control_flow.is_single_tensorflow():
         return f"{type(tf.distribute.get_strategy()).__name__} updates variables in ways that XLA cannot compile"
     if control_flow.in_xla():

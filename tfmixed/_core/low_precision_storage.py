@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from tfmixed._core import gradients, rounding
+from tfmixed._core.variables import replicated_layout
 
 # Returns random bits of a shape.
 Draw = Callable[[Sequence[int]], Any]
@@ -126,7 +127,8 @@ class Float32View(keras.Variable):
 
     def __init__(self, shape: Sequence[int], dtype: Any, path: str, update: Update) -> None:
         wide = "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
-        super().__init__(0.0, dtype=wide, trainable=False, autocast=False, name=path.rpartition("/")[2])
+        name, layout = path.rpartition("/")[2], replicated_layout(())
+        super().__init__(0.0, dtype=wide, trainable=False, autocast=False, name=name, layout=layout)
         self._shape, self._ndim, self._path = tuple(shape), len(shape), path
         self.like: Any = None  # the trainable variable that it belongs to
         self.stream, self.place = 0, 0  # the first stream of random bits of that variable, and its own from there

@@ -14,7 +14,7 @@ from keras import ops
 from tfmixed._core import gradients, replica_sync, rounding
 from tfmixed._core.hyperparameters import DelegatedHyperparameters
 from tfmixed._core.low_precision_storage import Blocks, Float32View, Initial, Rounded, Split, Update
-from tfmixed._core.variables import outside_of_graphs
+from tfmixed._core.variables import outside_of_graphs, replicated_layout
 from tfmixed._utils import temporary_state
 
 # Smaller variables keep float32 states, which cost little: the limit of bitsandbytes.
@@ -41,6 +41,7 @@ class LowPrecisionVariables(DelegatedHyperparameters, keras.optimizers.Optimizer
 
         Raises:
             ValueError: If a variable's dtype does not suit `weights`.
+            NotImplementedError: If `states="int8"`, and `keras.distribution` splits a variable between devices.
         """
         if self.built:
             return
@@ -121,6 +122,12 @@ class LowPrecisionVariables(DelegatedHyperparameters, keras.optimizers.Optimizer
             return Rounded(add(state.dtype, values))
         if form == "bfloat16":
             return Rounded(add("bfloat16", ops.cast(values, "bfloat16")), is_random=True)
+        if _is_sharded(like):
+            raise NotImplementedError(
+                "8-bit states have blocks that do not follow the shards of a weight, so that each device would hold "
+                'and gather all of them. Pass `states="bfloat16"`, which are sharded as the weight is. Received: '
+                f"states={self.states!r}, {gradients.path(like)} with the layout {like._layout}"
+            )
         codes, scales = rounding.to_blocks(values)
         return Blocks(add("uint8", codes, "_codes"), add("float32", scales, "_scales"), state.shape)
 
@@ -142,7 +149,7 @@ class LowPrecisionVariables(DelegatedHyperparameters, keras.optimizers.Optimizer
                 f'`states="float32"`, or on one worker. Received: weights={self.weights!r}, states={self.states!r}'
             )
         shape = like.shape if shape is None else shape
-        layout = getattr(like, "_layout", None) if tuple(shape) == tuple(like.shape) else None
+        layout = getattr(like, "_layout", None) if tuple(shape) == tuple(like.shape) else replicated_layout(shape)
         with contextlib.ExitStack() as stack:
             if keras.backend.backend() == "tensorflow":
                 own = like.value if isinstance(like, keras.Variable) else like
@@ -181,6 +188,12 @@ class LowPrecisionVariables(DelegatedHyperparameters, keras.optimizers.Optimizer
 
     def _var_key(self, variable: Any) -> Any:
         return super()._var_key(variable.like if isinstance(variable, Float32View) else variable)
+
+
+def _is_sharded(variable: Any) -> bool:
+    """Returns whether `keras.distribution` splits a variable between devices."""
+    layout = getattr(variable, "_layout", None)  # of Keras or of JAX
+    return layout is not None and not getattr(layout, "backend_layout", layout).is_fully_replicated
 
 
 @dataclass

@@ -13,7 +13,18 @@ import numpy
 from keras.ops import convert_to_numpy, is_tensor
 
 ON_HOST = keras.backend.backend() == "torch"
-__all__ = ["ON_HOST", "cast", "convert_to_numpy", "convert_to_tensor", "copy", "is_tensor", "quiet", "tensor"]
+__all__ = [
+    "ON_HOST",
+    "cast",
+    "convert_to_numpy",
+    "convert_to_tensor",
+    "copy",
+    "is_tensor",
+    "quiet",
+    "tensor",
+    "unstack",
+    "where",
+]
 
 # Decorates functions in which NumPy may compute with values that are not finite.
 quiet = numpy.errstate(all="ignore")
@@ -42,6 +53,13 @@ def tensor(value: Any) -> Any:
 def unstack(value: Any, count: int) -> Any:
     """Returns the elements of a vector."""
     return list(value) if ON_HOST else keras.ops.unstack(value, count)
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """Returns the elements of `x` where `condition` holds, and those of `y` elsewhere."""
+    if not ON_HOST:
+        return keras.ops.where(condition, x, y)
+    return numpy.where(condition, x, y) if numpy.ndim(condition) else x if condition else y
 
 
 def __getattr__(name: str) -> Any:

@@ -89,7 +89,7 @@ class ScalerState(Variables):
         event_buffer.write(self, step, old, new, reason, result.first_overflow)
         if result.squares is not None:
             counts = self.read("overflow_counts")
-            counts = ops.where(finite, 0, counts + ops.cast(result.overflowed, counts.dtype))
+            counts = ops.where(finite, ops.zeros_like(counts), counts + ops.cast(result.overflowed, counts.dtype))
             self.assign({"overflow_counts": counts})
 
     def set_scale(self, value: Any, name: str = "loss_scale") -> None:

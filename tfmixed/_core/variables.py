@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -25,6 +25,14 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+class _HostCopy(NamedTuple):
+    """PyTorch's tensor of a variable, the number of its last write, and its value then."""
+
+    held: Any
+    version: int
+    value: Any
+
+
 class Variables:
     """Variables that are read and written by name.
 
@@ -42,8 +50,7 @@ class Variables:
         self.shapes: dict[str, tuple[int, ...]] = {}  # by name
         self._apart = apart
         self._places: dict[str, _Place] = {}
-        # On PyTorch, values on the host by name, with the tensor and the number of its last write.
-        self._on_host: dict[str, tuple[Any, int, Any]] = {}
+        self._on_host: dict[str, _HostCopy] = {}
         self.create(initial_values, add_variable)
 
     def create(self, initial_values: Mapping[str, Any], add_variable: AddVariable) -> None:
@@ -77,13 +84,18 @@ class Variables:
         if place is not None:
             value = self.variables[place.vector].value
             return ops.reshape(value[place.start : place.start + math.prod(place.shape)], place.shape)
+        if scalar_ops.ON_HOST:
+            return self._host_copy(name).value
         value = self.variables[name].value
-        if not scalar_ops.ON_HOST:
-            return tensor(value) if hasattr(value, "assign") else ops.copy(value)
+        return tensor(value) if hasattr(value, "assign") else ops.copy(value)
+
+    def _host_copy(self, name: str) -> _HostCopy:
+        held = self.variables[name]._value  # `value` takes longer than the rest of a read
         known = self._on_host.get(name)
-        if known is None or known[0] is not value or known[1] != value._version:
-            known = self._on_host[name] = value, value._version, scalar_ops.copy(ops.convert_to_numpy(value))
-        return known[2]
+        if known is None or known.held is not held or known.version != held._version:
+            known = _HostCopy(held, held._version, scalar_ops.copy(ops.convert_to_numpy(held)))
+            self._on_host[name] = known
+        return known
 
     def assign(self, values: Mapping[str, Any]) -> None:
         """Writes values by name. On PyTorch, only those that change."""
@@ -128,27 +140,43 @@ class Variables:
         variable.assign(ops.slice_update(variable.value, start, value))
 
     def _assign_from_host(self, name: str, value: Any) -> None:
-        old, variable = self.read(name), self.variables[name]
+        held, _, old = self._host_copy(name)
         new = scalar_ops.cast(value, old.dtype)
         if new.ndim:
-            variable.assign(new)
+            if not numpy.array_equal(new, old):
+                self.variables[name].assign(new)
         elif new != old and not (new != new and old != old):  # NaN
-            held = variable.value
             held.detach().fill_(new.item())
-            self._on_host[name] = held, held._version, new
+            self._on_host[name] = _HostCopy(held, held._version, new)
 
 
-def plain_variable(shape: Any, initializer: Any, dtype: str, name: str) -> keras.Variable:
+def plain_variable(shape: Any, initializer: Any, dtype: str, name: str, layout: Any = None) -> keras.Variable:
     """Creates a variable that belongs to no optimizer: an `AddVariable`."""
-    return keras.Variable(initializer, shape=shape, dtype=dtype, trainable=False, name=name)
+    return keras.Variable(initializer, shape=shape, dtype=dtype, trainable=False, name=name, layout=layout)
 
 
 def _variable(add_variable: AddVariable, name: str, value: Any) -> keras.Variable:
     # "int" as in Keras: int64 on TensorFlow, which would keep int32 variables off the GPU.
     dtype = "int" if value.dtype.kind == "i" else "float32"
     return add_variable(
-        shape=value.shape, dtype=dtype, initializer=lambda _shape, dtype: ops.cast(value, dtype), name=name
+        shape=value.shape,
+        dtype=dtype,
+        initializer=lambda _shape, dtype: ops.cast(value, dtype),
+        name=name,
+        layout=replicated_layout(value.shape),
     )
+
+
+def replicated_layout(shape: Sequence[int]) -> Any:
+    """Returns the layout of a whole copy on each device of the present `keras.distribution`, or None without one.
+
+    Without a layout of its own, a variable takes that of a pattern of `keras.distribution.LayoutMap`, such as
+    `".*scale"`, which stands for weights.
+    """
+    distribution = keras.distribution.distribution()
+    if keras.backend.backend() != "jax" or distribution is None:  # Keras ignores it on other backends
+        return None
+    return keras.distribution.TensorLayout([None] * len(shape), distribution.device_mesh)
 
 
 def outside_of_graphs() -> contextlib.AbstractContextManager[Any]:
