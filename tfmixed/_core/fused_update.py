@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import keras
 
-from tfmixed._core import control_flow
+from tfmixed._core import control_flow, gradients
 from tfmixed._core.inner_optimizer import ADAMS, branches, is_known, python_state, reads_scalars, scalars_read_once
 from tfmixed._utils import user_warnings
 
@@ -86,8 +86,30 @@ class Fuser:
         # Compiled functions by the Python state that they read, with its objects, whose ids are part of the key.
         self._functions: dict[Any, tuple[tuple[Any, str | None], list[Any]]] = {}
 
-    def step_for(self, call: Call) -> Step:
-        """Returns the update of a call's variables, compiled where that is possible and faster."""
+    def step(
+        self, inner: Any, variables: Sequence[Any], indices: Sequence[int], grads: Sequence[Any], largest: float
+    ) -> Step:
+        """Returns the function of gradients and their scale that updates variables, compiled where that is faster.
+
+        Args:
+            inner: Keras optimizer of unscaled gradients.
+            variables: Variables.
+            indices: Their indices in the optimizer.
+            grads: Gradients of one replica, one for each variable.
+            largest: Largest value that the scale can take.
+        """
+        if hasattr(inner, "apply_scaled"):  # compiles its update itself
+            return lambda grads, scale: inner.apply_scaled(grads, variables, scale, largest)
+
+        def update(grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> None:
+            unscaled = gradients.unscale_all(grads, gradients.raw(variables), scale, largest)
+            inner.apply(unscaled, list(variables))
+
+        dtypes = [None if gradient is None else gradient.dtype for gradient in grads]
+        has_sparse = any(map(gradients.is_sparse, grads))
+        return self._step_for(Call(update, inner, variables, indices, dtypes, has_sparse))
+
+    def _step_for(self, call: Call) -> Step:
         update, inner, variables, dtypes = call.update, call.inner, call.variables, call.dtypes
         refused = "fuse=False" if self.fuse is False else _other_backend()
         places = [] if refused else self._places(inner, variables)

@@ -14,6 +14,7 @@ from tfmixed import scaling
 from tfmixed._core import arguments, gradients, optimizer_adapters, replica_sync, scalar_ops
 from tfmixed._core.control_flow import cond, in_graph, in_session_graph
 from tfmixed._core.finite_check import FiniteCheck
+from tfmixed._core.fused_update import Fuser, Step
 from tfmixed._core.scaler_state import ScalerState
 from tfmixed._core.state_dict import StateDict
 from tfmixed._core.step_tracker import Method, OptimizerSteps, StepTracker
@@ -208,7 +209,7 @@ class GradScaler(StateDict):
         scale = scalar_ops.where(was_unscaled, 1.0, self._state().read("dynamic_scale"))
         count = replica_sync.replica_count()
         check = FiniteCheck.for_variables(optimizer, steps.trained, count, self.rule.needs_amax)
-        update = functools.partial(self._unscale_and_apply, optimizer, variables, scale, options)
+        update = self._update(optimizer, variables, indices, grads, options)
         statistics = check.measure(grads, scale, indices, replica_sync.replica_id())
 
         # As in `LossScaleOptimizer.apply`: captures from replica 0 are scalars that are the same on all replicas.
@@ -216,7 +217,7 @@ class GradScaler(StateDict):
             result = steps.complete(check.result(replicas.sum(statistics)), was_unscaled, present)
             is_applied = result.finite if self.rule.skip_nonfinite else True
             written = optimizer_adapters.written_variables(optimizer, variables)
-            cond(is_applied, functools.partial(replicas.call, update, grads), variables=written)
+            cond(is_applied, functools.partial(replicas.call, update, grads, scale), variables=written)
             self._step_tracker.step(steps, result, is_row)
             return ops.convert_to_tensor(is_applied)
 
@@ -231,11 +232,21 @@ class GradScaler(StateDict):
         self._step_tracker.check(self._steps[optimizer], grads, method)
         return self._steps[optimizer]
 
-    def _unscale_and_apply(
-        self, optimizer: Any, variables: Sequence[Any], scale: Any, options: Mapping[str, Any], grads: Sequence[Any]
-    ) -> None:
-        unscaled = gradients.unscale_all(grads, gradients.raw(variables), scale, self.rule.bounds[1])
-        optimizer_adapters.apply(optimizer, unscaled, variables, options)
+    def _update(
+        self, optimizer: Any, variables: Sequence[Any], indices: Sequence[int], grads: Sequence[Any], options: Any
+    ) -> Step:
+        """Returns the function of gradients and their scale that updates variables."""
+        largest = self.rule.bounds[1]
+        if optimizer_adapters.is_keras(optimizer):
+            # An attribute, since a value of `_steps` that holds the optimizer would keep it alive.
+            fusers = vars(optimizer).setdefault("_tfmixed_fusers", {})
+            return fusers.setdefault(largest, Fuser("auto")).step(optimizer, variables, indices, grads, largest)
+
+        def update(grads: Sequence[Any], scale: Any) -> None:
+            unscaled = gradients.unscale_all(grads, gradients.raw(variables), scale, largest)
+            optimizer_adapters.apply(optimizer, unscaled, variables, options)
+
+        return update
 
     @do_not_convert
     def update(self, new_scale: Any = None) -> None:

@@ -13,7 +13,7 @@ from keras import ops
 from tfmixed._core import arguments, gradients, optimizer_precision, replica_sync, scalar_ops
 from tfmixed._core.control_flow import cond
 from tfmixed._core.finite_check import FiniteCheck
-from tfmixed._core.fused_update import Call, Fuser, Fusion, Step
+from tfmixed._core.fused_update import Fuser, Fusion
 from tfmixed._core.hyperparameters import DelegatedHyperparameters, check_any
 from tfmixed._core.keras2_methods import Keras2Methods
 from tfmixed._core.low_precision_optimizer import LowPrecisionOptimizer
@@ -174,7 +174,8 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
             return
         variables = self._variables_of(grads, trainable_variables)
         indices, scale, check = self._indices(variables), self._gradient_scale(grads), self._finite_check()
-        update, written = self._update(grads, variables, indices), [*variables, *self.inner_optimizer.variables]
+        update = self._fuser.step(self.inner_optimizer, variables, indices, grads, self.rule.bounds[1])
+        written = [*variables, *self.inner_optimizer.variables]
         statistics = check.measure(grads, scale, indices, replica_sync.replica_id())  # of this replica, in one pass
 
         # Under strategies that merge replicas, `run` calls the function of replica 0 for all of them. It captures that
@@ -226,16 +227,6 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
         new_trainable, new_inner = ops.cond(result.finite, update, skip) if self.rule.skip_nonfinite else update()
         return new_trainable, new_own + new_inner
 
-    def _update(self, grads: Sequence[Any], variables: Sequence[Any], indices: Sequence[int]) -> Step:
-        """Returns the function of gradients and scale that updates variables."""
-        if isinstance(self.inner_optimizer, LowPrecisionOptimizer):  # compiles its update itself
-            inner = self.inner_optimizer
-            return lambda grads, scale: inner.apply_scaled(grads, variables, scale, self.rule.bounds[1])
-        dtypes = [None if gradient is None else gradient.dtype for gradient in grads]
-        has_sparse = any(map(gradients.is_sparse, grads))
-        call = Call(self._unscale_and_apply, self.inner_optimizer, variables, indices, dtypes, has_sparse)
-        return self._fuser.step_for(call)
-
     def _gradient_scale(self, grads: Sequence[Any]) -> Any:
         """Returns the scale of gradients that are applied: 1 if they are unscaled, else the loss scale."""
         if self._calls.are_unscaled(grads):
@@ -245,9 +236,6 @@ class LossScaleOptimizer(Keras2Methods, DelegatedHyperparameters, Serialization)
     def _finite_check(self) -> FiniteCheck:
         inner, variables, count = self.inner_optimizer, self._trainable_variables, replica_sync.replica_count()
         return FiniteCheck.for_variables(inner, variables, count, self.rule.needs_amax)
-
-    def _unscale_and_apply(self, grads: Sequence[Any], variables: Sequence[Any], scale: Any) -> None:
-        self.inner_optimizer.apply(self._unscale(grads, scale, variables), list(variables))
 
     def _unscale(self, grads: Sequence[Any], scale: Any, variables: Sequence[Any]) -> list[Any]:
         return gradients.unscale_all(grads, gradients.raw(variables), scale, self.rule.bounds[1])

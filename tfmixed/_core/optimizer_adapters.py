@@ -61,13 +61,13 @@ def split(grads_and_vars: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[An
 
 def build(optimizer: Any, variables: Sequence[Any]) -> None:
     """Builds a Keras optimizer, which no branch can do. TensorFlow 1 leaves the graph for its slots by itself."""
-    if _is_keras(optimizer) and not optimizer.built:
+    if is_keras(optimizer) and not optimizer.built:
         optimizer.build(variables)
 
 
 def apply(optimizer: Any, grads: Sequence[Any], variables: Sequence[Any], options: Mapping[str, Any]) -> None:
     """Applies unscaled gradients with an optimizer."""
-    if _is_keras(optimizer):
+    if is_keras(optimizer):
         optimizer.apply(grads, variables)
         return
     own = [variable.value if isinstance(variable, keras.Variable) else variable for variable in variables]
@@ -76,7 +76,7 @@ def apply(optimizer: Any, grads: Sequence[Any], variables: Sequence[Any], option
 
 def written_variables(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
     """Returns the variables that `apply` writes. Slots of TensorFlow 1 are on the devices of their variables."""
-    return [*variables, *(optimizer.variables if _is_keras(optimizer) else ())]
+    return [*variables, *(optimizer.variables if is_keras(optimizer) else ())]
 
 
 def variables_of(optimizer: Any, count: int) -> list[Any] | None:
@@ -85,5 +85,6 @@ def variables_of(optimizer: Any, count: int) -> list[Any] | None:
     return list(variables) if len(variables) == count else None
 
 
-def _is_keras(optimizer: Any) -> bool:
+def is_keras(optimizer: Any) -> bool:
+    """Returns whether it is an optimizer of Keras 3, whose `apply` takes gradients and variables."""
     return isinstance(optimizer, keras.optimizers.Optimizer)
