@@ -22,7 +22,8 @@ _LARGEST_RECIPROCAL = 2.0**126
 def unscale(gradient: Any, scale: Any, largest: float) -> Any:
     """Returns `gradient / scale`, dense or sparse as it is, in float32 at least, as Keras does.
 
-    Multiplies by the reciprocal, since a division takes twice the time of all the rest of a compiled update.
+    Multiplies by the reciprocal, since a division takes twice the time of all the rest of a compiled update. If that
+    could be subnormal, in two parts.
 
     Args:
         gradient: Tensor of any shape and floating dtype, `tf.IndexedSlices`, or None.
@@ -32,7 +33,10 @@ def unscale(gradient: Any, scale: Any, largest: float) -> Any:
 
     def unscaled(values: Any) -> Any:
         wide = widened(values)  # on PyTorch a scalar widens no vector
-        return ops.divide(wide, scale) if largest > _LARGEST_RECIPROCAL else ops.multiply(wide, 1.0 / scale)
+        if largest <= _LARGEST_RECIPROCAL:
+            return ops.multiply(wide, 1.0 / scale)
+        part = ops.where(scale > 2.0**64, 2.0**-64, 1.0)
+        return ops.multiply(ops.multiply(wide, 1.0 / (scale * part)), part)
 
     return None if gradient is None else with_values(gradient, unscaled)
 
