@@ -1,19 +1,20 @@
-"""Times training steps with and without `LossScaleLogger`, interleaved in one process.
+"""Times training steps with and without `LossScaleLogger`, interleaved within an epoch.
 
-    python benchmarks/logger_cost.py                  # widths 64 and 512, 40 rounds, about two minutes
-    python benchmarks/logger_cost.py 128 --rounds 100
+    python benchmarks/logger_cost.py                   # widths 64 and 512, two minutes
+    KERAS_BACKEND=torch python benchmarks/logger_cost.py 256 1024 --seconds 30
 
-A round trains the same model three times for an epoch: without the logger, with it, and without it again. The last
-column compares the two epochs without it: a cost below that is noise. Hooks of a batch and of an epoch are counted.
+An epoch consists of blocks of steps. Every other block runs the logger's hook after its batches. Of the blocks without
+it, half are a control: the column "noise" compares them with the others. Keras may run the hook in another thread, so
+the first steps of a block are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import itertools
 import statistics
 import time
-from typing import Any
 
 import keras
 import numpy
@@ -21,62 +22,64 @@ from rich.console import Console
 from rich.table import Table
 
 from tfmixed import LossScaleOptimizer
-from tfmixed._utils import timing
 from tfmixed.callbacks import LossScaleLogger
 
-BATCH, DEPTH = 32, 3
+BATCH, BLOCK, SKIPPED = 32, 20, 4
+KINDS = ("without", "with", "control", "with")
 
 
-class Start(keras.callbacks.Callback):
-    """Starts a clock before the logger's hook."""
+class Blocks(LossScaleLogger):
+    """Logs in every other block, and times all blocks and the hooks of epochs."""
+
+    def __init__(self):
+        super().__init__(verbose=0)
+        self.starts: list[float] = []
+        self.in_epochs: list[float] = []
+
+    def kind(self, batch):
+        return KINDS[batch // BLOCK % len(KINDS)]
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.time = time.perf_counter()
+        start = time.perf_counter()
+        super().on_epoch_begin(epoch, logs)
+        self.in_epochs.append(time.perf_counter() - start)
 
+    def on_train_batch_begin(self, batch, logs=None):
+        super().on_train_batch_begin(batch, logs)
+        self.starts.append(time.perf_counter())
 
-class Stop(Start):
-    """Stops it after the logger's hook."""
-
-    on_epoch_begin = keras.callbacks.Callback.on_epoch_begin
+    def on_train_batch_end(self, batch, logs=None):
+        if self.kind(batch) == "with":
+            super().on_train_batch_end(batch, logs)
 
     def on_epoch_end(self, epoch, logs=None):
-        self.time = time.perf_counter()
+        start = time.perf_counter()
+        super().on_epoch_end(epoch, logs)
+        self.in_epochs.append(time.perf_counter() - start)
+
+    def medians(self):
+        """Returns the median seconds of a step by kind: that of all steps, not of blocks."""
+        times = {kind: [] for kind in KINDS}
+        for batch, (start, end) in enumerate(itertools.pairwise(self.starts)):
+            if batch % BLOCK >= SKIPPED:
+                times[self.kind(batch)].append(end - start)
+        return {kind: statistics.median(seconds) for kind, seconds in times.items()}
 
 
-class Training:
-    """Epochs of one model, with and without the logger."""
-
-    def __init__(self, width: int) -> None:
-        hidden = [keras.layers.Dense(width, activation="relu") for _ in range(DEPTH - 1)]
-        self.model = keras.Sequential([keras.Input((width,)), *hidden, keras.layers.Dense(1)])
-        self.model.compile(LossScaleOptimizer("adam"), loss="mse")
-        self.width = width
-        self.set_steps(20)
-
-    def set_steps(self, steps: int) -> None:
-        self.steps = steps
-        self.x = numpy.random.default_rng(0).normal(size=(steps * BATCH, self.width)).astype("float32")
-
-    def epoch(self, with_logger: bool) -> float:
-        """Trains for an epoch and returns its seconds, with the logger's hooks of the epoch."""
-        loggers = [LossScaleLogger(verbose=0)] if with_logger else []
-        start, stop = Start(), Stop()
-        callbacks: list[Any] = [start, *loggers, stop]
-        self.model.fit(self.x, self.x[:, :1], batch_size=BATCH, verbose=0, shuffle=False, callbacks=callbacks)
-        return stop.time - start.time
+def trained(model: keras.Model, steps: int, logger: keras.callbacks.Callback) -> None:
+    x = numpy.random.default_rng(0).normal(size=(steps * BATCH, model.input_shape[1])).astype("float32")
+    model.fit(x, x[:, :1], batch_size=BATCH, verbose=0, shuffle=False, callbacks=[logger])
 
 
 def calls_of_a_batch(model: keras.Model) -> int:
-    """Returns the function calls, also of built-in functions, of the logger's hook after a batch."""
+    """Returns the function calls of the logger's hook after a batch, those of built-in functions included."""
     logger = LossScaleLogger(verbose=0)
     logger.set_model(model)
     logger.on_train_begin()
     logger.on_epoch_begin(0)
     profile = cProfile.Profile()
     for batch in range(10):
-        logs = {"loss": 0.0}
-        profile.runcall(logger.on_train_batch_end, batch, logs)
-    logger.on_epoch_end(0, {})
+        profile.runcall(logger.on_train_batch_end, batch, {"loss": 0.0})
     logger.on_train_end()
     return sum(entry.callcount for entry in profile.getstats()) // 10
 
@@ -84,24 +87,30 @@ def calls_of_a_batch(model: keras.Model) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("widths", nargs="*", type=int, default=[64, 512])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--seconds", type=float, default=0.4, help="length of an epoch")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each width. Defaults to 30.")
     options = parser.parse_args()
-    title = f"LossScaleLogger, {keras.backend.backend()}, {options.rounds} rounds"
-    table = Table("width", "ms a step", "with logger / without", "without / without", "calls a batch", title=title)
+    headings = "width", "ms a step", "us of the logger", "share", "noise", "ms an epoch", "calls a batch"
+    table = Table(*headings, title=f"LossScaleLogger(verbose=0), {keras.backend.backend()}")
     for width in options.widths:
-        training = Training(width)
-        training.epoch(True)
-        seconds = min(training.epoch(False) for _ in range(3))
-        training.set_steps(max(20, round(20 * options.seconds / seconds)))
-        kinds = {"without": False, "with": True, "again": False}
-        times = timing.interleaved(kinds, options.rounds, training.epoch)
-        cost, noise = (
-            statistics.median(a / b for a, b in zip(times[name], times["without"], strict=True))
-            for name in ("with", "again")
+        hidden = [keras.layers.Dense(width, activation="relu") for _ in range(2)]
+        model = keras.Sequential([keras.Input((width,)), *hidden, keras.layers.Dense(1)])
+        model.compile(LossScaleOptimizer("adam"), loss="mse")
+        for _ in range(2):  # the first compiles
+            warm = Blocks()
+            trained(model, 5 * BLOCK, warm)
+        blocks = Blocks()
+        trained(model, max(20 * BLOCK, round(options.seconds / warm.medians()["without"])), blocks)
+        step, logged, control = (blocks.medians()[kind] for kind in ("without", "with", "control"))
+        base = (step + control) / 2
+        table.add_row(
+            f"{width}",
+            f"{1e3 * base:.3g}",
+            f"{1e6 * (logged - base):.1f}",
+            f"{logged / base - 1:.2%}",
+            f"{control / step - 1:.2%}",
+            f"{1e3 * sum(blocks.in_epochs):.2f}",
+            f"{calls_of_a_batch(model)}",
         )
-        ms = 1e3 * statistics.median(times["without"]) / training.steps
-        table.add_row(f"{width}", f"{ms:.3g}", f"{cost:.3f}", f"{noise:.3f}", f"{calls_of_a_batch(training.model)}")
     Console().print(table)
 
 
