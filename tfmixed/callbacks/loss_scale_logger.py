@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import threading
 import weakref
 from pathlib import Path
 from typing import Any, get_args
@@ -77,10 +76,9 @@ class LossScaleLogger(keras.callbacks.Callback):
         self.every = None if every is None else validation.count("every", every, 1)
         self.verbose = validation.count("verbose", verbose, 0)
         # Lets Keras call this callback from another thread, without waiting for the device. Not if the callback
-        # itself writes optimizer variables.
+        # itself writes optimizer variables, and not where each step waits for the device anyway.
         self._backend = keras.backend.backend()
-        self.async_safe = every is None
-        self._thread = threading.get_ident()
+        self.async_safe = every is None and self._backend != "torch"
         self._deferred: weakref.ref[DeferredLogs] | None = None
         self._writer: Any = None
         self._running = False
@@ -138,7 +136,7 @@ class LossScaleLogger(keras.callbacks.Callback):
         return replica_sync.is_chief(self._watched or self.model)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._epoch, self._collected_at, self._thread = epoch, 0, threading.get_ident()
+        self._epoch, self._collected_at = epoch, 0
         if not self._running and self._optimizer is not None:
             # Not in `on_train_begin`, where a later callback may still restore the optimizer.
             self._collect()
@@ -163,8 +161,7 @@ class LossScaleLogger(keras.callbacks.Callback):
         elif logs is not None:
             deferred = DeferredLogs(optimizer)
             logs.update(deferred.scalars())
-            if threading.get_ident() == self._thread:
-                self._deferred = weakref.ref(deferred)
+            self._deferred = weakref.ref(deferred)
         if is_due:
             self._collected_at = batch + 1
             self._collect(logs)
@@ -228,7 +225,7 @@ class LossScaleLogger(keras.callbacks.Callback):
             self.path, changes = run_log.begin(self.path, step, kinds, changes, optimizer, loop=self._watched)
         self._pending += changes
         log_file.append(self.path, changes)
-        if not self._running:
+        if self.path is not None and not self._running:
             log_file.append(self.path, [run_log.describe(getattr(self, "model", None), optimizer)])
         for change in changes:
             if isinstance(change, ScaleChange):
