@@ -29,9 +29,8 @@ class LossScaleLogger(keras.callbacks.Callback):
     them, and collected at the end of each epoch, so logging needs no synchronization.
 
     The `logs` of a batch contain scalars that are read from the device when another callback uses them, or keeps them
-    until the next batch. They may be those of a later step if Keras runs callbacks in parallel to the training. On JAX
-    they contain the scale only at the steps of `every`, since reading the optimizer there makes Keras copy all variables
-    between trainer and model.
+    until the next batch, as the progress bar does. On JAX they contain the scale only at the steps of `every`, since
+    reading the optimizer there makes Keras copy all variables between trainer and model.
 
     A skipped step that does not change the scale counts in `skipped_steps`, and has no line in the log. Several loggers
     of one optimizer each log every change since the `fit` in which they start. With several workers, only the chief
