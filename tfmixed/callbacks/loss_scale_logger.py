@@ -167,7 +167,7 @@ class LossScaleLogger(keras.callbacks.Callback):
 
     def _read_kept(self) -> None:
         """Reads the last batch's logs before the next step, if a callback kept them."""
-        deferred = self._deferred and self._deferred()
+        deferred = None if self._deferred is None else self._deferred()
         self._deferred = None
         if deferred is not None:
             deferred.read()
