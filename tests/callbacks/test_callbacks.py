@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import cProfile
 import dataclasses
 import functools
 import json
@@ -125,6 +127,36 @@ def test_other_callbacks_can_use_the_values_of_a_batch(tmp_path):
     fit(LossScaleLogger(every=1 if BACKEND == "jax" else None, verbose=0), keep, checkpoint)
     assert [float(logs["loss_scale"]) for logs in batches] == [8.0] * 3 + [16.0] * 2 + [8.0] * 4 + [16.0] * 3
     assert {path.name for path in tmp_path.iterdir()} == {"at_8.keras", "at_16.keras"}
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="there the logs of a batch have no scale")
+def test_values_of_a_batch_are_numbers():
+    """In arithmetic, comparisons and conversions, and in copies."""
+    found = []
+
+    class Use(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            scale = logs["loss_scale"]
+            found.append([scale / 2, 2 * scale, max(scale, 4.0), np.mean([scale, scale]), f"{scale:.1f}"])
+            found[-1] += [scale == 8.0, bool(scale), int(scale), repr(scale), float(scale.numpy())]
+            found[-1] += [float(keras.ops.convert_to_tensor(scale)), copy.deepcopy(scale)]
+
+    fit(LossScaleLogger(verbose=0), Use())
+    assert found[0] == [4.0, 16.0, 8.0, 8.0, "8.0", True, True, 8, "8.0", 8.0, 8.0, 8.0]
+    assert found[3] == [8.0, 32.0, 16.0, 16.0, "16.0", False, True, 16, "16.0", 16.0, 16.0, 16.0]
+
+
+def test_a_batch_reads_only_what_is_used():
+    """A few calls without a read. The only read of the measurements is that at the end of the epoch."""
+    model, logger, profile = fresh_model(), LossScaleLogger(verbose=0), cProfile.Profile()
+    profile.runcall(train, model, logger)
+    calls = {entry.code: entry.callcount for entry in profile.getstats()}
+    assert calls[tfmixed.GradScaler.measured.__code__] == 1
+    profile = cProfile.Profile()
+    for batch in range(10):
+        profile.runcall(logger.on_train_batch_begin, batch)
+        profile.runcall(logger.on_train_batch_end, batch, {})
+    assert sum(entry.callcount for entry in profile.getstats()) < 10 * 35
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="only there Keras copies variables when a callback reads the optimizer")

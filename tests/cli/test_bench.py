@@ -22,6 +22,7 @@ SMALL = {
     "cnn": {"samples": 16, "side": 8, "channels": 4, "depth": 1},
     "depthwise": {"samples": 16, "side": 8, "channels": 4, "depth": 1},
     "transformer": {"samples": 8, "tokens": 6, "width": 8, "depth": 1, "heads": 2, "vocabulary": 20},
+    "tabular": {"samples": 32, "width": 16},
 }
 MODULE = """
 import keras
@@ -81,7 +82,8 @@ def test_built_in_networks_have_an_output_for_each_target(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "transformer", "depthwise"))]
+    "name",
+    ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "transformer", "depthwise", "tabular"))],
 )
 def test_built_in_networks_learn(name):
     """The loss falls, so that a fast but wrong result would show."""
@@ -104,11 +106,20 @@ def test_a_report_has_all_variants_of_the_same_training(own, report):
     assert report.ratio(ours, "keras") == keras_own.median / ours.median
 
 
+@pytest.mark.slow
+def test_a_built_in_network_runs():
+    """The smallest one, in its own batch size."""
+    report = bench.run(["tabular"], rounds=1, seconds=0.01, memory=False)
+    assert {(row.network, row.batch) for row in report.rows} == {("tabular", 32)}
+    assert all(np.isfinite(row.loss) for row in report.rows)
+
+
 def test_a_report_prints_and_is_json(report):
     """The table and the JSON have the same numbers."""
     rows = json.loads(json.dumps(report.as_dict()))["rows"]
     assert rows[3]["ms_per_step"] == report.rows[3].median
     assert rows[3]["ratio_to_keras"] == report.ratio(report.rows[3], "keras")
+    assert rows[3]["ratio_to_unscaled"] == report.rows[1].median / report.rows[3].median
     text = str(report)
     for row in report.rows:
         assert f"{row.median:.1f}" in text
@@ -195,7 +206,7 @@ def test_the_table_fits_a_terminal(width):
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(report)
     lines = [line.split() for line in console.export_text().splitlines() if line.split()[:1] == ["tfmixed"]]
-    assert lines == [["tfmixed", "236.5", "220-248", "1.00", "1.00", "11.2", "0.0711", "1,024"]]
+    assert lines == [["tfmixed", "236.5", "220-248", "1.00", "1.00", "1.00", "11.2", "0.0711", "1,024"]]
 
 
 def test_the_plot_shows_medians_relative_to_the_first_variant():

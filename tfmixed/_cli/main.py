@@ -210,7 +210,7 @@ def memory(
 @app.command()
 def bench(
     networks: Annotated[
-        list[str] | None, typer.Argument(help="mlp, cnn, transformer, depthwise. Default: all.")
+        list[str] | None, typer.Argument(help="mlp, cnn, transformer, depthwise, tabular. Default: all.")
     ] = None,
     model: Annotated[
         list[str] | None,

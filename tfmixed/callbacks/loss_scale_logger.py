@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from tfmixed._core import replica_sync
 from tfmixed._core.scaler_base import ScalerBase
 from tfmixed._utils import user_warnings
 from tfmixed.callbacks import run_log
+from tfmixed.callbacks.deferred_logs import DeferredLogs
 from tfmixed.callbacks.gradient_ranges import checked_tensorboard
 from tfmixed.errors import LossScaleExhausted
 from tfmixed.records import Change, Record, ScaleChange, log_file
@@ -26,9 +28,9 @@ class LossScaleLogger(keras.callbacks.Callback):
     `TensorBoard` show them: list this callback before those. Changes are recorded on the device by the step that makes
     them, and collected at the end of each epoch, so logging needs no synchronization.
 
-    On TensorFlow, the `logs` of a batch contain tensors. They may be those of a later step if Keras runs callbacks in
-    parallel to the training. On JAX they contain the scale only at the steps of `every`, since reading the optimizer
-    there makes Keras copy all variables between trainer and model.
+    The `logs` of a batch contain scalars that are read from the device when another callback uses them, or keeps them
+    until the next batch, as the progress bar does. On JAX they contain the scale only at the steps of `every`, since
+    reading the optimizer there makes Keras copy all variables between trainer and model.
 
     A skipped step that does not change the scale counts in `skipped_steps`, and has no line in the log. Several loggers
     of one optimizer each log every change since the `fit` in which they start. With several workers, only the chief
@@ -73,9 +75,10 @@ class LossScaleLogger(keras.callbacks.Callback):
         self.every = None if every is None else validation.count("every", every, 1)
         self.verbose = validation.count("verbose", verbose, 0)
         # Lets Keras call this callback from another thread, without waiting for the device. Not if the callback
-        # itself writes optimizer variables, or reads them after each batch.
+        # itself writes optimizer variables, and not where each step waits for the device anyway.
         self._backend = keras.backend.backend()
         self.async_safe = every is None and self._backend != "torch"
+        self._deferred: weakref.ref[DeferredLogs] | None = None
         self._writer: Any = None
         self._running = False
         self._pending: list[Change] = []
@@ -140,23 +143,40 @@ class LossScaleLogger(keras.callbacks.Callback):
             self._optimizer._begin_run()
         self._print_pending()
 
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self._read_kept()
+
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         is_due = self.every is not None and batch + 1 - self._collected_at >= self.every
-        if (self._backend == "jax" and not is_due) or self._optimizer is None:
+        if self._backend == "jax" and not is_due:
             return
-        if logs is not None:
-            # Tensors on TensorFlow, so that only the progress bar waits for the device. On other backends Keras has
-            # already waited, and its progress bar accepts numbers only.
+        optimizer = self._optimizer
+        if optimizer is None:
+            return
+        if logs is not None and (self._watched is not None or self._backend == "jax"):
+            # A custom loop need not tell when its next step begins.
             is_tensorflow = self._backend == "tensorflow"
-            logs.update(self._optimizer.measured() if is_tensorflow else run_log.measurements(self._optimizer))
+            logs.update(optimizer.measured() if is_tensorflow else run_log.measurements(optimizer))
+        elif logs is not None:
+            deferred = DeferredLogs(optimizer)
+            logs.update(deferred.scalars())
+            self._deferred = weakref.ref(deferred)
         if is_due:
             self._collected_at = batch + 1
             self._collect(logs)
+
+    def _read_kept(self) -> None:
+        """Reads the last batch's logs before the next step, if a callback kept them."""
+        deferred = None if self._deferred is None else self._deferred()
+        self._deferred = None
+        if deferred is not None:
+            deferred.read()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         optimizer = self._optimizer
         if optimizer is None:
             return
+        self._read_kept()
         self._collect(logs)
         numbers = run_log.measurements(optimizer)
         if logs is not None:
@@ -204,7 +224,7 @@ class LossScaleLogger(keras.callbacks.Callback):
             self.path, changes = run_log.begin(self.path, step, kinds, changes, optimizer, loop=self._watched)
         self._pending += changes
         log_file.append(self.path, changes)
-        if not self._running:
+        if self.path is not None and not self._running:
             log_file.append(self.path, [run_log.describe(getattr(self, "model", None), optimizer)])
         for change in changes:
             if isinstance(change, ScaleChange):

@@ -77,6 +77,7 @@ class Report:
                 "ms_per_step": row.median,
                 "speedup_over_float32": self.ratio(row, "float32"),
                 "ratio_to_keras": self.ratio(row, "keras"),
+                "ratio_to_unscaled": self.ratio(row, "unscaled"),
             }
             for row in self.rows
         ]
@@ -106,7 +107,7 @@ class Report:
             show_edge=False,
         )
         table.add_column("", no_wrap=True)
-        headings = ["ms / step", "spread", "x f32", "x Keras", "1st step, s", "loss"]
+        headings = ["ms / step", "spread", "x f32", "x Keras", "x unscaled", "1st step, s", "loss"]
         if any(row.peak is not None for row in rows):
             headings.append("peak MiB")
         for heading in headings:
@@ -120,6 +121,7 @@ class Report:
         yield f"{min(row.ms):.0f}-{max(row.ms):.0f}" if row.median >= 10 else f"{min(row.ms):.1f}-{max(row.ms):.1f}"
         yield f"{self.ratio(row, 'float32'):.2f}"
         yield f"{self.ratio(row, 'keras'):.2f}"
+        yield f"{self.ratio(row, 'unscaled'):.2f}"
         yield f"{row.first_step:.1f}"
         yield f"{row.loss:.4f}"
         yield "-" if row.peak is None else f"{row.peak / MIB:,.0f}"
