@@ -18,7 +18,7 @@ AddVariable = Callable[..., keras.Variable]
 
 
 class _Place(NamedTuple):
-    """Where the values of one name begin in a vector that holds those of several, and their shape."""
+    """The vector that holds the values of a name beside others, their first index in it, and their shape."""
 
     vector: str
     start: int
@@ -56,13 +56,13 @@ class Variables:
     def create(self, initial_values: Mapping[str, Any], add_variable: AddVariable) -> None:
         """Adds variables to those that there are."""
         self.shapes |= {name: value.shape for name, value in initial_values.items()}
-        values = initial_values if self._apart is None else self._packed(initial_values)
+        values = initial_values if self._apart is None else self._packed(initial_values, self._apart)
         with outside_of_graphs():
             self.variables |= {name: _variable(add_variable, name, value) for name, value in values.items()}
 
-    def _packed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _packed(self, values: Mapping[str, Any], apart: Container[str]) -> dict[str, Any]:
         """Returns values to store: those that are apart, and for each dtype a vector of scalars and one of arrays."""
-        stored = {name: value for name, value in values.items() if name in self._apart}
+        stored = {name: value for name, value in values.items() if name in apart}
         groups: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             if name not in stored:
