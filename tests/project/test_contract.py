@@ -45,6 +45,7 @@ HOOKS = [
     ),
     ("keras.src.layers.layer", "Layer._get_own_losses", ["self"], "sum added losses in float32"),
     ("keras.src.layers.layer", "Layer._get_regularization_losses", ["self"], "sum added losses in float32"),
+    ("keras.src.backend.common.stateless_scope", "in_stateless_scope", [], "read variables of PyTorch directly"),
     ("keras.src.backend.common.tensor_attributes", "get_tensor_attr", ["tensor", "attr"], "remember float32 values"),
     (
         "keras.src.backend.common.tensor_attributes",

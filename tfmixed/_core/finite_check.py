@@ -24,7 +24,9 @@ from tfmixed.formats import FLOAT32
 _SAFE_SCALES = 2.0**-40, 2.0**40
 # Room for sums of squares in another order, such as those of a clip by the norm.
 _MARGIN = 1.01
-# Elements of gradients up to which each value is checked at once. Larger ones would be copied.
+# Checking gradients of one shape together copies them. Elements of one gradient up to which that is done, and of all
+# gradients up to which nothing else is.
+_SMALL = 2**16
 _FEW = {"jax": 2**20, "tensorflow": 2**15, "torch": 0}
 
 
@@ -142,29 +144,26 @@ class FiniteCheck(NamedTuple):
         for is_known in (scale >= _SAFE_SCALES[0], scale <= _SAFE_SCALES[1]):
             is_safe = ops.logical_and(is_safe, is_known)
 
-        def check_values() -> Any:
-            return _vector(
-                [_sum(self._squares(index, found, scale) for found in values.get(index, ())) for index in range(count)]
-            )
-
         if ops.ON_HOST:
-            return quick if is_safe else check_values()
-        return ops.where(is_safe, quick, cond(ops.logical_not(is_safe), check_values, (count,)))
+            return quick if is_safe else self._all_squares(values, scale)
+        check_all = functools.partial(self._all_squares, values, scale)
+        return ops.where(is_safe, quick, cond(ops.logical_not(is_safe), check_all, (count,)))
 
     def _all_squares(self, values: Mapping[int, Sequence[Any]], scale: Any) -> Any:
-        """Returns the sums of squares, with each value checked, in one operation for all gradients of one shape."""
+        """Returns the sums of squares, with each value checked, in one operation for all small gradients of a shape."""
         groups: dict[Any, list[tuple[int, Any]]] = {}
         for index, found in values.items():
             for tensor in found:
-                key = tuple(tensor.shape), tensor.dtype, self.limits[index], index in self.raw
-                groups.setdefault(key, []).append((index, tensor))
+                kind = str(tensor.shape), tensor.dtype, self.limits[index], index in self.raw
+                groups.setdefault(kind if _size(tensor) <= _SMALL else id(tensor), []).append((index, tensor))
         squares: dict[int, list[Any]] = {}
         for members in groups.values():
             indices, tensors = zip(*members, strict=True)
-            unscaled = self._unscaled(indices[0], ops.stack(tensors), scale)
-            finite = ops.where(ops.abs(unscaled) <= self.limits[indices[0]], ops.square(unscaled), math.nan)
-            sums = _single(ops.sum(finite, axis=tuple(range(1, len(finite.shape)))))
-            for index, number in zip(indices, ops.unstack(sums, len(indices)), strict=True):
+            unscaled = self._unscaled(indices[0], keras.ops.stack(tensors), scale)
+            is_finite = keras.ops.abs(unscaled) <= self.limits[indices[0]]  # NaN compares False
+            finite = keras.ops.where(is_finite, keras.ops.square(unscaled), math.nan)
+            sums = _single(keras.ops.sum(keras.ops.reshape(finite, (len(tensors), -1)), axis=1))
+            for index, number in zip(indices, keras.ops.unstack(sums, len(indices)), strict=True):
                 squares.setdefault(index, []).append(number)
         return _vector([_sum(squares.get(index, ())) for index in range(len(self.limits))])
 
@@ -183,18 +182,16 @@ class FiniteCheck(NamedTuple):
         wide = widened(values)
         return wide if index in self.raw else wide / keras.ops.cast(scale, wide.dtype)
 
-    def _squares(self, index: int, values: Any, scale: Any) -> Any:
-        unscaled = self._unscaled(index, values, scale)
-        is_finite = keras.ops.all(keras.ops.abs(unscaled) <= self.limits[index])  # NaN compares False
-        return keras.ops.where(is_finite, _single(keras.ops.sum(keras.ops.square(unscaled))), math.nan)
-
 
 def _are_small(values: Mapping[int, Sequence[Any]]) -> bool:
     """Returns whether it is faster to check each value than to branch."""
-    tensors = list(itertools.chain.from_iterable(values.values()))
-    return None not in {size for tensor in tensors for size in tensor.shape} and (
-        sum(math.prod(tensor.shape) for tensor in tensors) <= _FEW[keras.backend.backend()]
-    )
+    return sum(map(_size, itertools.chain.from_iterable(values.values()))) <= _FEW[keras.backend.backend()]
+
+
+def _size(tensor: Any) -> float:
+    """Returns the number of elements, infinity if it is not known."""
+    is_known = getattr(tensor.shape, "rank", 0) is not None and None not in tuple(tensor.shape)
+    return math.prod(tensor.shape) if is_known else math.inf
 
 
 def _dtype_of(variable: Any) -> str:

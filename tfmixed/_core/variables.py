@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy
 from keras import ops
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from tfmixed._core import scalar_ops
 
@@ -84,9 +85,11 @@ class Variables:
         if place is not None:
             value = self.variables[place.vector].value
             return ops.reshape(value[place.start : place.start + math.prod(place.shape)], place.shape)
-        if scalar_ops.ON_HOST:
+        if scalar_ops.ON_HOST and not in_stateless_scope():
             return self._host_copy(name).value
         value = self.variables[name].value
+        if scalar_ops.ON_HOST:
+            return scalar_ops.copy(ops.convert_to_numpy(value))
         return tensor(value) if hasattr(value, "assign") else ops.copy(value)
 
     def _host_copy(self, name: str) -> _HostCopy:
@@ -106,7 +109,7 @@ class Variables:
                 self._assign_at(place, 0, value)
             elif place is not None:
                 scalars.setdefault(place.vector, {})[place.start] = value
-            elif scalar_ops.ON_HOST and not ops.is_tensor(value):
+            elif scalar_ops.ON_HOST and not (ops.is_tensor(value) or in_stateless_scope()):
                 self._assign_from_host(name, value)
             else:
                 self.variables[name].assign(value)
