@@ -232,7 +232,7 @@ def test_counters_are_whole_on_each_device(make):
         else:
             scaler.build([weight])
             variables = list(scaler._state().variables.values())
-    assert len(variables) > 10
+    assert len(variables) > 5
     for variable in variables:
         assert variable.value.sharding.is_fully_replicated
         assert len(variable.value.sharding.device_set) == len(DEVICES)

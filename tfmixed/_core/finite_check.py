@@ -155,15 +155,17 @@ class FiniteCheck(NamedTuple):
         for index, found in values.items():
             for tensor in found:
                 kind = str(tensor.shape), tensor.dtype, self.limits[index], index in self.raw
-                groups.setdefault(kind if _size(tensor) <= _SMALL else id(tensor), []).append((index, tensor))
+                is_small = _size(tensor) <= _SMALL and not _is_in_parts()
+                groups.setdefault(kind if is_small else id(tensor), []).append((index, tensor))
         squares: dict[int, list[Any]] = {}
         for members in groups.values():
             indices, tensors = zip(*members, strict=True)
-            unscaled = self._unscaled(indices[0], keras.ops.stack(tensors), scale)
+            is_one = len(tensors) == 1
+            unscaled = self._unscaled(indices[0], tensors[0] if is_one else keras.ops.stack(tensors), scale)
             is_finite = keras.ops.abs(unscaled) <= self.limits[indices[0]]  # NaN compares False
             finite = keras.ops.where(is_finite, keras.ops.square(unscaled), math.nan)
-            sums = _single(keras.ops.sum(keras.ops.reshape(finite, (len(tensors), -1)), axis=1))
-            for index, number in zip(indices, keras.ops.unstack(sums, len(indices)), strict=True):
+            sums = _single(keras.ops.sum(finite, axis=None if is_one else tuple(range(1, len(finite.shape)))))
+            for index, number in zip(indices, [sums] if is_one else keras.ops.unstack(sums, len(indices)), strict=True):
                 squares.setdefault(index, []).append(number)
         return _vector([_sum(squares.get(index, ())) for index in range(len(self.limits))])
 
@@ -185,7 +187,13 @@ class FiniteCheck(NamedTuple):
 
 def _are_small(values: Mapping[int, Sequence[Any]]) -> bool:
     """Returns whether it is faster to check each value than to branch."""
-    return sum(map(_size, itertools.chain.from_iterable(values.values()))) <= _FEW[keras.backend.backend()]
+    size = sum(map(_size, itertools.chain.from_iterable(values.values())))
+    return size <= _FEW[keras.backend.backend()] and not _is_in_parts()
+
+
+def _is_in_parts() -> bool:
+    """Returns whether `keras.distribution` may split gradients, so that a stack of them would gather them."""
+    return keras.distribution.distribution() is not None
 
 
 def _size(tensor: Any) -> float:

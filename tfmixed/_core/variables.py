@@ -96,7 +96,7 @@ class Variables:
         held = self.variables[name]._value  # `value` takes longer than the rest of a read
         known = self._on_host.get(name)
         if known is None or known.held is not held or known.version != held._version:
-            known = _HostCopy(held, held._version, scalar_ops.copy(ops.convert_to_numpy(held)))
+            known = _HostCopy(held, held._version, scalar_ops.copy(held.detach().cpu().numpy()))
             self._on_host[name] = known
         return known
 
