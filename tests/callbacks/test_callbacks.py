@@ -129,7 +129,7 @@ def test_other_callbacks_can_use_the_values_of_a_batch(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"at_8.keras", "at_16.keras"}
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="there the logs of a batch have no scale")
+@needs_tensorflow
 def test_values_of_a_batch_are_numbers():
     """In arithmetic, comparisons and conversions, and in copies."""
     found = []
@@ -146,6 +146,7 @@ def test_values_of_a_batch_are_numbers():
     assert found[3] == [8.0, 32.0, 16.0, 16.0, "16.0", False, True, 16, "16.0", 16.0, 16.0, 16.0]
 
 
+@needs_tensorflow
 def test_a_batch_reads_only_what_is_used():
     """A few calls without a read. The only read of the measurements is that at the end of the epoch."""
     model, logger, profile = fresh_model(), LossScaleLogger(verbose=0), cProfile.Profile()

@@ -28,9 +28,9 @@ class LossScaleLogger(keras.callbacks.Callback):
     `TensorBoard` show them: list this callback before those. Changes are recorded on the device by the step that makes
     them, and collected at the end of each epoch, so logging needs no synchronization.
 
-    The `logs` of a batch contain scalars that are read from the device when another callback uses them, or keeps them
-    until the next batch, as the progress bar does. On JAX they contain the scale only at the steps of `every`, since
-    reading the optimizer there makes Keras copy all variables between trainer and model.
+    On TensorFlow, the `logs` of a batch contain scalars that are read from the device when another callback uses them,
+    or keeps them until the next batch, as the progress bar does. On other backends they are numbers, on JAX only at the
+    steps of `every`, since reading the optimizer there makes Keras copy all variables between trainer and model.
 
     A skipped step that does not change the scale counts in `skipped_steps`, and has no line in the log. Several loggers
     of one optimizer each log every change since the `fit` in which they start. With several workers, only the chief
@@ -153,10 +153,10 @@ class LossScaleLogger(keras.callbacks.Callback):
         optimizer = self._optimizer
         if optimizer is None:
             return
-        if logs is not None and (self._watched is not None or self._backend == "jax"):
-            # A custom loop need not tell when its next step begins.
-            is_tensorflow = self._backend == "tensorflow"
-            logs.update(optimizer.measured() if is_tensorflow else run_log.measurements(optimizer))
+        if logs is not None and self._backend != "tensorflow":
+            logs.update(run_log.measurements(optimizer))
+        elif logs is not None and self._watched is not None:  # a custom loop need not tell when its next step begins
+            logs.update(optimizer.measured())
         elif logs is not None:
             deferred = DeferredLogs(optimizer)
             logs.update(deferred.scalars())
