@@ -148,6 +148,7 @@ class Variables:
         if new.ndim:
             if not numpy.array_equal(new, old):
                 self.variables[name].assign(new)
+                self._on_host[name] = _HostCopy(held, held._version, scalar_ops.copy(new))
         elif new != old and not (new != new and old != old):  # NaN
             held.detach().fill_(new.item())
             self._on_host[name] = _HostCopy(held, held._version, new)
