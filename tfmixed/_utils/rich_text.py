@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from rich.console import Console, RenderableType
@@ -11,10 +10,9 @@ WIDTH = 100
 
 
 def console() -> Console:
-    """Returns a console as wide as the terminal. In a file or a pipe, it has 100 columns, or those of `COLUMNS`."""
-    # Not by rich, for which `FORCE_COLOR` makes a pipe a terminal.
-    is_wide = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console() if is_wide else Console(width=WIDTH)
+    """Returns a console as wide as the terminal, and of 100 columns in a file or a pipe."""
+    # Not as rich does: with `FORCE_COLOR` a pipe is its terminal, and readline exports `COLUMNS` to child processes.
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
 
 
 def text(renderable: RenderableType, width: int = WIDTH) -> str:
