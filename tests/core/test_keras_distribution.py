@@ -442,6 +442,7 @@ print(len(model.layers[0].kernel.value.sharding.device_set), int(model.optimizer
 
 @made_up
 @pytest.mark.skipif(BACKEND == "jax", reason="JAX distributes")
+@pytest.mark.skipif(keras.__version__ < "3.15" and BACKEND == "tensorflow", reason="Keras 3.14 cannot set it there")
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_backends_train_on_one_device(kind):
     """Keras 3.15 accepts a distribution there and ignores it, and so do the optimizers."""

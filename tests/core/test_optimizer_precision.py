@@ -146,6 +146,7 @@ class Custom(optimizers.Adam):
     """A class that Keras does not have."""
 
 
+@pytest.mark.skipif(not hasattr(optimizers, "MultiOptimizer"), reason="Keras 3.14 has no MultiOptimizer")
 def test_optimizers_inside_others_are_found():
     """Also those of a subclass, with the variables that they update."""
     assert [finding.constant for finding in find(LossScaleOptimizer(Custom()), half())] == ["beta_2"]
