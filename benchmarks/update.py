@@ -61,7 +61,9 @@ def update(make: Callable, shape: tuple[int, ...], count: int) -> Callable[[], N
     if BACKEND == "tensorflow":
         import tensorflow
 
-        return tensorflow.function(lambda: optimizer.apply(gradients, weights), autograph=False)
+        # Gradients are arguments: of small constants, TensorFlow computes Keras's finite check while it traces.
+        compiled = tensorflow.function(lambda given: optimizer.apply(given, weights), autograph=False)
+        return lambda: compiled(gradients)
     if BACKEND == "torch":
         return finished(lambda: optimizer.apply(gradients, weights))
     import jax
