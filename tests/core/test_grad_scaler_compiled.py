@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -605,3 +606,20 @@ def test_optimizers_that_keras_cannot_compile_on_replicas_are_errors(strategy, w
 
     with pytest.raises(NotImplementedError, match="gradient_accumulation_steps"):
         step()
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_scalers_of_one_optimizer_update_their_own_variables(compiles):
+    """Fused, where each scaler has another first variable."""
+    weights = [keras.Variable(np.ones((256, 256), "float32")) for _ in range(2)]
+    optimizer = keras.optimizers.SGD(1.0)
+    optimizer.build(weights)
+    for count, weight in enumerate(weights):
+        scaler = GradScaler(init_scale=4.0)
+        step = functools.partial(
+            lambda scaler, weight, gradient: scaler.step(optimizer, [(gradient, weight)]), scaler, weight
+        )
+        assert (tf.function(step) if compiles else step)(tf.fill((256, 256), 2.0))
+        scaler.update()
+        expected = [0.5] * (count + 1) + [1.0] * (1 - count)
+        assert [float(np.mean(weight.numpy())) for weight in weights] == expected

@@ -94,7 +94,7 @@ class Fuser:
         Args:
             inner: Keras optimizer of unscaled gradients.
             variables: Variables.
-            indices: Their indices in the optimizer.
+            indices: Their indices in the optimizer, or other numbers that tell them apart.
             grads: Gradients of one replica, one for each variable.
             largest: Largest value that the scale can take.
         """

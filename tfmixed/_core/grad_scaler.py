@@ -209,7 +209,7 @@ class GradScaler(StateDict):
         scale = scalar_ops.where(was_unscaled, 1.0, self._state().read("dynamic_scale"))
         count = replica_sync.replica_count()
         check = FiniteCheck.for_variables(optimizer, steps.trained, count, self.rule.needs_amax)
-        update = self._update(optimizer, variables, indices, grads, options)
+        update = self._update(optimizer, variables, grads, options)
         statistics = check.measure(grads, scale, indices, replica_sync.replica_id())
 
         # As in `LossScaleOptimizer.apply`: captures from replica 0 are scalars that are the same on all replicas.
@@ -232,15 +232,14 @@ class GradScaler(StateDict):
         self._step_tracker.check(self._steps[optimizer], grads, method)
         return self._steps[optimizer]
 
-    def _update(
-        self, optimizer: Any, variables: Sequence[Any], indices: Sequence[int], grads: Sequence[Any], options: Any
-    ) -> Step:
+    def _update(self, optimizer: Any, variables: Sequence[Any], grads: Sequence[Any], options: Any) -> Step:
         """Returns the function of gradients and their scale that updates variables."""
         largest = self.rule.bounds[1]
         if optimizer_adapters.is_keras(optimizer):
             # An attribute, since a value of `_steps` that holds the optimizer would keep it alive.
             fusers = vars(optimizer).setdefault("_tfmixed_fusers", {})
-            return fusers.setdefault(largest, Fuser("auto")).step(optimizer, variables, indices, grads, largest)
+            keys = list(map(id, variables))  # other scalers number the variables in another way
+            return fusers.setdefault(largest, Fuser("auto")).step(optimizer, variables, keys, grads, largest)
 
         def update(grads: Sequence[Any], scale: Any) -> None:
             unscaled = gradients.unscale_all(grads, gradients.raw(variables), scale, largest)

@@ -79,7 +79,8 @@ class Variables:
     def read(self, name: str) -> Any:
         """Returns the present value of a name that later writes leave alone: a tensor, or a NumPy array on PyTorch.
 
-        On PyTorch the device is read only if something else has written the variable.
+        On PyTorch the device is read only if something else has written the variable. A write to `tensor.data`, which
+        PyTorch does not count, is not noticed.
         """
         place = self._places.get(name)
         if place is not None:
